@@ -1,0 +1,42 @@
+"""How ranks are divided over the kinds of parallelism: pure arithmetic, imports nothing heavy."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the parallel groups. world_size = tensor * pipeline * context * data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence: bool = False
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one copy of the model together (one data-parallel replica)."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def world_size(self) -> int:
+        return self.model_parallel * self.data
+
+    @property
+    def sequence_alignment(self) -> int:
+        """Every packed sequence is padded to a multiple of this many tokens.
+
+        Context parallelism deals a sequence out in 2 * context chunks; sequence parallelism then splits a rank's
+        tokens over the tensor group.
+        """
+        chunks = 2 * self.context if self.context > 1 else 1
+        return chunks * (self.tensor if self.sequence else 1)
+
+    def __str__(self) -> str:
+        parts = [f"tensor {self.tensor}", f"pipeline {self.pipeline}", f"context {self.context}", f"data {self.data}"]
+        if self.virtual_pipeline > 1:
+            parts.insert(2, f"virtual pipeline {self.virtual_pipeline}")
+        if self.sequence:
+            parts.append("sequence parallel")
+        return " x ".join(parts[:-1] if self.sequence else parts) + (", " + parts[-1] if self.sequence else "")
