@@ -1,0 +1,177 @@
+"""The ranks of a run: starting them, the groups they form, and failing together."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mcpo import platform
+from megatron_mcpo.layout import Layout
+
+platform.apply()  # before the imports of Megatron-Core below
+
+from megatron.core import parallel_state, tensor_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Every process group this rank belongs to. None is never one of them: to torch.distributed it means all ranks.
+
+    tensor, pipeline, context: the ranks that share this rank's weights, layers, sequences
+    data: the ranks that hold the same shard of the model, at the same place of the sequence, in other replicas
+    data_context: data x context, the ranks over which gradients are reduced
+    model_parallel: tensor x pipeline x context, the ranks of this replica
+    world: all ranks; host: all ranks, for Python objects and CPU tensors (gloo)
+    """
+
+    layout: Layout
+    rank: int
+    world_size: int
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data: dist.ProcessGroup
+    data_context: dist.ProcessGroup
+    model_parallel: dist.ProcessGroup
+    world: dist.ProcessGroup
+    host: dist.ProcessGroup
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.pipeline.rank()
+
+    @property
+    def context_rank(self) -> int:
+        return self.context.rank()
+
+    @property
+    def data_rank(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.data.rank()
+
+    @property
+    def model_parallel_rank(self) -> int:
+        """Position inside the replica, 0 .. layout.model_parallel - 1."""
+        return self.model_parallel.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def first_stage_global_rank(self) -> int:
+        """Global rank of the first stage of this rank's pipeline: a source for broadcasts over `pipeline`."""
+        return dist.get_global_rank(self.pipeline, 0)
+
+    @property
+    def last_stage_global_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline: a source for broadcasts over `pipeline`."""
+        return dist.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+
+
+def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
+    """Start this rank and form the groups of `layout`. Collective over all ranks; once until `destroy`.
+
+    The ranks are those that torchrun's environment names; without one this process is the only rank. A process group
+    that exists already is used as it is. A collective that takes longer than `timeout_seconds` fails.
+    Raises ValueError when `layout` does not fit the number of ranks.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        _start(timeout)
+    world_size = dist.get_world_size()
+    if layout.world_size != world_size:
+        raise ValueError(
+            f"{layout} needs {layout.world_size} ranks, {world_size} are running; start {layout.world_size} of them"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_seconds / 60,  # type: ignore[arg-type]  # becomes a timedelta
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return _groups(layout, timeout)
+
+
+def destroy() -> None:
+    """Leave all groups. Does nothing where there are none."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def raise_together(error: Exception | None, groups: Groups) -> None:
+    """Agree whether any rank has an error; then every rank raises, or none. Collective over all ranks.
+
+    Raises this rank's own error, with the others' noted on it; or a RuntimeError that names the ranks and their errors.
+    """
+    failed = torch.tensor([error is not None], dtype=torch.int32)
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=groups.host)
+    if not failed.item():
+        return
+    messages: list[str | None] = [None] * groups.world_size
+    mine = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(messages, mine, group=groups.host)
+    others = [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None and rank != groups.rank]
+    if error is None:
+        raise RuntimeError("failed on " + "; ".join(others))
+    for note in others:
+        error.add_note(f"also failed on {note}")
+    raise error
+
+
+def _start(timeout: timedelta) -> None:
+    """Join the process group that torchrun's environment describes, or form one of this process alone."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(platform.backend(), timeout=timeout)
+    else:
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks of this replica. Megatron-Core has this group only where sequences are not shared."""
+    if layout.context == 1:
+        return parallel_state.get_model_parallel_group()
+    # Megatron-Core's order of ranks: tensor runs fastest, then context, data and pipeline.
+    inner = layout.tensor * layout.context
+    replicas = [
+        [inner * (layout.data * stage + replica) + i for stage in range(layout.pipeline) for i in range(inner)]
+        for replica in range(layout.data)
+    ]
+    group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
+    assert group is not None
+    return group
+
+
+def _groups(layout: Layout, timeout: timedelta) -> Groups:
+    world = dist.group.WORLD
+    assert world is not None
+    # On a CPU the world's group carries objects already; NCCL can't.
+    host = world if platform.backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    return Groups(
+        layout=layout,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_parallel=_replica_group(layout, timeout),
+        world=world,
+        host=host,
+    )

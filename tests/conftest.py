@@ -1,0 +1,11 @@
+"""One thread a process, before torch is imported: tests fork ranks, and a started thread pool doesn't survive a fork."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+torch.set_num_threads(1)
