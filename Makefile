@@ -1,0 +1,41 @@
+# make train          the quick start; CONFIG=other.toml and ARGS="--run.steps 5" as you like
+# make test           what CI runs
+# make env | model    only the environment | only the embedded model
+# make lock           resolve the requirements again
+# make clean          everything made here, except runs/
+CONFIG ?= examples/quickstart/config.toml
+ARGS ?=
+MODEL := .cache/models/smollm2-135m-instruct
+PYTHON := .venv/bin/python
+
+.PHONY: train test env model lock clean
+
+train: model
+	$(PYTHON) -m megatron_mcpo.train $(CONFIG) $(ARGS)
+
+# One thread: tests start several ranks, and OpenMP's spinning threads would fight over the cores.
+# Offline: after `make model` nothing may be fetched.
+test: export OMP_NUM_THREADS := 1
+test: export HF_HUB_OFFLINE := 1
+test: model
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest
+
+env:
+	@tools/make_env.sh
+
+model: env
+	@$(PYTHON) tools/embedded_model.py $(MODEL)
+
+UV_COMPILE := .venv/bin/uv pip compile --quiet --generate-hashes --python-version 3.12 \
+	--python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
+
+lock: env
+	$(UV_COMPILE) requirements/bootstrap.in -o requirements/bootstrap.txt
+	$(UV_COMPILE) requirements/cpu.in --override requirements/overrides.txt -o requirements/cpu.lock
+
+clean:
+	rm -rf .venv .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
