@@ -2,17 +2,15 @@
 
 Shape legend, used as suffixes of tensor names throughout the package:
   P prompts (groups) in a step     G rollouts a prompt        N rollouts held by one data-parallel rank
-  M rollouts of the whole step     T tokens, all sequences concatenated without padding
+  M rollouts of all ranks together  T tokens, all sequences concatenated without padding
   R response tokens, concatenated in the order of the rollouts
   D size of a representation       H hidden size              V vocabulary
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -65,7 +63,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What pairs need to know of every rollout of the step, in step order. All shapes [M]."""
+    """What pairs need to know of every rollout of a batch, on all ranks, in the batch's order. All shapes [M]."""
 
     domain_M: Tensor
     prompt_M: Tensor
@@ -77,15 +75,18 @@ class Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """The rollouts of one data-parallel rank, ragged and unpadded.
+    """One data-parallel rank's share of the rollouts that one optimizer step learns from, ragged and unpadded.
 
     tokens_T: int64, prompt and response of every rollout, concatenated
     prompt_lens_N, response_lens_N: int64; their sum is a rollout's length, their total is T
-    rows_N: int64, position of each rollout in the step's order (0..M-1), ascending
+    rows_N: int64, position of each rollout in the batch's order over all ranks (0..M-1), ascending
     advantages_N: fp32
     engine_logp_R: fp32, the engine's log-prob of each response token
-    keys: domain, prompt and correctness of ALL rollouts of the step (the same on every rank)
-    num_response_tokens: R of the whole step, over all ranks: the denominator of token means
+    keys: domain, prompt and correctness of ALL rollouts of the batch (the same on every rank)
+    num_response_tokens: R of the whole batch, over all ranks: the denominator of token means
+    lengths_M: number of tokens of every rollout of the batch
+    rank_rows: which of these rollouts each data-parallel rank holds; from both every rank derives the same number of
+        micro-batches, and where gathered rows belong
     """
 
     tokens_T: Tensor
@@ -96,6 +97,8 @@ class TrainBatch:
     engine_logp_R: Tensor
     keys: Keys
     num_response_tokens: int
+    lengths_M: tuple[int, ...]
+    rank_rows: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -107,34 +110,18 @@ class TrainBatch:
         assert self.tokens_T.shape == (int(self.prompt_lens_N.sum() + self.response_lens_N.sum()),)
         assert self.engine_logp_R.shape == (int(self.response_lens_N.sum()),)
 
-    def select(self, rollouts: Sequence[int]) -> "TrainBatch":
-        """The same batch with only these local rollouts, in this order; the step's keys and totals are kept."""
-        pick = torch.as_tensor(rollouts, dtype=torch.int64)
-        seq_lens = (self.prompt_lens_N + self.response_lens_N).tolist()
-        tokens = self.tokens_T.split(seq_lens)
-        logp = self.engine_logp_R.split(self.response_lens_N.tolist())
-        return replace(
-            self,
-            tokens_T=torch.cat([tokens[i] for i in rollouts]) if len(pick) else self.tokens_T[:0],
-            prompt_lens_N=self.prompt_lens_N[pick],
-            response_lens_N=self.response_lens_N[pick],
-            rows_N=self.rows_N[pick],
-            advantages_N=self.advantages_N[pick],
-            engine_logp_R=torch.cat([logp[i] for i in rollouts]) if len(pick) else self.engine_logp_R[:0],
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a forward pass says of a TrainBatch; None where it was not asked for.
+    """What a forward pass says of a TrainBatch, without a graph.
 
-    logp_R, entropy_R: fp32; z_ND: fp32, unit rows; version: that of the weights that made them
+    logp_R, entropy_R: fp32; z_ND: fp32, unit rows (None: the model has no head); version: of the weights behind them
     """
 
     logp_R: Tensor
+    entropy_R: Tensor
+    z_ND: Tensor | None
     version: int
-    entropy_R: Tensor | None = None
-    z_ND: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

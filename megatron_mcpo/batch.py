@@ -1,0 +1,81 @@
+"""From scored groups to what each data-parallel rank trains on.
+
+Every rank sees all groups of a step and divides them by the same rule: nothing is communicated here.
+Shape legend: see megatron_mcpo.types.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from megatron_mcpo.types import Completion, Keys, RolloutGroup, TrainBatch
+
+
+def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
+    """Deal items into `num_parts` parts of nearly equal total length (longest first, to the lightest part).
+
+    Every part is in ascending order. The result depends on the arguments alone, so every rank finds the same one.
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [0] * num_parts
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = min(range(num_parts), key=lambda p: (loads[p], p))
+        parts[lightest].append(item)
+        loads[lightest] += lengths[item]
+    return [sorted(part) for part in parts]
+
+
+def make_batch(
+    groups: Sequence[RolloutGroup],
+    advantages_PG: Tensor,
+    *,
+    pass_threshold: float,
+    num_data_ranks: int,
+    data_rank: int,
+) -> TrainBatch:
+    """The share of `data_rank` in one optimizer step over these groups (rollouts ordered by group, then sample).
+
+    A rollout is correct when its reward is at least `pass_threshold`.
+    """
+    rollouts = [(group, completion) for group in groups for completion in group.completions]
+    lengths = [len(group.prompt.token_ids) + len(completion.token_ids) for group, completion in rollouts]
+    rank_rows = partition(lengths, num_parts=num_data_ranks)
+    mine = [rollouts[row] for row in rank_rows[data_rank]]
+    rows_N = torch.tensor(rank_rows[data_rank], dtype=torch.int64)
+    batch = TrainBatch(
+        tokens_T=_concatenate(group.prompt.token_ids + completion.token_ids for group, completion in mine),
+        prompt_lens_N=torch.tensor([len(group.prompt.token_ids) for group, _ in mine], dtype=torch.int64),
+        response_lens_N=torch.tensor([len(completion.token_ids) for _, completion in mine], dtype=torch.int64),
+        rows_N=rows_N,
+        advantages_N=advantages_PG.flatten()[rows_N].float(),
+        engine_logp_R=_engine_logprobs([completion for _, completion in mine]),
+        keys=_keys(groups, pass_threshold),
+        num_response_tokens=sum(len(completion.token_ids) for _, completion in rollouts),
+        lengths_M=tuple(lengths),
+        rank_rows=tuple(tuple(rows) for rows in rank_rows),
+    )
+    batch.check()
+    return batch
+
+
+def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
+    """Rewards [P, G] of scored groups."""
+    return torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+
+
+def _keys(groups: Sequence[RolloutGroup], pass_threshold: float) -> Keys:
+    return Keys(
+        domain_M=torch.tensor([group.prompt.domain for group in groups for _ in group.completions]),
+        prompt_M=torch.tensor([number for number, group in enumerate(groups) for _ in group.completions]),
+        correct_M=torch.tensor([reward >= pass_threshold for group in groups for reward in group.rewards]),
+    )
+
+
+def _concatenate(sequences: Iterable[Sequence[int]]) -> Tensor:
+    return torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64)
+
+
+def _engine_logprobs(completions: Sequence[Completion]) -> Tensor:
+    return torch.tensor([logp for completion in completions for logp in completion.logprobs], dtype=torch.float32)

@@ -1,0 +1,110 @@
+"""Builds the pipeline chunks of a GPTModel from what a Hugging Face config says."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mcpo.mcore.head import ContrastiveHead
+from megatron_mcpo.mcore.spec import layer_spec
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.parallel import Groups
+from megatron_mcpo.platform import device
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
+    """The vocabulary, padded so that every tensor rank holds the same number of rows (at least one of them real)."""
+    return -(-model.vocab_size // tensor) * tensor
+
+
+def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's description of the layers and of how they are divided."""
+    layout = groups.layout
+    interleaved = layout.virtual_pipeline > 1
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence,
+        # With two stages, previous and next rank are the same one and batched messages match in the wrong order:
+        # the interleaved schedule is then silently wrong.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        use_cpu_initialization=device().type == "cpu",
+        perform_initialization=False,
+    )
+    assert not (interleaved and config.batch_p2p_comm)
+    return config
+
+
+def build_chunks(
+    model: ModelConfig, groups: Groups, *, dtype: torch.dtype, head_dim: int | None, head_seed: int = 0
+) -> list[nn.Module]:
+    """This rank's chunks of the model, one for every virtual pipeline stage, with weights yet to be loaded.
+
+    head_dim: size of the contrastive head's output, attached to the last chunk as `contrastive_head`; None: no head.
+    In bf16 each chunk is wrapped in Megatron's Float16Module.
+    """
+    config = transformer_config(model, groups, dtype=dtype)
+    stages = range(groups.layout.virtual_pipeline)
+    interleaved = len(stages) > 1
+    chunks = []
+    for stage in stages:
+        is_first = groups.is_first_stage and stage == 0
+        is_last = groups.is_last_stage and stage == stages[-1]
+        vp_stage = stage if interleaved else None
+        chunk: nn.Module = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, vp_stage),
+            vocab_size=padded_vocab_size(model, groups.layout.tensor),
+            max_sequence_length=model.max_positions,
+            pre_process=is_first,
+            post_process=is_last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            rope_scaling=model.rope_scaling is not None and model.rope_scaling.kind == "llama3",
+            rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,
+            seq_len_interpolation_factor=(
+                model.rope_scaling.factor if model.rope_scaling and model.rope_scaling.kind == "linear" else None
+            ),
+            vp_stage=vp_stage,
+        ).to(device())
+        chunk.real_vocab_size = model.vocab_size
+        if head_dim is not None and is_last:
+            chunk.contrastive_head = ContrastiveHead(
+                model.hidden_size, head_dim, dtype=dtype, device=device(), seed=head_seed
+            )
+        chunks.append(Float16Module(config, chunk) if dtype is torch.bfloat16 else chunk)
+    return chunks
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module

@@ -1,0 +1,259 @@
+"""The models of a run: the policy that learns and the frozen reference. The only place that scales a loss.
+
+Shape legend: see megatron_mcpo.types.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_mcpo.config import Config, OptimizerConfig
+from megatron_mcpo.mcore import schedule
+from megatron_mcpo.mcore.model import DTYPES, build_chunks
+from megatron_mcpo.mcore.packing import MicroBatch, num_micro_batches, pack
+from megatron_mcpo.mcore.schedule import MicroOutput
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.parallel import Groups
+from megatron_mcpo.platform import device
+from megatron_mcpo.types import Scores, TrainBatch, Update
+from megatron_mcpo.weights.hf_io import load_hf
+from megatron_mcpo.weights.sync import export
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInput:
+    """What a loss sees of one micro-batch. With context parallelism the tokens are this rank's share.
+
+    logp_r: log-probs with a graph; response_r: where they stand in the batch's R
+    z_nD: representations with a graph (None: no head); rollouts: which of the batch's N they belong to
+    """
+
+    logp_r: Tensor
+    response_r: Tensor
+    z_nD: Tensor | None
+    rollouts: tuple[int, ...]
+
+
+LossFunction = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
+"""A micro-batch's share of the step's loss (shares ADD up to it over micro-batches and ranks), and named shares to log."""
+
+
+class _Model:
+    """Chunks of a GPTModel on this rank, and the forward-only pass that both models have."""
+
+    def __init__(self, config: Config, model: ModelConfig, groups: Groups, *, head_dim: int | None):
+        self.groups = groups
+        self.model_config = model
+        self.temperature = config.rollout.temperature
+        self.max_tokens = config.batch.micro_batch_tokens
+        self.head_dim = head_dim
+        self.version = 0
+        self.chunks = build_chunks(
+            model, groups, dtype=DTYPES[config.model.dtype], head_dim=head_dim, head_seed=config.run.seed
+        )
+        load_hf(self.chunks, model, Path(config.model.path), groups)
+
+    def score(self, batch: TrainBatch) -> Scores:
+        """Log-probs, entropies and (with a head) representations of the batch, on every rank of the replica."""
+        for chunk in self.chunks:
+            chunk.eval()
+        micros = self._pack(batch)
+        outputs = schedule.run(
+            self.chunks,
+            micros,
+            self.groups,
+            want_z=self.head_dim is not None,
+            temperature=self.temperature,
+            loss=None,
+        )
+        return self._collect(batch, micros, outputs)
+
+    def _pack(self, batch: TrainBatch) -> list[MicroBatch]:
+        layout = self.groups.layout
+        return pack(
+            batch,
+            num_micro=num_micro_batches(batch, max_tokens=self.max_tokens, layout=layout),
+            layout=layout,
+            context_rank=self.groups.context.rank(),
+            device=device(),
+        )
+
+    def _collect(self, batch: TrainBatch, micros: Sequence[MicroBatch], outputs: Sequence[MicroOutput]) -> Scores:
+        """Put micro-batch results (the last stage's; other stages have none) in the batch's order, on all stages."""
+        tokens_2R = torch.zeros(2, int(batch.response_lens_N.sum()), device=device())
+        z_ND = None if self.head_dim is None else torch.zeros(len(batch), self.head_dim, device=device())
+        for micro, output in zip(micros if outputs else (), outputs, strict=True):
+            tokens_2R[0, micro.response_r] = output.logp_r
+            tokens_2R[1, micro.response_r] = output.entropy_r
+            if z_ND is not None and output.z_nD is not None:
+                z_ND[list(micro.rollouts)] = output.z_nD
+        if self.groups.layout.context > 1 and outputs:
+            dist.all_reduce(tokens_2R, group=self.groups.context)
+        for tensor in (tokens_2R, z_ND):
+            if tensor is not None and self.groups.layout.pipeline > 1:
+                dist.broadcast(tensor, src=self.groups.last_stage_global_rank, group=self.groups.pipeline)
+        return Scores(logp_R=tokens_2R[0], entropy_R=tokens_2R[1], z_ND=z_ND, version=self.version)
+
+
+class Reference(_Model):
+    """The frozen model that the KL term measures against: its own weights, no head, no gradient."""
+
+    def __init__(self, config: Config, model: ModelConfig, groups: Groups):
+        super().__init__(config, model, groups, head_dim=None)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+
+
+class Policy(_Model):
+    """The model that learns, with its optimizer and schedule."""
+
+    def __init__(self, config: Config, model: ModelConfig, groups: Groups):
+        contrastive = config.contrastive
+        head_dim = min(contrastive.dim, model.hidden_size) if contrastive.enabled else None
+        super().__init__(config, model, groups, head_dim=head_dim)
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        megatron_config = self.chunks[0].config
+        self.chunks = [
+            DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(self.chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(config.optimizer, dtype=DTYPES[config.model.dtype]), self.chunks
+        )
+        self.lr_schedule = _lr_schedule(self.optimizer, config.optimizer, num_updates=_num_updates(config))
+        for chunk in self.chunks:
+            chunk.module.config.finalize_model_grads_func = finalize_model_grads
+            chunk.module.config.grad_scale_func = self.optimizer.scale_loss
+
+    def backward(self, batch: TrainBatch, loss: LossFunction) -> dict[str, float]:
+        """Leave the gradient of the sum of all losses, over micro-batches and ranks, in the gradient buffers.
+
+        `loss` returns a micro-batch's share of the global loss, with global denominators already in it. Megatron's
+        schedule multiplies it by the context size and divides it by the number of micro-batches, and its DDP averages
+        over data x context ranks: all of that is undone here and nowhere else.
+        Returns the sums of what `loss` names, over micro-batches and ranks, on every rank.
+        """
+        layout = self.groups.layout
+        micros = self._pack(batch)
+        undo = len(micros) * layout.data
+        totals: dict[str, Tensor] = {}
+
+        def scaled(micro: MicroBatch, output: MicroOutput) -> Tensor:
+            # Context ranks hold copies of z and their gradients are summed: each copy gets its share.
+            z_nD = output.z_nD
+            if z_nD is not None and layout.context > 1:
+                z_nD = _ScaleGradient.apply(z_nD, 1 / layout.context)
+            value, metrics = loss(
+                LossInput(
+                    logp_r=output.logp_r, response_r=micro.response_r, z_nD=z_nD, rollouts=micro.rollouts
+                )
+            )
+            for name, metric in metrics.items():
+                totals[name] = totals.get(name, torch.zeros((), device=metric.device)) + metric.detach().float()
+            return value * undo
+
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        schedule.run(
+            self.chunks,
+            micros,
+            self.groups,
+            want_z=self.head_dim is not None,
+            temperature=self.temperature,
+            loss=scaled,
+        )
+        return self._sum_over_ranks(totals)
+
+    def update(self, batch: TrainBatch, loss: LossFunction) -> Update:
+        """One optimizer step on the batch. Where any gradient is not finite, nothing moves and `applied` is False."""
+        metrics = self.backward(batch, loss)
+        if not self._gradients_finite():
+            return Update(grad_norm=float("nan"), lr=0.0, applied=False, metrics=metrics)
+        # Before the update, so that a warm-up does not spend its first update on a rate of zero.
+        self.lr_schedule.step(increment=1)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        _, grad_norm, _ = self.optimizer.step()
+        self.version += 1
+        return Update(grad_norm=float(grad_norm), lr=lr, applied=True, metrics=metrics)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every full tensor under its Hugging Face name, on every rank; collective over the replica."""
+        return export(self.chunks, self.model_config, self.groups)
+
+    def _gradients_finite(self) -> bool:
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all().float()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.world)
+        return bool(finite.item())
+
+    def _sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Sum over data x context ranks of the last stage, then tell the other stages."""
+        names: list[Any] = [sorted(totals)]
+        if self.groups.layout.pipeline > 1:
+            dist.broadcast_object_list(
+                names, src=self.groups.last_stage_global_rank, group=self.groups.pipeline, device=device()
+            )
+        values = torch.stack([totals[n] for n in names[0]]) if totals else torch.zeros(len(names[0]), device=device())
+        if self.groups.is_last_stage:
+            dist.all_reduce(values, group=self.groups.data_context)
+        if self.groups.layout.pipeline > 1:
+            dist.broadcast(values, src=self.groups.last_stage_global_rank, group=self.groups.pipeline)
+        return dict(zip(names[0], values.tolist(), strict=True))
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def _num_updates(config: Config) -> int:
+    return config.run.steps * config.batch.minibatches
+
+
+def _optimizer_config(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+
+
+def _lr_schedule(optimizer: Any, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(config.warmup_steps, num_updates - 1),
+        lr_decay_steps=num_updates,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
