@@ -1,0 +1,132 @@
+"""What vLLM does to its host process, and what its CPU backend gets wrong, kept away from the trainer.
+
+vLLM expects a process of its own: it replaces functions of torch, edits the environment, reseeds the random
+generators and freezes the garbage collector. `isolated` lets it have its way inside a call and undoes it after.
+The rest are repairs of vLLM's CPU backend; each names the versions it is for.
+"""
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+LAST_AFFECTED = (0, 33)
+"""Newest (major, minor) of vLLM whose reload is known to leave stale weights on a CPU."""
+
+_ABSENT = object()
+_PATCHED: tuple[tuple[Any, str], ...] = (
+    (torch, "set_num_threads"),
+    (torch, "Event"),
+    (torch.cuda, "Event"),
+    (torch.cuda, "Stream"),
+    (torch.cuda, "set_stream"),
+    (torch.cuda, "current_stream"),
+    (torch.cuda, "stream"),
+    (torch.accelerator, "synchronize"),
+    (torch.accelerator, "empty_cache"),
+    (torch.accelerator, "get_memory_info"),
+    (torch.Tensor, "pin_memory"),
+    (torch.Tensor, "record_stream"),
+)
+# vLLM patches torch when its modules are first imported, once a process: every later engine needs the same values.
+_vllm_values: list[Any] = []
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run a block of vLLM calls so that nothing but their results is left behind.
+
+    Restored afterwards: the global generators of torch (CPU and the current CUDA device), python and numpy; the
+    environment; torch's patched functions; the thread count; what the garbage collector scans. vLLM's patches come
+    back for the next block, because its CPU backend can't run on a CUDA build of torch without them.
+    """
+    ours = _patched_values()
+    environment = dict(os.environ)
+    num_threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    if _vllm_values:
+        _set_patched_values(_vllm_values)
+    try:
+        yield
+    finally:
+        _vllm_values[:] = _patched_values()
+        _set_patched_values(ours)
+        _set_environment(environment)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        if frozen == 0 and gc.get_freeze_count():
+            gc.unfreeze()
+
+
+def _patched_values() -> list[Any]:
+    return [vars(owner).get(name, _ABSENT) for owner, name in _PATCHED]
+
+
+def _set_patched_values(values: list[Any]) -> None:
+    for (owner, name), value in zip(_PATCHED, values, strict=True):
+        if value is not _ABSENT:
+            setattr(owner, name, value)
+        elif name in vars(owner):
+            delattr(owner, name)
+
+
+def _set_environment(wanted: dict[str, str]) -> None:
+    for key in set(os.environ) - set(wanted):
+        del os.environ[key]
+    for key, value in wanted.items():
+        if os.environ.get(key) != value:
+            os.environ[key] = value
+
+
+@contextmanager
+def unique_shared_memory(job_tag: str) -> Iterator[None]:
+    """Put `job_tag` into the names of the shared-memory segments that tensor-parallel CPU ranks talk through.
+
+    Under a launcher vLLM gives the segments of all jobs on a host the same names: two jobs collide, and what a crash
+    leaves in /dev/shm stops every later one. Seen in 0.30 to 0.33.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as ShmGroup
+
+    original = vars(ShmGroup)["make_group_name"]
+    ShmGroup.make_group_name = staticmethod(lambda comm: f"{job_tag}-{original(comm).lstrip('/')}")
+    try:
+        yield
+    finally:
+        ShmGroup.make_group_name = original
+
+
+def reload_is_stale_on_cpu() -> bool:
+    """Whether this vLLM needs the two functions below."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and vllm.__version_tuple__[:2] <= LAST_AFFECTED
+
+
+def before_reload(model: nn.Module) -> None:
+    """Have unquantised experts packed again: their method does it only while it has no kernel yet."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if type(method).__name__ == "UnquantizedFusedMoEMethod":
+            method.moe_kernel = None
+
+
+def after_reload(model: nn.Module) -> None:
+    """Pack a tied output embedding again: reload only packs modules that tensors were loaded into."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        is_head = type(module).__name__ == "ParallelLMHead"
+        if is_head and type(method).__name__ == "UnquantizedEmbeddingMethod" and module.weight.numel():
+            method.process_weights_after_loading(module)
