@@ -108,10 +108,6 @@ class ModelConfig:
         """Rows of the fused query-key-value matrix, over all tensor-parallel ranks."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
-    def padded_vocab_size(self, tensor: int) -> int:
-        """Rows of the embedding on `tensor` ranks together: the vocabulary, rounded up to a multiple of them."""
-        return -(-self.vocab_size // tensor) * tensor
-
 
 def from_folder(path: Path) -> ModelConfig:
     """Read a Hugging Face folder: config.json, generation_config.json, and which weight files there are.

@@ -1,0 +1,204 @@
+"""Which Megatron parameter holds which Hugging Face tensors: one table, read in both directions.
+
+Knows names, shapes and places; moves no tensor. Layers are numbered from 0 over the whole model in Hugging Face names
+and from 0 within a pipeline chunk in Megatron's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.model_config import ModelConfig
+
+HEAD_PREFIX = "contrastive_head."
+"""Parameters of the contrastive head have no Hugging Face counterpart: never loaded, never exported."""
+
+
+class Split(Enum):
+    """How a parameter is divided over the tensor-parallel ranks."""
+
+    REPLICATED = "replicated"
+    """Every rank holds all of it."""
+    ROWS = "rows"
+    """Dimension 0 is cut; the last shards are padded with zero rows where it doesn't divide (the vocabulary)."""
+    COLUMNS = "columns"
+    """Dimension 1 is cut."""
+    GROUPS = "groups"
+    """Dimension 0 is cut, after group g of every tensor was laid behind group g of the one before.
+
+    Queries, keys and values: a group is a key-value head with the query heads that use it (the order that
+    Megatron-Core's SelfAttention reads).
+    """
+    RANKS = "ranks"
+    """As GROUPS with a group for every rank: gate and up projection, of which each rank holds its own parts."""
+
+
+class Place(Enum):
+    """Where in the pipeline a parameter is."""
+
+    FIRST = "first chunk"
+    LAYER = "the chunk of its layer"
+    LAST = "last chunk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table.
+
+    megatron: names the parameter may have: in Megatron's local layer spec, then in its Transformer Engine spec
+    hugging_face: the tensors it is made of, in order; shapes: their full shapes
+    groups: for Split.GROUPS, how many
+    tied: a second copy of the input embedding, for the output layer of another pipeline chunk; there only if needed,
+        loaded but not exported
+    """
+
+    megatron: tuple[str, ...]
+    hugging_face: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    split: Split
+    place: Place = Place.LAYER
+    groups: int = 1
+    tied: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of the whole model: a row of the table, its names filled in, and where it is.
+
+    stage: pipeline rank; chunk: which of the stage's virtual pipeline chunks
+    """
+
+    row: Row
+    megatron: tuple[str, ...]
+    hugging_face: tuple[str, ...]
+    stage: int
+    chunk: int
+
+
+def table(model: ModelConfig) -> tuple[Row, ...]:
+    """The rows of one family, in the order of export: embedding, a layer, final norm, output layer."""
+    hidden, ffn, vocab, head = model.hidden_size, model.ffn_hidden_size, model.vocab_size, model.head_dim
+    q_rows, kv_rows, kv_heads = model.num_heads * head, model.num_kv_heads * head, model.num_kv_heads
+    qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
+    layer = [
+        Row(
+            megatron=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+            hugging_face=("input_layernorm.weight",),
+            shapes=((hidden,),),
+            split=Split.REPLICATED,
+        ),
+        Row(
+            megatron=("self_attention.linear_qkv.weight",),
+            hugging_face=tuple(f"{name}.weight" for name in qkv),
+            shapes=((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
+            split=Split.GROUPS,
+            groups=kv_heads,
+        ),
+    ]
+    if model.qkv_bias:
+        layer.append(
+            Row(
+                megatron=("self_attention.linear_qkv.bias",),
+                hugging_face=tuple(f"{name}.bias" for name in qkv),
+                shapes=((q_rows,), (kv_rows,), (kv_rows,)),
+                split=Split.GROUPS,
+                groups=kv_heads,
+            )
+        )
+    if model.qk_norm:
+        layer += [
+            Row(
+                megatron=(f"self_attention.{x}_layernorm.weight",),
+                hugging_face=(f"self_attn.{x}_norm.weight",),
+                shapes=((head,),),
+                split=Split.REPLICATED,
+            )
+            for x in "qk"
+        ]
+    layer += [
+        Row(
+            megatron=("self_attention.linear_proj.weight",),
+            hugging_face=("self_attn.o_proj.weight",),
+            shapes=((hidden, q_rows),),
+            split=Split.COLUMNS,
+        ),
+        Row(
+            megatron=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+            hugging_face=("post_attention_layernorm.weight",),
+            shapes=((hidden,),),
+            split=Split.REPLICATED,
+        ),
+        Row(
+            megatron=("mlp.linear_fc1.weight",),
+            hugging_face=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            shapes=((ffn, hidden), (ffn, hidden)),
+            split=Split.RANKS,
+        ),
+        Row(
+            megatron=("mlp.linear_fc2.weight",),
+            hugging_face=("mlp.down_proj.weight",),
+            shapes=((hidden, ffn),),
+            split=Split.COLUMNS,
+        ),
+    ]
+    embedding = Row(
+        megatron=("embedding.word_embeddings.weight",),
+        hugging_face=("model.embed_tokens.weight",),
+        shapes=((vocab, hidden),),
+        split=Split.ROWS,
+        place=Place.FIRST,
+    )
+    final_norm = Row(
+        megatron=("decoder.final_layernorm.weight",),
+        hugging_face=("model.norm.weight",),
+        shapes=((hidden,),),
+        split=Split.REPLICATED,
+        place=Place.LAST,
+    )
+    output = Row(
+        megatron=("output_layer.weight",),
+        hugging_face=("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight",),
+        shapes=((vocab, hidden),),
+        split=Split.ROWS,
+        place=Place.LAST,
+        tied=model.tied_embeddings,
+    )
+    return (embedding, *layer, final_norm, output)
+
+
+def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
+    """Every parameter of the model, of all pipeline stages, in the order of export: the same on every rank."""
+    rows = table(model)
+    for row in rows:
+        if row.place is Place.FIRST:
+            yield Parameter(row=row, megatron=row.megatron, hugging_face=row.hugging_face, stage=0, chunk=0)
+    per_chunk, rest = divmod(model.num_layers, layout.pipeline * layout.virtual_pipeline)
+    assert rest == 0, "layout_problems() refuses layers that don't divide"
+    for layer in range(model.num_layers):
+        chunk, stage = divmod(layer // per_chunk, layout.pipeline)
+        for row in rows:
+            if row.place is Place.LAYER:
+                yield Parameter(
+                    row=row,
+                    megatron=tuple(f"decoder.layers.{layer % per_chunk}.{name}" for name in row.megatron),
+                    hugging_face=tuple(f"model.layers.{layer}.{name}" for name in row.hugging_face),
+                    stage=stage,
+                    chunk=chunk,
+                )
+    last_stage, last_chunk = layout.pipeline - 1, layout.virtual_pipeline - 1
+    for row in rows:
+        if row.place is Place.LAST:
+            yield Parameter(
+                row=row, megatron=row.megatron, hugging_face=row.hugging_face, stage=last_stage, chunk=last_chunk
+            )
+
+
+def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and full shapes of the Hugging Face tensors, in the order of export; tied output embeddings are absent."""
+    return {
+        name: shape
+        for parameter in parameters(model, Layout())
+        if not parameter.row.tied
+        for name, shape in zip(parameter.hugging_face, parameter.row.shapes, strict=True)
+    }

@@ -1,0 +1,178 @@
+"""The table of weights and the cutting and joining of shards, without process groups or models.
+
+Not covered here: that Megatron's modules compute the same as Hugging Face's with these shards, reading from files over
+several ranks, and export (test_hf_parity.py).
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.weights.layout import cut_dim, fill, join, shard_shape, slices
+from megatron_mcpo.weights.mapping import Row, Split, hf_shapes, parameters, table
+
+MODEL = ModelConfig(
+    family="qwen3",
+    num_layers=8,
+    hidden_size=12,
+    ffn_hidden_size=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    vocab_size=21,
+    max_positions=64,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tied_embeddings=False,
+    qkv_bias=False,
+    qk_norm=True,
+    eos_token_ids=(2,),
+)
+FAMILIES = [
+    replace(MODEL, family="llama", qk_norm=False),
+    replace(MODEL, family="qwen2", qk_norm=False, qkv_bias=True, tied_embeddings=True),
+    MODEL,
+]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
+    """A model of any shape with a number of tensor ranks that Megatron accepts for it."""
+    num_ranks = draw(st.integers(1, 4))
+    kv_heads = draw(st.sampled_from([n for n in range(1, 9) if n % num_ranks == 0 or num_ranks % n == 0]))
+    heads = kv_heads * num_ranks * draw(st.integers(1, 3))
+    head_dim = 2 * num_ranks * draw(st.integers(1, 3))
+    model = replace(
+        draw(st.sampled_from(FAMILIES)),
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=draw(st.integers(1, 9)),
+        ffn_hidden_size=num_ranks * draw(st.integers(1, 5)),
+        vocab_size=draw(st.integers(1, 30)),
+    )
+    return model, num_ranks
+
+
+def full_tensors(row: Row) -> list[Tensor]:
+    """Tensors of the row's shapes in which every value occurs once."""
+    sizes = [torch.Size(shape).numel() for shape in row.shapes]
+    values = torch.arange(1, sum(sizes) + 1, dtype=torch.float32).split(sizes)
+    return [value.view(shape) for value, shape in zip(values, row.shapes, strict=True)]
+
+
+def cut_all(row: Row, full: list[Tensor], num_ranks: int) -> list[Tensor]:
+    """The shards of every rank, each written over values that must vanish."""
+    dim = cut_dim(row)
+    shards = [torch.full(shard_shape(row, num_ranks), float("nan")) for _ in range(num_ranks)]
+    for rank, shard in enumerate(shards):
+        fill(row, shard, lambda p: full[p.tensor].narrow(dim, p.start, len(p)), rank=rank, num_ranks=num_ranks)
+    return shards
+
+
+@settings(deadline=None, max_examples=150)
+@given(models())
+def test_joining_all_shards_gives_the_full_tensors_back(case: tuple[ModelConfig, int]) -> None:
+    model, num_ranks = case
+    for row in table(model):
+        full = full_tensors(row)
+        back = join(row, cut_all(row, full, num_ranks))
+        assert all(torch.equal(a, b) for a, b in zip(full, back, strict=True)), row
+
+
+@settings(deadline=None, max_examples=150)
+@given(models())
+def test_shards_hold_every_value_once_and_zeros_elsewhere(case: tuple[ModelConfig, int]) -> None:
+    model, num_ranks = case
+    for row in table(model):
+        if row.split is Split.REPLICATED:
+            continue
+        full, shards = full_tensors(row), cut_all(row, full_tensors(row), num_ranks)
+        values = torch.cat([shard.flatten() for shard in shards])
+        assert torch.equal(values[values != 0].sort().values, torch.cat([t.flatten() for t in full]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(models())
+def test_fused_qkv_is_grouped_by_key_value_head(case: tuple[ModelConfig, int]) -> None:
+    """Against the layout written the other way round: as views of heads."""
+    model, num_ranks = case
+    row = next(row for row in table(model) if row.megatron == ("self_attention.linear_qkv.weight",))
+    q, k, v = full_tensors(row)
+    kv, d, h = model.num_kv_heads, model.head_dim, model.hidden_size
+    heads = torch.cat([q.view(kv, -1, d, h), k.view(kv, 1, d, h), v.view(kv, 1, d, h)], dim=1)
+    expected = heads.reshape(-1, h).chunk(num_ranks)
+    assert all(torch.equal(a, b) for a, b in zip(cut_all(row, [q, k, v], num_ranks), expected, strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(models())
+def test_each_rank_holds_its_own_gate_and_up_rows(case: tuple[ModelConfig, int]) -> None:
+    model, num_ranks = case
+    row = next(row for row in table(model) if row.split is Split.RANKS)
+    gate, up = full_tensors(row)
+    for rank, shard in enumerate(cut_all(row, [gate, up], num_ranks)):
+        assert torch.equal(shard, torch.cat([gate.chunk(num_ranks)[rank], up.chunk(num_ranks)[rank]]))
+
+
+def test_vocabulary_is_padded_with_zero_rows_even_over_whole_shards() -> None:
+    embedding = next(row for row in table(replace(MODEL, vocab_size=5)) if row.split is Split.ROWS)
+    full = full_tensors(embedding)
+    shards = cut_all(embedding, full, 4)
+    assert [tuple(shard.shape) for shard in shards] == [(2, 12)] * 4
+    assert torch.equal(torch.cat(shards)[:5], full[0])
+    assert torch.cat(shards)[5:].abs().sum() == 0
+    assert slices(embedding, rank=3, num_ranks=4) == []
+
+
+@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: m.family)
+@pytest.mark.parametrize("pipeline, virtual", [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
+def test_every_layout_exports_the_same_names_in_the_same_order(model: ModelConfig, pipeline: int, virtual: int) -> None:
+    layout = Layout(pipeline=pipeline, virtual_pipeline=virtual)
+    found = [name for p in parameters(model, layout) if not p.row.tied for name in p.hugging_face]
+    assert found == list(hf_shapes(model))
+    assert len(set(found)) == len(found)
+
+
+def test_interleaved_layers_go_round_the_stages() -> None:
+    """Megatron deals chunk 0 of all stages first: with 8 layers over 2 stages of 2 chunks, 0-1 2-3 | 4-5 6-7."""
+    norms = [p for p in parameters(MODEL, Layout(pipeline=2, virtual_pipeline=2)) if "post_attention" in str(p)]
+    assert [(p.stage, p.chunk) for p in norms] == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
+    assert [p.megatron[0].split(".")[2] for p in norms] == ["0", "1"] * 4
+
+
+def test_both_layer_specs_are_in_the_table() -> None:
+    """Transformer Engine fuses each norm into the linear layer behind it and so gives it another name."""
+    names = {name for parameter in parameters(MODEL, Layout()) for name in parameter.megatron}
+    assert {"decoder.layers.7.input_layernorm.weight", "decoder.layers.7.pre_mlp_layernorm.weight"} <= names
+    assert "decoder.layers.7.self_attention.linear_qkv.layer_norm_weight" in names
+    assert "decoder.layers.7.mlp.linear_fc1.layer_norm_weight" in names
+
+
+@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: m.family)
+def test_names_and_shapes_are_those_of_transformers(model: ModelConfig) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        model.family,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        tie_word_embeddings=model.tied_embeddings,
+    )
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in reference.named_parameters()}
+    assert hf_shapes(model) == shapes
