@@ -1,0 +1,320 @@
+"""Reading a Hugging Face folder's numbers, and the rules of dividing a model.
+
+Not covered here: that the numbers give Hugging Face's results (test_hf_parity.py).
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.model_config import ModelConfig, RopeScaling, from_folder, layout_problems
+
+QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+LLAMA32 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+QWEN3_V5 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "dtype": "float32",
+    "eos_token_id": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_types": ["full_attention"] * 28,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "transformers_version": "5.12.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def write(folder: Path, values: dict[str, Any], *, weights: str = "model.safetensors") -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / weights).touch()
+    return folder
+
+
+def problems_of(folder: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        from_folder(folder)
+    return caught.value.problems
+
+
+def test_transformers_4_qwen2(tmp_path: Path) -> None:
+    assert from_folder(write(tmp_path, QWEN25)) == ModelConfig(
+        family="qwen2",
+        num_layers=24,
+        hidden_size=896,
+        ffn_hidden_size=4864,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+        vocab_size=151936,
+        max_positions=32768,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        tied_embeddings=True,
+        qkv_bias=True,
+        qk_norm=False,
+        eos_token_ids=(151645,),
+    )
+
+
+def test_transformers_4_llama_with_scaled_rope(tmp_path: Path) -> None:
+    model = from_folder(write(tmp_path, LLAMA32))
+    assert model.rope_scaling == RopeScaling(
+        kind="llama3", factor=32.0, low_freq_factor=1, high_freq_factor=4, original_max_positions=8192
+    )
+    assert (model.family, model.rope_theta, model.qkv_bias, model.qk_norm) == ("llama", 500000.0, False, False)
+    assert model.eos_token_ids == (128001, 128008, 128009)
+
+
+def test_transformers_5_qwen3(tmp_path: Path) -> None:
+    model = from_folder(write(tmp_path, QWEN3_V5))
+    assert (model.family, model.head_dim, model.rope_theta, model.qk_norm) == ("qwen3", 128, 1e6, True)
+
+
+def test_linear_scaling_in_both_spellings(tmp_path: Path) -> None:
+    linear = RopeScaling(kind="linear", factor=2.5)
+    old = {**QWEN25, "rope_scaling": {"type": "linear", "factor": 2.5}}
+    assert from_folder(write(tmp_path, old)).rope_scaling == linear
+    new = {**QWEN3_V5, "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e6}}
+    assert from_folder(write(tmp_path, new)).rope_scaling == linear
+
+
+def test_missing_optional_fields_mean_what_transformers_assumes(tmp_path: Path) -> None:
+    gone = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "tie_word_embeddings")
+    llama = from_folder(write(tmp_path, {k: v for k, v in LLAMA32.items() if k not in gone}))
+    assert (llama.num_kv_heads, llama.head_dim, llama.rope_theta, llama.tied_embeddings) == (32, 64, 10000.0, False)
+    qwen3 = from_folder(write(tmp_path, {k: v for k, v in QWEN3_V5.items() if k != "head_dim"}))
+    assert qwen3.head_dim == 128
+
+
+def test_generation_config_names_the_end_tokens_first(tmp_path: Path) -> None:
+    write(tmp_path, QWEN25)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643], "top_p": 0.8}))
+    assert from_folder(tmp_path).eos_token_ids == (151645, 151643)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_reads_what_transformers_writes(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    extra = {} if family == "llama" else {"eos_token_id": 5}
+    architectures = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    config = AutoConfig.for_model(family, architectures=[architectures[family]], **extra)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    model = from_folder(tmp_path)
+    assert (model.family, model.num_layers, model.vocab_size) == (family, 32, config.vocab_size)
+    assert (model.num_heads, model.num_kv_heads, model.hidden_size) == (32, 32, 4096)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("attention_dropout", 0.1),
+        ("pretraining_tp", 2),
+        ("partial_rotary_factor", 0.5),
+        ("rope_interleaved", True),
+        ("sliding_window", 4096),
+        ("auto_map", {"AutoModel": "modeling.Mine"}),
+        ("quantization_config", {"quant_method": "awq"}),
+        ("model_type", "mistral"),
+        ("num_key_value_heads", 5),
+        ("head_dim", 63),
+        ("hidden_size", "2048"),
+        ("rms_norm_eps", None),
+        ("eos_token_id", None),
+        ("eos_token_id", [128256]),
+        ("embedding_multiplier", 12.0),
+    ],
+)
+def test_a_field_that_changes_the_result_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+    problems = problems_of(write(tmp_path, {**LLAMA32, field: value}))
+    assert len(problems) == 1
+    assert field in problems[0]
+
+
+def test_sliding_window_layers_are_refused(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] + ["full_attention"] * 27
+    problems = problems_of(write(tmp_path, {**QWEN3_V5, "layer_types": kinds, "use_sliding_window": True}))
+    assert len(problems) == 2
+    assert "sliding_window" in problems[0]
+    assert "layer_types has sliding_attention" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, "yarn"),
+        ({"type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 1}, "beta_fast"),
+        ({**LLAMA32["rope_scaling"], "low_freq_factor": 2.0}, "low_freq_factor"),
+        ({**LLAMA32["rope_scaling"], "original_max_position_embeddings": 4096}, "original_max_position_embeddings"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
+    ],
+)
+def test_rope_that_megatron_does_not_compute_is_refused(tmp_path: Path, rope: dict[str, Any], named: str) -> None:
+    problems = problems_of(write(tmp_path, {**LLAMA32, "rope_scaling": rope}))
+    assert len(problems) == 1
+    assert named in problems[0]
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    values = {**LLAMA32, "architectures": ["GPT2LMHeadModel"], "mlp_bias": True, "vocab_size": 0, "scale_emb": 12}
+    problems = "\n".join(problems_of(write(tmp_path, values, weights="pytorch_model.bin")))
+    for word in ("GPT2LMHeadModel", "Qwen3ForCausalLM", "mlp_bias", "vocab_size", "scale_emb", "pytorch_model.bin"):
+        assert word in problems
+
+
+def test_missing_folder_config_and_weights(tmp_path: Path) -> None:
+    assert "no such folder" in problems_of(tmp_path / "nowhere")[0]
+    assert "config.json" in problems_of(tmp_path)[0]
+    (tmp_path / "config.json").write_text("{")
+    assert "not readable as JSON" in problems_of(tmp_path)[0]
+    (tmp_path / "config.json").write_text(json.dumps(QWEN25))
+    assert "safetensors" in problems_of(tmp_path)[0]
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert [p for p in problems_of(tmp_path) if "model-00002-of-00002.safetensors" in p]
+
+
+MODEL = ModelConfig(
+    family="llama",
+    num_layers=12,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=101,
+    max_positions=64,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tied_embeddings=False,
+    qkv_bias=False,
+    qk_norm=False,
+    eos_token_ids=(2,),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine", "found"),
+    [
+        (Layout(), 1, []),
+        (Layout(tensor=4, sequence=True), 4, []),  # more ranks than key-value heads, an odd vocabulary
+        (Layout(pipeline=2, virtual_pipeline=3, tensor=2), 2, []),
+        (Layout(tensor=3), 1, ["parallel.tensor = 3: must divide the 8 attention heads", "possible: 1, 2, 4, 8"]),
+        (Layout(tensor=3), 1, ["2 key-value heads"]),
+        (Layout(tensor=16), 1, ["8 attention heads"]),
+        (Layout(pipeline=5), 1, ["must divide the 12 layers", "1, 2, 3, 4, 6, 12"]),
+        (Layout(pipeline=4, virtual_pipeline=2), 1, ["4 x 2"]),
+        (Layout(virtual_pipeline=2), 1, ["needs parallel.pipeline >= 2"]),
+        (Layout(tensor=2, data=3), 4, ["engine.tensor_parallel = 4: must divide the 6 ranks", "possible: 1, 2"]),
+        (Layout(data=3), 3, ["engine.tensor_parallel = 3: must divide the 8 attention heads"]),
+    ],
+)
+def test_layouts(layout: Layout, engine: int, found: list[str]) -> None:
+    problems = layout_problems(MODEL, layout, engine)
+    assert bool(problems) == bool(found)
+    assert all(text in "\n".join(problems) for text in found)
+
+
+def test_rules_of_the_mlp_and_the_fused_matrix() -> None:
+    assert "97 hidden units" in layout_problems(replace(MODEL, ffn_hidden_size=97), Layout(tensor=2), 1)[0]
+    one_kv_head = replace(MODEL, num_kv_heads=1, head_dim=2)
+    assert "20 rows" in layout_problems(one_kv_head, Layout(tensor=8), 1)[0]
+
+
+def test_reading_needs_no_torch(tmp_path: Path) -> None:
+    write(tmp_path, QWEN25)
+    code = (
+        "import sys; from pathlib import Path; from megatron_mcpo.model_config import from_folder; "
+        f"from_folder(Path({str(tmp_path)!r})); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
