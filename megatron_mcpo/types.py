@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -71,6 +72,11 @@ class Keys:
 
     def __len__(self) -> int:
         return len(self.domain_M)
+
+    def to(self, device: torch.device) -> "Keys":
+        return Keys(
+            domain_M=self.domain_M.to(device), prompt_M=self.prompt_M.to(device), correct_M=self.correct_M.to(device)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,10 @@
-"""The only folder, with parallel.py and platform.py, that imports Megatron-Core."""
+"""The only folder, with parallel.py and platform.py, that imports Megatron-Core.
+
+Importing anything in it prepares Megatron-Core for this machine, once.
+"""
 
 from megatron_mcpo import platform
+from megatron_mcpo.mcore import adam
 
 platform.apply()  # before any module of this folder imports Megatron-Core
+adam.install()

@@ -54,6 +54,7 @@ class _Model:
         self.groups = groups
         self.model_config = model
         self.temperature = config.rollout.temperature
+        self.device = device()
         self.max_tokens = config.batch.micro_batch_tokens
         self.head_dim = head_dim
         self.version = 0

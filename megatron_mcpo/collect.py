@@ -1,0 +1,101 @@
+"""Prompts in, scored groups out: sampling and verification, shared out over all engines of the job.
+
+Every engine completes its share of a step's prompts and its first rank scores them; then all ranks learn of all
+groups. So a step's data do not depend on how the trainer is laid out. Shape legend: see megatron_mcpo.types.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_mcpo.parallel import Groups, raise_together
+from megatron_mcpo.rewards.scorer import Scorer
+from megatron_mcpo.rollout.engine import Engine, SamplingRequest
+from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How prompts are completed. `seed` is that of the first prompt's first sample."""
+
+    num_samples: int
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class Collector:
+    """Completes and scores prompts. All ranks call it together with the same prompts.
+
+    scorer: on the first rank of every engine; None on the others
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scorer: Scorer | None,
+        tokenizer: PreTrainedTokenizerBase,
+        groups: Groups,
+        *,
+        engine_ranks: int,
+        stop_token_ids: tuple[int, ...],
+    ):
+        self.engine = engine
+        self.scorer = scorer
+        self.tokenizer = tokenizer
+        self.groups = groups
+        self.stop_token_ids = stop_token_ids
+        self.num_engines = groups.world_size // engine_ranks
+        self.engine_number = groups.rank // engine_ranks
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        """One group a prompt, in order, the same on every rank; rewards are not yet there."""
+        return self._share_out(prompts, sampling, score=False)
+
+    def collect(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        """The same, with rewards; where the verifier failed a group's `error` says why, and it has none."""
+        return self._share_out(prompts, sampling, score=True)
+
+    def _share_out(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
+        mine = range(self.engine_number, len(prompts), self.num_engines)
+        groups: list[RolloutGroup] = []
+        error: Exception | None = None
+        try:
+            completed = self._generate([prompts[i] for i in mine], [self._seed(sampling, i) for i in mine], sampling)
+            if self.scorer is not None:
+                groups = self.scorer.score(completed) if score else completed
+        except Exception as failure:
+            error = failure
+        raise_together(error, self.groups)
+        shares: list[list[tuple[int, RolloutGroup]]] = [[] for _ in range(self.groups.world_size)]
+        share = list(zip(mine, groups, strict=True)) if groups else []
+        dist.all_gather_object(shares, share, group=self.groups.host)
+        by_position = dict(pair for part in shares for pair in part)
+        return [by_position[i] for i in range(len(prompts))]
+
+    def _seed(self, sampling: Sampling, position: int) -> int:
+        return sampling.seed + position * sampling.num_samples
+
+    def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling) -> list[RolloutGroup]:
+        requests = [
+            SamplingRequest(
+                token_ids=prompt.token_ids,
+                num_samples=sampling.num_samples,
+                seed=seed,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                stop_token_ids=self.stop_token_ids,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        groups = []
+        for prompt, completions in zip(prompts, self.engine.generate(requests), strict=True):
+            texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+            completions = tuple(replace(c, text=text) for c, text in zip(completions, texts, strict=True))
+            aborted = any(c.stop_reason is StopReason.ABORT for c in completions)
+            groups.append(
+                RolloutGroup(prompt=prompt, completions=completions, error="the engine aborted" if aborted else None)
+            )
+        return groups

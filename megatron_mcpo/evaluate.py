@@ -1,0 +1,26 @@
+"""Held-out accuracy by domain."""
+
+from collections.abc import Sequence
+
+from megatron_mcpo.collect import Collector, Sampling
+from megatron_mcpo.config import Config
+from megatron_mcpo.data.domains import Domain
+
+
+def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) -> dict[str, float]:
+    """Share of each domain's held-out items whose greedy completion is correct; all ranks together.
+
+    Items whose verifier failed are left out; a domain without a verified item has NaN.
+    """
+    prompts = [prompt for domain in domains for prompt in domain.held_out]
+    greedy = Sampling(num_samples=1, max_tokens=config.rollout.max_response_tokens, temperature=0.0, seed=0)
+    groups = collector.collect(prompts, greedy)
+    accuracies = {}
+    for number, domain in enumerate(domains):
+        correct = [
+            group.rewards[0] >= config.algorithm.pass_threshold
+            for group in groups
+            if group.prompt.domain == number and group.error is None
+        ]
+        accuracies[domain.name] = sum(correct) / len(correct) if correct else float("nan")
+    return accuracies

@@ -1,0 +1,89 @@
+"""Everything a run says, on the one rank that speaks: console, metrics files, trackers, dumps, plots."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.console import Console
+from megatron_mcpo.metrics import MetricsLog, write_representations, write_rollouts
+from megatron_mcpo.plots import write_plots
+from megatron_mcpo.report import BatchReport, rollout_rows
+from megatron_mcpo.run_folder import RunFolder
+
+
+class Journal:
+    """Speaks on the rank that has the run folder; on all others (folder None) every call does nothing."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        first_step: int,
+        evaluated: bool,
+    ):
+        """evaluated: whether the first step's evaluation is on file already; the same on every rank"""
+        self._config = config
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._evaluated = {first_step} if evaluated else set[int]()
+        if folder is not None:
+            self._log = MetricsLog(folder.path, config.run.trackers)
+            self._console = Console(config, config.run.steps, first_step)
+
+    def note(self, text: str) -> None:
+        if self._folder is not None:
+            self._console.note(text)
+
+    def step(self, step: int, figures: Mapping[str, float], learned: Sequence[BatchReport]) -> None:
+        """Log a training step and dump its rollouts and representations."""
+        if self._folder is None:
+            return
+        self._log.log(step, dict(figures))
+        self._console.step(step, dict(figures))
+        self._dump(self._folder.path, step, learned)
+
+    def has_evaluation(self, step: int) -> bool:
+        return step in self._evaluated
+
+    def evaluation(self, step: int, accuracies: Mapping[str, float]) -> None:
+        """Log held-out accuracies."""
+        if self._folder is None:
+            return
+        self._log.log_eval(step, dict(accuracies))
+        self._console.evaluation(step, dict(accuracies))
+
+    def finish(self) -> None:
+        """Draw the plots, print the summary and mark the run as complete."""
+        if self._folder is None:
+            return
+        self._log.close()
+        write_plots(self._folder.path, self._config.domain_names)
+        self._folder.finish()
+        self._console.summary(self._folder.path)
+        self._console.close()
+
+    def _dump(self, folder: Path, step: int, learned: Sequence[BatchReport]) -> None:
+        rows = []
+        for number, report in enumerate(learned):
+            prompts = [self._tokenizer.decode(group.prompt.token_ids) for group in report.groups]
+            rows += [
+                {"minibatch": number, **row} for row in rollout_rows(report, self._config.domain_names, prompts)
+            ]
+        write_rollouts(folder, step, rows)
+        drawn = [report for report in learned if report.z_MD is not None]
+        if not drawn:
+            return
+        groups = [group for report in drawn for group in report.groups]
+        rewards = np.array([reward for group in groups for reward in group.rewards])
+        write_representations(
+            folder,
+            step,
+            z=np.concatenate([report.z_MD.float().cpu().numpy() for report in drawn if report.z_MD is not None]),
+            domain=np.array([group.prompt.domain for group in groups for _ in group.rewards]),
+            correct=rewards >= self._config.algorithm.pass_threshold,
+        )

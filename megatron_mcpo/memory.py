@@ -1,0 +1,33 @@
+"""Peak memory of a job."""
+
+import resource
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_mcpo.parallel import Groups
+
+
+def peak_memory_gib(groups: Groups) -> float:
+    """GiB: the largest resident size so far of every rank, plus the present one of its worker processes, summed.
+
+    Pages that processes share count once for each of them, so this is an upper bound. On a GPU: the most memory that
+    torch had reserved on any one device.
+    """
+    if torch.cuda.is_available():
+        peak = torch.tensor(float(torch.cuda.max_memory_reserved()), device=torch.device("cuda"))
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.world)
+        return peak.item() / 2**30
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    workers = sum(_resident(child) for child in psutil.Process().children(recursive=True))
+    total = torch.tensor(float(own + workers))
+    dist.all_reduce(total, group=groups.world)
+    return total.item() / 2**30
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0

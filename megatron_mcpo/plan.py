@@ -1,0 +1,28 @@
+"""The arithmetic of a run, printed before anything starts."""
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.model_config import ModelConfig
+
+
+def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
+    """Lines for people: the layout, what a step consists of, where rollouts are made."""
+    batch = config.batch
+    rollouts = batch.prompts * batch.samples
+    engines = layout.world_size // config.engine.tensor_parallel
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    method = "MCPO" if config.contrastive.enabled else "GRPO (both contrastive weights are 0)"
+    return "\n".join(
+        [
+            f"model    {config.model.path}: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_heads}/{model.num_kv_heads} heads, vocabulary {model.vocab_size}, {config.model.dtype}",
+            f"layout   {layout.world_size} rank(s) = {layout}",
+            f"engine   {engines} x vLLM on {config.engine.tensor_parallel} rank(s), weights pushed after every step",
+            f"step     {batch.prompts} prompts x {batch.samples} samples = {rollouts} rollouts, at most "
+            f"{rollouts * longest} tokens, {batch.minibatches} optimizer step(s)",
+            f"rank     about {-(-rollouts // layout.data)} rollouts in micro-batches of at most "
+            f"{batch.micro_batch_tokens} tokens",
+            f"run      {method}, {config.run.steps} steps, domains {', '.join(config.domain_names)}, "
+            f"seed {config.run.seed}",
+        ]
+    )

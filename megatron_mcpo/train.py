@@ -1,0 +1,82 @@
+"""The program: `python -m megatron_mcpo.train CONFIG [--dry-run] [--section.key VALUE ...]`.
+
+Started by itself it checks the configuration and replaces itself by torchrun with as many ranks as the layout needs;
+started by torchrun (or srun torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mcpo.config import Config, ConfigError, load
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.metrics import check_trackers
+from megatron_mcpo.model_config import ModelConfig, layout_problems
+from megatron_mcpo.plan import arithmetic
+from megatron_mcpo.rewards import allowlist
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_mcpo.train", description="Train with MCPO.")
+    parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
+    known, overrides = parser.parse_known_args(arguments)
+    world_size = os.environ.get("WORLD_SIZE")
+    try:
+        config = load(known.config, overrides)
+        layout, model = check(config, int(world_size) if world_size else None)
+    except ConfigError as error:
+        return _refuse(error)
+    if known.dry_run:
+        print(arithmetic(config, layout, model))
+        return 0
+    if world_size is None:
+        _become_torchrun(arguments, layout.world_size)
+    from megatron_mcpo.run import run
+
+    try:
+        run(config, layout, model)
+    except ConfigError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
+    """Everything that can be known to be wrong before torch is imported. Raises ConfigError with all problems."""
+    problems = allowlist.problems(config) + check_trackers(config)
+    layout, model = None, None
+    try:
+        layout = config.layout(world_size)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        model = ModelConfig.from_folder(Path(config.model.path))
+    except ConfigError as error:
+        problems += error.problems
+    if layout is not None and model is not None:
+        problems += layout_problems(model, layout, config.engine.tensor_parallel)
+    if problems or layout is None or model is None:
+        raise ConfigError(problems)
+    return layout, model
+
+
+def _refuse(error: ConfigError) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(error.problems), file=sys.stderr)
+    return 2
+
+
+def _become_torchrun(arguments: Sequence[str], num_ranks: int) -> None:
+    # Ranks that share the cores must not each start a thread for every core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    os.execv(sys.executable, [*command, "-m", "megatron_mcpo.train", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
