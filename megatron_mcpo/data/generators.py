@@ -1,0 +1,104 @@
+"""Items of reasoning-gym generators, made in another process and kept as JSON lines."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_mcpo.config import ConfigError, SourceConfig
+
+GENERATION_SECONDS = 600.0
+"""How long all generators together may take, the import of reasoning-gym included."""
+
+FORMAT = 1
+"""Part of the cache key: raise it when generator_worker.py makes other items from the same request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemRequest:
+    """`size` items of one source; `domain` is for messages."""
+
+    domain: str
+    source: SourceConfig
+    size: int
+    seed: int
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """What the generating process needs, and the cache is keyed by."""
+        return {
+            "generator": self.source.generator,
+            "options": self.source.options,
+            "seed": self.seed,
+            "size": self.size,
+        }
+
+
+def generate(requests: Sequence[ItemRequest], *, cache_dir: Path) -> list[list[dict[str, Any]]]:
+    """For each request up to `size` items (question, answer, metadata) with distinct questions.
+
+    Fewer where the generator runs out. What `cache_dir` lacks is made in ONE subprocess and added; several ranks may
+    do so at once. Raises ConfigError with a line for every source that failed.
+    """
+    paths = [cache_dir / _file_name(request) for request in requests]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    if missing:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        replies = _run_generators([requests[i].message for i in missing])
+        failures = [_explain(requests[i], reply) for i, reply in zip(missing, replies, strict=True) if "error" in reply]
+        if failures:
+            raise ConfigError(failures)
+        for i, reply in zip(missing, replies, strict=True):
+            _write(paths[i], reply["items"])
+    return [_read(path) for path in paths]
+
+
+def _file_name(request: ItemRequest) -> str:
+    key = {**request.message, "reasoning-gym": version("reasoning-gym"), "format": FORMAT}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return f"{request.source.generator}-{digest[:20]}.jsonl"
+
+
+def _run_generators(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mcpo.data.generator_worker"]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(messages),
+            capture_output=True,
+            encoding="utf-8",
+            env=environment,
+            timeout=GENERATION_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        names = ", ".join(message["generator"] for message in messages)
+        limit = f"{GENERATION_SECONDS:g} s"
+        raise ConfigError([f"domain.sources: {names} made no items within {limit}; ask for fewer or easier"]) from None
+    if done.returncode != 0:
+        raise RuntimeError(f"the item generator ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def _explain(request: ItemRequest, reply: dict[str, Any]) -> str:
+    return f"domain {request.domain!r}, source {request.source.generator!r}: {reply['error']}"
+
+
+def _write(path: Path, items: list[dict[str, Any]]) -> None:
+    """All or nothing: a reader sees no file or the whole one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+    os.replace(file.name, path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
