@@ -47,6 +47,6 @@ def _gather(shard: Tensor, groups: Groups) -> list[Tensor]:
     num_ranks = groups.layout.tensor
     if num_ranks == 1:
         return [shard]
-    gathered = shard.new_empty((num_ranks, *shard.shape))
+    gathered = shard.new_empty((num_ranks * shard.shape[0], *shard.shape[1:]))
     dist.all_gather_into_tensor(gathered, shard, group=groups.tensor)
-    return list(gathered)
+    return list(gathered.chunk(num_ranks))
