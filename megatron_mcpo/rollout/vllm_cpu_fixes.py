@@ -6,10 +6,11 @@ The rest are repairs of vLLM's CPU backend; each names the versions it is for.
 """
 
 import gc
+import logging
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,10 @@ _vllm_values: list[Any] = []
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def isolated(*, compile_kernels: bool) -> Iterator[None]:
     """Run a block of vLLM calls so that nothing but their results is left behind.
+
+    compile_kernels: False has vLLM's torch.compile'd helpers run eagerly, which saves seconds of C++ compiler on a CPU
 
     Restored afterwards: the global generators of torch (CPU and the current CUDA device), python and numpy; the
     environment; torch's patched functions; the thread count; what the garbage collector scans. vLLM's patches come
@@ -54,7 +57,10 @@ def isolated() -> Iterator[None]:
     if _vllm_values:
         _set_patched_values(_vllm_values)
     try:
-        yield
+        with ExitStack() as stack:
+            if not compile_kernels:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
     finally:
         _vllm_values[:] = _patched_values()
         _set_patched_values(ours)
@@ -91,20 +97,37 @@ def _set_environment(wanted: dict[str, str]) -> None:
 
 
 @contextmanager
-def unique_shared_memory(job_tag: str) -> Iterator[None]:
-    """Put `job_tag` into the names of the shared-memory segments that tensor-parallel CPU ranks talk through.
-
-    Under a launcher vLLM gives the segments of all jobs on a host the same names: two jobs collide, and what a crash
-    leaves in /dev/shm stops every later one. Seen in 0.30 to 0.33.
-    """
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as ShmGroup
-
-    original = vars(ShmGroup)["make_group_name"]
-    ShmGroup.make_group_name = staticmethod(lambda comm: f"{job_tag}-{original(comm).lstrip('/')}")
+def quiet_import() -> Iterator[None]:
+    """Keep torch from warning that a machine with a CUDA toolkit has no GPU: vLLM's imports make it look."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        ShmGroup.make_group_name = original
+        logger.setLevel(level)
+
+
+@contextmanager
+def cpu_start(job_tag: str) -> Iterator[None]:
+    """Build a CPU engine that shares a host with other jobs and a process with a trainer. Seen in 0.30 to 0.33:
+
+    - Under a launcher vLLM gives the shared-memory segments of all jobs the same names: two jobs collide, and what a
+      crash leaves in /dev/shm stops every later one. `job_tag` is put in front of the names.
+    - vLLM binds all memory of the process to one NUMA node, and says so on the console. This is left out.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    shm_group: Any = _CPUSHMDistributed
+    kernels: Any = torch.ops._C
+    make_name, bind_memory = vars(shm_group)["make_group_name"], kernels.init_cpu_memory_env
+    shm_group.make_group_name = staticmethod(lambda comm: f"{job_tag}-{make_name(comm).lstrip('/')}")
+    kernels.init_cpu_memory_env = lambda nodes: None
+    try:
+        yield
+    finally:
+        shm_group.make_group_name = make_name
+        kernels.init_cpu_memory_env = bind_memory
 
 
 def reload_is_stale_on_cpu() -> bool:
@@ -118,7 +141,7 @@ def reload_is_stale_on_cpu() -> bool:
 def before_reload(model: nn.Module) -> None:
     """Have unquantised experts packed again: their method does it only while it has no kernel yet."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if type(method).__name__ == "UnquantizedFusedMoEMethod":
             method.moe_kernel = None
 
@@ -126,7 +149,7 @@ def before_reload(model: nn.Module) -> None:
 def after_reload(model: nn.Module) -> None:
     """Pack a tied output embedding again: reload only packs modules that tensors were loaded into."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         is_head = type(module).__name__ == "ParallelLMHead"
-        if is_head and type(method).__name__ == "UnquantizedEmbeddingMethod" and module.weight.numel():
+        if is_head and type(method).__name__ == "UnquantizedEmbeddingMethod":
             method.process_weights_after_loading(module)

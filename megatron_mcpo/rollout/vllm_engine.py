@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -217,7 +217,7 @@ class VllmEngine:
     def _fatal(self, action: str) -> Iterator[None]:
         """Run vLLM isolated; whatever goes wrong in it ends the engine."""
         try:
-            with fixes.isolated():
+            with fixes.isolated(compile_kernels=not self._on_cpu):
                 yield
         except Exception as error:
             self._broken = f"{action} failed: {error}"
@@ -227,10 +227,8 @@ class VllmEngine:
             raise
 
     def _abandon_update(self) -> None:
-        try:
+        with suppress(Exception):  # the error that led here is the one to report
             self._llm.finish_weight_update()
-        except Exception:  # noqa: BLE001, S110 - the error that led here is the one to report
-            pass
 
     def _check_request(self, request: SamplingRequest) -> None:
         num_prompt = len(request.token_ids)
@@ -309,10 +307,11 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
     if distributed:
         os.environ["RANK"] = str(dist.get_rank())
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank() % max(torch.cuda.device_count(), 1)))
-    from vllm import LLM
+    with fixes.quiet_import():
+        from vllm import LLM
 
-    _register_backend()
-    with fixes.unique_shared_memory(job_tag) if not torch.cuda.is_available() else nullcontext():
+        _register_backend()
+    with fixes.cpu_start(job_tag) if not torch.cuda.is_available() else nullcontext():
         return LLM(
             **options,
             seed=0,
@@ -375,7 +374,8 @@ def _register_backend() -> None:
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights(update_info.weights)
+            model: Any = self.model
+            model.load_weights(update_info.weights)
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
