@@ -4,15 +4,13 @@
 Every key's meaning is its `description`; there is no other list of keys.
 """
 
-import difflib
-import json
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, field_validator
 
+from megatron_mcpo.config_io import apply_overrides, explain, read_toml, to_toml
 from megatron_mcpo.layout import Layout
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -20,7 +18,15 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+PathText = Annotated[str, Field(min_length=1)]
+# Names become folders and keys of metrics: no slash, no leading dot.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+
+# What other keys of metrics.jsonl, eval.jsonl and the folder of runs are called.
+RESERVED_DOMAINS = ("mean", "worst", "step")
+RESERVED_RUN = "latest"
 
 
 class ConfigError(ValueError):
@@ -39,7 +45,7 @@ class RunConfig(_Section):
     """What is run, how long, and where its files go."""
 
     name: Name = Field("run", description="folder of the run under `dir`")
-    dir: str = Field("runs", description="folder that holds all runs")
+    dir: PathText = Field("runs", description="folder that holds all runs")
     seed: NonNegativeInt = Field(0, description="of everything random: sampling, order of the data, the new head")
     steps: PositiveInt = Field(description="rollout-and-update steps")
     checkpoint_every: PositiveInt = Field(5, description="steps between checkpoints; the last step always has one")
@@ -54,7 +60,7 @@ class RunConfig(_Section):
 class ModelSection(_Section):
     """The policy, and the reference that starts as its copy."""
 
-    path: str = Field(description="Hugging Face folder with config.json, tokenizer and safetensors")
+    path: PathText = Field(description="Hugging Face folder with config.json, tokenizer and safetensors")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations, in trainer and engine")
 
 
@@ -93,7 +99,7 @@ class EngineConfig(_Section):
 
     tensor_parallel: PositiveInt = Field(1, description="ranks an engine's weights are divided over")
     kv_cache_gib: PositiveFloat = Field(0.5, description="key-value cache on a CPU")
-    gpu_memory_utilization: Fraction = Field(0.5, description="share of a GPU's memory that the engine may take")
+    gpu_memory_utilization: Share = Field(0.5, description="share of a GPU's memory that the engine may take")
     max_concurrent: PositiveInt = Field(64, description="sequences decoded together")
     canary_every: PositiveInt = Field(10, description="steps between checks that engine and trainer agree")
 
@@ -102,7 +108,7 @@ class AlgorithmConfig(_Section):
     """The policy term (objective: group-relative advantages, clipped ratio, KL to the reference)."""
 
     clip_low: Fraction = Field(0.2, description="the ratio is clipped below 1 - clip_low")
-    clip_high: Fraction = Field(0.2, description="the ratio is clipped above 1 + clip_high")
+    clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
     kl_weight: NonNegativeFloat = Field(0.001, description="beta of the k3 KL term; 0: no reference model is built")
     importance_cap: PositiveFloat | None = Field(
         2.0, description="cap C of the truncated importance weight min(exp(old - engine), C); 'off' for none"
@@ -136,8 +142,8 @@ class OptimizerConfig(_Section):
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
     warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up")
-    beta1: Fraction = Field(0.9, description="decay of the first moment")
-    beta2: Fraction = Field(0.95, description="decay of the second moment")
+    beta1: Decay = Field(0.9, description="decay of the first moment")
+    beta2: Decay = Field(0.95, description="decay of the second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; not applied to norms and biases")
     clip_grad: PositiveFloat = Field(1.0, description="global gradient norm is clipped to this")
@@ -148,7 +154,7 @@ class RewardsConfig(_Section):
 
     workers: PositiveInt = Field(1, description="worker processes an engine's first rank scores with")
     timeout: PositiveFloat = Field(10.0, description="seconds a verifier may take before its worker is killed")
-    max_error_rate: Fraction = Field(0.05, description="share of groups a failing verifier may cost before the run stops")
+    max_error_rate: Fraction = Field(0.05, description="share of groups a verifier may fail on before the run stops")
 
 
 class EvaluationConfig(_Section):
@@ -162,7 +168,7 @@ class SourceConfig(_Section):
     """One reasoning-gym generator."""
 
     generator: Name = Field(description="name of an allow-listed reasoning-gym dataset")
-    options: dict[str, Any] = Field({}, description="its options, as reasoning-gym names them")
+    options: dict[str, JsonValue] = Field({}, description="its options, as reasoning-gym names them")
     weight: PositiveFloat = Field(1.0, description="share of the domain's prompts, relative to its other sources")
 
 
@@ -203,23 +209,34 @@ class Config(_Section):
         Raises ConfigError when they don't divide.
         """
         p = self.parallel
-        model_parallel = p.tensor * p.pipeline * p.context
-        data = p.data or (world_size or model_parallel) // model_parallel
+        replica = p.tensor * p.pipeline * p.context
         layout = Layout(
             tensor=p.tensor,
             pipeline=p.pipeline,
             virtual_pipeline=p.virtual_pipeline,
             context=p.context,
-            data=data,
+            data=p.data or max(1, (world_size or replica) // replica),
             sequence=p.sequence and p.tensor > 1,
         )
+        problems = []
         if world_size is not None and layout.world_size != world_size:
-            raise ConfigError(
-                [
-                    f"parallel: {layout} needs {layout.world_size} ranks, torchrun started {world_size}; "
-                    f"start {layout.world_size} or change parallel.data"
-                ]
+            wanted = f"{layout.world_size}" if p.data else f"a multiple of {replica}"
+            problems.append(
+                f"parallel: {layout} needs {wanted} ranks, torchrun started {world_size}; start that many or change "
+                "the sizes under [parallel]"
             )
+        if layout.world_size % self.engine.tensor_parallel:
+            problems.append(
+                f"engine.tensor_parallel = {self.engine.tensor_parallel}: must divide the number of ranks, "
+                f"{layout.world_size} ({layout}); set it to one of its divisors"
+            )
+        if self.batch.prompts < layout.data:
+            problems.append(
+                f"batch.prompts = {self.batch.prompts}: at least one for each of {layout.data} data-parallel replicas; "
+                "raise it or lower parallel.data"
+            )
+        if problems:
+            raise ConfigError(problems)
         return layout
 
 
@@ -229,20 +246,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError with every problem at once: syntax, unknown keys (with the nearest known one), types, ranges,
     and what can be said of the combination without opening the model.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file; give the path of a TOML configuration"]) from None
-    except IsADirectoryError:
-        raise ConfigError([f"{path}: is a folder; give the path of a TOML configuration"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
-    problems = _apply_overrides(values, overrides)
+    values, unreadable = read_toml(path)
+    problems = unreadable + apply_overrides(values, overrides, Config)
+    if unreadable:
+        raise ConfigError(problems)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(problems + [_explain(e) for e in error.errors()]) from None
-    problems += _combination_problems(config)
+        problems += [explain(detail, Config) for detail in error.errors()]
+        broken = {str(detail["loc"][0]) for detail in error.errors()}
+        raise ConfigError(problems + _combination_problems(_valid_part(values, broken), broken)) from None
+    problems += _combination_problems(config, set())
     if problems:
         raise ConfigError(problems)
     return config
@@ -250,140 +264,94 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as TOML, which `load` reads back to an equal Config."""
-    lines: list[str] = []
-    for section, value in config.model_dump().items():
-        if section != "domain":
-            lines += [f"[{section}]", *_toml_pairs(value), ""]
-    for domain in config.domain:
-        values = domain.model_dump()
-        sources = values.pop("sources")
-        lines += ["[[domain]]", *_toml_pairs(values), ""]
-        for source in sources:
-            lines += ["[[domain.sources]]", *_toml_pairs(source), ""]
-    return "\n".join(lines)
+    values = config.model_dump()
+    if config.algorithm.importance_cap is None:
+        values["algorithm"]["importance_cap"] = "off"
+    return to_toml(values)
 
 
-def _toml_pairs(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in values.items() if not _is_unset(key, value)]
+def _valid_part(values: dict[str, Any], broken: set[str]) -> Config:
+    """A Config that lacks the broken sections, for rules that don't ask for them."""
+    sections = {}
+    for name, field in Config.model_fields.items():
+        if name not in broken:
+            annotation: Any = field.annotation
+            sections[name] = TypeAdapter(annotation).validate_python(values[name]) if name in values else field.default
+    return Config.model_construct(**sections)
 
 
-def _is_unset(key: str, value: Any) -> bool:
-    return value is None and key != "importance_cap"
-
-
-def _toml_value(value: Any) -> str:
-    if value is None:
-        return '"off"'
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)
-
-
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    problems = []
-    rest = list(overrides)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--") or "." not in flag:
-            problems.append(f"{flag}: overrides look like --section.key VALUE")
-            continue
-        key, equals, text = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                problems.append(f"{flag}: has no value; write {flag} VALUE")
-                continue
-            text = rest.pop(0)
-        section, _, name = key.partition(".")
-        table = values.setdefault(section, {})
-        if not isinstance(table, dict) or "." in name:
-            problems.append(f"--{key}: overrides reach single keys of single tables; edit {section!r} in the file")
-        else:
-            table[name] = _parse_value(text)
-    return problems
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: key, value, rule, fix."""
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{where}: missing; add it to the file ({_description(error['loc']) or 'a table of settings'})"
-    meaning = _description(error["loc"])
-    return f"{where} = {error['input']!r}: {error['msg']}" + (f" ({meaning})" if meaning else "")
-
-
-def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Config
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        info = model.model_fields.get(part) if model else None
-        annotation: Any = info.annotation if info else None
-        while annotation is not None and not isinstance(annotation, type):
-            args = getattr(annotation, "__args__", ())
-            annotation = args[0] if args else None
-        if getattr(annotation, "__args__", None):
-            annotation = annotation.__args__[0]
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return model
-
-
-def _known_keys(loc: Sequence[Any]) -> list[str]:
-    section = _section_at(loc)
-    return list(section.model_fields) if section else []
-
-
-def _description(loc: Sequence[Any]) -> str:
-    keys = [part for part in loc if isinstance(part, str)]
-    for end in range(len(keys), 0, -1):
-        section = _section_at(keys[: end - 1])
-        if section and keys[end - 1] in section.model_fields:
-            return section.model_fields[keys[end - 1]].description or ""
-    return ""
-
-
-def _combination_problems(config: Config) -> list[str]:
+def _combination_problems(config: Config, broken: set[str]) -> list[str]:
     """Rules that involve more than one key and need neither the model nor the world size."""
-    problems = []
+    return [problem for sections, rule in _RULES if not broken.intersection(sections) for problem in rule(config)]
+
+
+def _names(config: Config) -> list[str]:
     names = config.domain_names
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        problems.append(f"domain.name = {name!r}: used twice; names must differ")
-    if "mean" in names:
-        problems.append("domain.name = 'mean': reward/mean is the mean over domains; choose another name")
-    p, batch = config.parallel, config.batch
-    if p.virtual_pipeline > 1 and p.pipeline == 1:
-        problems.append(
-            f"parallel.virtual_pipeline = {p.virtual_pipeline}: needs parallel.pipeline >= 2; set one of them"
-        )
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if batch.micro_batch_tokens < longest:
-        problems.append(
-            f"batch.micro_batch_tokens = {batch.micro_batch_tokens}: must hold the longest rollout, "
-            f"rollout.max_prompt_tokens + max_response_tokens = {longest}; raise it or lower those"
-        )
-    if batch.minibatches > batch.prompts:
-        problems.append(
-            f"batch.minibatches = {batch.minibatches}: at most batch.prompts = {batch.prompts}, a group is not divided"
-        )
-    if config.contrastive.share_weight > 0 and len(names) < 2:
-        problems.append(
-            "contrastive.share_weight > 0: knowledge sharing needs two domains; add a [[domain]] or set it to 0"
-        )
-    if config.optimizer.min_lr > config.optimizer.lr:
-        problems.append(f"optimizer.min_lr = {config.optimizer.min_lr}: must not exceed lr = {config.optimizer.lr}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems = [f"domain.name = {name!r}: used twice; names must differ, rename one" for name in twice]
+    for name in sorted(set(names).intersection(RESERVED_DOMAINS)):
+        problems.append(f"domain.name = {name!r}: the metrics use this name for something else; choose another")
     return problems
+
+
+def _run_name(config: Config) -> list[str]:
+    if config.run.name != RESERVED_RUN:
+        return []
+    return [f"run.name = {RESERVED_RUN!r}: is the link to the newest run; choose another name"]
+
+
+def _virtual_pipeline(config: Config) -> list[str]:
+    p = config.parallel
+    if p.virtual_pipeline == 1 or p.pipeline > 1:
+        return []
+    return [
+        f"parallel.virtual_pipeline = {p.virtual_pipeline}: needs at least 2 pipeline stages; set parallel.pipeline, "
+        "or this to 1"
+    ]
+
+
+def _longest_rollout(config: Config) -> list[str]:
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.batch.micro_batch_tokens >= longest:
+        return []
+    return [
+        f"batch.micro_batch_tokens = {config.batch.micro_batch_tokens}: must hold the longest rollout, "
+        f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it or lower those"
+    ]
+
+
+def _minibatches(config: Config) -> list[str]:
+    if config.batch.minibatches <= config.batch.prompts:
+        return []
+    return [
+        f"batch.minibatches = {config.batch.minibatches}: at most batch.prompts = {config.batch.prompts}, because a "
+        "group is not divided; lower it"
+    ]
+
+
+def _sharing(config: Config) -> list[str]:
+    weight = config.contrastive.share_weight
+    if weight == 0 or len(config.domain) > 1:
+        return []
+    return [
+        f"contrastive.share_weight = {weight}: knowledge sharing needs two domains; add a [[domain]] or set it to 0"
+    ]
+
+
+def _learning_rates(config: Config) -> list[str]:
+    rates = config.optimizer
+    if rates.min_lr <= rates.lr:
+        return []
+    return [f"optimizer.min_lr = {rates.min_lr}: must not exceed optimizer.lr = {rates.lr}; lower it"]
+
+
+# Each with the sections it reads: where one of them is broken already, the rule would judge a value nobody wrote.
+_RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
+    (("run",), _run_name),
+    (("domain",), _names),
+    (("parallel",), _virtual_pipeline),
+    (("batch", "rollout"), _longest_rollout),
+    (("batch",), _minibatches),
+    (("contrastive", "domain"), _sharing),
+    (("optimizer",), _learning_rates),
+]

@@ -1,0 +1,252 @@
+"""Reading, overriding, refusing and writing configurations.
+
+Not covered: what needs the model or the number of ranks beyond `Config.layout`, and which generators are allowed.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mcpo.config import Config, ConfigError, dump, load
+from megatron_mcpo.config_io import to_toml
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
+
+SMALL = {
+    "run": 'name = "r"\nsteps = 3',
+    "model": 'path = "m"',
+    "batch": "prompts = 4\nsamples = 2",
+    "optimizer": "lr = 0.1",
+}
+DOMAINS = '[[domain]]\nname = "{}"\n[[domain.sources]]\ngenerator = "g"\n'
+
+
+def write(tmp_path: Path, *, domains: tuple[str, ...] = ("a", "b"), **sections: str) -> Path:
+    tables = "".join(f"[{name}]\n{keys}\n" for name, keys in (SMALL | sections).items())
+    path = tmp_path / "config.toml"
+    path.write_text(tables + "".join(DOMAINS.format(name) for name in domains), encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return caught.value.problems
+
+
+def reload(config: Config, tmp_path: Path) -> Config:
+    path = tmp_path / "dumped.toml"
+    path.write_text(dump(config), encoding="utf-8")
+    return load(path)
+
+
+def test_quickstart_is_valid_and_names_five_domains():
+    config = load(QUICKSTART)
+    assert config.domain_names == ["arithmetic", "algorithmic", "algebra", "cognition", "logic"]
+    assert config.batch.samples == 8
+
+
+def test_quickstart_generators_accept_their_options():
+    import reasoning_gym
+
+    for domain in load(QUICKSTART).domain:
+        for source in domain.sources:
+            dataset = reasoning_gym.create_dataset(source.generator, size=2, seed=0, **source.options)
+            assert dataset.score_answer(dataset[0]["answer"], dataset[0]) == 1.0, source
+
+
+def test_round_trip_of_every_optional_value(tmp_path):
+    path = write(
+        tmp_path, parallel="data = 3", algorithm='importance_cap = "off"', run='steps = 1\ntrackers = ["wandb"]'
+    )
+    config = load(path)
+    assert config.algorithm.importance_cap is None
+    assert config.parallel.data == 3
+    assert reload(config, tmp_path) == config
+    assert reload(load(QUICKSTART), tmp_path) == load(QUICKSTART)
+
+
+plain = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8)
+nested = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
+
+
+@settings(deadline=None)  # other ranks may share the cores
+@given(
+    options=st.dictionaries(st.text(max_size=6), nested, max_size=4), instruction=st.text(), lr=st.floats(1e-30, 1e30)
+)
+def test_round_trip_of_any_text_and_number(tmp_path_factory, options, instruction, lr):
+    folder = tmp_path_factory.mktemp("round_trip")
+    values = load(write(folder)).model_dump()
+    values["optimizer"]["lr"] = lr
+    values["domain"][0]["instruction"] = instruction
+    values["domain"][0]["sources"][0]["options"] = options
+    config = Config.model_validate(values)
+    assert reload(config, folder) == config
+
+
+flags = st.sampled_from(
+    ["--run.name", "--optimizer.lr=", "--parallel.data", "--domain.0", "--batch", "--rewards.x=", "--."]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(flags | st.text(max_size=12), max_size=6))
+def test_any_command_line_is_applied_or_refused(tmp_path_factory, arguments):
+    path = write(tmp_path_factory.mktemp("overrides"))
+    try:
+        load(path, arguments)
+    except ConfigError as error:
+        assert error.problems
+
+
+def test_overrides_in_both_spellings(tmp_path):
+    overrides = ["--optimizer.lr", "1", "--batch.prompts=16", "--parallel.sequence", "false"]
+    config = load(write(tmp_path), [*overrides, "--algorithm.importance_cap", "off"])
+    assert (config.optimizer.lr, config.batch.prompts, config.parallel.sequence) == (1.0, 16, False)
+    assert config.algorithm.importance_cap is None
+
+
+@pytest.mark.parametrize("text", ["20261123", "true", "1.5", "2026-11-23"])
+def test_a_text_may_look_like_another_toml_value(tmp_path, text):
+    assert load(write(tmp_path), ["--run.name", text]).run.name == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["run.steps", "3"], "run.steps: not an override"),
+        (["--steps", "3"], "--steps: not an override"),
+        (["--run.steps"], "--run.steps: has no value"),
+        (["--run.name", "--run.steps", "5"], "--run.name: has no value"),
+        (["--domain.name", "x"], "edit 'domain' in the file"),
+        (["--run.a.b", "x"], "edit 'run' in the file"),
+        (["--run.stepz", "3"], "run.stepz: unknown key; did you mean 'steps'?"),
+        (["--runs.steps", "3"], "runs: unknown key; did you mean 'run'?"),
+        (["--run.steps", "many"], "run.steps = 'many': must be a valid integer"),
+        (["--run.steps", "2\n[other]"], "run.steps = '2\\n[other]'"),
+    ],
+)
+def test_bad_overrides(tmp_path, overrides, expected):
+    (problem,) = problems_of(write(tmp_path), *overrides)
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("run", "steps = 0", "run.steps = 0: must be greater than 0; rollout-and-update steps"),
+        ("run", "steps = 2.0", "run.steps = 2.0: must be a valid integer"),
+        ("run", "steps = true", "run.steps = True: must be a valid integer"),
+        ("run", 'steps = 1\nname = ".."', "run.name = '..': must match pattern"),
+        ("run", 'steps = 1\nname = "a/b"', "run.name = 'a/b': must match pattern"),
+        ("run", 'steps = 1\nname = "latest"', "run.name = 'latest': is the link to the newest run; choose"),
+        ("run", 'name = "x"', "run.steps: missing; add it"),
+        ("model", 'path = ""', "model.path = ''"),
+        ("model", 'path = "m"\ndtype = "fp16"', "model.dtype = 'fp16': must be 'bf16' or 'fp32'"),
+        ("batch", "prompts = 4\nsamples = 1", "batch.samples = 1: must be greater than 1"),
+        ("batch", "prompts = 4\nsamples = 2\nminibatches = 5", "at most batch.prompts = 4"),
+        ("batch", "prompts = 4\nsamples = 2\nmicro_batch_tokens = 9", "must hold the longest rollout"),
+        ("optimizer", "lr = nan", "optimizer.lr = nan: must be"),
+        ("optimizer", "lr = inf", "optimizer.lr = inf: must be"),
+        ("optimizer", "lr = 0.1\nbeta1 = 1.0", "optimizer.beta1 = 1.0: must be less than 1"),
+        ("optimizer", "lr = 0.1\nmin_lr = 0.2", "must not exceed optimizer.lr = 0.1; lower it"),
+        ("algorithm", "importance_cap = -1.0", "must be greater than 0; cap C"),
+        ("parallel", "virtual_pipeline = 2", "needs at least 2 pipeline stages; set parallel.pipeline"),
+        ("rollout", "temperature = 0.0", "rollout.temperature = 0.0: must be greater than 0"),
+        ("new", "x = 1", "new: unknown key; known: run, model"),
+    ],
+)
+def test_each_bad_value_is_named_with_rule_and_fix(tmp_path, section, keys, expected):
+    (problem,) = problems_of(write(tmp_path, **{section: keys}))
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("domains", "expected"),
+    [
+        (("a", "a"), "'a': used twice; names must differ"),
+        (("a", "mean"), "'mean': the metrics use this name"),
+        (("a", "worst"), "'worst': the metrics use this name"),
+        (("a", "b/c"), "domain[1].name = 'b/c'"),
+        (("a",), "contrastive.share_weight = 0.1: knowledge sharing needs two domains"),
+        ((), "domain: missing"),
+    ],
+)
+def test_bad_domains(tmp_path, domains, expected):
+    (problem,) = problems_of(write(tmp_path, domains=domains))
+    assert expected in problem
+
+
+def test_single_brackets_and_plain_values_where_tables_belong(tmp_path):
+    path = write(tmp_path, domains=(), domain='name = "a"')
+    assert "write [[domain]], in double brackets" in problems_of(path)[0]
+    path.write_text("run = 3\n", encoding="utf-8")
+    assert "run = 3: must be a table" in problems_of(path)[0]
+
+
+def test_all_problems_at_once(tmp_path):
+    path = write(tmp_path, run="steps = 0\nnmae = 1", batch="prompts = 1\nsamples = 2\nminibatches = 2")
+    problems = problems_of(path, "--bad", "--optimizer.lr", "x", "--optimizer.min_lr", "5")
+    text = "\n".join(problems)
+    for expected in ("--bad", "run.steps", "did you mean 'name'", "batch.minibatches", "optimizer.lr = 'x'"):
+        assert expected in text
+    # A rule about a section that is already broken would judge a default in place of what was meant.
+    assert "must not exceed" not in text
+    assert len(problems) == 5
+
+
+def test_unreadable_files(tmp_path):
+    assert "no such file" in problems_of(tmp_path / "none.toml")[0]
+    assert "is a folder" in problems_of(tmp_path)[0]
+    path = tmp_path / "bad.toml"
+    for content in (b"[run\n", b"a = 1\na = 2\n", b"\xff\xfe", b"a = " + b"[" * 5000):
+        path.write_bytes(content)
+        problems = problems_of(path, "--bad")
+        assert "not valid TOML" in problems[0]
+        assert len(problems) == 2
+
+
+def test_a_byte_order_mark_is_no_problem(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(path).run.steps == 3
+
+
+def test_layout_takes_the_rest_of_the_ranks_for_data(tmp_path):
+    config = load(write(tmp_path), ["--parallel.tensor", "2"])
+    assert config.layout(None).world_size == 2
+    assert (config.layout(6).data, config.layout(6).sequence) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        (["--parallel.tensor=4"], 6, "needs a multiple of 4 ranks, torchrun started 6"),
+        (["--parallel.tensor=4"], 2, "needs a multiple of 4 ranks, torchrun started 2"),
+        (["--parallel.data=4"], 2, "needs 4 ranks, torchrun started 2"),
+        (["--engine.tensor_parallel=2"], 3, "engine.tensor_parallel = 2: must divide"),
+        (["--batch.prompts=2"], 4, "batch.prompts = 2: at least one for each of 4"),
+    ],
+)
+def test_layouts_that_do_not_divide(tmp_path, overrides, world_size, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load(write(tmp_path), overrides).layout(world_size)
+
+
+def test_toml_leaves_out_what_is_not_set():
+    assert to_toml({"a": {"b": None, "c": "\x7f\t\U0001f600"}}) == '[a]\nc = "\\u007f\\t\U0001f600"\n\n'
+
+
+def test_reading_a_configuration_imports_no_torch():
+    code = (
+        f"import sys, pathlib; from megatron_mcpo.config import load; load(pathlib.Path({str(QUICKSTART)!r}));"
+        "assert not {'torch', 'numpy', 'transformers', 'megatron', 'vllm'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
