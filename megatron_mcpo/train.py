@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.metrics import check_trackers
-from megatron_mcpo.model_config import ModelConfig, layout_problems
+from megatron_mcpo.model_config import ModelConfig, from_folder, layout_problems
 from megatron_mcpo.plan import arithmetic
 from megatron_mcpo.rewards import allowlist
 
@@ -55,7 +55,7 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
     except ConfigError as error:
         problems += error.problems
     try:
-        model = ModelConfig.from_folder(Path(config.model.path))
+        model = from_folder(Path(config.model.path))
     except ConfigError as error:
         problems += error.problems
     if layout is not None and model is not None:
