@@ -140,6 +140,7 @@ def check_case(case: Case, groups: Groups) -> dict[str, Any]:
     assert all(torch.equal(tensor, heads[name]) for name, tensor in head_parameters(chunks))
     logits = packed_logits(chunks, groups)
     assert bool(logits) == groups.is_last_stage
+    assert all((padding == 0).all() for padding in (mine[:, VOCAB:] for mine in logits))
     pairs = zip(logits, case.logits if logits else [], strict=True)
     errors = [(mine[:, :VOCAB] - reference).abs().max().item() for mine, reference in pairs]
     differing, order = [], []

@@ -78,70 +78,7 @@ class Parameter:
 
 def table(model: ModelConfig) -> tuple[Row, ...]:
     """The rows of one family, in the order of export: embedding, a layer, final norm, output layer."""
-    hidden, ffn, vocab, head = model.hidden_size, model.ffn_hidden_size, model.vocab_size, model.head_dim
-    q_rows, kv_rows, kv_heads = model.num_heads * head, model.num_kv_heads * head, model.num_kv_heads
-    qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
-    layer = [
-        Row(
-            megatron=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-            hugging_face=("input_layernorm.weight",),
-            shapes=((hidden,),),
-            split=Split.REPLICATED,
-        ),
-        Row(
-            megatron=("self_attention.linear_qkv.weight",),
-            hugging_face=tuple(f"{name}.weight" for name in qkv),
-            shapes=((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
-            split=Split.GROUPS,
-            groups=kv_heads,
-        ),
-    ]
-    if model.qkv_bias:
-        layer.append(
-            Row(
-                megatron=("self_attention.linear_qkv.bias",),
-                hugging_face=tuple(f"{name}.bias" for name in qkv),
-                shapes=((q_rows,), (kv_rows,), (kv_rows,)),
-                split=Split.GROUPS,
-                groups=kv_heads,
-            )
-        )
-    if model.qk_norm:
-        layer += [
-            Row(
-                megatron=(f"self_attention.{x}_layernorm.weight",),
-                hugging_face=(f"self_attn.{x}_norm.weight",),
-                shapes=((head,),),
-                split=Split.REPLICATED,
-            )
-            for x in "qk"
-        ]
-    layer += [
-        Row(
-            megatron=("self_attention.linear_proj.weight",),
-            hugging_face=("self_attn.o_proj.weight",),
-            shapes=((hidden, q_rows),),
-            split=Split.COLUMNS,
-        ),
-        Row(
-            megatron=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-            hugging_face=("post_attention_layernorm.weight",),
-            shapes=((hidden,),),
-            split=Split.REPLICATED,
-        ),
-        Row(
-            megatron=("mlp.linear_fc1.weight",),
-            hugging_face=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-            shapes=((ffn, hidden), (ffn, hidden)),
-            split=Split.RANKS,
-        ),
-        Row(
-            megatron=("mlp.linear_fc2.weight",),
-            hugging_face=("mlp.down_proj.weight",),
-            shapes=((hidden, ffn),),
-            split=Split.COLUMNS,
-        ),
-    ]
+    hidden, vocab = model.hidden_size, model.vocab_size
     embedding = Row(
         megatron=("embedding.word_embeddings.weight",),
         hugging_face=("model.embed_tokens.weight",),
@@ -164,7 +101,7 @@ def table(model: ModelConfig) -> tuple[Row, ...]:
         place=Place.LAST,
         tied=model.tied_embeddings,
     )
-    return (embedding, *layer, final_norm, output)
+    return (embedding, *_attention_rows(model), *_mlp_rows(model), final_norm, output)
 
 
 def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
@@ -202,3 +139,67 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if not parameter.row.tied
         for name, shape in zip(parameter.hugging_face, parameter.row.shapes, strict=True)
     }
+
+
+def _attention_rows(model: ModelConfig) -> list[Row]:
+    """Names within a layer, as in `_mlp_rows`: they go behind decoder.layers.N. and model.layers.N."""
+    hidden, head = model.hidden_size, model.head_dim
+    q_rows, kv_rows = model.num_heads * head, model.num_kv_heads * head
+    norm = Row(
+        megatron=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        hugging_face=("input_layernorm.weight",),
+        shapes=((hidden,),),
+        split=Split.REPLICATED,
+    )
+    qkv = [
+        Row(
+            megatron=(f"self_attention.linear_qkv.{kind}",),
+            hugging_face=tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv"),
+            shapes=tuple((rows, *columns) for rows in (q_rows, kv_rows, kv_rows)),
+            split=Split.GROUPS,
+            groups=model.num_kv_heads,
+        )
+        for kind, columns in (("weight", (hidden,)), ("bias", ()))
+        if kind == "weight" or model.qkv_bias
+    ]
+    qk_norms = [
+        Row(
+            megatron=(f"self_attention.{x}_layernorm.weight",),
+            hugging_face=(f"self_attn.{x}_norm.weight",),
+            shapes=((head,),),
+            split=Split.REPLICATED,
+        )
+        for x in "qk"
+        if model.qk_norm
+    ]
+    projection = Row(
+        megatron=("self_attention.linear_proj.weight",),
+        hugging_face=("self_attn.o_proj.weight",),
+        shapes=((hidden, q_rows),),
+        split=Split.COLUMNS,
+    )
+    return [norm, *qkv, *qk_norms, projection]
+
+
+def _mlp_rows(model: ModelConfig) -> list[Row]:
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    return [
+        Row(
+            megatron=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+            hugging_face=("post_attention_layernorm.weight",),
+            shapes=((hidden,),),
+            split=Split.REPLICATED,
+        ),
+        Row(
+            megatron=("mlp.linear_fc1.weight",),
+            hugging_face=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            shapes=((ffn, hidden), (ffn, hidden)),
+            split=Split.RANKS,
+        ),
+        Row(
+            megatron=("mlp.linear_fc2.weight",),
+            hugging_face=("mlp.down_proj.weight",),
+            shapes=((hidden, ffn),),
+            split=Split.COLUMNS,
+        ),
+    ]
