@@ -7,7 +7,6 @@ no colours, no bar, nothing that moves the cursor.
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -46,8 +45,7 @@ class Console:
         stream = stream or sys.stdout
         self._domains = config.domain_names
         self._total = total_steps
-        self._done = first_step - 1
-        self._seconds: deque[float] = deque(maxlen=ETA_WINDOW)
+        self._seconds: list[float] = []
         self._last_step_at = time.monotonic()
         self._live = stream.isatty()
         self._rich = RichConsole(
@@ -67,7 +65,7 @@ class Console:
             console=self._rich,
             expand=True,
         )
-        self._task = self._bar.add_task("training", total=total_steps, completed=self._done, eta="")
+        self._task = self._bar.add_task("training", total=total_steps, completed=first_step - 1, eta="")
 
     def __enter__(self) -> "Console":
         return self
@@ -82,8 +80,7 @@ class Console:
         now = time.monotonic()
         self._seconds.append(now - self._last_step_at)
         self._last_step_at = now
-        self._done = step
-        eta = f"ETA {duration(self._eta_seconds())}"
+        eta = f"ETA {duration(eta_seconds(self._total - step, self._seconds))}"
         self._bar.update(self._task, completed=step, eta=eta)
         self._line(Text(step_line(step, self._total, values) + ("" if self._live else f"  {eta}"), style="bold"))
         for line in domain_lines(self._domains, values):
@@ -118,12 +115,14 @@ class Console:
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def _eta_seconds(self) -> float:
-        """Steps to go, at the mean pace of the last ones, evaluations and checkpoints between them included."""
-        return (self._total - self._done) * math.fsum(self._seconds) / len(self._seconds)
-
     def _line(self, text: Text) -> None:
         self._rich.print(text, soft_wrap=True)
+
+
+def eta_seconds(steps_to_go: int, seconds: Sequence[float]) -> float:
+    """Seconds to the end, at the mean pace of the last steps; evaluations and checkpoints between them count."""
+    recent = seconds[-ETA_WINDOW:]
+    return steps_to_go * math.fsum(recent) / len(recent)
 
 
 def step_line(step: int, total: int, values: Mapping[str, float]) -> str:
@@ -229,7 +228,9 @@ def _figure(values: Mapping[str, float], label: str, key: str, form: str, unit: 
 
 
 def _signal_part(values: Mapping[str, float]) -> str:
-    """Share of groups with signal: the mean over the domains that had groups."""
+    """Share of all groups with signal; where only the domains' are known, their mean."""
+    if "signal" in values:
+        return _figure(values, "signal", "signal", ".0%")
     shares = [value for key, value in values.items() if key.startswith("signal/") and math.isfinite(value)]
     return f"signal {math.fsum(shares) / len(shares):.0%}" if shares else ""
 
@@ -241,7 +242,10 @@ def _loss_part(values: Mapping[str, float]) -> str:
             continue
         counts = [
             f"{values[key]:.4g} {label}"
-            for label, key in (("anchors", f"contrast/anchors_{term}"), ("positives", f"contrast/positives_{term}"))
+            for label, key in (
+                ("anchors", f"contrast/anchors_{term}"),
+                ("positives each", f"contrast/positives_{term}"),
+            )
             if key in values
         ]
         tail = f" ({', '.join(counts)})" if counts else ""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
-SMOOTHING_STEPS = 5
+MARKERS_A_CURVE = 15
 DOTS_PER_INCH = 150
 
 
@@ -91,15 +91,19 @@ def principal_plane(z_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean of up to `window` values around each one, as many before as after; NaN counts as absent."""
+    """Mean of the `window` (odd) values around each one, fewer at the ends; NaN counts as absent."""
     series = np.asarray(values, dtype=float)
     result = np.full(len(series), np.nan)
     for i in range(len(series)):
-        reach = min(window // 2, i, len(series) - 1 - i)
-        part = series[i - reach : i + reach + 1]
+        part = series[max(0, i - window // 2) : i + window // 2 + 1]
         if np.isfinite(part).any():
             result[i] = np.nanmean(part)
     return result
+
+
+def _smoothing_window(num_steps: int) -> int:
+    """An odd number of steps: none for a handful, 5 for the usual short run, a twentieth of a long one."""
+    return 1 if num_steps < 6 else 3 if num_steps < 12 else 2 * max(2, num_steps // 40) + 1
 
 
 def _style(domain: int) -> tuple[str, str]:
@@ -129,14 +133,16 @@ def _draw_rewards(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> "Figu
     if not present:
         return None
     steps = [row["step"] for row in rows]
-    window = min(SMOOTHING_STEPS, 1 + 2 * (len(rows) // 6))
+    window = _smoothing_window(len(rows))
+    every = 1 + len(rows) // MARKERS_A_CURVE
     figure = _figure(9.0, 5.0)
     axes = figure.subplots()
     for i, name in present:
         colour, marker = _style(i)
         raw = _series(rows, f"reward/{name}")
-        axes.plot(steps, raw, linestyle="none", marker=marker, color=colour, alpha=0.3, markersize=4)
-        axes.plot(steps, smoothed(raw, window), color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name)
+        line = smoothed(raw, window)
+        axes.plot(steps, raw, linestyle="none", marker=marker, color=colour, alpha=0.25, markersize=4)
+        axes.plot(steps, line, color=colour, linewidth=1.6, marker=marker, markevery=every, markersize=5, label=name)
     mean = _series(rows, "reward/mean")
     axes.plot(steps, mean, linestyle="none", marker=".", color="black", alpha=0.4)
     axes.plot(steps, smoothed(mean, window), color="black", linewidth=3, label="mean")

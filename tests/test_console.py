@@ -1,0 +1,234 @@
+"""What is printed: plain lines into a file, a bar on a (pseudo) terminal, the table at the end.
+
+Not covered: how the bar looks, and terminals other than xterm.
+"""
+
+import io
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.console import (
+    Console,
+    domain_lines,
+    duration,
+    eta_seconds,
+    places,
+    printable,
+    step_line,
+    summary_rows,
+)
+
+CONFIG = {
+    "run": {"steps": 12},
+    "model": {"path": "model"},
+    "batch": {"prompts": 4, "samples": 4},
+    "optimizer": {"lr": 1e-5},
+    "domain": [
+        {"name": "arithmetic", "sources": [{"generator": "chain_sum"}]},
+        {"name": "logic", "sources": [{"generator": "syllogism"}]},
+    ],
+}
+
+VALUES = {
+    "reward/mean": 0.4125,
+    "signal/arithmetic": 0.5,
+    "signal/logic": 0.75,
+    "loss/policy": -0.0123,
+    "loss/kl": 0.0001,
+    "loss/share": 4.1,
+    "loss/consolidate": math.nan,
+    "contrast/anchors_share": 12.0,
+    "contrast/positives_share": 4.5,
+    "grad_norm": 1.25,
+    "lr": 1e-5,
+    "engine/logprob_diff_mean": 0.03,
+    "engine/logprob_diff_max": 0.4,
+    "tokens/trained": 14123,
+    "time/rollout": 9.3,
+    "time/score": 4.5,
+    "time/update": 8.2,
+    "sync/seconds": 0.4,
+    "time/step": 22.9,
+    "memory/peak_gib": 4.21,
+    "groups/errors": 1,
+    "reward/arithmetic": 0.25,
+    "reward/logic": 0.575,
+    "response_tokens/arithmetic": 3.25,
+    "response_tokens/logic": 12.5,
+    "contrast/anchors/arithmetic": 12,
+    "contrast/positives/arithmetic": 4.5,
+    "errors/arithmetic": 1,
+    "errors/logic": 0,
+}
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config.model_validate(CONFIG)
+
+
+def test_the_step_line_has_every_figure() -> None:
+    assert step_line(3, 12, VALUES) == (
+        "step  3/12  reward 0.412  signal 62%  "
+        "loss policy -0.0123 kl 0.0001 share 4.1 (12 anchors, 4.5 positives each) consolidate nan  grad norm 1.25  "
+        "lr 1e-05  engine diff 0.03 max 0.4  tokens 14,123  groups left out 1  "
+        "22.9 s (rollout 9.3 score 4.5 update 8.2 sync 0.4)  memory 4.21 GiB"
+    )
+
+
+def test_the_share_with_signal_is_that_of_all_groups_where_it_is_known() -> None:
+    assert "signal 60%" in step_line(1, 1, VALUES | {"signal": 0.6})
+
+
+def test_a_step_without_figures_is_still_a_line() -> None:
+    assert step_line(1, 1, {}) == "step 1/1"
+
+
+def test_domain_lines_are_columns_without_those_that_nobody_has() -> None:
+    assert domain_lines(["arithmetic", "logic"], VALUES) == [
+        "  arithmetic  reward 0.250  signal 50%  length  3.2  anchors 12  positives 4.5  groups left out 1",
+        "  logic       reward 0.575  signal 75%  length 12.5  anchors  -  positives   -",
+    ]
+
+
+def test_a_log_file_gets_plain_lines_with_the_eta(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    with Console(config, 12, 1, stream) as console:
+        console.note("weights pushed\n\x1b[31mred\x1b[0m")
+        console.evaluation(0, {"arithmetic": 0.125, "logic": 0.5})
+        console.step(1, VALUES)
+        console.step(2, VALUES)
+    text = stream.getvalue()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+    lines = text.splitlines()
+    assert lines[0] == "weights pushed"
+    assert lines[1] == r"\x1b[31mred\x1b[0m"
+    assert lines[2] == "held-out accuracy before step 1: mean 0.312  arithmetic 0.125  logic 0.500"
+    assert len(lines) == 3 + 2 * 3
+    assert re.search(r"^step  1/12 .* ETA \d+:\d\d$", lines[3])
+
+
+def test_the_eta_is_steps_to_go_at_the_pace_of_the_last_ones() -> None:
+    assert eta_seconds(3, [400.0]) == 1200.0
+    assert eta_seconds(3, [400.0, 10.0, 11.0, 12.0, 13.0, 14.0]) == 36.0
+    assert eta_seconds(0, [400.0]) == 0.0
+
+
+TERMINAL = """
+import json, sys
+from pathlib import Path
+from megatron_mcpo.config import Config
+from megatron_mcpo.console import Console
+config, values, folder = Config.model_validate(json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
+with Console(config, 2, 1) as console:
+    console.step(1, values)
+    console.step(2, values)
+    console.summary(folder)
+    if sys.argv[4] == "fail":
+        raise KeyboardInterrupt
+"""
+
+
+def run_on_terminal(folder: Path, mode: str) -> str:
+    parent, child = pty.openpty()
+    arguments = [json.dumps(CONFIG), json.dumps(VALUES), str(folder), mode]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, *arguments],
+        stdout=child,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"},
+    )
+    os.close(child)
+    content = b""
+    while True:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:  # what Linux says when the other end is closed
+            break
+        if not part:
+            break
+        content += part
+    process.wait(timeout=60)
+    os.close(parent)
+    return content.decode()
+
+
+@pytest.mark.parametrize("mode", ["end", "fail"])
+def test_a_terminal_gets_a_bar_with_eta_and_its_cursor_back(tmp_path: Path, mode: str) -> None:
+    text = run_on_terminal(tmp_path, mode)
+    assert "\x1b[" in text
+    assert "━" in text
+    assert "ETA 0:00" in text
+    assert "2/2" in text
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0, "the cursor stays hidden"
+    assert "ETA" not in next(line for line in text.splitlines() if "reward 0.412" in line)
+
+
+def write_run(folder: Path, num_steps: int) -> None:
+    rows = [
+        {"step": s, "reward/mean": s / 100, "reward/arithmetic": s / 50, "reward/logic": None if s == 1 else 0.5}
+        for s in range(1, num_steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "eval.jsonl").write_text(
+        '{"step": 0, "arithmetic": 0.1, "logic": 0.3, "mean": 0.2, "worst": 0.1}\n'
+        '{"step": 9, "arithmetic": 0.4, "logic": null, "mean": null, "worst": null}\n'
+    )
+
+
+@pytest.mark.parametrize(("num_steps", "window"), [(1, 1), (2, 1), (5, 1), (6, 2), (14, 4), (15, 5), (100, 5)])
+def test_a_short_run_compares_its_first_and_last_third(num_steps: int, window: int) -> None:
+    steps = [{"step": s, "reward/mean": float(s)} for s in range(1, num_steps + 1)]
+    found, rows = summary_rows(steps, [], ["logic"])
+    first, last = (window + 1) / 2, num_steps - (window - 1) / 2
+    assert found == window
+    assert rows[0] == ["logic", "-", "-", "-", "-"]
+    assert rows[1] == ["mean", f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}", f"{last / first:.2f}"]
+
+
+def test_the_summary_is_a_table_and_where_everything_lies(tmp_path: Path, config: Config) -> None:
+    write_run(tmp_path, 15)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "reward_by_domain.png").touch()
+    (tmp_path / "logs").mkdir()
+    stream = io.StringIO()
+    Console(config, 15, 1, stream).summary(tmp_path)
+    text = stream.getvalue()
+    cells = [re.split(r"\s*[│|]\s*", line.strip(" │|")) for line in text.splitlines() if "│" in line or "|" in line]
+    assert ["arithmetic", "0.060", "0.260", "+0.200", "4.33", "0.100", "0.400", "+0.300"] in cells
+    assert ["logic", "0.500", "0.500", "+0.000", "1.00", "0.300", "-", "-"] in cells
+    assert ["mean", "0.030", "0.130", "+0.100", "4.33", "0.200", "-", "-"] in cells
+    assert "first 5 steps" in text
+    assert "\x1b" not in text
+    listed = places(tmp_path)
+    assert any(str(tmp_path / "plots" / "reward_by_domain.png") in line for line in listed)
+    assert any(str(tmp_path / "metrics.jsonl") in line for line in listed)
+    assert not any("logs" in line for line in listed), "an empty folder is not worth a line"
+    assert all(line in text for line in listed)
+
+
+def test_the_summary_of_a_run_without_steps(tmp_path: Path, config: Config) -> None:
+    stream = io.StringIO()
+    Console(config, 15, 1, stream).summary(tmp_path)
+    assert "no training step was logged" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03"), (math.nan, "unknown")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_control_characters_are_shown() -> None:
+    assert printable("a\x1b[2J\rb\x9b\u202eé") == r"a\x1b[2J\rb\x9b\u202eé"

@@ -1,0 +1,307 @@
+"""Run folders: names, reuse, the lock, what a resumed run keeps, and errors.
+
+Not covered: file systems without symbolic links or locks (warnings only), two hosts on one network file system, and
+whether a resumed run has the same figures (that is the trainer's test).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mcpo.config import Config, ConfigError, load
+from megatron_mcpo.run_folder import FOLDERS, RunFolder, read_jsonl, step_files, write_atomically
+
+FILE = """
+[run]
+steps = 5
+name = "first"
+[model]
+path = "model"
+[batch]
+prompts = 4
+samples = 4
+[optimizer]
+lr = 1e-5
+[[domain]]
+name = "arithmetic"
+[[domain.sources]]
+generator = "chain_sum"
+options = { min_terms = 2 }
+[[domain]]
+name = "logic"
+[[domain.sources]]
+generator = "syllogism"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(FILE)
+    return path
+
+
+def config_of(file: Path, *overrides: str) -> Config:
+    return load(file, ["--run.dir", str(file.parent / "runs"), *overrides])
+
+
+def test_a_new_folder_holds_the_config_and_the_places_for_everything(file: Path) -> None:
+    config = config_of(file)
+    folder = RunFolder.open(config)
+    assert folder.path == Path(config.run.dir) / "first"
+    assert not folder.resumed
+    assert folder.notes == ()
+    assert load(folder.path / "config.toml") == config
+    assert {p.name for p in folder.path.iterdir()} == {*FOLDERS, "config.toml", ".lock"}
+    assert os.readlink(folder.path.parent / "latest") == "first"
+    assert sorted(p.name for p in folder.path.parent.iterdir()) == ["first", "latest"]
+    folder.close()
+
+
+def test_an_unfinished_run_with_equal_settings_is_resumed(file: Path) -> None:
+    RunFolder.open(config_of(file)).close()
+    again = RunFolder.open(config_of(file))
+    assert again.resumed
+    assert again.path.name == "first"
+    again.close()
+
+
+def test_settings_that_do_not_change_the_result_may_differ(file: Path) -> None:
+    RunFolder.open(config_of(file)).close()
+    overrides = ["--run.checkpoint_every", "2", "--rewards.workers", "3", "--engine.canary_every", "1"]
+    again = RunFolder.open(config_of(file, *overrides, "--run.trackers", '["trackio"]'))
+    assert again.resumed
+    again.close()
+
+
+@pytest.mark.parametrize("override", [["--optimizer.lr", "2e-5"], ["--run.steps", "6"], ["--run.seed", "1"]])
+def test_other_settings_get_a_folder_of_their_own(file: Path, override: list[str]) -> None:
+    RunFolder.open(config_of(file)).close()
+    other = RunFolder.open(config_of(file, *override))
+    assert other.path.name == "first-2"
+    assert not other.resumed
+    assert override[0][2:] in other.notes[0]
+    assert os.readlink(other.path.parent / "latest") == "first-2"
+    other.close()
+    third = RunFolder.open(config_of(file, *override))
+    assert (third.path.name, third.resumed) == ("first-2", True)
+    third.close()
+
+
+def test_another_domain_is_another_run(file: Path) -> None:
+    RunFolder.open(config_of(file)).close()
+    file.write_text(FILE.replace("min_terms = 2", "min_terms = 3"))
+    other = RunFolder.open(config_of(file))
+    assert other.path.name == "first-2"
+    assert "domain" in other.notes[0]
+    other.close()
+
+
+def test_a_finished_run_is_never_touched_again(file: Path) -> None:
+    first = RunFolder.open(config_of(file))
+    first.finish()
+    first.close()
+    before = {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
+    second = RunFolder.open(config_of(file))
+    assert second.path.name == "first-2"
+    assert not second.resumed
+    assert "finished" in second.notes[0]
+    assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == before
+    second.close()
+
+
+def test_resume_never_takes_a_new_folder_even_beside_a_running_run(file: Path) -> None:
+    first = RunFolder.open(config_of(file))
+    second = RunFolder.open(config_of(file, "--run.resume", "never"))
+    assert second.path.name == "first-2"
+    first.close()
+    second.close()
+
+
+def test_foreign_files_of_the_name_are_left_alone(file: Path) -> None:
+    runs = file.parent / "runs"
+    (runs / "first").mkdir(parents=True)
+    (runs / "first" / "thesis.tex").write_text("years of work")
+    (runs / "first-2").write_text("a file")
+    folder = RunFolder.open(config_of(file))
+    assert folder.path.name == "first-3"
+    assert (runs / "first" / "thesis.tex").read_text() == "years of work"
+    assert (runs / "first-2").read_text() == "a file"
+    folder.close()
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from megatron_mcpo.config import load
+from megatron_mcpo.run_folder import RunFolder
+file = Path(sys.argv[1])
+folder = RunFolder.open(load(file, ["--run.dir", str(file.parent / "runs")]))
+child = os.fork() if sys.argv[2] == "fork" else 1
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def start_holder(file: Path, mode: str) -> tuple[subprocess.Popen[str], int]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(file), mode], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_second_process_is_refused_and_a_killed_one_lets_go(file: Path) -> None:
+    process, _ = start_holder(file, "alone")
+    try:
+        with pytest.raises(ConfigError, match="in use by another process") as refused:
+            RunFolder.open(config_of(file))
+        assert f"process {process.pid} on " in str(refused.value)
+        assert "--run.name" in str(refused.value)
+    finally:
+        process.kill()
+        process.wait()
+    folder = RunFolder.open(config_of(file))
+    assert folder.resumed
+    folder.close()
+
+
+def test_a_forked_worker_that_outlives_a_killed_run_does_not_hold_its_folder(file: Path) -> None:
+    process, child = start_holder(file, "fork")
+    try:
+        process.kill()
+        process.wait()
+        os.kill(child, 0)
+        RunFolder.open(config_of(file)).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_launches_at_the_same_moment_end_in_one_owner(file: Path) -> None:
+    code = HOLDER.replace("time.sleep(60)", "time.sleep(3)")
+    command = [sys.executable, "-c", code, str(file), "alone"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 1, 1], errors
+    assert sum("in use by another process" in error for error in errors) == 2
+    assert sorted(p.name for p in (file.parent / "runs").iterdir()) == ["first", "latest"]
+
+
+def test_a_missing_parent_is_a_clear_error_and_quick(file: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"run\.dir = .*No such file.*--run\.dir"):
+        RunFolder.open(config_of(file, "--run.dir", str(file.parent / "typo" / "runs")))
+    assert time.monotonic() - begin < 0.1
+
+
+def test_a_file_in_place_of_the_dir_is_a_clear_error(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        RunFolder.open(config_of(file, "--run.dir", str(file)))
+
+
+def test_a_read_only_dir_is_a_clear_error(file: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        runs = Path(name)
+        runs.chmod(0o555)
+        config = config_of(file, "--run.dir", str(runs))
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match=r"Permission denied.*--run\.dir"):
+                RunFolder.open(config)
+        finally:
+            os.seteuid(user)
+            runs.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["latest", ".", "..", ".hidden"])
+def test_names_that_are_taken_are_refused(file: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        RunFolder.open(config_of(file, "--run.name", name))
+
+
+def fill(folder: RunFolder, steps: range) -> None:
+    lines = [json.dumps({"step": step, "reward/mean": step / 10}) + "\n" for step in steps]
+    (folder.path / "metrics.jsonl").write_text("".join(lines))
+    (folder.path / "eval.jsonl").write_text('{"step": 0, "mean": 0.1}\n{"step": 4, "mean": 0.2}\n')
+    for step in steps:
+        (folder.path / "rollouts" / f"step_{step:06d}.jsonl").touch()
+        (folder.path / "representations" / f"step_{step:06d}.npz").touch()
+
+
+def test_truncate_drops_what_came_after_the_checkpoint(file: Path) -> None:
+    folder = RunFolder.open(config_of(file))
+    fill(folder, range(1, 6))
+    with (folder.path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "rewa')
+    (folder.path / "rollouts" / ".step_000006.jsonl.tmp").touch()
+    (folder.path / "rollouts" / "notes.txt").touch()
+    folder.truncate_after(3)
+    assert (folder.path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 1, "reward/mean": 0.1}',
+        '{"step": 2, "reward/mean": 0.2}',
+        '{"step": 3, "reward/mean": 0.3}',
+    ]
+    assert (folder.path / "metrics.jsonl").read_text().endswith("}\n")
+    assert [row["step"] for row in read_jsonl(folder.path / "eval.jsonl")] == [0]
+    assert [step for step, _ in step_files(folder.path / "rollouts")] == [1, 2, 3]
+    assert [step for step, _ in step_files(folder.path / "representations")] == [1, 2, 3]
+    assert sorted(p.name for p in (folder.path / "rollouts").iterdir())[0] == "notes.txt"
+    assert folder.evaluated(0)
+    assert not folder.evaluated(4)
+    folder.close()
+
+
+@pytest.mark.parametrize("half", ['{"step": 3, "reward', '{"step": 3}', "\x00\x00\x00", "3"])
+def test_truncate_repairs_a_half_written_last_line(file: Path, half: str) -> None:
+    folder = RunFolder.open(config_of(file))
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + half)
+    folder.truncate_after(2)
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    folder.close()
+
+
+def test_truncate_with_minus_one_starts_over(file: Path) -> None:
+    folder = RunFolder.open(config_of(file))
+    fill(folder, range(1, 3))
+    folder.truncate_after(-1)
+    assert (folder.path / "metrics.jsonl").read_text() == ""
+    assert (folder.path / "eval.jsonl").read_text() == ""
+    assert step_files(folder.path / "rollouts") == []
+    folder.close()
+
+
+def test_truncate_of_an_empty_run_does_nothing(file: Path) -> None:
+    folder = RunFolder.open(config_of(file))
+    folder.truncate_after(0)
+    assert not (folder.path / "metrics.jsonl").exists()
+    folder.close()
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from megatron_mcpo.run_folder import write_atomically;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
+        "write_atomically(Path(sys.argv[1]), b'new' * 100)"
+    )
+    failed = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    assert "File too large" in failed.stderr
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_module_imports_no_torch() -> None:
+    code = "import sys, megatron_mcpo.run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
