@@ -29,12 +29,12 @@ _PACKAGE = "megatron.core"
 _CPU = torch.device("cpu")
 _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
-_KNOWN_WARNINGS = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "Using a single `FusedAdam`",
-)
-_KNOWN_LOG_LINES = {"megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context"}
+_KNOWN_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed")
+_KNOWN_LOG_LINES = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
 
 _hits: dict[str, int] = {}
 _torch_for_megatron: types.ModuleType | None = None

@@ -1,0 +1,189 @@
+"""Causal attention on torch alone, for Megatron-Core's self-attention where there is no Transformer Engine.
+
+Megatron-Core's own module refuses packed sequences and context parallelism; this one does both, in the same layouts as
+Transformer Engine's. Legend: T tokens of this rank, S tokens of all context ranks, L keys, D channels a head.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+LONGEST_PLAIN = 256
+"""Up to this many keys, matrix products are faster on a CPU than torch's fused kernel, and their scores fit."""
+
+
+class CoreAttention(MegatronModule):
+    """softmax(scale q k^T + causal mask) v, with grouped queries; packed (thd) or equally long (sbhd) sequences.
+
+    With context parallelism a sequence is cut into 2 * cp chunks, of which rank r holds chunks r and 2 * cp - 1 - r
+    (equal work for all); keys and values are gathered, every rank answers its own queries.
+    The constructor's arguments are those that Megatron-Core passes; raises ValueError for what it doesn't implement.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout or config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                f"attention_dropout = {dropout}, window_size = {config.window_size}, softmax_type = "
+                f"{config.softmax_type!r}: this attention is causal, full and without dropout; use 0, None and 'vanilla'"
+            )
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.context_group = groups.cp
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Packed: query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D].
+
+        Otherwise [s, b, heads, D] and so on -> [s, b, heads * D]. `attention_mask` is not read: causal is all there is.
+        """
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            lengths = _lengths(packed_seq_params, self.context_group.size())
+            return self._attend_packed(query, key, value, lengths)
+        num_tokens, batch = query.shape[:2]
+        flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
+        out = self._attend_packed(*flat, lengths=(num_tokens,) * batch)
+        return out.view(batch, num_tokens, -1).transpose(0, 1).contiguous()
+
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """`lengths`: tokens that this rank holds of each sequence; they fill the first dimension of all tensors."""
+        assert sum(lengths) == query.shape[0], "the sequences must fill the pack: pad inside of them"
+        num_ranks, rank = self.context_group.size(), self.context_group.rank()
+        if num_ranks == 1:
+            parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([causal_attention(q, k, v, self.scale) for q, k, v in parts])
+        order_S = _sequence_order(lengths, num_ranks).to(query.device)
+        both = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=self.context_group)
+        key, value = both.index_select(0, order_S).unbind(1)
+        whole = [n * num_ranks for n in lengths]
+        outs = []
+        for q, k, v in zip(query.split(lengths), key.split(whole), value.split(whole), strict=True):
+            chunk = q.shape[0] // 2
+            for part, number in zip(q.split(chunk), (rank, 2 * num_ranks - 1 - rank), strict=True):
+                seen = (number + 1) * chunk
+                outs.append(causal_attention(part, k[:seen], v[:seen], self.scale))
+        return torch.cat(outs)
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention, with the rotary angles of a pack laid out once instead of sequence by sequence.
+
+    Given angles for positions 0..longest, Megatron-Core rotates every sequence on its own: slow when there are many
+    short ones. Given one row of angles a token it rotates the pack at once.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class; `rotary_pos_emb` [longest, 1, 1, D]."""
+        if packed_seq_params is not None and rotary_pos_emb is not None:
+            lengths = _lengths(packed_seq_params, 1)
+            rotary_pos_emb = torch.cat([rotary_pos_emb[:n] for n in lengths])
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            *args,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of one sequence: query [T, heads, D] are the last T of the L positions of key, value [L, kv heads, D].
+
+    Returns [T, heads, D]. Scores and softmax are fp32 in every dtype: bf16 scores quadruple the error of the output.
+    """
+    if query.device.type == "cpu" and key.shape[0] <= LONGEST_PLAIN:
+        return _plain(query, key, value, scale)
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    mask = None
+    if num_queries < num_keys:
+        mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`causal_attention` as two batched matrix products; the heads of a group share its keys without copies of them."""
+    (num_queries, num_heads, dim), (num_keys, num_groups, _) = query.shape, key.shape
+    share = num_heads // num_groups
+    rows = (num_groups, share * num_queries)
+    q = (query.float() * scale).view(num_queries, num_groups, share, dim).permute(1, 2, 0, 3).reshape(*rows, dim)
+    scores = torch.bmm(q, key.float().permute(1, 2, 0)).view(num_heads, num_queries, num_keys)
+    scores = scores + _causal_mask(query.device)[num_keys - num_queries : num_keys, :num_keys]
+    weights = scores.softmax(-1).to(value.dtype).view(*rows, num_keys)
+    out = torch.bmm(weights, value.transpose(0, 1)).view(num_groups, share, num_queries, dim)
+    return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, dim)
+
+
+@functools.cache
+def _causal_mask(device: torch.device) -> Tensor:
+    return torch.full((LONGEST_PLAIN, LONGEST_PLAIN), -math.inf, device=device).triu(1)
+
+
+def _lengths(params: PackedSeqParams, num_ranks: int) -> tuple[int, ...]:
+    """Tokens that a rank holds of each sequence of a pack, padding included."""
+    assert params.qkv_format == "thd"
+    ends = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
+    whole = ends.diff().tolist()
+    assert num_ranks == 1 or all(n % (2 * num_ranks) == 0 for n in whole), "pad sequences to Layout.sequence_alignment"
+    return tuple(n // num_ranks for n in whole)
+
+
+@functools.lru_cache(maxsize=16)
+def _sequence_order(lengths: tuple[int, ...], num_ranks: int) -> Tensor:
+    """Where the tokens of all sequences, in their own order, lie in the concatenation of the ranks' packs. [S]"""
+    num_local, start, order = sum(lengths), 0, []
+    for length in lengths:
+        half = length // 2
+        for rank in range(num_ranks):
+            order.append(torch.arange(half) + rank * num_local + start)
+        for rank in reversed(range(num_ranks)):
+            order.append(torch.arange(half) + rank * num_local + start + half)
+        start += length
+    return torch.cat(order)
