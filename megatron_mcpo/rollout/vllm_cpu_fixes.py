@@ -72,7 +72,7 @@ def isolated(*, compile_kernels: bool) -> Iterator[None]:
             torch.cuda.set_rng_state(cuda_state)
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
-        if frozen == 0 and gc.get_freeze_count():
+        if gc.get_freeze_count() > frozen:
             gc.unfreeze()
 
 

@@ -1,0 +1,350 @@
+"""What test_vllm_engine.py runs in processes of their own: a process can hold engines of one topology only.
+
+Every case is a function of the folder with the models; it asserts, or returns what the test asserts. Processes are
+forks of a server that has imported vLLM, except `fresh` ones, which see the import too.
+"""
+
+import multiprocessing as mp
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_mcpo.rollout import vllm_cpu_fixes
+from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
+from megatron_mcpo.rollout.vllm_engine import VllmEngine
+
+MAX_LEN = 96
+PROMPTS = [[1, 2, 3, 4], [7] * 40 + [9], list(range(20, 45)), [500, 3]]
+_SERVER = mp.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3", "transformers"]
+)
+
+
+def run(function: Callable[..., Any], *args: Any, ranks: int = 1, fresh: bool = False, timeout: float = 120) -> Any:
+    """`function(*args)` in `ranks` processes with torchrun's environment: the result, or the list of them by rank."""
+    context: Any = mp.get_context("spawn") if fresh else _SERVER
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes, pipes = [], []
+    for rank in range(ranks):
+        ours, theirs = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_rank_main, args=(theirs, rank, ranks, port, function, args)))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    try:
+        results = _collect(pipes, deadline=time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return results if ranks > 1 else results[0]
+
+
+def _collect(pipes: list[Any], *, deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = multiprocessing.connection.wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks hang: {sorted(set(range(len(pipes))) - set(results))}"
+        for pipe in ready:
+            ok, value = pipe.recv()
+            assert ok, value
+            results[pipes.index(pipe)] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    pipe: Any, rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    try:
+        if ranks > 1:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+            os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+            dist.init_process_group("gloo")
+        pipe.send((True, function(*args)))
+        if ranks > 1:
+            dist.barrier()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        os._exit(0)
+
+
+def build(path: Path, dtype: Any = "fp32", *, tensor_parallel: int = 1, load_weights: bool = False) -> VllmEngine:
+    return VllmEngine(
+        path,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
+        max_model_len=MAX_LEN,
+        max_concurrent=16,
+        kv_cache_gib=0.05,
+        gpu_memory_utilization=0.5,
+        distributed=dist.is_initialized(),
+        job_tag="mcpo-test",
+        load_weights=load_weights,
+    )
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def sampled(engine: VllmEngine, **changes: Any) -> list[tuple[Any, Any]]:
+    """Tokens and log-probs of seeded samples of all prompts."""
+    options = {"num_samples": 2, "seed": 11, "max_tokens": 8} | changes
+    groups = engine.generate([SamplingRequest(token_ids=prompt, **options) for prompt in PROMPTS])
+    return [(sample.token_ids, sample.logprobs) for group in groups for sample in group]
+
+
+def failure(function: Callable[[], Any]) -> str:
+    """The message of the EngineError that the call must raise."""
+    try:
+        function()
+    except EngineError as error:
+        return str(error)
+    raise AssertionError("no EngineError was raised")
+
+
+def update_equals_fresh(folder: Path, family: str, dtype: str) -> None:
+    a, b = folder / f"{family}_a", folder / f"{family}_b"
+    engine, seen = build(a, dtype), []
+    for version, path in enumerate((a, b, a), start=1):
+        engine.update(reversed(list(weights(path).items())), version)
+        assert engine.version == version
+        seen.append(sampled(engine))
+    engine.close()
+    fresh = []
+    for path in (a, b):
+        engine = build(path, dtype, load_weights=True)
+        fresh.append(sampled(engine))
+        engine.close()
+    assert seen == [fresh[0], fresh[1], fresh[0]]
+    assert fresh[0] != fresh[1]
+
+
+def without_fixes(folder: Path, family: str) -> tuple[bool, list[str]]:
+    """Whether an update without the repairs equals a fresh engine, and what the engine says it holds wrongly."""
+    vllm_cpu_fixes.LAST_AFFECTED = (0, 0)
+    a, b = folder / f"{family}_a", folder / f"{family}_b"
+    engine = build(a)
+    engine.update(weights(a).items(), 1)
+    engine.update(weights(b).items(), 2)
+    updated, wrong = sampled(engine), engine.mismatches(weights(b).items())
+    engine.close()
+    return updated == sampled(build(b, load_weights=True)), wrong
+
+
+def process_state() -> dict[str, Any]:
+    """Everything of the process that a trainer relies on."""
+    import random
+    import signal
+
+    import numpy as np
+
+    owners = {"torch": torch, "cuda": torch.cuda, "Tensor": torch.Tensor, "accelerator": torch.accelerator}
+    functions = {
+        f"{label}.{name}": value
+        for label, owner in owners.items()
+        for name, value in vars(owner).items()
+        if callable(value)
+    }
+    return functions | {
+        "torch rng": torch.get_rng_state().tolist(),
+        "python rng": random.getstate(),
+        "numpy rng": [str(part) for part in np.random.get_state()],
+        "environment": dict(os.environ),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "defaults": (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "signals": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "affinity": os.sched_getaffinity(0),
+    }
+
+
+def leaves_no_trace(folder: Path) -> None:
+    import gc
+    import sys
+
+    import torch._dynamo  # wraps torch.manual_seed when it is first imported, whoever does it
+
+    assert "vllm" not in sys.modules
+    frozen = gc.get_freeze_count()
+    path = folder / "tied_a"
+    policy = weights(path)
+    torch.manual_seed(123)
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    before = process_state()
+    engine: VllmEngine | None = None
+    for step in ("construction", "update", "generation", "second update", "comparison", "second engine"):
+        if engine is None or step == "second engine":
+            engine = build(path)
+        elif "update" in step:
+            engine.update(policy.items(), 1)
+        elif step == "generation":
+            sampled(engine)
+        else:
+            assert engine.mismatches(policy.items()) == []
+        after = process_state()
+        changed = [key for key in before if before[key] != after.get(key)]
+        added = [key for key in set(after) - set(before) if key.split(".")[0] in ("Tensor", "accelerator")]
+        assert not changed and not added, (step, changed, added)
+        assert gc.get_freeze_count() <= frozen, step
+    engine.close()
+    gc.collect()
+
+
+def follows_requests(folder: Path) -> None:
+    engine, path = build(folder / "untied_a"), folder / "untied_a"
+    assert "no weights" in failure(lambda: sampled(engine))
+    num_bytes = engine.update(weights(path).items(), 7)
+    assert num_bytes == sum(tensor.nbytes for tensor in weights(path).values())
+    assert engine.generate([]) == []
+    _check_seeds_and_greedy(engine)
+    _check_stop_token(engine)
+    _check_refused_requests(engine)
+    engine.sleep()
+    assert "asleep" in failure(lambda: sampled(engine))
+    assert "asleep" in failure(lambda: engine.update(weights(path).items(), 8))
+    engine.wake()
+    assert "no weights" in failure(lambda: sampled(engine))
+    engine.update(weights(path).items(), 8)
+    assert len(sampled(engine)) == 2 * len(PROMPTS)
+    engine.close()
+    assert "closed" in failure(lambda: sampled(engine))
+
+
+def _check_seeds_and_greedy(engine: VllmEngine) -> None:
+    together = sampled(engine, num_samples=3, seed=40)
+    alone = [sampled(engine, num_samples=1, seed=40 + k) for k in range(3)]
+    for prompt in range(len(PROMPTS)):
+        tokens = [together[3 * prompt + k][0] for k in range(3)]
+        assert tokens == [alone[k][prompt][0] for k in range(3)]
+        assert len(set(tokens)) == 3
+    greedy = sampled(engine, temperature=0.0, num_samples=2, seed=1)
+    assert greedy[::2] == greedy[1::2] == sampled(engine, temperature=0.0, num_samples=1, seed=2)
+
+
+def _check_stop_token(engine: VllmEngine) -> None:
+    request = SamplingRequest(token_ids=PROMPTS[0], num_samples=1, seed=3, max_tokens=8)
+    ((free,),) = engine.generate([request])
+    assert (free.stop_reason.value, len(free.token_ids), free.text, free.version) == ("length", 8, "", 7)
+    stop = free.token_ids[3]
+    place = free.token_ids.index(stop) + 1
+    request = SamplingRequest(token_ids=PROMPTS[0], num_samples=1, seed=3, max_tokens=8, stop_token_ids=(stop,))
+    ((stopped,),) = engine.generate([request])
+    assert stopped.stop_reason.value == "stop"
+    assert stopped.token_ids == free.token_ids[:place]
+    assert stopped.logprobs == free.logprobs[:place]
+
+
+def _check_refused_requests(engine: VllmEngine) -> None:
+    good = dict(token_ids=[1], num_samples=1, seed=0, max_tokens=4)
+    for bad in (
+        {"token_ids": []},
+        {"num_samples": 0},
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"max_tokens": MAX_LEN},
+    ):
+        try:
+            engine.generate([SamplingRequest(**good), SamplingRequest(**(good | bad))])  # type: ignore[arg-type]
+        except ValueError:
+            continue
+        raise AssertionError(f"{bad} was accepted")
+    assert len(engine.generate([SamplingRequest(**good)])) == 1  # type: ignore[arg-type]
+
+
+def logprobs_for(folder: Path, temperature: float) -> list[tuple[Any, Any]]:
+    """Samples of a model whose generation_config.json asks for something else, and whose end token is common."""
+    engine = build(folder / "untied_a")
+    engine.update(weights(folder / "untied_a").items(), 1)
+    return sampled(engine, temperature=temperature, max_tokens=12)
+
+
+def refuses_bad_updates(folder: Path) -> dict[str, str]:
+    """Message by kind of bad update. After each one a new engine of the process must work as if nothing happened."""
+    path = folder / "tied_a"
+    policy, messages = weights(path), {}
+    q_proj = "model.layers.1.self_attn.q_proj.weight"
+
+    def interrupted() -> Iterator[tuple[str, Tensor]]:
+        yield from list(policy.items())[:4]
+        raise RuntimeError("the exporter died")
+
+    bad: dict[str, Any] = {
+        "missing": [(name, tensor) for name, tensor in policy.items() if name != q_proj],
+        "unknown": [*policy.items(), ("lm_head.weight", policy["model.embed_tokens.weight"])],
+        "shape": [(name, tensor[:64] if name == q_proj else tensor) for name, tensor in policy.items()],
+        "twice": [*policy.items(), (q_proj, policy[q_proj])],
+        "exporter": interrupted(),
+    }
+    expected = None
+    for kind, tensors in bad.items():
+        engine = build(path)
+        engine.update(policy.items(), 1)
+        expected = expected or sampled(engine)
+        assert sampled(engine) == expected, kind
+        messages[kind] = failure(lambda engine=engine, tensors=tensors: engine.update(tensors, 2))  # type: ignore[misc]
+        assert engine.version == 1
+        for call in (lambda e=engine: sampled(e), lambda e=engine: e.update(policy.items(), 3)):
+            assert messages[kind] in failure(call)  # type: ignore[arg-type]
+        engine.close()
+    engine = build(path)
+    engine.update(policy.items(), 1)
+    assert sampled(engine) == expected
+    return messages
+
+
+def finds_mismatches(folder: Path, family: str, dtype: str) -> None:
+    path = folder / f"{family}_a"
+    engine, policy = build(path, dtype), weights(path)
+    engine.update(policy.items(), 1)
+    assert engine.mismatches(policy.items()) == []
+    layers = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+    swapped = policy | {layers[0]: policy[layers[1]], layers[1]: policy[layers[0]]}
+    assert sorted(engine.mismatches(swapped.items())) == layers
+    for name, tensor in policy.items():
+        damaged = tensor.clone()
+        damaged.view(-1)[-1] += 0.5
+        wrong = engine.mismatches([(name, damaged)])
+        tied = ["lm_head.weight"] if family == "tied" and "embed" in name else []
+        assert wrong == [name, *tied], (name, wrong)
+
+
+def on_ranks(folder: Path, family: str, tensor_parallel: int) -> dict[str, Any]:
+    """A few steps on every rank, with generators that differ between ranks."""
+    torch.manual_seed(1000 + dist.get_rank())
+    a, b = weights(folder / f"{family}_a"), weights(folder / f"{family}_b")
+    engine = build(folder / f"{family}_a", tensor_parallel=tensor_parallel)
+    segments = [name for name in os.listdir("/dev/shm") if "cpushm" in name]
+    engine.update(a.items(), 1)
+    first = sampled(engine)
+    engine.update(b.items(), 2)
+    second = sampled(engine)
+    engine.update(a.items(), 3)
+    assert sampled(engine) == first != second
+    damaged = {name: tensor.clone() for name, tensor in a.items()}
+    for name, tensor in damaged.items():
+        tensor[-1] += 0.5
+        mine = engine.mismatches([(name, tensor)])
+        assert engine.mismatches([(name, a[name])]) == [], name
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        assert name in [wrong for names in found for wrong in names], name
+    engine.close()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return {"a": first, "b": second, "segments": segments, "sum": total.item()}
