@@ -1,7 +1,7 @@
 """The order in which prompts are trained on: a pure function of the seed and of how many were taken before."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_mcpo.data.domains import Domain
@@ -32,7 +32,7 @@ class PromptStream:
         while len(taken) < num:
             lonely = len(taken) == num - 1 and len(set(taken)) == 1 < len(self._domains)
             candidates = [i for i in range(len(self._domains)) if not (lonely and i == taken[0])]
-            best = max(candidates, key=self._credits.__getitem__)
+            best = _richest(self._credits, candidates)
             self._credits[best] -= 1
             taken.append(best)
         return [self._domains[i].next() for i in taken]
@@ -71,7 +71,7 @@ class _DomainCursor:
 
     def next(self) -> Prompt:
         self._credits = [credit + share for credit, share in zip(self._credits, self._shares, strict=True)]
-        best = max(range(len(self._credits)), key=self._credits.__getitem__)
+        best = _richest(self._credits, range(len(self._credits)))
         self._credits[best] -= 1
         return self._sources[best].next()
 
@@ -111,6 +111,11 @@ class _SourceCursor:
         self._order = list(range(len(self._prompts)))
         random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         self._epoch, self._position = epoch, position
+
+
+def _richest(credits: Sequence[float], candidates: Iterable[int]) -> int:
+    """The candidate with most credit, the first of equals; rounding keeps equals equal in spite of the last bits."""
+    return max(candidates, key=lambda i: round(credits[i], 9))
 
 
 def _capped_shares(weights: Sequence[float], num: int) -> list[float]:

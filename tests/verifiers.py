@@ -1,0 +1,132 @@
+"""Verifiers for test_rewards.py, most of which misbehave, and what else it runs in other processes."""
+
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def misbehave(entry: dict[str, Any], answer: str) -> Any:
+    """Do what the answer says; an answer that says nothing known is right when it is the item's."""
+    if answer in _RETURNS:
+        return _RETURNS[answer]
+    if answer in _ACTIONS:
+        return _ACTIONS[answer]()
+    return float(answer == entry["answer"])
+
+
+def record(entry: dict[str, Any], answer: str) -> float:
+    """Leave a line for every call."""
+    with Path(entry["log"]).open("a") as file:
+        file.write(f"{entry['question']} {answer}\n")
+    return 1.0
+
+
+def slow(entry: dict[str, Any], answer: str) -> float:
+    time.sleep(entry["seconds"])
+    return 1.0
+
+
+def fork(entry: dict[str, Any], answer: str) -> float:
+    """Leave a child behind and write down its id."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+    Path(entry["pid_file"]).write_text(str(child))
+    return 1.0
+
+
+def heavy_modules(entry: dict[str, Any], answer: str) -> float:
+    """Raise when the worker holds a module that it must not pay for."""
+    heavy = sorted({"torch", "vllm", "megatron", "transformers"} & set(sys.modules))
+    if heavy:
+        raise RuntimeError(f"the worker imported {heavy}")
+    return 1.0
+
+
+def scoring_sources() -> dict[str, str]:
+    """For every reasoning-gym dataset the source of score_answer, of all classes, and of the methods it calls on self."""
+    from reasoning_gym.factory import DATASETS
+
+    return {name: _scoring_source(dataset) for name, (dataset, _) in DATASETS.items()}
+
+
+def _scoring_source(dataset: type) -> str:
+    classes = [c for c in dataset.__mro__ if "score_answer" in vars(c)]
+    source = "".join(inspect.getsource(vars(c)["score_answer"]) for c in classes)
+    helpers = [getattr(dataset, name, None) for name in set(re.findall(r"self\.(\w+)\(", source))]
+    return source + "".join(inspect.getsource(helper) for helper in helpers if inspect.isroutine(helper))
+
+
+def _raise() -> None:
+    raise KeyError("\x1b]0;title\x07 quoted from the model")
+
+
+def _sleep() -> None:
+    time.sleep(600)
+
+
+def _loop_in_c() -> None:
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def _ignore_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def _exit_quietly() -> None:
+    os._exit(0)
+
+
+def _exit_loudly() -> None:
+    os._exit(3)
+
+
+def _system_exit() -> None:
+    sys.exit(0)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _eat_memory() -> None:
+    bytearray(10 * 2**30)
+
+
+def _print_a_lot() -> float:
+    print("x" * 10_000_000, flush=True)
+    print("x" * 10_000_000, file=sys.stderr, flush=True)
+    return 1.0
+
+
+_RETURNS: dict[str, Any] = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "none": None,
+    "text": "1",
+    "list": [[1.0]],
+    "negative": -0.5,
+    "above": 1.5,
+    "dust": 1 + 1e-9,
+    "partial": 0.98,
+}
+_ACTIONS: dict[str, Any] = {
+    "raise": _raise,
+    "sleep": _sleep,
+    "loop in C": _loop_in_c,
+    "ignore signals": _ignore_signals,
+    "exit quietly": _exit_quietly,
+    "exit loudly": _exit_loudly,
+    "system exit": _system_exit,
+    "interrupt": _interrupt,
+    "eat memory": _eat_memory,
+    "print a lot": _print_a_lot,
+}
