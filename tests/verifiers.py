@@ -51,7 +51,7 @@ def heavy_modules(entry: dict[str, Any], answer: str) -> float:
 
 
 def scoring_sources() -> dict[str, str]:
-    """For every reasoning-gym dataset the source of score_answer, of all classes, and of the methods it calls on self."""
+    """For every reasoning-gym dataset the source of score_answer, in all classes, and of its helper methods."""
     from reasoning_gym.factory import DATASETS
 
     return {name: _scoring_source(dataset) for name, (dataset, _) in DATASETS.items()}
