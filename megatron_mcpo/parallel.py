@@ -12,7 +12,7 @@ from megatron_mcpo.layout import Layout
 
 platform.apply()  # before the imports of Megatron-Core below
 
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One thread a process, before torch is imported: tests fork ranks, and a started thread pool doesn't survive a fork."""
+"""One thread a process, before torch is imported: tests fork ranks, and a thread pool doesn't survive a fork."""
 
 import os
 
@@ -8,4 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+from megatron_mcpo import platform
+
 torch.set_num_threads(1)
+platform.apply()  # before any test imports Megatron-Core

@@ -47,7 +47,7 @@ class CoreAttention(MegatronModule):
         if dropout or config.window_size is not None or config.softmax_type != "vanilla":
             raise ValueError(
                 f"attention_dropout = {dropout}, window_size = {config.window_size}, softmax_type = "
-                f"{config.softmax_type!r}: this attention is causal, full and without dropout; use 0, None and 'vanilla'"
+                f"{config.softmax_type!r}: only full causal attention without dropout exists; use 0, None, 'vanilla'"
             )
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
