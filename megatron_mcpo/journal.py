@@ -26,14 +26,17 @@ class Journal:
         first_step: int,
         evaluated: bool,
     ):
-        """evaluated: whether the first step's evaluation is on file already; the same on every rank"""
+        """first_step: the last step that is done already, 0 for a new run; evaluated: whether its evaluation is on file
+
+        Raises ConfigError where a tracker can't be started.
+        """
         self._config = config
         self._folder = folder
         self._tokenizer = tokenizer
         self._evaluated = {first_step} if evaluated else set[int]()
         if folder is not None:
             self._log = MetricsLog(folder.path, config.run.trackers)
-            self._console = Console(config, config.run.steps, first_step)
+            self._console = Console(config, config.run.steps, first_step + 1)
 
     def note(self, text: str) -> None:
         if self._folder is not None:
@@ -62,7 +65,8 @@ class Journal:
         if self._folder is None:
             return
         self._log.close()
-        write_plots(self._folder.path, self._config.domain_names)
+        for note in write_plots(self._folder.path, self._config.domain_names).notes:
+            self._console.note(note)
         self._folder.finish()
         self._console.summary(self._folder.path)
         self._console.close()

@@ -131,12 +131,17 @@ def _open_journal(
     first_step: int,
     resumed: bool,
 ) -> Journal:
-    evaluated = False
+    evaluated, journal, error = False, None, None
     if folder is not None:
         folder.truncate_after(first_step if resumed else -1)
         evaluated = folder.evaluated(first_step)
     evaluated = _agree(evaluated, groups)
-    journal = Journal(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
+    try:
+        journal = Journal(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
+    except Exception as failure:
+        error = failure
+    parallel.raise_together(error, groups)
+    assert journal is not None
     for note in folder.notes if folder else ():
         journal.note(note)
     if resumed:

@@ -33,7 +33,6 @@ _VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
@@ -96,8 +95,14 @@ class VllmEngine:
             load_format="auto" if load_weights else "dummy",
         )
         if self._on_cpu:
-            # Compiling takes a minute and gains little on a CPU.
-            options |= dict(enforce_eager=True, kv_cache_memory_bytes=int(kv_cache_gib * 2**30))
+            # Compiling takes a minute and gains little on a CPU. A prompt that is prefilled in parts makes vLLM rewind
+            # the request's generator, which a CPU's generator can't: the step would fail.
+            options |= dict(
+                enforce_eager=True,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(4096, max_model_len),
+            )
         with self._fatal("construction"):
             self._llm = _build(options, distributed=distributed, job_tag=job_tag)
             if self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings:
