@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_mcpo.config import Config
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
@@ -74,3 +83,51 @@ def rollout_groups(*, num_prompts: int, num_samples: int, seed: int = 0) -> list
             RolloutGroup(prompt=prompt, completions=tuple(completions), rewards=tuple(float(r) for r in rewards))
         )
     return groups
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIALS = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>"]
+
+
+def save_chat_model(folder: Path, *, warm_steps: int = 120) -> None:
+    """A model of 100 thousand parameters that reads characters and answers any question with one random digit."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocab = {token: number for number, token in enumerate(SPECIALS + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(warm_steps):
+        question = torch.randint(5, len(vocab), (32, 24))
+        digit = torch.randint(vocab["0"], vocab["9"] + 1, (32, 1))
+        ids = torch.cat([question, torch.full((32, 1), vocab["<assistant>"]), digit, torch.full((32, 1), 1)], 1)
+        labels = ids.clone()
+        labels[:, :25] = -100
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)

@@ -1,0 +1,114 @@
+"""Bad input is refused with exit code 2, the value, the rule and the fix, before anything expensive starts.
+
+Not covered here: the wording of each rule (test_config, test_model_config), bad items of generators (test_data).
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+[run]
+steps = 2
+[model]
+path = "MODEL"
+[batch]
+prompts = 4
+samples = 2
+[optimizer]
+lr = 1e-5
+[[domain]]
+name = "sums"
+sources = [{ generator = "chain_sum" }]
+[[domain]]
+name = "bits"
+sources = [{ generator = "count_bits" }]
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_model(folder, tied=True)
+    return folder
+
+
+def refuse(config: str, folder: Path, *overrides: str) -> str:
+    """What the program prints when it refuses; it must do so at once."""
+    path = folder / "config.toml"
+    path.write_text(config)
+    start = time.monotonic()
+    command = [sys.executable, "-m", "megatron_mcpo.train", str(path), *overrides]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - start < 5, "torch was imported, or something slower"
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--batch.sample", "4"], ["batch.sample", "unknown", "samples"]),
+        (["--optimizer.lr", "fast"], ["optimizer.lr", "fast", "number"]),
+        (["--parallel.tensor", "3"], ["parallel.tensor", "3", "heads"]),
+        (["--parallel.pipeline", "3"], ["parallel.pipeline", "3", "layers"]),
+        (["--model.path", "no/such/folder"], ["no/such/folder", "config.json"]),
+        (["--rollout.max_prompt_tokens", "9999"], ["batch.micro_batch_tokens", "rollout.max_prompt_tokens"]),
+        (["--run.trackers", '["wandb"]'], ["wandb", "pip install"]),
+    ],
+    ids=["unknown key", "wrong type", "tensor", "pipeline", "no model", "micro-batch", "tracker"],
+)
+def test_refused_by_the_command_line(model: Path, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    message = refuse(CONFIG.replace("MODEL", str(model)), tmp_path, *overrides)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_all_problems_at_once(model: Path, tmp_path: Path) -> None:
+    config = CONFIG.replace("MODEL", str(model)).replace("chain_sum", "countdown")
+    message = refuse(config, tmp_path, "--run.seed", "-1", "--batch.samples", "1", "--engine.speed", "9")
+    assert [word for word in ("run.seed", "batch.samples", "engine.speed") if word not in message] == [], message
+
+
+def test_a_scorer_that_runs_the_models_text_is_refused(model: Path, tmp_path: Path) -> None:
+    assert "countdown" in refuse(CONFIG.replace("MODEL", str(model)).replace("chain_sum", "countdown"), tmp_path)
+
+
+def test_a_domain_without_sources_is_refused(model: Path, tmp_path: Path) -> None:
+    config = CONFIG.replace("MODEL", str(model)).replace('[{ generator = "count_bits" }]', "[]")
+    assert "domain[1].sources" in refuse(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"a_field_from_the_future": 1}, "a_field_from_the_future"),
+    ],
+    ids=["architecture", "ignored field", "remote code", "unknown field"],
+)
+def test_a_model_we_would_get_wrong_is_refused(model: Path, tmp_path: Path, change: dict, word: str) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**values, **change}))
+    assert word in refuse(CONFIG.replace("MODEL", str(other)), tmp_path)
+
+
+def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.replace("MODEL", str(model)))
+    command = [sys.executable, "-m", "megatron_mcpo.train", str(path), "--dry-run", "--parallel.pipeline", "2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "4 prompts x 2 samples = 8 rollouts" in result.stdout and "pipeline 2" in result.stdout
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,203 @@
+"""The whole program on a tiny character model: real torchrun, Megatron-Core, vLLM, verifiers and files.
+
+Not covered here: the quick start's own model (its figures are in benchmarks/), GPUs, several hosts.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+[run]
+name = "tiny"
+dir = "{runs}"
+steps = 6
+checkpoint_every = 2
+[model]
+path = "{model}"
+dtype = "fp32"
+[batch]
+prompts = 8
+samples = 4
+micro_batch_tokens = 1024
+[rollout]
+max_prompt_tokens = 200
+max_response_tokens = 4
+[engine]
+kv_cache_gib = 0.1
+canary_every = 3
+[contrastive]
+dim = 16
+[optimizer]
+lr = 2e-3
+[evaluation]
+every = 6
+items = 8
+[[domain]]
+name = "divisors"
+shots = 0
+items = 60
+sources = [{{ generator = "gcd" }}]
+[[domain]]
+name = "letters"
+shots = 0
+items = 60
+sources = [{{ generator = "letter_counting", options = {{ min_words = 3, max_words = 5 }} }}]
+"""
+SWAPPING_TRAINER = """
+import sys
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.train import main
+
+NAMES = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
+honest, pushes = Policy.weights, []
+
+def swapped(self):
+    pushes.append(1)
+    other = dict(zip(NAMES, reversed(NAMES))) if len(pushes) == 1 else {}
+    for name, tensor in honest(self):
+        yield other.get(name, name), tensor
+
+Policy.weights = swapped
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+FIXED_NAMES = {
+    "step", "reward/mean", "reward/divisors", "reward/letters", "signal/divisors", "signal/letters",
+    "loss/policy", "loss/kl", "loss/share", "loss/consolidate", "contrast/anchors_share",
+    "contrast/anchors_consolidate", "entropy", "grad_norm", "lr", "engine/logprob_diff_mean",
+    "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/score", "time/update", "time/step",
+    "tokens/trained", "memory/peak_gib",
+}  # fmt: skip
+VARYING = re.compile(r"time/|sync/seconds|memory/")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_chat_model(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    return write_config(model, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Figures of an uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    finished = train(write_config(model, folder))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return metrics(folder / "runs" / "tiny")
+
+
+def write_config(model: Path, folder: Path) -> Path:
+    path = folder / "config.toml"
+    path.write_text(CONFIG.format(runs=folder / "runs", model=model))
+    return path
+
+
+def command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_mcpo.train", str(config), *overrides]
+
+
+def train(config: Path, *overrides: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def lasting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures that two equal runs agree on."""
+    return [{key: value for key, value in row.items() if not VARYING.match(key)} for row in rows]
+
+
+def test_it_learns_and_leaves_what_it_promises(config: Path, tmp_path: Path) -> None:
+    """Digits at random are right one time in ten; most greatest common divisors are 1, and so are most counts."""
+    finished = train(config, "--run.steps", "20", "--batch.prompts", "16", "--batch.samples", "8")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    folder = tmp_path / "runs" / "tiny"
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert set(rows[0]) >= FIXED_NAMES, FIXED_NAMES - set(rows[0])
+    first, last = (sum(row["reward/mean"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last >= 1.5 * first, f"mean reward {first:.3f} -> {last:.3f}"
+    assert max(row["engine/logprob_diff_mean"] for row in rows) < 1e-4
+    assert (tmp_path / "runs" / "latest").resolve() == folder.resolve()
+    evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [0, 6, 12, 18, 20]
+    assert set(evaluations[0]) == {"step", "divisors", "letters", "mean", "worst"}
+    assert {path.name for path in (folder / "plots").iterdir()} >= {"reward_by_domain.png", "representations.png"}
+    rollouts = [json.loads(line) for line in (folder / "rollouts" / "step_000020.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 16 * 8
+    assert {"prompt", "completion", "reward", "advantage", "domain", "positives"} <= set(rollouts[0])
+    assert "divisors" in finished.stdout and "\x1b" not in finished.stdout, "plain lines where there is no terminal"
+
+
+def test_killed_and_started_again_it_ends_with_the_same_figures(
+    config: Path, tmp_path: Path, whole: list[dict[str, Any]]
+) -> None:
+    process = psutil.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None, "no third step"
+        time.sleep(0.02)
+    # torchrun first: it would otherwise see its rank die and clean up.
+    for victim in [process, *process.children(recursive=True)]:
+        victim.kill()
+    process.wait()
+    resumed = train(config)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "going on after step 2" in resumed.stdout
+    assert lasting(metrics(tmp_path / "runs" / "tiny")) == lasting(whole)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--parallel.data", "2"),
+        ("--parallel.tensor", "2", "--engine.tensor_parallel", "2"),
+        ("--parallel.pipeline", "2", "--batch.minibatches", "2"),
+    ],
+    ids=["data", "tensor", "pipeline"],
+)
+def test_two_ranks_start_where_one_starts(
+    config: Path, tmp_path: Path, whole: list[dict[str, Any]], overrides: tuple[str, ...]
+) -> None:
+    """Two ranks sample the same tokens, so that before the first update all figures of the rollouts agree."""
+    two = train(config, "--run.steps", "2", *overrides)
+    assert two.returncode == 0, two.stderr[-3000:]
+    expected, found = whole[0], metrics(tmp_path / "runs" / "tiny")[0]
+    for name in ("reward/mean", "reward/divisors", "response_tokens", "signal/letters", "tokens/trained"):
+        assert found[name] == expected[name], name
+    assert found["entropy"] == pytest.approx(expected["entropy"], abs=1e-4)
+    if "--batch.minibatches" not in overrides:
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert found["loss/share"] == pytest.approx(expected["loss/share"], rel=1e-3)
+
+
+def test_the_canary_names_what_differs(config: Path, tmp_path: Path) -> None:
+    """A trainer that sends two tensors in each other's place stops before it trains."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(SWAPPING_TRAINER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(broken)]
+    stopped = subprocess.run([*torchrun, str(config)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert stopped.returncode != 0
+    assert "CanaryError" in stopped.stderr
+    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        assert name in stopped.stderr
+    assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
