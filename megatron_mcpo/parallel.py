@@ -99,7 +99,7 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
-        distributed_timeout_minutes=timeout_seconds / 60,  # type: ignore[arg-type]  # becomes a timedelta
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return _groups(layout, timeout)

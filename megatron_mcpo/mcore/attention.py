@@ -73,8 +73,8 @@ class CoreAttention(MegatronModule):
             lengths = _lengths(packed_seq_params, self.context_group.size())
             return self._attend_packed(query, key, value, lengths)
         num_tokens, batch = query.shape[:2]
-        flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
-        out = self._attend_packed(*flat, lengths=(num_tokens,) * batch)
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        out = self._attend_packed(q, k, v, (num_tokens,) * batch)
         return out.view(batch, num_tokens, -1).transpose(0, 1).contiguous()
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -138,8 +138,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     mask = None
     if num_queries < num_keys:
         mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (query, key, value)),
+        q,
+        k,
+        v,
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
