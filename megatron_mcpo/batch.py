@@ -5,7 +5,7 @@ Shape legend: see megatron_mcpo.types.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -34,27 +34,40 @@ def make_batch(
     pass_threshold: float,
     num_data_ranks: int,
     data_rank: int,
+    share_prompts: bool,
 ) -> TrainBatch:
     """The share of `data_rank` in one optimizer step over these groups (rollouts ordered by group, then sample).
 
-    A rollout is correct when its reward is at least `pass_threshold`.
+    A rollout is correct when its reward is at least `pass_threshold`. Where prompts are shared, a group stays on one
+    rank; otherwise rollouts are dealt out one by one, which balances better.
     """
     rollouts = [(group, completion) for group in groups for completion in group.completions]
-    lengths = [len(group.prompt.token_ids) + len(completion.token_ids) for group, completion in rollouts]
-    rank_rows = partition(lengths, num_parts=num_data_ranks)
+    prompt_lens = tuple(len(group.prompt.token_ids) for group, _ in rollouts)
+    response_lens = tuple(len(completion.token_ids) for _, completion in rollouts)
+    keys = _keys(groups, pass_threshold)
+    if share_prompts:
+        units = [list(rows) for _, rows in groupby(range(len(rollouts)), key=keys.prompt_M.tolist().__getitem__)]
+    else:
+        units = [[row] for row in range(len(rollouts))]
+    costs = [prompt_lens[rows[0]] + sum(response_lens[row] for row in rows) for rows in units]
+    rank_rows = tuple(
+        tuple(row for unit in part for row in units[unit]) for part in partition(costs, num_parts=num_data_ranks)
+    )
     mine = [rollouts[row] for row in rank_rows[data_rank]]
     rows_N = torch.tensor(rank_rows[data_rank], dtype=torch.int64)
     batch = TrainBatch(
         tokens_T=_concatenate(group.prompt.token_ids + completion.token_ids for group, completion in mine),
-        prompt_lens_N=torch.tensor([len(group.prompt.token_ids) for group, _ in mine], dtype=torch.int64),
-        response_lens_N=torch.tensor([len(completion.token_ids) for _, completion in mine], dtype=torch.int64),
+        prompt_lens_N=torch.tensor([prompt_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
+        response_lens_N=torch.tensor([response_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
         rows_N=rows_N,
         advantages_N=advantages_PG.flatten()[rows_N].float(),
         engine_logp_R=_engine_logprobs([completion for _, completion in mine]),
-        keys=_keys(groups, pass_threshold),
-        num_response_tokens=sum(len(completion.token_ids) for _, completion in rollouts),
-        lengths_M=tuple(lengths),
-        rank_rows=tuple(tuple(rows) for rows in rank_rows),
+        keys=keys,
+        num_response_tokens=sum(response_lens),
+        prompt_lens_M=prompt_lens,
+        response_lens_M=response_lens,
+        rank_rows=rank_rows,
+        shared_prompts=share_prompts,
     )
     batch.check()
     return batch

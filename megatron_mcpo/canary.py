@@ -57,6 +57,7 @@ class Canary:
             pass_threshold=1.0,
             num_data_ranks=self.groups.layout.data,
             data_rank=self.groups.data_rank,
+            share_prompts=self.policy.shares_prompts,
         )
         logp_R = self.policy.score(batch).logp_R.cpu()
         rollout_R = torch.repeat_interleave(torch.arange(len(batch)), batch.response_lens_N)

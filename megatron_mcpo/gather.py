@@ -20,7 +20,7 @@ def gather_rows(local_ND: Tensor, batch: TrainBatch, groups: Groups) -> Tensor:
     padded[: len(batch)] = local_ND.detach()
     shares = [torch.empty_like(padded) for _ in batch.rank_rows]
     dist.all_gather(shares, padded, group=groups.data)
-    gathered_MD = local_ND.new_empty(len(batch.lengths_M), local_ND.shape[1])
+    gathered_MD = local_ND.new_empty(len(batch.response_lens_M), local_ND.shape[1])
     for rows, share in zip(batch.rank_rows, shares, strict=True):
         gathered_MD[list(rows)] = share[: len(rows)]
     return gathered_MD

@@ -135,6 +135,7 @@ class Trainer:
             pass_threshold=self.config.algorithm.pass_threshold,
             num_data_ranks=self.groups.layout.data,
             data_rank=self.groups.data_rank,
+            share_prompts=self.policy.shares_prompts,
         )
         with self.timed("score"):
             old = self.policy.score(batch)
@@ -156,7 +157,7 @@ class Trainer:
             stats_MK=stats_MK,
             z_MD=z_MD,
             contrast=contrast,
-            num_tokens=sum(batch.lengths_M),
+            num_tokens=batch.num_tokens,
             metrics=_update_figures(update, contrast),
         )
 

@@ -90,9 +90,10 @@ class TrainBatch:
     engine_logp_R: fp32, the engine's log-prob of each response token
     keys: domain, prompt and correctness of ALL rollouts of the batch (the same on every rank)
     num_response_tokens: R of the whole batch, over all ranks: the denominator of token means
-    lengths_M: number of tokens of every rollout of the batch
-    rank_rows: which of these rollouts each data-parallel rank holds; from both every rank derives the same number of
-        micro-batches, and where gathered rows belong
+    prompt_lens_M, response_lens_M: number of tokens of every rollout of the batch
+    rank_rows: which of these rollouts each data-parallel rank holds; from all three every rank derives the same number
+        of micro-batches, and where gathered rows belong
+    shared_prompts: rollouts of a prompt are packed behind ONE copy of it
     """
 
     tokens_T: Tensor
@@ -103,11 +104,18 @@ class TrainBatch:
     engine_logp_R: Tensor
     keys: Keys
     num_response_tokens: int
-    lengths_M: tuple[int, ...]
+    prompt_lens_M: tuple[int, ...]
+    response_lens_M: tuple[int, ...]
     rank_rows: tuple[tuple[int, ...], ...]
+    shared_prompts: bool
 
     def __len__(self) -> int:
         return len(self.rows_N)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rollouts on all ranks, a prompt counted with every one of its rollouts."""
+        return sum(self.prompt_lens_M) + sum(self.response_lens_M)
 
     def check(self) -> None:
         """Assert the shapes that the legend promises."""

@@ -6,6 +6,7 @@ Transformer Engine's. Legend: T tokens of this rank, S tokens of all context ran
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ from torch import Tensor
 
 LONGEST_PLAIN = 256
 """Up to this many keys, matrix products are faster on a CPU than torch's fused kernel, and their scores fit."""
+
+
+@dataclass
+class SharedPrompts(PackedSeqParams):
+    """A pack in which the responses to a prompt follow ONE copy of it: none of them sees another.
+
+    units: of every prompt in the pack its number of tokens and those of its responses, in packed order
+    positions_T: int64, each token's position in its own sequence (prompt, then response)
+    """
+
+    units: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    positions_T: Tensor | None = None
 
 
 class CoreAttention(MegatronModule):
@@ -69,6 +82,8 @@ class CoreAttention(MegatronModule):
         Otherwise [s, b, heads, D] and so on -> [s, b, heads * D]. `attention_mask` is not read: causal is all there is.
         """
         assert attention_bias is None
+        if isinstance(packed_seq_params, SharedPrompts):
+            return self._attend_shared(query, key, value, packed_seq_params.units)
         if packed_seq_params is not None:
             lengths = _lengths(packed_seq_params, self.context_group.size())
             return self._attend_packed(query, key, value, lengths)
@@ -97,6 +112,23 @@ class CoreAttention(MegatronModule):
         return torch.cat(outs)
 
 
+    def _attend_shared(
+        self, query: Tensor, key: Tensor, value: Tensor, units: tuple[tuple[int, tuple[int, ...]], ...]
+    ) -> Tensor:
+        """Every prompt attends to itself, every response to its prompt and to itself."""
+        assert self.context_group.size() == 1, "context parallelism cuts sequences, prompts can't be shared"
+        lengths = [n for prompt, responses in units for n in (prompt, *responses)]
+        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outs = []
+        for _, responses in units:
+            prompt_q, prompt_k, prompt_v = next(parts)
+            outs.append(causal_attention(prompt_q, prompt_k, prompt_v, self.scale))
+            for _ in responses:
+                q, k, v = next(parts)
+                outs.append(causal_attention(q, torch.cat((prompt_k, k)), torch.cat((prompt_v, v)), self.scale))
+        return torch.cat(outs)
+
+
 class PackedSelfAttention(SelfAttention):
     """Megatron-Core's self-attention, with the rotary angles of a pack laid out once instead of sequence by sequence.
 
@@ -114,7 +146,9 @@ class PackedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; `rotary_pos_emb` [longest, 1, 1, D]."""
-        if packed_seq_params is not None and rotary_pos_emb is not None:
+        if isinstance(packed_seq_params, SharedPrompts) and rotary_pos_emb is not None:
+            rotary_pos_emb = rotary_pos_emb[packed_seq_params.positions_T]
+        elif packed_seq_params is not None and rotary_pos_emb is not None:
             lengths = _lengths(packed_seq_params, 1)
             rotary_pos_emb = torch.cat([rotary_pos_emb[:n] for n in lengths])
         return super().forward(

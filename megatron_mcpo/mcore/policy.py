@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_mcpo.config import Config, OptimizerConfig
 from megatron_mcpo.mcore import schedule
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
-from megatron_mcpo.mcore.packing import MicroBatch, num_micro_batches, pack
+from megatron_mcpo.mcore.packing import MicroBatch, pack
 from megatron_mcpo.mcore.schedule import MicroOutput
+from megatron_mcpo.mcore.spec import shares_prompts
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.platform import device
@@ -78,14 +79,18 @@ class _Model:
         )
         return self._collect(batch, micros, outputs)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether batches for this model should keep the rollouts of a prompt together."""
+        return shares_prompts(self.groups.layout)
+
     def _pack(self, batch: TrainBatch) -> list[MicroBatch]:
-        layout = self.groups.layout
         return pack(
             batch,
-            num_micro=num_micro_batches(batch, max_tokens=self.max_tokens, layout=layout),
-            layout=layout,
+            max_tokens=self.max_tokens,
+            layout=self.groups.layout,
             context_rank=self.groups.context.rank(),
-            device=device(),
+            device=self.device,
         )
 
     def _collect(self, batch: TrainBatch, micros: Sequence[MicroBatch], outputs: Sequence[MicroOutput]) -> Scores:

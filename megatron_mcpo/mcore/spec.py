@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.attention import CoreAttention, PackedSelfAttention
 
 
@@ -37,6 +38,14 @@ class RMSNorm(nn.Module):
 def uses_transformer_engine() -> bool:
     """Whether layers are made of Transformer Engine's modules on this machine."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def shares_prompts(layout: Layout) -> bool:
+    """Whether the attention of these layers can put several responses behind one copy of their prompt.
+
+    Transformer Engine's packed attention has no such mask, and context parallelism cuts sequences into equal chunks.
+    """
+    return layout.context == 1 and not uses_transformer_engine()
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
