@@ -145,8 +145,7 @@ def test_tensor_parallel_ranks_agree(models: Path, family: str) -> None:
     assert two[0]["a"] == two[1]["a"]
     assert two[0]["b"] == two[1]["b"]
     assert [rank["sum"] for rank in two] == [2.0, 2.0], "the trainer's process group must outlive the engine"
-    assert all("mcpo-test" in name for rank in two for name in rank["segments"])
-    assert two[0]["segments"]
+    assert [rank["segments"] for rank in two] == [[], []], "names left in /dev/shm would outlive a crash"
     one = cases.run(_single, models, family)
     for (tokens, logprobs), (tokens_1, logprobs_1) in zip(two[0]["a"], one, strict=True):
         assert tokens == tokens_1
@@ -161,7 +160,6 @@ def _single(folder: Path, family: str) -> Any:
 def test_two_engines_of_one_rank_each(models: Path) -> None:
     two = cases.run(cases.on_ranks, models, "tied", 1, ranks=2)
     assert two[0]["a"] == two[1]["a"] == cases.run(_single, models, "tied")
-    assert two[0]["segments"] == []
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 
 MAX_LEN = 96
+JOB_TAG = "mcpo-test"
 PROMPTS = [[1, 2, 3, 4], [7] * 40 + [9], list(range(20, 45)), [500, 3]]
 _SERVER = mp.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -88,11 +89,11 @@ def build(path: Path, dtype: Any = "fp32", *, tensor_parallel: int = 1, load_wei
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         max_model_len=MAX_LEN,
-        max_concurrent=16,
+        max_concurrent=64,
         kv_cache_gib=0.05,
         gpu_memory_utilization=0.5,
         distributed=dist.is_initialized(),
-        job_tag="mcpo-test",
+        job_tag=JOB_TAG,
         load_weights=load_weights,
     )
 
@@ -215,6 +216,7 @@ def follows_requests(folder: Path) -> None:
     _check_seeds_and_greedy(engine)
     _check_stop_token(engine)
     _check_refused_requests(engine)
+    _check_many_long_prompts(engine)
     engine.sleep()
     assert "asleep" in failure(lambda: sampled(engine))
     assert "asleep" in failure(lambda: engine.update(weights(path).items(), 8))
@@ -248,6 +250,15 @@ def _check_stop_token(engine: VllmEngine) -> None:
     assert stopped.stop_reason.value == "stop"
     assert stopped.token_ids == free.token_ids[:place]
     assert stopped.logprobs == free.logprobs[:place]
+
+
+def _check_many_long_prompts(engine: VllmEngine) -> None:
+    """More prompt tokens than fit into one step: none may be cut into pieces, or seeded sampling fails on a CPU."""
+    prompts = [[first] * 90 for first in range(100)]
+    requests = [SamplingRequest(token_ids=ids, num_samples=1, seed=ids[0], max_tokens=3) for ids in prompts]
+    together = engine.generate(requests)
+    assert [len(sample.token_ids) for (sample,) in together] == [3] * 100
+    assert engine.generate(requests[-1:])[0][0].token_ids == together[-1][0].token_ids
 
 
 def _check_refused_requests(engine: VllmEngine) -> None:
@@ -329,7 +340,7 @@ def on_ranks(folder: Path, family: str, tensor_parallel: int) -> dict[str, Any]:
     torch.manual_seed(1000 + dist.get_rank())
     a, b = weights(folder / f"{family}_a"), weights(folder / f"{family}_b")
     engine = build(folder / f"{family}_a", tensor_parallel=tensor_parallel)
-    segments = [name for name in os.listdir("/dev/shm") if "cpushm" in name]
+    segments = [name for name in os.listdir("/dev/shm") if name.startswith(JOB_TAG)]
     engine.update(a.items(), 1)
     first = sampled(engine)
     engine.update(b.items(), 2)

@@ -9,12 +9,15 @@ import gc
 import logging
 import os
 import random
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 LAST_AFFECTED = (0, 33)
@@ -98,14 +101,19 @@ def _set_environment(wanted: dict[str, str]) -> None:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Keep torch from warning that a machine with a CUDA toolkit has no GPU: vLLM's imports make it look."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Import vLLM without its banners; a VLLM_LOGGING_LEVEL of the user's is obeyed.
+
+    Also keeps torch from warning that a machine with a CUDA toolkit has no GPU: vLLM's imports make it look.
+    """
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    level, wanted = extensions.level, os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    extensions.setLevel(logging.ERROR)
     try:
         yield
+        # vLLM reads the variable only once a process, at its first import, which needn't have been this one.
+        logging.getLogger("vllm").setLevel(wanted.upper())
     finally:
-        logger.setLevel(level)
+        extensions.setLevel(level)
 
 
 @contextmanager
@@ -113,21 +121,33 @@ def cpu_start(job_tag: str) -> Iterator[None]:
     """Build a CPU engine that shares a host with other jobs and a process with a trainer. Seen in 0.30 to 0.33:
 
     - Under a launcher vLLM gives the shared-memory segments of all jobs the same names: two jobs collide, and what a
-      crash leaves in /dev/shm stops every later one. `job_tag` is put in front of the names.
+      crash leaves in /dev/shm stops every later one. Here the names begin with `job_tag` and a number drawn by rank 0,
+      and are removed as soon as every rank has mapped the memory (which lives on until the last rank ends).
     - vLLM binds all memory of the process to one NUMA node, and says so on the console. This is left out.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     shm_group: Any = _CPUSHMDistributed
     kernels: Any = torch.ops._C
+    prefix = _common_prefix(job_tag)
     make_name, bind_memory = vars(shm_group)["make_group_name"], kernels.init_cpu_memory_env
-    shm_group.make_group_name = staticmethod(lambda comm: f"{job_tag}-{make_name(comm).lstrip('/')}")
+    shm_group.make_group_name = staticmethod(lambda comm: f"{prefix}-{make_name(comm).lstrip('/')}")
     kernels.init_cpu_memory_env = lambda nodes: None
     try:
         yield
     finally:
         shm_group.make_group_name = make_name
         kernels.init_cpu_memory_env = bind_memory
+        for segment in Path("/dev/shm").glob(f"{prefix}-*"):
+            segment.unlink(missing_ok=True)
+
+
+def _common_prefix(job_tag: str) -> str:
+    """The same on all ranks of a job, and never used before."""
+    prefix = [f"{job_tag}-{secrets.token_hex(4)}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(prefix, src=0)
+    return prefix[0]
 
 
 def reload_is_stale_on_cpu() -> bool:

@@ -29,6 +29,7 @@ _BACKEND = "megatron_mcpo"
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_CPU_BATCH_TOKENS = 4096
 _VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -101,7 +102,9 @@ class VllmEngine:
                 enforce_eager=True,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
                 enable_chunked_prefill=False,
-                max_num_batched_tokens=max(4096, max_model_len),
+                max_num_batched_tokens=max(_CPU_BATCH_TOKENS, max_model_len),
+                # The smallest: with the usual 128, a shorter beginning that prompts have in common is never shared.
+                block_size=32,
             )
         with self._fatal("construction"):
             self._llm = _build(options, distributed=distributed, job_tag=job_tag)
@@ -147,14 +150,9 @@ class VllmEngine:
         self._require(weights=False)
         arrived: dict[str, int] = {}
         with self._fatal(f"update to version {version}"):
-            try:
-                self._llm.start_weight_update()
-                weights = _checked(named_tensors, self._shapes, arrived)
-                self._llm.update_weights({"update_info": {"weights": weights}})
-            except BaseException:
-                # Leaves the modules that engines of a process share (rotary embeddings) usable for the next engine.
-                self._abandon_update()
-                raise
+            self._llm.start_weight_update()
+            weights = _checked(named_tensors, self._shapes, arrived)
+            self._llm.update_weights({"update_info": {"weights": weights}})
             self._llm.finish_weight_update()
             if self._cache_released:
                 self._llm.wake_up(tags=["kv_cache"])
@@ -230,10 +228,6 @@ class VllmEngine:
         except BaseException:
             self._broken = f"{action} was interrupted"
             raise
-
-    def _abandon_update(self) -> None:
-        with suppress(Exception):  # the error that led here is the one to report
-            self._llm.finish_weight_update()
 
     def _check_request(self, request: SamplingRequest) -> None:
         num_prompt = len(request.token_ids)
@@ -380,7 +374,13 @@ def _register_backend() -> None:
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
             model: Any = self.model
-            model.load_weights(update_info.weights)
+            try:
+                model.load_weights(update_info.weights)
+            except BaseException:
+                # Engines of a process share modules (rotary embeddings): the next engine needs them put together again.
+                with suppress(Exception):
+                    finalize_layerwise_reload(model, self.model_config)
+                raise
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
