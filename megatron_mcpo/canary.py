@@ -74,5 +74,6 @@ class Canary:
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         raise CanaryError(
             f"engine and trainer log-probs of the same tokens differ by {difference:.3g} on average, more than "
-            f"{self.tolerance:g}; " + (f"tensors that differ: {shown}" if names else "yet no tensor was found to differ")
+            f"{self.tolerance:g}; "
+            + (f"tensors that differ: {shown}" if names else "yet no tensor was found to differ")
         )

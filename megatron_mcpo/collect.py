@@ -92,7 +92,7 @@ class Collector:
         ]
         groups = []
         for prompt, completions in zip(prompts, self.engine.generate(requests), strict=True):
-            texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
             completions = tuple(replace(c, text=text) for c, text in zip(completions, texts, strict=True))
             aborted = any(c.stop_reason is StopReason.ABORT for c in completions)
             groups.append(

@@ -74,10 +74,8 @@ class Journal:
     def _dump(self, folder: Path, step: int, learned: Sequence[BatchReport]) -> None:
         rows = []
         for number, report in enumerate(learned):
-            prompts = [self._tokenizer.decode(group.prompt.token_ids) for group in report.groups]
-            rows += [
-                {"minibatch": number, **row} for row in rollout_rows(report, self._config.domain_names, prompts)
-            ]
+            prompts = self._tokenizer.batch_decode([list(group.prompt.token_ids) for group in report.groups])
+            rows += [{"minibatch": number, **row} for row in rollout_rows(report, self._config.domain_names, prompts)]
         write_rollouts(folder, step, rows)
         drawn = [report for report in learned if report.z_MD is not None]
         if not drawn:

@@ -1,4 +1,4 @@
-"""What a step tells: the figures of metrics.jsonl and the rows of the rollout dump. Shape legend: megatron_mcpo.types."""
+"""What a step tells: the figures of metrics.jsonl, the rows of the rollout dump. Shape legend: megatron_mcpo.types."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ COLUMNS = ("entropy", "kl", "engine/logprob_diff", "engine/logprob_diff_max")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """One optimizer step: the groups it learned from, their advantages, statistics [M, len(COLUMNS)], representations, contrast."""
+    """One optimizer step: the groups it learned from and what is known of them; stats_MK: K = len(COLUMNS)."""
 
     groups: Sequence[RolloutGroup]
     advantages_PG: Tensor

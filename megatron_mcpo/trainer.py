@@ -21,14 +21,13 @@ from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.evaluate import evaluate
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.journal import Journal
-from megatron_mcpo.memory import peak_memory_gib
 from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy, Reference
+from megatron_mcpo.memory import peak_memory_gib
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
 from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch, Update
-
 
 _STEPS_PER_SEED = 1_000_003
 """Two runs with neighbouring seeds share no sampling seed before this many steps."""
@@ -115,9 +114,7 @@ class Trainer:
         with self.timed("rollout"):
             collected = self.collector.collect(prompts, sampling)
             self.engine.sleep()
-        check_error_rate(
-            collected, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate
-        )
+        check_error_rate(collected, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate)
         return collected
 
     def split(self, collected: Sequence[RolloutGroup]) -> list[list[RolloutGroup]]:

@@ -74,7 +74,14 @@ def reference_gradients(model: PreTrainedModel, head_DH: Tensor, groups: list[Ro
             pooled_H = output.hidden_states[-1][0, start:].mean(0)
             z.append(torch.nn.functional.normalize(head_DH @ pooled_H, dim=0))
     lens = [len(part) for part in logp]
-    batch = make_batch(groups, group_advantages(rewards_of(groups)), pass_threshold=1.0, num_data_ranks=1, data_rank=0, share_prompts=False)
+    batch = make_batch(
+        groups,
+        group_advantages(rewards_of(groups)),
+        pass_threshold=1.0,
+        num_data_ranks=1,
+        data_rank=0,
+        share_prompts=False,
+    )
     term = policy_loss(
         logp_R=torch.cat(logp),
         old_logp_R=torch.cat(step_logprobs(groups, 1)),
@@ -177,13 +184,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_gradient_equals_the_reference(case: tuple[Path, list, dict], layout: Layout) -> None:
     folder, groups, expected = case
     for max_tokens, share_prompts in ((64, False), (64, True), (4096, True)):
-        config = tiny.config(
-            folder, batch={"micro_batch_tokens": max_tokens}, rollout={"max_prompt_tokens": 32, "max_response_tokens": 16}
-        )
+        limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
+        config = tiny.config(folder, batch={"micro_batch_tokens": max_tokens}, rollout=limits)
         results = run_ranks(layout.world_size, megatron_gradients, config, layout, groups, share_prompts, timeout=60)
         last = next(result for result in results if result["contrastive_head"].numel())
         results[0]["contrastive_head"] = last["contrastive_head"]
         assert set(results[0]) == set(expected)
         for name, gradient in expected.items():
             error = (results[0][name].double() - gradient).abs().max() / gradient.abs().max()
-            assert error <= 1e-5, f"{name}: relative error {error:.2e} with micro-batches of {max_tokens} tokens, {share_prompts=}"
+            assert error <= 1e-5, (
+                f"{name}: relative error {error:.2e} with micro-batches of {max_tokens} tokens, {share_prompts=}"
+            )

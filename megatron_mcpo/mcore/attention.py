@@ -111,7 +111,6 @@ class CoreAttention(MegatronModule):
                 outs.append(causal_attention(part, k[:seen], v[:seen], self.scale))
         return torch.cat(outs)
 
-
     def _attend_shared(
         self, query: Tensor, key: Tensor, value: Tensor, units: tuple[tuple[int, tuple[int, ...]], ...]
     ) -> Tensor:

@@ -1,5 +1,7 @@
 """Builds the pipeline chunks of a GPTModel from what a Hugging Face config says."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -76,7 +78,7 @@ def build_chunks(
         is_first = groups.is_first_stage and stage == 0
         is_last = groups.is_last_stage and stage == stages[-1]
         vp_stage = stage if interleaved else None
-        chunk: nn.Module = GPTModel(
+        chunk: Any = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(config, vp_stage),
             vocab_size=padded_vocab_size(model, groups.layout.tensor),
@@ -103,8 +105,9 @@ def build_chunks(
     return chunks
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> Any:
     """The GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module
+    inner: Any = module
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner

@@ -45,7 +45,7 @@ class LossInput:
 
 
 LossFunction = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
-"""A micro-batch's share of the step's loss (shares ADD up to it over micro-batches and ranks), and named shares to log."""
+"""A micro-batch's share of the step's loss (the shares of all micro-batches and ranks ADD up to it), and what to log."""
 
 
 class _Model:
@@ -59,7 +59,7 @@ class _Model:
         self.max_tokens = config.batch.micro_batch_tokens
         self.head_dim = head_dim
         self.version = 0
-        self.chunks = build_chunks(
+        self.chunks: list[Any] = build_chunks(
             model, groups, dtype=DTYPES[config.model.dtype], head_dim=head_dim, head_seed=config.run.seed
         )
         load_hf(self.chunks, model, Path(config.model.path), groups)
@@ -136,9 +136,8 @@ class Policy(_Model):
             _optimizer_config(config.optimizer, dtype=DTYPES[config.model.dtype]), self.chunks
         )
         self.lr_schedule = _lr_schedule(self.optimizer, config.optimizer, num_updates=_num_updates(config))
-        for chunk in self.chunks:
-            chunk.module.config.finalize_model_grads_func = finalize_model_grads
-            chunk.module.config.grad_scale_func = self.optimizer.scale_loss
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+        megatron_config.grad_scale_func = self.optimizer.scale_loss
 
     def backward(self, batch: TrainBatch, loss: LossFunction) -> dict[str, float]:
         """Leave the gradient of the sum of all losses, over micro-batches and ranks, in the gradient buffers.
@@ -159,9 +158,7 @@ class Policy(_Model):
             if z_nD is not None and layout.context > 1:
                 z_nD = _ScaleGradient.apply(z_nD, 1 / layout.context)
             value, metrics = loss(
-                LossInput(
-                    logp_r=output.logp_r, response_r=micro.response_r, z_nD=z_nD, rollouts=micro.rollouts
-                )
+                LossInput(logp_r=output.logp_r, response_r=micro.response_r, z_nD=z_nD, rollouts=micro.rollouts)
             )
             for name, metric in metrics.items():
                 totals[name] = totals.get(name, torch.zeros((), device=metric.device)) + metric.detach().float()

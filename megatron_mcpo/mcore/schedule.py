@@ -83,7 +83,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Context:
-    model: nn.Module
+    model: Any
     micro: MicroBatch
     groups: Groups
     want_z: bool

@@ -57,3 +57,6 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Undo `sleep`; the weights must then be sent again."""
+
+    def close(self) -> None:
+        """Free what the engine holds; it can't be used any more."""
