@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_mcpo.parallel import Groups, raise_together
+from megatron_mcpo.parallel import Groups, together
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.engine import Engine, SamplingRequest
 from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
@@ -61,14 +61,10 @@ class Collector:
     def _share_out(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
         mine = range(self.engine_number, len(prompts), self.num_engines)
         groups: list[RolloutGroup] = []
-        error: Exception | None = None
-        try:
+        with together(self.groups):
             completed = self._generate([prompts[i] for i in mine], [self._seed(sampling, i) for i in mine], sampling)
             if self.scorer is not None:
                 groups = self.scorer.score(completed) if score else completed
-        except Exception as failure:
-            error = failure
-        raise_together(error, self.groups)
         shares: list[list[tuple[int, RolloutGroup]]] = [[] for _ in range(self.groups.world_size)]
         share = list(zip(mine, groups, strict=True)) if groups else []
         dist.all_gather_object(shares, share, group=self.groups.host)

@@ -1,6 +1,8 @@
 """The ranks of a run: starting them, the groups they form, and failing together."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -130,6 +132,20 @@ def raise_together(error: Exception | None, groups: Groups) -> None:
     for note in others:
         error.add_note(f"also failed on {note}")
     raise error
+
+
+@contextmanager
+def together(groups: Groups) -> Iterator[None]:
+    """A block whose failure on any rank is a failure on every rank, after the block (see `raise_together`).
+
+    Nothing inside may wait for another rank, which might have failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    raise_together(error, groups)
 
 
 def _start(timeout: timedelta) -> None:

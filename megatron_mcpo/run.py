@@ -61,6 +61,8 @@ def _build(
         first_step = int(state["step"])
     journal = _open_journal(config, folder, tokenizer, groups, first_step=first_step, resumed=found is not None)
     journal.note(arithmetic(config, groups.layout, model))
+    for note in (note for domain in domains for note in domain.notes):
+        journal.note(note)
     engine = VllmEngine(
         Path(config.model.path),
         dtype=config.model.dtype,
@@ -72,6 +74,9 @@ def _build(
         distributed=True,
         job_tag=_agree(uuid.uuid4().hex[:12], groups),
     )
+    with parallel.together(groups):
+        if scorer is not None:
+            scorer.wait_ready()
     collector = Collector(
         engine,
         scorer,
@@ -112,13 +117,10 @@ def _save(policy: Policy, stream: PromptStream, checkpoints: Path, step: int) ->
 
 def _open_folder(config: Config, groups: Groups) -> RunFolder | None:
     """The run folder on rank 0; where it can't be had, every rank raises."""
-    folder, error = None, None
-    if groups.rank == 0:
-        try:
+    folder = None
+    with parallel.together(groups):
+        if groups.rank == 0:
             folder = RunFolder.open(config)
-        except Exception as failure:
-            error = failure
-    parallel.raise_together(error, groups)
     return folder
 
 
@@ -131,17 +133,13 @@ def _open_journal(
     first_step: int,
     resumed: bool,
 ) -> Journal:
-    evaluated, journal, error = False, None, None
+    evaluated = False
     if folder is not None:
         folder.truncate_after(first_step if resumed else -1)
         evaluated = folder.evaluated(first_step)
     evaluated = _agree(evaluated, groups)
-    try:
+    with parallel.together(groups):
         journal = Journal(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
-    except Exception as failure:
-        error = failure
-    parallel.raise_together(error, groups)
-    assert journal is not None
     for note in folder.notes if folder else ():
         journal.note(note)
     if resumed:

@@ -45,7 +45,7 @@ class LossInput:
 
 
 LossFunction = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
-"""A micro-batch's share of the step's loss (the shares of all micro-batches and ranks ADD up to it), and what to log."""
+"""A micro-batch's share of the step's loss (all micro-batches' and ranks' shares ADD up to it), and what to log."""
 
 
 class _Model:

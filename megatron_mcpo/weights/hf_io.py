@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups, raise_together
+from megatron_mcpo.parallel import Groups, together
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import Slice, cut_dim, fill
 from megatron_mcpo.weights.mapping import Parameter, hf_shapes
@@ -28,22 +28,16 @@ def load_hf(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, group
     return or all raise. Raises ValueError that names every tensor that is missing, unknown, of another shape, or not
     of a floating-point type, before any parameter is changed; or, for a file that can't be read, naming it.
     """
-    error: Exception | None = None
-    bound = bind(chunks, model, groups)
-    try:
+    bound = [(parameter, tensor) for parameter, tensor in bind(chunks, model, groups) if tensor is not None]
+    with together(groups), torch.no_grad():
         checkpoint = _Checkpoint(folder)
         problems = checkpoint.problems(model)
         if problems:
             raise ValueError(
                 f"{folder} does not hold the model that its config.json describes:\n" + "\n".join(problems)
             )
-        with torch.no_grad():
-            for parameter, tensor in bound:
-                if tensor is not None:
-                    _fill(tensor, parameter, checkpoint, groups)
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error = caught
-    raise_together(error, groups)
+        for parameter, tensor in bound:
+            _fill(tensor, parameter, checkpoint, groups)
 
 
 def _fill(tensor: nn.Parameter, parameter: Parameter, checkpoint: "_Checkpoint", groups: Groups) -> None:
