@@ -1,6 +1,8 @@
-"""Peak memory of a job."""
+"""Memory of a job: how much it took, and giving back what it does not need."""
 
+import ctypes
 import resource
+import sys
 
 import psutil
 import torch
@@ -24,6 +26,15 @@ def peak_memory_gib(groups: Groups) -> float:
     total = torch.tensor(float(own + workers))
     dist.all_reduce(total, group=groups.world)
     return total.item() / 2**30
+
+
+def trim() -> None:
+    """Give freed host memory back to the system.
+
+    glibc keeps the holes that tensors of ever new sizes leave in its heap; over a run they add up to gigabytes.
+    """
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
 def _resident(process: psutil.Process) -> int:

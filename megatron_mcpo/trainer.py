@@ -22,7 +22,7 @@ from megatron_mcpo.evaluate import evaluate
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.journal import Journal
 from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy, Reference
-from megatron_mcpo.memory import peak_memory_gib
+from megatron_mcpo.memory import peak_memory_gib, trim
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures
 from megatron_mcpo.rewards.scorer import check_error_rate
@@ -91,6 +91,7 @@ class Trainer:
                 collected = self.collect()
                 scored = [self.score(part) for part in self.split(collected)]
                 learned = [self.learn(part) for part in scored]
+                trim()
                 self.push_weights()
             self.log(collected, learned)
             last = self.step == config.run.steps

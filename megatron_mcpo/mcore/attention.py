@@ -24,6 +24,10 @@ LONGEST_PLAIN = 256
 """Up to this many keys, matrix products are faster on a CPU than torch's fused kernel, and their scores fit."""
 
 
+LONGEST_PLAIN_UNIT = 512
+"""Up to this many tokens of a prompt and its responses, one masked product is faster than one for each response."""
+
+
 @dataclass
 class SharedPrompts(PackedSeqParams):
     """A pack in which the responses to a prompt follow ONE copy of it: none of them sees another.
@@ -116,16 +120,9 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Every prompt attends to itself, every response to its prompt and to itself."""
         assert self.context_group.size() == 1, "context parallelism cuts sequences, prompts can't be shared"
-        lengths = [n for prompt, responses in units for n in (prompt, *responses)]
-        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-        outs = []
-        for _, responses in units:
-            prompt_q, prompt_k, prompt_v = next(parts)
-            outs.append(causal_attention(prompt_q, prompt_k, prompt_v, self.scale))
-            for _ in responses:
-                q, k, v = next(parts)
-                outs.append(causal_attention(q, torch.cat((prompt_k, k)), torch.cat((prompt_v, v)), self.scale))
-        return torch.cat(outs)
+        lengths = [prompt + sum(responses) for prompt, responses in units]
+        parts = zip(units, *(x.split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([shared_attention(q, k, v, unit, self.scale) for unit, q, k, v in parts])
 
 
 class PackedSelfAttention(SelfAttention):
@@ -165,9 +162,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
     Returns [T, heads, D]. Scores and softmax are fp32 in every dtype: bf16 scores quadruple the error of the output.
     """
-    if query.device.type == "cpu" and key.shape[0] <= LONGEST_PLAIN:
-        return _plain(query, key, value, scale)
     num_queries, num_keys = query.shape[0], key.shape[0]
+    if query.device.type == "cpu" and num_keys <= LONGEST_PLAIN:
+        causal = _causal_mask(query.device)[num_keys - num_queries : num_keys, :num_keys]
+        return _plain(query, key, value, scale, causal)
     mask = None
     if num_queries < num_keys:
         mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
@@ -184,15 +182,32 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return out[0].transpose(0, 1)
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`causal_attention` as two batched matrix products; the heads of a group share its keys without copies of them."""
+def shared_attention(
+    query: Tensor, key: Tensor, value: Tensor, unit: tuple[int, tuple[int, ...]], scale: float
+) -> Tensor:
+    """`causal_attention` of one prompt and, behind it, its responses, which don't see each other."""
+    prompt, responses = unit
+    if query.device.type == "cpu" and query.shape[0] <= LONGEST_PLAIN_UNIT:
+        return _plain(query, key, value, scale, _unit_mask(prompt, responses, query.device))
+    lengths = [prompt, *responses]
+    prompt_k, prompt_v = key[:prompt], value[:prompt]
+    outs = [causal_attention(query[:prompt], prompt_k, prompt_v, scale)]
+    for q, k, v in list(zip(*(x.split(lengths) for x in (query, key, value)), strict=True))[1:]:
+        outs.append(causal_attention(q, torch.cat((prompt_k, k)), torch.cat((prompt_v, v)), scale))
+    return torch.cat(outs)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Attention as two batched matrix products; the heads of a group share its keys without copies of them.
+
+    mask: [T, L], added to the scores
+    """
     (num_queries, num_heads, dim), (num_keys, num_groups, _) = query.shape, key.shape
     share = num_heads // num_groups
     rows = (num_groups, share * num_queries)
     q = (query.float() * scale).view(num_queries, num_groups, share, dim).permute(1, 2, 0, 3).reshape(*rows, dim)
     scores = torch.bmm(q, key.float().permute(1, 2, 0)).view(num_heads, num_queries, num_keys)
-    scores = scores + _causal_mask(query.device)[num_keys - num_queries : num_keys, :num_keys]
-    weights = scores.softmax(-1).to(value.dtype).view(*rows, num_keys)
+    weights = (scores + mask).softmax(-1).to(value.dtype).view(*rows, num_keys)
     out = torch.bmm(weights, value.transpose(0, 1)).view(num_groups, share, num_queries, dim)
     return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, dim)
 
@@ -200,6 +215,14 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 @functools.cache
 def _causal_mask(device: torch.device) -> Tensor:
     return torch.full((LONGEST_PLAIN, LONGEST_PLAIN), -math.inf, device=device).triu(1)
+
+
+@functools.lru_cache(maxsize=128)
+def _unit_mask(prompt: int, responses: tuple[int, ...], device: torch.device) -> Tensor:
+    """-inf where a token of a unit must not see another: later ones, and those of other responses."""
+    owner = torch.repeat_interleave(torch.arange(len(responses) + 1), torch.tensor([prompt, *responses]))
+    visible = ((owner[:, None] == owner) | (owner == 0)).tril()
+    return torch.zeros(visible.shape).masked_fill(~visible, -math.inf).to(device)
 
 
 def _lengths(params: PackedSeqParams, num_ranks: int) -> tuple[int, ...]:
