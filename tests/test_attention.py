@@ -203,3 +203,27 @@ def test_what_it_does_not_implement_is_refused() -> None:
         return "refused"
 
     assert run_ranks(1, build) == ["refused"]
+
+
+@pytest.mark.parametrize("longest_unit", [0, attention.LONGEST_PLAIN_UNIT], ids=["one by one", "one product"])
+def test_responses_behind_one_prompt_attend_as_if_each_had_its_own(
+    longest_unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONGEST_PLAIN_UNIT", longest_unit)
+    prompt, responses = 7, (3, 1, 4)
+    total = prompt + sum(responses)
+    mine = [torch.randn(total, heads, 8, requires_grad=True) for heads in (6, 2, 2)]
+    direct = [x.detach().clone().requires_grad_() for x in mine]
+    out = attention.shared_attention(*mine, (prompt, responses), 8**-0.5)
+    query, key, value = direct
+    expected, start = [_direct(query[:prompt], key[:prompt], value[:prompt])], prompt
+    for length in responses:
+        seen = [*range(prompt), *range(start, start + length)]
+        expected.append(_direct(query[start : start + length], key[seen], value[seen]))
+        start += length
+    weight = torch.randn(out.shape)
+    (out * weight).sum().backward()
+    (torch.cat(expected) * weight).sum().backward()
+    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    for a, b in zip(mine, direct, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)

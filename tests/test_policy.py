@@ -1,0 +1,110 @@
+"""Updates of the real model: learning-rate schedule, non-finite gradients, scores that don't depend on the packing.
+
+Not covered here: exactness of gradients (test_gradients), checkpoints (test_end_to_end).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from megatron_mcpo import parallel
+from megatron_mcpo.batch import make_batch
+from megatron_mcpo.config import Config
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
+from megatron_mcpo.model_config import from_folder
+from megatron_mcpo.types import TrainBatch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.save_model(path, tied=True)
+    return path
+
+
+def small_config(folder: Path, **sections: dict[str, Any]) -> Config:
+    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
+    return tiny.config(folder, **{"batch": {"micro_batch_tokens": 64}, "rollout": limits, **sections})
+
+
+def start(config: Config) -> tuple[Policy, TrainBatch]:
+    ranks = parallel.init(Layout(), seed=0, timeout_seconds=60)
+    policy = Policy(config, from_folder(Path(config.model.path)), ranks)
+    groups = tiny.rollout_groups(num_prompts=4, num_samples=3)
+    batch = make_batch(
+        groups,
+        torch.zeros(4, 3),
+        pass_threshold=1.0,
+        num_data_ranks=1,
+        data_rank=0,
+        share_prompts=policy.shares_prompts,
+    )
+    return policy, batch
+
+
+def maximise(factor: float) -> Any:
+    def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+        value = -factor * x.logp_r.sum() / 100
+        return value, {"value": value}
+
+    return loss
+
+
+def test_learning_rate_follows_the_schedule(folder: Path) -> None:
+    def rates(config: Config) -> list[float]:
+        policy, batch = start(config)
+        return [policy.update(batch, maximise(1.0)).lr for _ in range(6)]
+
+    optimizer = {"lr": 1.0e-3, "min_lr": 1.0e-4, "warmup_steps": 2}
+    for schedule, expected in {
+        "constant": [5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3],
+        "linear": [5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4],
+    }.items():
+        config = small_config(folder, run={"steps": 6}, optimizer={**optimizer, "schedule": schedule})
+        assert run_ranks(1, rates, config)[0] == pytest.approx(expected, rel=1e-6), schedule
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
+    def check(config: Config) -> None:
+        policy, batch = start(config)
+        before = {name: tensor.clone() for name, tensor in policy.weights()}
+        update = policy.update(batch, maximise(float("nan")))
+        assert not update.applied and policy.version == 0
+        assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
+        update = policy.update(batch, maximise(1.0))
+        assert update.applied and policy.version == 1
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
+
+    run_ranks(1, check, small_config(folder))
+
+
+def test_an_update_raises_what_it_maximises_and_reports_sums(folder: Path) -> None:
+    def check(config: Config) -> None:
+        policy, batch = start(config)
+        before = policy.score(batch).logp_R.sum()
+        update = policy.update(batch, maximise(1.0))
+        assert update.metrics["value"] == pytest.approx(-before.item() / 100, rel=1e-4)
+        assert policy.score(batch).logp_R.sum() > before
+
+    run_ranks(1, check, small_config(folder))
+
+
+def test_scores_depend_neither_on_packing_nor_on_the_head(folder: Path) -> None:
+    def scores(config: Config, head: bool) -> tuple[Tensor, Tensor]:
+        policy, batch = start(config)
+        model = policy if head else Reference(config, from_folder(Path(config.model.path)), policy.groups)
+        result = model.score(batch)
+        assert (result.z_ND is not None) == head
+        return result.logp_R, result.entropy_R
+
+    wide = {"batch": {"micro_batch_tokens": 4096}}
+    expected = run_ranks(1, scores, small_config(folder), True)[0]
+    for config, head in ((small_config(folder, **wide), True), (small_config(folder), False)):
+        for mine, other in zip(run_ranks(1, scores, config, head)[0], expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
