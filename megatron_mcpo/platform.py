@@ -29,9 +29,19 @@ _PACKAGE = "megatron.core"
 _CPU = torch.device("cpu")
 _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
-_KNOWN_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed")
+_KNOWN_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "MimoModelConfig is experimental",
+    "invalid escape sequence",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+)
 _KNOWN_LOG_LINES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
     "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
@@ -84,7 +94,7 @@ def _check_version() -> None:
 
 
 def _silence() -> None:
-    """Drop what Megatron-Core says about a machine without CUDA libraries, and nothing else."""
+    """Drop what Megatron-Core says about itself and this machine that no user can do anything about, nothing else."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for logger, text in _KNOWN_LOG_LINES.items():

@@ -95,7 +95,9 @@ def _figures_of(
     completions = [c for g in scored for c in g.completions]
     rewards = [r for g in scored for r in g.rewards]
     selected = [_rows_of(report.groups, domain) for report in reports]
-    stats = torch.cat([r.stats_MK[rows.to(r.stats_MK.device)] for r, rows in zip(reports, selected, strict=True)])
+    stats = torch.zeros(0, len(COLUMNS))
+    if reports:
+        stats = torch.cat([r.stats_MK[rows.to(r.stats_MK.device)] for r, rows in zip(reports, selected, strict=True)])
     figures = {
         f"response_tokens{suffix}": _mean([len(c.token_ids) for c in completions]),
         f"truncated{suffix}": _mean([c.stop_reason is StopReason.LENGTH for c in completions]),

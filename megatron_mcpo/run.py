@@ -18,7 +18,6 @@ from megatron_mcpo.mcore import checkpoint
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
-from megatron_mcpo.plan import arithmetic
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.run_folder import RunFolder
@@ -60,7 +59,6 @@ def _build(
         stream.load_state_dict(state["stream"])
         first_step = int(state["step"])
     journal = _open_journal(config, folder, tokenizer, groups, first_step=first_step, resumed=found is not None)
-    journal.note(arithmetic(config, groups.layout, model))
     for note in (note for domain in domains for note in domain.notes):
         journal.note(note)
     engine = VllmEngine(

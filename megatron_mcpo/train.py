@@ -30,8 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         layout, model = check(config, int(world_size) if world_size else None)
     except ConfigError as error:
         return _refuse(error)
+    if os.environ.get("RANK", "0") == "0" and (known.dry_run or world_size):
+        print(arithmetic(config, layout, model), flush=True)
     if known.dry_run:
-        print(arithmetic(config, layout, model))
         return 0
     if world_size is None:
         _become_torchrun(arguments, layout.world_size)

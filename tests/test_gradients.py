@@ -37,6 +37,7 @@ LAYOUTS = [
     Layout(data=4),
     Layout(tensor=2),
     Layout(tensor=2, sequence=True),
+    Layout(tensor=4, sequence=True),
     Layout(pipeline=2),
     Layout(pipeline=2, virtual_pipeline=2),
     Layout(pipeline=4),

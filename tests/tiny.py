@@ -18,7 +18,7 @@ from transformers import (
 from megatron_mcpo.config import Config
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
-VOCAB = 96
+VOCAB = 97  # divides over no number of ranks: the padding must not take part
 
 
 def save_model(folder: Path, *, tied: bool, seed: int = 0) -> PreTrainedModel:
