@@ -47,20 +47,20 @@ def run(config: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         process = psutil.Popen(command)
         peak = 0
         while process.poll() is None:
-            peak = max(peak, resident(process))
-            time.sleep(0.5)
+            peak = max(peak, memory(process))
+            time.sleep(1)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
         return summary(Path(folder) / "latest", seed, time.monotonic() - start, peak)
 
 
-def resident(process: psutil.Process) -> int:
-    """Bytes that the process and all it started hold; pages they share count for each of them."""
+def memory(process: psutil.Process) -> int:
+    """Bytes that the process and all it started hold; a page that n of them share counts 1/n for each."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
         try:
-            total += member.memory_info().rss
-        except psutil.NoSuchProcess:
+            total += member.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return total
 
@@ -72,7 +72,7 @@ def summary(folder: Path, seed: int, seconds: float, peak: int) -> dict[str, Any
     return {
         "seed": seed,
         "seconds": round(seconds, 1),
-        "peak_rss_gib": round(peak / 2**30, 2),
+        "peak_memory_gib": round(peak / 2**30, 2),
         "steps": len(steps),
         f"reward_first_{WINDOW}": round(first, 4),
         f"reward_last_{WINDOW}": round(last, 4),
