@@ -61,17 +61,7 @@ def _build(
     journal = _open_journal(config, folder, tokenizer, groups, first_step=first_step, resumed=found is not None)
     for note in (note for domain in domains for note in domain.notes):
         journal.note(note)
-    engine = VllmEngine(
-        Path(config.model.path),
-        dtype=config.model.dtype,
-        tensor_parallel=config.engine.tensor_parallel,
-        max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        max_concurrent=config.engine.max_concurrent,
-        kv_cache_gib=config.engine.kv_cache_gib,
-        gpu_memory_utilization=config.engine.gpu_memory_utilization,
-        distributed=True,
-        job_tag=_agree(uuid.uuid4().hex[:12], groups),
-    )
+    engine = _engine(config, groups)
     with parallel.together(groups):
         if scorer is not None:
             scorer.wait_ready()
@@ -107,6 +97,20 @@ def _build(
         first_step=first_step,
     )
     return trainer, journal
+
+
+def _engine(config: Config, groups: Groups) -> VllmEngine:
+    return VllmEngine(
+        Path(config.model.path),
+        dtype=config.model.dtype,
+        tensor_parallel=config.engine.tensor_parallel,
+        max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_concurrent=config.engine.max_concurrent,
+        kv_cache_gib=config.engine.kv_cache_gib,
+        gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        distributed=True,
+        job_tag=_agree(uuid.uuid4().hex[:12], groups),
+    )
 
 
 def _save(policy: Policy, stream: PromptStream, checkpoints: Path, step: int) -> None:

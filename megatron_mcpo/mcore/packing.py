@@ -106,6 +106,54 @@ class _Sequences:
         self.tokens = batch.tokens_T.split([p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)])
 
 
+class _Pack:
+    """Units laid end to end, before they are dealt out to context ranks. -1: no response token.
+
+    tokens_T, position_T: each token and its position in its own sequence
+    response_T, rollout_T: where a response token stands in the batch's R; the rollout in here that it belongs to
+    predictor_T: the token whose hidden state predicts a response token (the prompt's last, for the first of them)
+    """
+
+    def __init__(self, sequences: _Sequences, total: int):
+        self.sequences = sequences
+        self.tokens_T, self.position_T, self.predictor_T = torch.zeros(3, total, dtype=torch.int64)
+        self.response_T, self.rollout_T = torch.full((2, total), -1, dtype=torch.int64)
+        self.rollouts: list[int] = []
+        self.shapes: list[tuple[int, tuple[int, ...]]] = []
+        self.end = 0
+
+    def add(self, unit: Sequence[int], alignment: int) -> None:
+        """Lay a prompt and, behind it, the responses of the unit's rollouts."""
+        sequences, start = self.sequences, self.end
+        local = [sequences.local[row] for row in unit]
+        prompt_len = sequences.prompt_lens[local[0]]
+        self.end = start + prompt_len
+        self.tokens_T[start : self.end] = sequences.tokens[local[0]][:prompt_len]
+        self.position_T[start : self.end] = torch.arange(prompt_len)
+        for i in local:
+            self._add_response(i, last_of_prompt=start + prompt_len - 1)
+        padding = _round_up(self.end - start, alignment) - (self.end - start)
+        self.shapes.append((prompt_len, (*(sequences.response_lens[i] for i in local), padding)))
+        self.end += padding
+
+    def fill(self) -> None:
+        """Let the rest of the pack be one meaningless sequence."""
+        if self.end < len(self.tokens_T):
+            self.shapes.append((len(self.tokens_T) - self.end, ()))
+
+    def _add_response(self, i: int, *, last_of_prompt: int) -> None:
+        sequences, at = self.sequences, self.end
+        prompt_len, length = sequences.prompt_lens[i], sequences.response_lens[i]
+        self.end = at + length
+        span = slice(at, self.end)
+        self.tokens_T[span] = sequences.tokens[i][prompt_len:]
+        self.response_T[span] = torch.arange(length) + sequences.response_starts[i]
+        self.rollout_T[span] = len(self.rollouts)
+        self.position_T[span] = torch.arange(prompt_len, prompt_len + length)
+        self.predictor_T[span] = torch.tensor([last_of_prompt, *range(at, self.end - 1)][:length])
+        self.rollouts.append(i)
+
+
 def _pack_one(
     sequences: _Sequences,
     units: Sequence[Sequence[int]],
@@ -116,56 +164,26 @@ def _pack_one(
     device: torch.device,
 ) -> MicroBatch:
     """Lay the units end to end, then keep what this context rank holds of them."""
-    tokens_T = torch.zeros(total, dtype=torch.int64)
-    response_T = torch.full((total,), -1, dtype=torch.int64)
-    rollout_T = torch.full((total,), -1, dtype=torch.int64)
-    position_T = torch.zeros(total, dtype=torch.int64)
-    predictor_T = torch.zeros(total, dtype=torch.int64)
-    rollouts: list[int] = []
-    shapes: list[tuple[int, tuple[int, ...]]] = []
-    start = 0
+    pack = _Pack(sequences, total)
     for unit in units:
-        local = [sequences.local[row] for row in unit]
-        prompt_len = sequences.prompt_lens[local[0]]
-        first = start + prompt_len
-        tokens_T[start:first] = sequences.tokens[local[0]][:prompt_len]
-        position_T[start:first] = torch.arange(prompt_len)
-        at = first
-        for i in local:
-            length = sequences.response_lens[i]
-            span = slice(at, at + length)
-            tokens_T[span] = sequences.tokens[i][prompt_len:]
-            response_T[span] = torch.arange(length) + sequences.response_starts[i]
-            rollout_T[span] = len(rollouts)
-            position_T[span] = torch.arange(prompt_len, prompt_len + length)
-            predictor_T[span] = torch.arange(at - 1, at + length - 1)
-            predictor_T[at : at + min(length, 1)] = first - 1
-            rollouts.append(i)
-            at += length
-        end = start + _round_up(at - start, layout.sequence_alignment)
-        shapes.append((prompt_len, (*(sequences.response_lens[i] for i in local), end - at)))
-        start = end
-    if start < total:
-        shapes.append((total - start, ()))
-
-    lengths = [prompt + sum(responses) for prompt, responses in shapes]
-    keep_L = _context_share(lengths, layout.context, rank)
+        pack.add(unit, layout.sequence_alignment)
+    pack.fill()
+    keep_L = _context_share([prompt + sum(responses) for prompt, responses in pack.shapes], layout.context, rank)
     local_T = torch.full((total,), -1, dtype=torch.int64)
     local_T[keep_L] = torch.arange(len(keep_L))
-    target_t = (response_T >= 0).nonzero().squeeze(1)
-    target_t = target_t[local_T[predictor_T[target_t]] >= 0]
-    pooled_L = rollout_T[keep_L] >= 0
-    packed = _packed_params(shapes, position_T, shared=sequences.shared_prompts, device=device)
+    target_t = (pack.response_T >= 0).nonzero().squeeze(1)
+    target_t = target_t[local_T[pack.predictor_T[target_t]] >= 0]
+    pooled_L = pack.rollout_T[keep_L] >= 0
     return MicroBatch(
-        tokens_1L=tokens_T[keep_L].unsqueeze(0).to(device),
-        packed=packed,
-        rollouts=tuple(rollouts),
-        predict_r=local_T[predictor_T[target_t]].to(device),
-        target_r=tokens_T[target_t].to(device),
-        response_r=response_T[target_t].to(device),
+        tokens_1L=pack.tokens_T[keep_L].unsqueeze(0).to(device),
+        packed=_packed_params(pack.shapes, pack.position_T, shared=sequences.shared_prompts, device=device),
+        rollouts=tuple(pack.rollouts),
+        predict_r=local_T[pack.predictor_T[target_t]].to(device),
+        target_r=pack.tokens_T[target_t].to(device),
+        response_r=pack.response_T[target_t].to(device),
         pool_l=pooled_L.nonzero().squeeze(1).to(device),
-        pool_rollout_l=rollout_T[keep_L][pooled_L].to(device),
-        response_lens_n=torch.tensor([sequences.response_lens[i] for i in rollouts], device=device),
+        pool_rollout_l=pack.rollout_T[keep_L][pooled_L].to(device),
+        response_lens_n=torch.tensor([sequences.response_lens[i] for i in pack.rollouts], device=device),
     )
 
 
