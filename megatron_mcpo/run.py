@@ -16,6 +16,7 @@ from megatron_mcpo.journal import Journal
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore import checkpoint
 from megatron_mcpo.mcore.policy import Policy, Reference
+from megatron_mcpo.memory import trim
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.rewards.scorer import Scorer
@@ -115,6 +116,7 @@ def _engine(config: Config, groups: Groups) -> VllmEngine:
 
 def _save(policy: Policy, stream: PromptStream, checkpoints: Path, step: int) -> None:
     checkpoint.save(policy, checkpoints, step, {"stream": stream.state_dict()})
+    trim()
 
 
 def _open_folder(config: Config, groups: Groups) -> RunFolder | None:
