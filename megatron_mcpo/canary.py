@@ -60,8 +60,7 @@ class Canary:
             share_prompts=self.policy.shares_prompts,
         )
         logp_R = self.policy.score(batch).logp_R.cpu()
-        rollout_R = torch.repeat_interleave(torch.arange(len(batch)), batch.response_lens_N)
-        sums_N = torch.zeros(len(batch)).index_add(0, rollout_R, (logp_R - batch.engine_logp_R).abs())
+        sums_N = torch.zeros(len(batch)).index_add(0, batch.rollout_R, (logp_R - batch.engine_logp_R).abs())
         local_N1 = sums_N.unsqueeze(1).to(self.policy.device)
         return gather_rows(local_N1, batch, self.groups).sum().item() / batch.num_response_tokens
 

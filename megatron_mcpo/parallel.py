@@ -58,11 +58,6 @@ class Groups:
         return self.data.rank()
 
     @property
-    def model_parallel_rank(self) -> int:
-        """Position inside the replica, 0 .. layout.model_parallel - 1."""
-        return self.model_parallel.rank()
-
-    @property
     def is_first_stage(self) -> bool:
         return self.pipeline.rank() == 0
 

@@ -33,7 +33,7 @@ def rollout_stats(batch: TrainBatch, old: Scores, reference_logp_R: Tensor | Non
     difference_R = torch.zeros_like(logp_R) if reference_logp_R is None else reference_logp_R - logp_R
     kl_R = torch.expm1(difference_R) - difference_R
     mismatch_R = (logp_R - batch.engine_logp_R.to(logp_R.device)).abs()
-    rollout_R = torch.repeat_interleave(torch.arange(len(batch)), batch.response_lens_N).to(logp_R.device)
+    rollout_R = batch.rollout_R.to(logp_R.device)
     lens_N = batch.response_lens_N.clamp(min=1).to(logp_R.device)
     means = [
         torch.zeros(len(batch), device=logp_R.device).index_add(0, rollout_R, values_R) / lens_N

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.advantage import group_advantages
@@ -181,7 +180,7 @@ class Trainer:
         """A micro-batch's share of L = L_policy + beta KL + <z, dL_contrast/dz>."""
         batch, settings = scored.batch, self.config.algorithm
         device = scored.old.logp_R.device
-        advantages_R = torch.repeat_interleave(batch.advantages_N, batch.response_lens_N).to(device)
+        advantages_R = batch.advantages_N[batch.rollout_R].to(device)
         engine_logp_R = batch.engine_logp_R.to(device)
         grad_z_ND = contrast.grad_z_MD[batch.rows_N.to(device)] if contrast else None
 

@@ -113,6 +113,11 @@ class TrainBatch:
         return len(self.rows_N)
 
     @property
+    def rollout_R(self) -> Tensor:
+        """Which of this rank's N rollouts each response token belongs to: int64."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.response_lens_N)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rollouts on all ranks, a prompt counted with every one of its rollouts."""
         return sum(self.prompt_lens_M) + sum(self.response_lens_M)

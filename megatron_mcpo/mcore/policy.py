@@ -89,7 +89,7 @@ class _Model:
             batch,
             max_tokens=self.max_tokens,
             layout=self.groups.layout,
-            context_rank=self.groups.context.rank(),
+            context_rank=self.groups.context_rank,
             device=self.device,
         )
 
@@ -104,10 +104,15 @@ class _Model:
                 z_ND[list(micro.rollouts)] = output.z_nD
         if self.groups.layout.context > 1 and outputs:
             dist.all_reduce(tokens_2R, group=self.groups.context)
-        for tensor in (tokens_2R, z_ND):
-            if tensor is not None and self.groups.layout.pipeline > 1:
-                dist.broadcast(tensor, src=self.groups.last_stage_global_rank, group=self.groups.pipeline)
+        self._tell_stages(tokens_2R)
+        if z_ND is not None:
+            self._tell_stages(z_ND)
         return Scores(logp_R=tokens_2R[0], entropy_R=tokens_2R[1], z_ND=z_ND, version=self.version)
+
+    def _tell_stages(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` by the last stage's on all stages of this rank's pipeline."""
+        if self.groups.layout.pipeline > 1:
+            dist.broadcast(tensor, src=self.groups.last_stage_global_rank, group=self.groups.pipeline)
 
 
 class Reference(_Model):
@@ -210,8 +215,7 @@ class Policy(_Model):
         values = torch.stack([totals[n] for n in names[0]]) if totals else torch.zeros(len(names[0]), device=device())
         if self.groups.is_last_stage:
             dist.all_reduce(values, group=self.groups.data_context)
-        if self.groups.layout.pipeline > 1:
-            dist.broadcast(values, src=self.groups.last_stage_global_rank, group=self.groups.pipeline)
+        self._tell_stages(values)
         return dict(zip(names[0], values.tolist(), strict=True))
 
 

@@ -98,7 +98,7 @@ def _process_output(*, hidden_states: Tensor, output_weight: Tensor | None, cont
     hidden_LH = hidden_states.squeeze(1)
     weight_VH = context.model.output_layer.weight if output_weight is None else output_weight
     logits_rV = _response_logits(hidden_LH, weight_VH, context) / context.temperature
-    first_token = context.groups.tensor.rank() * weight_VH.shape[0]
+    first_token = context.groups.tensor_rank * weight_VH.shape[0]
     logp_r, entropy_r = token_logprobs(
         logits_rV, context.micro.target_r, first_token=first_token, group=context.groups.tensor
     )
@@ -120,7 +120,7 @@ def _response_logits(hidden_LH: Tensor, weight_VH: Tensor, context: _Context) ->
 
 def _real_rows(weight_VH: Tensor, context: _Context) -> Tensor:
     """The rows of the output matrix that belong to real tokens: padding must not take part in the softmax."""
-    first = context.groups.tensor.rank() * weight_VH.shape[0]
+    first = context.groups.tensor_rank * weight_VH.shape[0]
     real = min(weight_VH.shape[0], context.model.real_vocab_size - first)
     return weight_VH if real == weight_VH.shape[0] else weight_VH[:real]
 
@@ -135,7 +135,7 @@ def _pool(hidden_LH: Tensor, context: _Context) -> Tensor:
     pool_l, rollout_l = micro.pool_l, micro.pool_rollout_l
     if layout.sequence:
         shard = hidden_LH.shape[0]
-        local_l = pool_l - context.groups.tensor.rank() * shard
+        local_l = pool_l - context.groups.tensor_rank * shard
         mine_l = (local_l >= 0) & (local_l < shard)
         pool_l, rollout_l = local_l[mine_l], rollout_l[mine_l]
     sum_nH = hidden_LH.new_zeros(len(micro.rollouts), hidden_LH.shape[1], dtype=torch.float32)
