@@ -235,6 +235,13 @@ class Config(_Section):
                 f"batch.prompts = {self.batch.prompts}: at least one for each of {layout.data} data-parallel replicas; "
                 "raise it or lower parallel.data"
             )
+        align = layout.sequence_alignment
+        longest = -(-(self.rollout.max_prompt_tokens + self.rollout.max_response_tokens) // align) * align
+        if self.batch.micro_batch_tokens < longest:
+            problems.append(
+                f"batch.micro_batch_tokens = {self.batch.micro_batch_tokens}: must hold the longest rollout, which "
+                f"{layout} pads to {longest} tokens; raise it"
+            )
         if problems:
             raise ConfigError(problems)
         return layout

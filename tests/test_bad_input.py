@@ -62,9 +62,13 @@ def refuse(config: str, folder: Path, *overrides: str) -> str:
         (["--parallel.pipeline", "3"], ["parallel.pipeline", "3", "layers"]),
         (["--model.path", "no/such/folder"], ["no/such/folder", "config.json"]),
         (["--rollout.max_prompt_tokens", "9999"], ["batch.micro_batch_tokens", "rollout.max_prompt_tokens"]),
+        (
+            ["--rollout.max_response_tokens", "13", "--batch.micro_batch_tokens", "525", "--parallel.tensor", "2"],
+            ["batch.micro_batch_tokens", "525", "526"],
+        ),
         (["--run.trackers", '["wandb"]'], ["wandb", "pip install"]),
     ],
-    ids=["unknown key", "wrong type", "tensor", "pipeline", "no model", "micro-batch", "tracker"],
+    ids=["unknown key", "wrong type", "tensor", "pipeline", "no model", "micro-batch", "padded rollout", "tracker"],
 )
 def test_refused_by_the_command_line(model: Path, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     message = refuse(CONFIG.replace("MODEL", str(model)), tmp_path, *overrides)

@@ -196,3 +196,18 @@ def test_gradient_equals_the_reference(case: tuple[Path, list, dict], layout: La
             assert error <= 1e-5, (
                 f"{name}: relative error {error:.2e} with micro-batches of {max_tokens} tokens, {share_prompts=}"
             )
+
+
+def test_a_data_rank_without_a_rollout_takes_part(tmp_path: Path) -> None:
+    """One group, two data-parallel ranks: shared prompts keep it on one of them, in a pipeline too."""
+    model = tiny.save_model(tmp_path, tied=True)
+    groups = tiny.rollout_groups(num_prompts=1, num_samples=3)
+    head = ContrastiveHead(64, 16, dtype=torch.float32, device=torch.device("cpu"), seed=0).weight.detach()
+    expected = reference_gradients(model, head, groups)
+    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
+    config = tiny.config(tmp_path, batch={"micro_batch_tokens": 64}, rollout=limits)
+    for layout in (Layout(data=2), Layout(pipeline=2, data=2)):
+        found = run_ranks(layout.world_size, megatron_gradients, config, layout, groups, True, timeout=60)[0]
+        for name in expected.keys() - {"contrastive_head"}:
+            error = (found[name].double() - expected[name]).abs().max() / expected[name].abs().max()
+            assert error <= 1e-5, f"{name}: relative error {error:.2e} with {layout}"

@@ -51,6 +51,7 @@ def num_micro_batches(batch: TrainBatch, *, max_tokens: int, layout: Layout) -> 
     count = 1
     for rows in batch.rank_rows:
         costs = [_cost(batch, unit, layout) for unit in _units(batch, rows, max_tokens=max_tokens, layout=layout)]
+        assert max(costs, default=0) <= max_tokens, "a rollout that no micro-batch can hold"
         count = max(count, -(-sum(costs) // max_tokens))
         while max(sum(costs[i] for i in part) for part in partition(costs, num_parts=count)) > max_tokens:
             count += 1
@@ -67,7 +68,9 @@ def pack(
     parts = partition(costs, num_parts=count)
     totals = [sum(costs[i] for i in part) for part in parts]
     # A pipeline moves at the pace of its longest micro-batch, and its stages must know the size of what they receive.
-    fill = [max(totals) if layout.pipeline > 1 else max(total, layout.sequence_alignment) for total in totals]
+    # A rank without a rollout runs an empty sequence: it has gradients to reduce with the others.
+    longest = max(totals)
+    fill = [max(longest if layout.pipeline > 1 else total, layout.sequence_alignment) for total in totals]
     sequences = _Sequences(batch)
     return [
         _pack_one(sequences, [units[i] for i in part], total=total, layout=layout, rank=context_rank, device=device)
