@@ -61,8 +61,9 @@ class Collector:
     def _share_out(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
         mine = range(self.engine_number, len(prompts), self.num_engines)
         groups: list[RolloutGroup] = []
+        # The ranks of an engine wait for each other: one that fails must end at once, for torchrun to end the others.
+        completed = self._generate([prompts[i] for i in mine], [self._seed(sampling, i) for i in mine], sampling)
         with together(self.groups):
-            completed = self._generate([prompts[i] for i in mine], [self._seed(sampling, i) for i in mine], sampling)
             if self.scorer is not None:
                 groups = self.scorer.score(completed) if score else completed
         shares: list[list[tuple[int, RolloutGroup]]] = [[] for _ in range(self.groups.world_size)]

@@ -64,12 +64,16 @@ class Journal:
         """Draw the plots, print the summary and mark the run as complete."""
         if self._folder is None:
             return
-        self._log.close()
         for note in write_plots(self._folder.path, self._config.domain_names).notes:
             self._console.note(note)
         self._folder.finish()
         self._console.summary(self._folder.path)
-        self._console.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was and end the trackers' runs, also after a failure."""
+        if self._folder is not None:
+            self._console.close()
+            self._log.close()
 
     def _dump(self, folder: Path, step: int, learned: Sequence[BatchReport]) -> None:
         rows = []

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mcpo import platform
+from megatron_mcpo.config import ConfigError
 from megatron_mcpo.layout import Layout
 
 platform.apply()  # before the imports of Megatron-Core below
@@ -112,17 +113,22 @@ def destroy() -> None:
 def raise_together(error: Exception | None, groups: Groups) -> None:
     """Agree whether any rank has an error; then every rank raises, or none. Collective over all ranks.
 
-    Raises this rank's own error, with the others' noted on it; or a RuntimeError that names the ranks and their errors.
+    Raises this rank's own error, with the others' noted on it. A rank without one raises what the user has to mend
+    (ConfigError) where that is what stopped another, else a RuntimeError that names the ranks and their errors.
     """
     failed = torch.tensor([error is not None], dtype=torch.int32)
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=groups.host)
     if not failed.item():
         return
-    messages: list[str | None] = [None] * groups.world_size
-    mine = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(messages, mine, group=groups.host)
-    others = [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None and rank != groups.rank]
+    failures: list[tuple[str, list[str]] | None] = [None] * groups.world_size
+    problems = error.problems if isinstance(error, ConfigError) else []
+    mine = None if error is None else (f"{type(error).__name__}: {error}", problems)
+    dist.all_gather_object(failures, mine, group=groups.host)
+    others = [f"rank {rank}: {each[0]}" for rank, each in enumerate(failures) if each and rank != groups.rank]
     if error is None:
+        to_mend = [problem for each in failures if each for problem in each[1]]
+        if to_mend:
+            raise ConfigError(list(dict.fromkeys(to_mend)))
         raise RuntimeError("failed on " + "; ".join(others))
     for note in others:
         error.add_note(f"also failed on {note}")

@@ -1,16 +1,17 @@
 """One rank of a run: builds the parts, trains, takes them down."""
 
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_mcpo import parallel
 from megatron_mcpo.canary import Canary
 from megatron_mcpo.collect import Collector
 from megatron_mcpo.config import Config
-from megatron_mcpo.data.domains import load_domains
+from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.journal import Journal
 from megatron_mcpo.layout import Layout
@@ -31,73 +32,81 @@ _CACHE = Path(".cache/data")
 def run(config: Config, layout: Layout, model: ModelConfig) -> None:
     """Train as the configuration says. Raises ConfigError for what only shows when files are opened."""
     groups = parallel.init(layout, seed=config.run.seed, timeout_seconds=_COLLECTIVE_TIMEOUT_SECONDS)
-    folder = _open_folder(config, groups)
-    scorer = Scorer(config.rewards) if groups.rank % config.engine.tensor_parallel == 0 else None
-    try:
-        trainer, journal = _build(config, model, groups, folder, scorer)
+    tokenizer, domains = _load_data(config, groups)
+    with ExitStack() as closing:
+        folder = _open_folder(config, groups)
+        scorer = _start_scorer(config, groups, closing)
+        stream = PromptStream(domains, weights=[d.weight for d in config.domain], seed=config.run.seed)
+        policy = Policy(config, model, groups)
+        reference = Reference(config, model, groups) if config.algorithm.kl_weight > 0 else None
+        checkpoints = Path(_agree(str(folder.path / "checkpoints") if folder else "", groups))
+        resumed = _resume(policy, stream, checkpoints, groups)
+        journal = _open_journal(config, folder, tokenizer, groups, resumed=resumed)
+        closing.callback(journal.close)
+        for note in (note for domain in domains for note in domain.notes):
+            journal.note(note)
+        engine = _engine(config, groups)
+        with parallel.together(groups):
+            if scorer is not None:
+                scorer.wait_ready()
+        collector = Collector(
+            engine,
+            scorer,
+            tokenizer,
+            groups,
+            engine_ranks=config.engine.tensor_parallel,
+            stop_token_ids=model.eos_token_ids,
+        )
+        trainer = Trainer(
+            config,
+            groups=groups,
+            policy=policy,
+            reference=reference,
+            engine=engine,
+            collector=collector,
+            canary=Canary(config, collector, policy, groups, [domain.held_out[0] for domain in domains]),
+            stream=stream,
+            domains=domains,
+            journal=journal,
+            save=lambda step: _save(policy, stream, checkpoints, step),
+            first_step=resumed or 0,
+        )
         trainer.run()
         journal.finish()
-        trainer.engine.close()
-    finally:
-        if scorer is not None:
-            scorer.close()
+        engine.close()
     parallel.destroy()
 
 
-def _build(
-    config: Config, model: ModelConfig, groups: Groups, folder: RunFolder | None, scorer: Scorer | None
-) -> tuple[Trainer, Journal]:
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
-    domains = load_domains(config, tokenizer, cache_dir=_CACHE)
-    stream = PromptStream(domains, weights=[d.weight for d in config.domain], seed=config.run.seed)
-    policy = Policy(config, model, groups)
-    reference = Reference(config, model, groups) if config.algorithm.kl_weight > 0 else None
-    checkpoints = Path(_agree(str(folder.path / "checkpoints") if folder else "", groups))
-    first_step = 0
-    found = _agree(checkpoint.latest(checkpoints), groups)
-    if found is not None:
-        state = checkpoint.load(policy, found)
-        stream.load_state_dict(state["stream"])
-        first_step = int(state["step"])
-    journal = _open_journal(config, folder, tokenizer, groups, first_step=first_step, resumed=found is not None)
-    for note in (note for domain in domains for note in domain.notes):
-        journal.note(note)
-    engine = _engine(config, groups)
+def _load_data(config: Config, groups: Groups) -> tuple[PreTrainedTokenizerBase, list[Domain]]:
+    """What a user may have to mend comes first. Rank 0 makes the items, the others find them in the cache."""
     with parallel.together(groups):
-        if scorer is not None:
-            scorer.wait_ready()
-    collector = Collector(
-        engine,
-        scorer,
-        tokenizer,
-        groups,
-        engine_ranks=config.engine.tensor_parallel,
-        stop_token_ids=model.eos_token_ids,
-    )
-    canary = Canary(
-        collector,
-        policy,
-        groups,
-        [domain.held_out[0] for domain in domains],
-        dtype=config.model.dtype,
-        max_tokens=config.rollout.max_response_tokens,
-        temperature=config.rollout.temperature,
-    )
-    trainer = Trainer(
-        config,
-        groups=groups,
-        policy=policy,
-        reference=reference,
-        engine=engine,
-        collector=collector,
-        canary=canary,
-        stream=stream,
-        domains=domains,
-        journal=journal,
-        save=lambda step: _save(policy, stream, checkpoints, step),
-        first_step=first_step,
-    )
-    return trainer, journal
+        tokenizer = load_tokenizer(config)
+    loaded: list[Domain] | None = None
+    for turn in (groups.rank == 0, groups.rank != 0):
+        with parallel.together(groups):
+            if turn:
+                loaded = load_domains(config, tokenizer, cache_dir=_CACHE)
+    assert loaded is not None
+    return tokenizer, loaded
+
+
+def _start_scorer(config: Config, groups: Groups, closing: ExitStack) -> Scorer | None:
+    """On the first rank of every engine; killed when the run ends, however it ends."""
+    if groups.rank % config.engine.tensor_parallel:
+        return None
+    scorer = Scorer(config.rewards)
+    closing.callback(scorer.close)
+    return scorer
+
+
+def _resume(policy: Policy, stream: PromptStream, checkpoints: Path, groups: Groups) -> int | None:
+    """Load the newest checkpoint; returns its step, None where there is none."""
+    found = _agree(checkpoint.latest(checkpoints), groups)
+    if found is None:
+        return None
+    state = checkpoint.load(policy, found)
+    stream.load_state_dict(state["stream"])
+    return int(state["step"])
 
 
 def _engine(config: Config, groups: Groups) -> VllmEngine:
@@ -134,19 +143,20 @@ def _open_journal(
     tokenizer: PreTrainedTokenizerBase,
     groups: Groups,
     *,
-    first_step: int,
-    resumed: bool,
+    resumed: int | None,
 ) -> Journal:
+    """resumed: the step of the checkpoint that the run goes on from"""
+    first_step = resumed or 0
     evaluated = False
     if folder is not None:
-        folder.truncate_after(first_step if resumed else -1)
+        folder.truncate_after(-1 if resumed is None else resumed)
         evaluated = folder.evaluated(first_step)
     evaluated = _agree(evaluated, groups)
     with parallel.together(groups):
         journal = Journal(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
     for note in folder.notes if folder else ():
         journal.note(note)
-    if resumed:
+    if resumed is not None:
         journal.note(f"going on after step {first_step}")
     return journal
 

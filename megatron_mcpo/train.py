@@ -1,10 +1,11 @@
 """The program: `python -m megatron_mcpo.train CONFIG [--dry-run] [--section.key VALUE ...]`.
 
-Started by itself it checks the configuration and replaces itself by torchrun with as many ranks as the layout needs;
-started by torchrun (or srun torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
+Started by itself it checks the configuration and is torchrun for as many ranks as the layout needs; started by torchrun
+(or srun torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from megatron_mcpo.metrics import check_trackers
 from megatron_mcpo.model_config import ModelConfig, from_folder, layout_problems
 from megatron_mcpo.plan import arithmetic
 from megatron_mcpo.rewards import allowlist
+
+REFUSED = 2
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     if known.dry_run:
         return 0
     if world_size is None:
-        _become_torchrun(arguments, layout.world_size)
+        return _launch(arguments, layout.world_size)
     from megatron_mcpo.run import run
 
     try:
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -69,14 +73,31 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
 def _refuse(error: ConfigError) -> int:
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(error.problems), file=sys.stderr)
-    return 2
+    return REFUSED
 
 
-def _become_torchrun(arguments: Sequence[str], num_ranks: int) -> None:
+def _launch(arguments: Sequence[str], num_ranks: int) -> int:
+    """Run torchrun in this process; returns the exit code of the rank that failed first, which torchrun would hide."""
     # Ranks that share the cores must not each start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    os.execv(sys.executable, [*command, "-m", "megatron_mcpo.train", *arguments])
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The rank that fails says why; the agent's account of it, and of the ranks it then ends, would bury that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    options = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "megatron_mcpo.train"]
+    try:
+        torchrun.run(torchrun.parse_args([*options, *arguments]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if code not in (REFUSED, INTERRUPTED):
+            print(f"rank {rank} of {num_ranks} failed with exit code {code}: see above", file=sys.stderr)
+        return code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch, Update
 _STEPS_PER_SEED = 1_000_003
 """Two runs with neighbouring seeds share no sampling seed before this many steps."""
 
+_MOST_LEFT_OUT = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
@@ -76,12 +78,13 @@ class Trainer:
         self.step = first_step
         self.seconds: dict[str, float] = {}
         self.bytes_sent = 0
+        self.updates_left_out = 0
 
     def run(self) -> None:
         """Train to the last step."""
         config = self.config
         self.push_weights()
-        self.canary.check()
+        self.check_engine()
         self.evaluate()
         while self.step < config.run.steps:
             self.step += 1
@@ -95,7 +98,7 @@ class Trainer:
             self.log(collected, learned)
             last = self.step == config.run.steps
             if self.step % config.engine.canary_every == 0:
-                self.canary.check()
+                self.check_engine()
             if last or self.step % config.run.checkpoint_every == 0:
                 self.save(self.step)
             if last or self.step % config.evaluation.every == 0:
@@ -210,6 +213,11 @@ class Trainer:
         with self.timed("sync"):
             self.bytes_sent = self.engine.update(self.policy.weights(), self.policy.version)
 
+    def check_engine(self) -> None:
+        """Stop the run where the engine doesn't sample from the weights that are trained."""
+        difference = self.canary.check()
+        self.journal.note(f"engine and trainer agree: log-probs of the same tokens {difference:.2g} apart on average")
+
     def evaluate(self) -> None:
         """Held-out accuracy by domain, unless a run that we go on with has it already."""
         if not self.journal.has_evaluation(self.step):
@@ -225,6 +233,17 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(self.groups),
         }
         self.journal.step(self.step, figures, learned)
+        self.stop_when_lost(learned)
+
+    def stop_when_lost(self, learned: Sequence[BatchReport]) -> None:
+        """An update without a finite gradient is left out; a run that leaves out one after the other is lost."""
+        for part in learned:
+            self.updates_left_out = 0 if part.metrics["update/applied"] else self.updates_left_out + 1
+        if self.updates_left_out >= _MOST_LEFT_OUT:
+            raise FloatingPointError(
+                f"step {self.step}: the last {self.updates_left_out} updates were left out, for gradients that are not "
+                "finite; start again from the last checkpoint with a lower optimizer.lr, or with model.dtype fp32"
+            )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

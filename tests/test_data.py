@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.config import Config, ConfigError, SourceConfig
-from megatron_mcpo.data.domains import Domain, Source, load_domains
+from megatron_mcpo.data.domains import Domain, Source, load_domains, load_tokenizer
 from megatron_mcpo.data.generators import ItemRequest, generate
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.types import Prompt
@@ -173,12 +173,18 @@ def test_a_source_with_too_few_questions_is_refused(tokenizer: PreTrainedTokeniz
         load_domains(make_config(tiny), tokenizer, cache_dir=tmp_path)
 
 
-def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
-    class Plain:
-        chat_template = None
-
+def test_a_tokenizer_that_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    config = make_config(LOGIC)
+    folder = tmp_path / "model"
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="tokenizer can't be read"):
+        load_tokenizer(config)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(folder)
+    tokenizer.chat_template = template
     with pytest.raises(ConfigError, match="no chat template"):
-        load_domains(make_config(LOGIC), Plain(), cache_dir=tmp_path)  # type: ignore[arg-type]
+        load_tokenizer(config)
 
 
 def test_the_trainers_process_never_imports_reasoning_gym() -> None:

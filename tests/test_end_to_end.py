@@ -201,3 +201,30 @@ def test_the_canary_names_what_differs(config: Path, tmp_path: Path) -> None:
     for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
         assert name in stopped.stderr
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--rollout.max_prompt_tokens", "9"], ["divisors", "letters", "longest prompt", "max_prompt_tokens allows 9"]),
+        (["--run.dir", "CONFIG"], ["run.dir", "can't write there"]),
+    ],
+    ids=["long prompt", "run folder"],
+)
+def test_what_only_the_ranks_can_see_is_refused_too(
+    config: Path, tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    overrides = [str(config) if text == "CONFIG" else text for text in overrides]
+    refused = train(config, "--parallel.data", "2", *overrides)
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert "Traceback" not in refused.stderr
+    assert [word for word in words if word not in refused.stderr] == [], refused.stderr
+    assert not (tmp_path / "runs" / "tiny").exists(), "a mended configuration would find the name taken"
+
+
+def test_a_run_whose_updates_are_never_finite_stops(config: Path, tmp_path: Path) -> None:
+    """A learning rate at which the first update ruins the model."""
+    lost = train(config, "--optimizer.lr", "1e30", "--run.steps", "12", "--engine.canary_every", "99")
+    assert lost.returncode == 1, lost.stderr[-3000:]
+    assert "step 6: the last 5 updates were left out" in lost.stderr
+    assert len(metrics(tmp_path / "runs" / "tiny")) == 6, "they are on file"

@@ -48,16 +48,31 @@ class _Split:
     train: list[tuple[int, Item]]
 
 
+def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the model's folder. Raises ConfigError when it can't be read or has no chat template."""
+    from transformers import AutoTokenizer
+
+    path = config.model.path
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            [f"model.path = {path!r}: its tokenizer can't be read ({reason}); download it again"]
+        ) from None
+    if not tokenizer.chat_template:
+        raise ConfigError([f"model.path = {path!r}: has no chat template; use an instruction-tuned model"])
+    return tokenizer
+
+
 def load_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> list[Domain]:
     """The configuration's domains, in its order.
 
     Items depend on domains and sources only, not on run.seed, so that runs with other seeds are judged on the same
     held-out questions. A source with too few distinct questions is divided: worked examples first, then at most a
     quarter of the rest is held out. Raises ConfigError with all problems: generators that fail, sources with fewer
-    than shots + 4 distinct questions, prompts longer than rollout.max_prompt_tokens, a tokenizer without chat template.
+    than shots + 4 distinct questions, prompts longer than rollout.max_prompt_tokens.
     """
-    if not tokenizer.chat_template:
-        raise ConfigError([f"model.path = {config.model.path!r}: has no chat template; use an instruction-tuned model"])
     requests = [request for domain in config.domain for request in _requests(domain, config.evaluation.items)]
     pools = iter(generate(requests, cache_dir=cache_dir))
     seen: set[str] = set()

@@ -138,6 +138,9 @@ class VllmEngine:
                 for request in requests
             ]
             prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+            # What was asked before must not show in the rounding: a resumed run has not asked it.
+            if not self._llm.reset_prefix_cache():
+                raise EngineError("the prefix cache could not be emptied: earlier requests still hold it")
             results = self._llm.generate(prompts, params, use_tqdm=False)
             return [self._completions(*pair) for pair in zip(requests, results, strict=True)]
 
