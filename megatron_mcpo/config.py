@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from megatron_mcpo.config_io import apply_overrides, explain, read_toml, to_toml
 from megatron_mcpo.layout import Layout
@@ -107,18 +107,33 @@ class EngineConfig(_Section):
 class AlgorithmConfig(_Section):
     """The policy term (objective: group-relative advantages, clipped ratio, KL to the reference)."""
 
+    advantage: Literal["grpo", "dr_grpo", "rloo", "per_domain"] = Field(
+        "grpo",
+        description="rewards minus their prompt's mean, divided by its standard deviation; dr_grpo: not divided; rloo: "
+        "minus the mean of the prompt's OTHER rollouts; per_domain: divided by the deviation of the whole domain",
+    )
+    clip: Literal["ppo", "gspo", "cispo"] = Field(
+        "ppo",
+        description="ppo: every token's ratio (clip_high above clip_low is DAPO's clip-higher); gspo: one ratio a "
+        "rollout; cispo: the clipped ratio is a weight, no token loses its gradient",
+    )
     clip_low: Fraction = Field(0.2, description="the ratio is clipped below 1 - clip_low")
     clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
-    kl_weight: NonNegativeFloat = Field(0.001, description="beta of the k3 KL term; 0: no reference model is built")
-    importance_cap: PositiveFloat | None = Field(
-        2.0, description="cap C of the truncated importance weight min(exp(old - engine), C); 'off' for none"
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "dr_grpo"] = Field(
+        "token_mean",
+        description="over the step's response tokens; seq_mean_token_mean: over each rollout's, then over rollouts; "
+        "dr_grpo: divided by rollouts x max_response_tokens, whatever their lengths",
     )
+    kl_weight: NonNegativeFloat = Field(0.001, description="beta of the KL term; 0: no reference model is built")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="of KL(policy || reference), by token")
+    importance: Literal["truncate", "mask", "off"] = Field(
+        "truncate",
+        description="weight exp(old - engine log-prob) of a token: capped at importance_cap; mask: 0 outside "
+        "importance_floor .. importance_cap (IcePop); off: 1",
+    )
+    importance_cap: PositiveFloat = Field(2.0, description="largest importance weight")
+    importance_floor: PositiveFloat = Field(0.5, description="smallest importance weight, for mask")
     pass_threshold: Fraction = Field(1.0 - 1e-6, description="a rollout with at least this reward is correct")
-
-    @field_validator("importance_cap", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return None if value == "off" else value
 
 
 class ContrastiveConfig(_Section):
@@ -126,9 +141,39 @@ class ContrastiveConfig(_Section):
 
     share_weight: NonNegativeFloat = Field(0.1, description="lambda of cross-domain knowledge sharing")
     consolidate_weight: NonNegativeFloat = Field(0.1, description="lambda of in-domain consolidation")
+    mode: Literal["loss", "reward"] = Field(
+        "loss",
+        description="reward: a correct rollout's reward falls by its weighted terms, at most by 0.5, and the terms' "
+        "gradient reaches the head alone",
+    )
     temperature: PositiveFloat = Field(0.1, description="tau")
+    transfer: Literal["top_k", "threshold", "all"] = Field(
+        "top_k",
+        description="correct rollouts of OTHER domains that are an anchor's positives: the top_k most similar of each "
+        "domain; threshold: those at least that similar; all",
+    )
     top_k: PositiveInt = Field(4, description="positives an anchor takes from EACH other domain, most similar first")
-    dim: PositiveInt = Field(512, description="size of a representation, at most the hidden size")
+    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(0.5, description="least similarity, for transfer threshold")
+    negatives: Literal["pool", "domain", "prompt"] = Field(
+        "pool", description="incorrect rollouts that are an anchor's negatives: of the step, its domain, its prompt"
+    )
+    consolidate: Literal["domain", "prompt"] = Field(
+        "domain", description="correct rollouts that an anchor is pulled to: of its domain, of its prompt"
+    )
+    consolidation_loss: Literal["infonce", "align"] = Field(
+        "infonce", description="align: the mean of 1 - similarity, without negatives"
+    )
+    denominator: Literal["negatives", "all"] = Field(
+        "negatives", description="what a positive competes with; all other rollouts: SupCon's loss"
+    )
+    head: Literal["linear", "mlp"] = Field("linear", description="H x D; mlp: H x H, GELU, H x D")
+    pool: Literal["mean", "last"] = Field("mean", description="response tokens that a representation is made of")
+    dim: PositiveInt | None = Field(
+        None, description="size of a representation, at most the hidden size; left out: 512, or the hidden size if less"
+    )
+    diagnose_every: NonNegativeInt = Field(
+        0, description="steps between measurements of each term's gradient (two more backward passes); 0: never"
+    )
 
     @property
     def enabled(self) -> bool:
@@ -271,10 +316,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as TOML, which `load` reads back to an equal Config."""
-    values = config.model_dump()
-    if config.algorithm.importance_cap is None:
-        values["algorithm"]["importance_cap"] = "off"
-    return to_toml(values)
+    return to_toml(config.model_dump())
 
 
 def _valid_part(values: dict[str, Any], broken: set[str]) -> Config:

@@ -38,8 +38,8 @@ FENCES = {
     "vllm": ("rollout.vllm_engine", "rollout.vllm_cpu_fixes"),
 }
 
-# What pure torch means for algo.
-ALGO_MAY_IMPORT = {"torch", "algo", "types"}
+# What pure torch means for algo; the configuration is plain values.
+ALGO_MAY_IMPORT = {"torch", "algo", "types", "config"}
 
 # Importing these must not import torch, not even through others: bad configurations fail before anything slow.
 WITHOUT_TORCH = ("config", "config_io", "layout", "model_config", "run_folder", "plan", "rewards.allowlist", "train")
