@@ -33,7 +33,7 @@ PLACES = (
     ("checkpoints", "checkpoints"),
     ("config.toml", "resolved configuration"),
     ("tensorboard", "event files for TensorBoard"),
-    ("logs", "logs"),
+    ("trackers", "ids of the trackers' runs, files of wandb"),
 )
 
 
@@ -133,6 +133,7 @@ def step_line(step: int, total: int, values: Mapping[str, float]) -> str:
         _signal_part(values),
         _loss_part(values),
         _figure(values, "grad norm", "grad_norm", ".3g"),
+        _skipped_part(values),
         _figure(values, "lr", "lr", ".2g"),
         _figure(values, "entropy", "entropy", ".2f"),
         _figure(values, "kl", "kl", ".2g"),
@@ -251,6 +252,15 @@ def _loss_part(values: Mapping[str, float]) -> str:
         tail = f" ({', '.join(counts)})" if counts else ""
         parts.append(f"{term} {_number(values[f'loss/{term}'], '.4g')}{tail}")
     return "loss " + " ".join(parts) if parts else ""
+
+
+def _skipped_part(values: Mapping[str, float]) -> str:
+    """Says it where nothing, or of several optimizer steps not everything, was learned; otherwise empty."""
+    applied = values.get("update/applied", 1.0)
+    if applied == 1.0:
+        return ""
+    share = "UPDATE" if applied == 0.0 else f"{1 - applied:.0%} OF THE UPDATES"
+    return f"{share} NOT APPLIED (gradient not finite)"
 
 
 def _engine_part(values: Mapping[str, float]) -> str:

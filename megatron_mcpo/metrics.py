@@ -22,6 +22,8 @@ from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.run_folder import read_jsonl, step_file, write_atomically
 
 PROJECT = "megatron_mcpo"
+TRACKER_FOLDER = "trackers"
+"""What trackers keep in the run folder."""
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +219,12 @@ class _Wandb:
 
         run_id = _kept_id(folder, "wandb", uuid.uuid4().hex)
         self._run = wandb.init(
-            project=PROJECT, name=folder.name, id=run_id, resume="allow", dir=str(folder / "logs"), config=settings
+            project=PROJECT,
+            name=folder.name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder / TRACKER_FOLDER),
+            config=settings,
         )
         # wandb's own counter only goes up, and drops the steps that a resumed run logs again; ours is a figure.
         self._run.define_metric("*", step_metric="step")
@@ -235,7 +242,7 @@ class _Mlflow:
 
         self._mlflow = mlflow
         mlflow.set_experiment(PROJECT)
-        path = folder / "logs" / "mlflow_run_id"
+        path = folder / TRACKER_FOLDER / "mlflow_run_id"
         known = path.read_text() if path.exists() else None
         run = mlflow.start_run(run_id=known, run_name=None if known else folder.name)
         _kept_id(folder, "mlflow", run.info.run_id)
@@ -275,6 +282,7 @@ def _start_tracker(name: str, folder: Path) -> Sink:
     config = folder / "config.toml"
     settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     try:
+        (folder / TRACKER_FOLDER).mkdir(exist_ok=True)
         sink: Sink = _TRACKERS[name](folder, settings)
     except Exception as error:  # not logged in, no network, a server of another version
         text = " ".join(str(error).split())[:300]
@@ -297,7 +305,7 @@ def _missing(name: str) -> str | None:
 
 def _kept_id(folder: Path, tracker: str, new: str) -> str:
     """The name under which a tracker knows this run: the first one it was given, also after a resume."""
-    path = folder / "logs" / f"{tracker}_run_id"
+    path = folder / TRACKER_FOLDER / f"{tracker}_run_id"
     if not path.exists():
         write_atomically(path, new.encode())
     return path.read_text()

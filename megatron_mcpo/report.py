@@ -1,4 +1,36 @@
-"""What a step tells: the figures of metrics.jsonl, the rows of the rollout dump. Shape legend: megatron_mcpo.types."""
+"""What a step tells: the figures of metrics.jsonl, the rows of the rollout dump. Shape legend: megatron_mcpo.types.
+
+Of the rollouts, at the weights that sampled them. Those with * are also there as NAME/<domain>. Groups whose verifier
+failed count as errors and nowhere else; a mean over nothing is NaN.
+  reward/<domain>            mean over rollouts
+  reward/mean                mean over the domains of the step, each counting the same; NaN when one is
+  signal *                   share of groups whose rewards differ
+  response_tokens *          mean over rollouts
+  truncated *                share of rollouts that reached the response limit
+  entropy *                  of the policy, in nats: mean over response tokens
+  kl *                       k3 estimate of KL(policy || reference), in nats: mean over response tokens; 0 without one
+  engine/logprob_diff_mean   |policy - engine| of the sampled token, in nats: mean over response tokens;
+                             engine/logprob_diff/<domain> by domain
+  engine/logprob_diff_max    the largest of these
+  groups/errors              groups whose verifier failed; errors/<domain> by domain
+
+Of the optimizer steps: means over them, where a step has several.
+  loss/policy, loss/kl, clip_fraction, ratio, importance/weight, importance/capped   see algo.policy_loss.PolicyLoss
+  loss/share, loss/consolidate                          contrastive terms without their weights, means over anchors
+  contrast/anchors_share, contrast/anchors_consolidate  number of anchors
+  contrast/anchors/<domain>                             number of the domain's rollouts that are one of either term
+  contrast/positives_share, contrast/positives_consolidate   positives that an anchor has; contrast/positives/<domain>
+                             those of the sharing term (of several optimizer steps: mean over all their anchors)
+  grad_norm                  before it is clipped; NaN where the update was not applied
+  lr                         0 where the update was not applied
+  update/applied             0 where the gradient was not finite, so that nothing moved; else 1
+
+Of the work done.
+  tokens/trained             prompt and response tokens, a prompt counted with each of its rollouts
+  time/step                  seconds; parts of it: time/rollout, time/score, time/update, sync/seconds (new weights)
+  sync/bytes                 bytes of weights given to the engine
+  memory/peak_gib            see memory.peak_memory_gib
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +40,11 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.contrastive import Contrast
+from megatron_mcpo.algo.policy_loss import k3
 from megatron_mcpo.types import RolloutGroup, Scores, StopReason, TrainBatch
 
 COLUMNS = ("entropy", "kl", "engine/logprob_diff", "engine/logprob_diff_max")
-"""What `rollout_stats` says of a rollout: three means over its response tokens, and a maximum."""
+"""What `rollout_stats` says of a rollout: three sums over its response tokens, and a maximum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +61,23 @@ class BatchReport:
 
 
 def rollout_stats(batch: TrainBatch, old: Scores, reference_logp_R: Tensor | None) -> Tensor:
-    """COLUMNS of this rank's rollouts: [N, 4] fp32. kl is the k3 estimate; 0 without a reference."""
+    """COLUMNS of this rank's rollouts: [N, 4] fp32; kl is 0 without a reference, all are 0 for an empty response."""
     logp_R = old.logp_R
-    difference_R = torch.zeros_like(logp_R) if reference_logp_R is None else reference_logp_R - logp_R
-    kl_R = torch.expm1(difference_R) - difference_R
+    kl_R = torch.zeros_like(logp_R) if reference_logp_R is None else k3(logp_R, reference_logp_R)
     mismatch_R = (logp_R - batch.engine_logp_R.to(logp_R.device)).abs()
     rollout_R = batch.rollout_R.to(logp_R.device)
-    lens_N = batch.response_lens_N.clamp(min=1).to(logp_R.device)
-    means = [
-        torch.zeros(len(batch), device=logp_R.device).index_add(0, rollout_R, values_R) / lens_N
-        for values_R in (old.entropy_R, kl_R, mismatch_R)
-    ]
-    peak = torch.zeros(len(batch), device=logp_R.device).scatter_reduce(0, rollout_R, mismatch_R, "amax")
-    return torch.stack([*means, peak], dim=1)
+    zero_N = torch.zeros(len(batch), device=logp_R.device)
+    sums = [zero_N.index_add(0, rollout_R, values_R) for values_R in (old.entropy_R, kl_R, mismatch_R)]
+    return torch.stack([*sums, zero_N.scatter_reduce(0, rollout_R, mismatch_R, "amax")], dim=1)
 
 
 def step_figures(
     reports: Sequence[BatchReport], collected: Sequence[RolloutGroup], domain_names: Sequence[str]
 ) -> dict[str, float]:
-    """The figures of a step, over all its optimizer steps and by domain.
+    """The figures of a step that the head of this file describes, but for those of the work done.
 
-    collected: all groups, also those that were left out because their verifier failed.
-    A figure of a domain that had no group in this step is left out.
+    collected: all groups; the reports hold those of them whose verifier did not fail.
+    The figures of a domain that had no group in this step are left out.
     """
     figures = _mean_of([report.metrics for report in reports])
     figures["groups/errors"] = float(sum(group.error is not None for group in collected))
@@ -63,7 +91,14 @@ def step_figures(
 
 
 def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a rollout of one optimizer step, for people to read. prompts: the text of each group's prompt."""
+    """A row a rollout of one optimizer step, for people to read. prompts: the text of each group's prompt.
+
+    row: number of the rollout in this optimizer step, from 0: unique together with the file's `minibatch`
+    positives: the rollout's positives of the sharing term, as `row` numbers of the same minibatch; empty where it was
+    wrong, and where the contrastive terms are off
+    source, index: name the item for good
+    version: of the weights that it was sampled with
+    """
     rows = []
     for number, (group, prompt) in enumerate(zip(report.groups, prompts, strict=True)):
         for sample, completion in enumerate(group.completions):
@@ -95,40 +130,44 @@ def _figures_of(
     completions = [c for g in scored for c in g.completions]
     rewards = [r for g in scored for r in g.rewards]
     selected = [_rows_of(report.groups, domain) for report in reports]
-    stats = torch.zeros(0, len(COLUMNS))
-    if reports:
-        stats = torch.cat([r.stats_MK[rows.to(r.stats_MK.device)] for r, rows in zip(reports, selected, strict=True)])
+    stats = torch.cat(
+        [torch.zeros(0, len(COLUMNS)), *(r.stats_MK.cpu()[rows] for r, rows in zip(reports, selected, strict=True))]
+    )
+    assert len(stats) == len(completions), "the reports hold other rollouts than the scored groups"
+    num_tokens = sum(len(c.token_ids) for c in completions)
+    entropy, kl, mismatch = (stats[:, :3].double().sum(dim=0) / num_tokens).tolist()
     figures = {
         f"response_tokens{suffix}": _mean([len(c.token_ids) for c in completions]),
         f"truncated{suffix}": _mean([c.stop_reason is StopReason.LENGTH for c in completions]),
         f"signal{suffix}": _mean([len(set(g.rewards)) > 1 for g in scored]),
-        f"entropy{suffix}": _mean(stats[:, 0].tolist()),
-        f"kl{suffix}": _mean(stats[:, 1].tolist()),
+        f"entropy{suffix}": entropy,
+        f"kl{suffix}": kl,
     }
     if domain is None:
-        figures["engine/logprob_diff_mean"] = _mean(stats[:, 2].tolist())
-        figures["engine/logprob_diff_max"] = max(stats[:, 3].tolist(), default=float("nan"))
+        figures["engine/logprob_diff_mean"] = mismatch
+        figures["engine/logprob_diff_max"] = stats[:, 3].max().item() if num_tokens else float("nan")
     else:
         figures[f"reward{suffix}"] = _mean(rewards)
         figures[f"errors{suffix}"] = float(len(groups) - len(scored))
-        figures[f"engine/logprob_diff{suffix}"] = _mean(stats[:, 2].tolist())
+        figures[f"engine/logprob_diff{suffix}"] = mismatch
     return figures | _contrast_figures(reports, selected, suffix)
 
 
 def _contrast_figures(reports: Sequence[BatchReport], selected: Sequence[Tensor], suffix: str) -> dict[str, float]:
-    """Valid anchors of either term, and the positives an anchor had, of the selected rollouts."""
+    """Anchors of either term, and the positives an anchor had, of the selected rollouts."""
     pairs = [(r.contrast, rows) for r, rows in zip(reports, selected, strict=True) if r.contrast]
     if not pairs:
         return {}
-    share = torch.cat([contrast.positives_share_M.cpu()[rows] for contrast, rows in pairs])
-    consolidate = torch.cat([contrast.positives_consolidate_M.cpu()[rows] for contrast, rows in pairs])
+    # A minibatch without a wrong rollout has no anchor, whatever positives there are.
+    share = torch.cat([c.positives_share_M.cpu()[rows] * bool(c.anchors_share) for c, rows in pairs])
+    consolidate = torch.cat([c.positives_consolidate_M.cpu()[rows] * bool(c.anchors_consolidate) for c, rows in pairs])
     if not suffix:
         return {
             "contrast/positives_share": _mean(share[share > 0].tolist(), empty=0.0),
             "contrast/positives_consolidate": _mean(consolidate[consolidate > 0].tolist(), empty=0.0),
         }
     return {
-        f"contrast/anchors{suffix}": float(((share > 0) | (consolidate > 0)).sum()),
+        f"contrast/anchors{suffix}": ((share > 0) | (consolidate > 0)).sum().item() / len(pairs),
         f"contrast/positives{suffix}": _mean(share[share > 0].tolist(), empty=0.0),
     }
 

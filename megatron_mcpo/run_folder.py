@@ -4,7 +4,8 @@ DIR/NAME/
   config.toml       resolved configuration      metrics.jsonl      one object a step
   eval.jsonl        one object an evaluation    tensorboard/       the same figures as event files
   rollouts/         step_000012.jsonl           representations/   step_000012.npz
-  checkpoints/  logs/  plots/                   FINISHED           written by `finish`
+  checkpoints/      plots/                      trackers/          ids of their runs, wandb's files; only with trackers
+  FINISHED          written by `finish`
 DIR/latest -> NAME
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from megatron_mcpo.config import Config, ConfigError, dump, load
 
-FOLDERS = ("tensorboard", "rollouts", "representations", "checkpoints", "logs", "plots")
+FOLDERS = ("tensorboard", "rollouts", "representations", "checkpoints", "plots")
 
 # Keys that change neither a figure nor a weight of the run, bit for bit: a run may be resumed with other values.
 # Not among them: run.steps (the learning-rate schedule spans it) and the engine's sizes (they change the composition

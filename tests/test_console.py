@@ -89,6 +89,14 @@ def test_the_share_with_signal_is_that_of_all_groups_where_it_is_known() -> None
     assert "signal 60%" in step_line(1, 1, VALUES | {"signal": 0.6})
 
 
+def test_the_step_line_says_when_nothing_was_learned() -> None:
+    lost = step_line(1, 9, VALUES | {"grad_norm": math.nan, "update/applied": 0.0})
+    assert "grad norm nan  UPDATE NOT APPLIED (gradient not finite)  lr" in lost
+    part = step_line(1, 9, VALUES | {"update/applied": 0.75})
+    assert "25% OF THE UPDATES NOT APPLIED" in part
+    assert "APPLIED" not in step_line(1, 9, VALUES | {"update/applied": 1.0})
+
+
 def test_a_step_without_figures_is_still_a_line() -> None:
     assert step_line(1, 1, {}) == "step 1/1"
 
@@ -200,7 +208,7 @@ def test_the_summary_is_a_table_and_where_everything_lies(tmp_path: Path, config
     write_run(tmp_path, 15)
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "reward_by_domain.png").touch()
-    (tmp_path / "logs").mkdir()
+    (tmp_path / "trackers").mkdir()
     stream = io.StringIO()
     Console(config, 15, 1, stream).summary(tmp_path)
     text = stream.getvalue()
@@ -213,7 +221,7 @@ def test_the_summary_is_a_table_and_where_everything_lies(tmp_path: Path, config
     listed = places(tmp_path)
     assert any(str(tmp_path / "plots" / "reward_by_domain.png") in line for line in listed)
     assert any(str(tmp_path / "metrics.jsonl") in line for line in listed)
-    assert not any("logs" in line for line in listed), "an empty folder is not worth a line"
+    assert not any("trackers" in line for line in listed), "an empty folder is not worth a line"
     assert all(line in text for line in listed)
 
 

@@ -20,7 +20,7 @@ from megatron_mcpo.run_folder import read_jsonl
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("tensorboard", "rollouts", "representations", "logs"):
+    for name in ("tensorboard", "rollouts", "representations"):
         (tmp_path / name).mkdir()
     return tmp_path
 
@@ -54,6 +54,7 @@ def test_one_object_a_step_in_a_stable_order_at_once(folder: Path) -> None:
     assert (folder / "metrics.jsonl").read_text() == text + '{"step": 2, "reward/mean": 0.75}\n'
     assert log.failures == 0
     log.close()
+    assert not (folder / "trackers").exists(), "without a tracker there is nothing to put there"
 
 
 def test_figures_that_are_not_finite_become_null(folder: Path) -> None:

@@ -25,7 +25,6 @@ class PolicyLoss:
     loss: scalar with graph
     metrics: 0-d tensors without graph, already divided by the step's number of tokens, so they add up like the loss
         loss/policy, loss/kl   the two parts of the loss (the KL with its weight)
-        kl                     mean k3 estimate of KL(policy || reference)
         clip_fraction          share of tokens whose gradient the clip has switched off
         ratio                  mean of policy / old policy
         importance/weight      mean truncated weight of the tokens (1 without a cap)
@@ -73,20 +72,25 @@ def policy_loss(
 
     weight_R, capped_R = _importance(old_logp_R - engine_logp_R, importance_cap)
     policy = -(weight_R * objective_R).sum() / num_tokens
-    kl = policy.new_zeros(()) if ref_logp_R is None else _k3(logp_R, ref_logp_R).sum() / num_tokens
-    weighted_kl = kl_weight * kl
+    kl = policy.new_zeros(()) if ref_logp_R is None else kl_weight * k3(logp_R, ref_logp_R).sum() / num_tokens
     return PolicyLoss(
-        loss=policy + weighted_kl,
+        loss=policy + kl,
         metrics={
             "loss/policy": policy.detach(),
-            "loss/kl": weighted_kl.detach(),
-            "kl": kl.detach(),
+            "loss/kl": kl.detach(),
             "clip_fraction": clipping_R.sum() / num_tokens,
             "ratio": ratio_R.detach().sum() / num_tokens,
             "importance/weight": weight_R.sum() / num_tokens,
             "importance/capped": capped_R.sum() / num_tokens,
         },
     )
+
+
+def k3(logp_R: Tensor, ref_logp_R: Tensor) -> Tensor:
+    """Each token's estimate of KL(policy || reference) in nats: e^d - 1 - d, d = reference - policy; not negative."""
+    difference_R = (ref_logp_R.detach() - logp_R).clamp(max=_MAX_LOG_RATIO)
+    # Near d = 0 (the first steps) e^d - 1 would lose the digits that make up the value.
+    return torch.expm1(difference_R) - difference_R
 
 
 def _importance(log_weight_R: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
@@ -96,12 +100,6 @@ def _importance(log_weight_R: Tensor, cap: float | None) -> tuple[Tensor, Tensor
         return torch.ones_like(log_weight_R), torch.zeros_like(log_weight_R, dtype=torch.bool)
     log_cap = math.log(cap)
     return log_weight_R.clamp(max=log_cap).exp(), log_weight_R > log_cap
-
-
-def _k3(logp_R: Tensor, ref_logp_R: Tensor) -> Tensor:
-    """e^d - 1 - d; expm1, because near d = 0 (the first steps) e^d - 1 would lose the digits that make up the value."""
-    difference_R = (ref_logp_R.detach() - logp_R).clamp(max=_MAX_LOG_RATIO)
-    return torch.expm1(difference_R) - difference_R
 
 
 def _safe_exp(log_ratio_R: Tensor) -> Tensor:
