@@ -29,7 +29,6 @@ def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
 
 def make_batch(
     groups: Sequence[RolloutGroup],
-    advantages_PG: Tensor,
     *,
     pass_threshold: float,
     num_data_ranks: int,
@@ -60,7 +59,6 @@ def make_batch(
         prompt_lens_N=torch.tensor([prompt_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
         response_lens_N=torch.tensor([response_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
         rows_N=rows_N,
-        advantages_N=advantages_PG.flatten()[rows_N].float(),
         engine_logp_R=_engine_logprobs([completion for _, completion in mine]),
         keys=keys,
         num_response_tokens=sum(response_lens),
@@ -76,6 +74,11 @@ def make_batch(
 def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
     """Rewards [P, G] of scored groups."""
     return torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+
+
+def domains_of(groups: Sequence[RolloutGroup]) -> Tensor:
+    """Domain [P] of each group: int64."""
+    return torch.tensor([group.prompt.domain for group in groups], dtype=torch.int64)
 
 
 def _keys(groups: Sequence[RolloutGroup], pass_threshold: float) -> Keys:

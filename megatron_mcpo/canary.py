@@ -51,7 +51,6 @@ class Canary:
         completed = self.collector.complete(self.prompts, self.sampling)
         batch = make_batch(
             completed,
-            torch.zeros(len(completed), self.sampling.num_samples),
             pass_threshold=1.0,
             num_data_ranks=self.groups.layout.data,
             data_rank=self.groups.data_rank,

@@ -1,28 +1,32 @@
 """The configuration: typed, frozen, from a TOML file and dotted overrides. Imports no torch, so that it fails fast.
 
 `load` returns a Config or raises ConfigError with ALL problems: the key, the value, the rule and the fix.
-Every key's meaning is its `description`; there is no other list of keys.
+What each key means: sections.py, which is the only list of keys.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_mcpo.config_io import apply_overrides, explain, read_toml, to_toml
 from megatron_mcpo.layout import Layout
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-PathText = Annotated[str, Field(min_length=1)]
-# Names become folders and keys of metrics: no slash, no leading dot.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+from megatron_mcpo.sections import (
+    AlgorithmConfig,
+    BatchConfig,
+    ContrastiveConfig,
+    DomainConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelSection,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardsConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+)
 
 # What other keys of metrics.jsonl, eval.jsonl and the folder of runs are called.
 RESERVED_DOMAINS = ("mean", "worst", "step")
@@ -37,198 +41,7 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class RunConfig(_Section):
-    """What is run, how long, and where its files go."""
-
-    name: Name = Field("run", description="folder of the run under `dir`")
-    dir: PathText = Field("runs", description="folder that holds all runs")
-    seed: NonNegativeInt = Field(0, description="of everything random: sampling, order of the data, the new head")
-    steps: PositiveInt = Field(description="rollout-and-update steps")
-    checkpoint_every: PositiveInt = Field(5, description="steps between checkpoints; the last step always has one")
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on with an unfinished run of the same name and settings; never: a new folder"
-    )
-    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
-        [], description="experiment trackers besides metrics.jsonl and TensorBoard, each an optional extra"
-    )
-
-
-class ModelSection(_Section):
-    """The policy, and the reference that starts as its copy."""
-
-    path: PathText = Field(description="Hugging Face folder with config.json, tokenizer and safetensors")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations, in trainer and engine")
-
-
-class ParallelConfig(_Section):
-    """How the model is divided over ranks."""
-
-    tensor: PositiveInt = Field(1, description="ranks that share every weight matrix")
-    pipeline: PositiveInt = Field(1, description="stages the layers are divided into")
-    virtual_pipeline: PositiveInt = Field(1, description="chunks of layers a stage holds (interleaved schedule)")
-    context: PositiveInt = Field(1, description="ranks that share every sequence")
-    sequence: bool = Field(True, description="sequence parallelism, where tensor > 1")
-    data: PositiveInt | None = Field(
-        None, description="data-parallel replicas; left out, torchrun's world size gives them (1 without torchrun)"
-    )
-
-
-class BatchConfig(_Section):
-    """What a step trains on. Everything else is derived and printed at the start."""
-
-    prompts: PositiveInt = Field(description="prompts a step, over all ranks")
-    samples: Annotated[int, Field(gt=1)] = Field(description="rollouts a prompt (the group of GRPO)")
-    micro_batch_tokens: PositiveInt = Field(2048, description="most tokens in one packed micro-batch of one rank")
-    minibatches: PositiveInt = Field(1, description="optimizer steps a rollout batch is divided into")
-
-
-class RolloutConfig(_Section):
-    """Sampling."""
-
-    max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are refused at the start")
-    max_response_tokens: PositiveInt = Field(16, description="a longer response is cut (stop reason: length)")
-    temperature: PositiveFloat = Field(1.0, description="of the training rollouts; held-out evaluation is greedy")
-
-
-class EngineConfig(_Section):
-    """The inference engine."""
-
-    tensor_parallel: PositiveInt = Field(1, description="ranks an engine's weights are divided over")
-    kv_cache_gib: PositiveFloat = Field(0.5, description="key-value cache on a CPU")
-    gpu_memory_utilization: Share = Field(0.5, description="share of a GPU's memory that the engine may take")
-    max_concurrent: PositiveInt = Field(64, description="sequences decoded together")
-    canary_every: PositiveInt = Field(10, description="steps between checks that engine and trainer agree")
-
-
-class AlgorithmConfig(_Section):
-    """The policy term (objective: group-relative advantages, clipped ratio, KL to the reference)."""
-
-    advantage: Literal["grpo", "dr_grpo", "rloo", "per_domain"] = Field(
-        "grpo",
-        description="rewards minus their prompt's mean, divided by its standard deviation; dr_grpo: not divided; rloo: "
-        "minus the mean of the prompt's OTHER rollouts; per_domain: divided by the deviation of the whole domain",
-    )
-    clip: Literal["ppo", "gspo", "cispo"] = Field(
-        "ppo",
-        description="ppo: every token's ratio (clip_high above clip_low is DAPO's clip-higher); gspo: one ratio a "
-        "rollout; cispo: the clipped ratio is a weight, no token loses its gradient",
-    )
-    clip_low: Fraction = Field(0.2, description="the ratio is clipped below 1 - clip_low")
-    clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
-    aggregation: Literal["token_mean", "seq_mean_token_mean", "dr_grpo"] = Field(
-        "token_mean",
-        description="over the step's response tokens; seq_mean_token_mean: over each rollout's, then over rollouts; "
-        "dr_grpo: divided by rollouts x max_response_tokens, whatever their lengths",
-    )
-    kl_weight: NonNegativeFloat = Field(0.001, description="beta of the KL term; 0: no reference model is built")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="of KL(policy || reference), by token")
-    importance: Literal["truncate", "mask", "off"] = Field(
-        "truncate",
-        description="weight exp(old - engine log-prob) of a token: capped at importance_cap; mask: 0 outside "
-        "importance_floor .. importance_cap (IcePop); off: 1",
-    )
-    importance_cap: PositiveFloat = Field(2.0, description="largest importance weight")
-    importance_floor: PositiveFloat = Field(0.5, description="smallest importance weight, for mask")
-    pass_threshold: Fraction = Field(1.0 - 1e-6, description="a rollout with at least this reward is correct")
-
-
-class ContrastiveConfig(_Section):
-    """The contrastive terms; both weights 0: no head exists and the method is plain mixed-domain GRPO."""
-
-    share_weight: NonNegativeFloat = Field(0.1, description="lambda of cross-domain knowledge sharing")
-    consolidate_weight: NonNegativeFloat = Field(0.1, description="lambda of in-domain consolidation")
-    mode: Literal["loss", "reward"] = Field(
-        "loss",
-        description="reward: a correct rollout's reward falls by its weighted terms, at most by 0.5, and the terms' "
-        "gradient reaches the head alone",
-    )
-    temperature: PositiveFloat = Field(0.1, description="tau")
-    transfer: Literal["top_k", "threshold", "all"] = Field(
-        "top_k",
-        description="correct rollouts of OTHER domains that are an anchor's positives: the top_k most similar of each "
-        "domain; threshold: those at least that similar; all",
-    )
-    top_k: PositiveInt = Field(4, description="positives an anchor takes from EACH other domain, most similar first")
-    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(0.5, description="least similarity, for transfer threshold")
-    negatives: Literal["pool", "domain", "prompt"] = Field(
-        "pool", description="incorrect rollouts that are an anchor's negatives: of the step, its domain, its prompt"
-    )
-    consolidate: Literal["domain", "prompt"] = Field(
-        "domain", description="correct rollouts that an anchor is pulled to: of its domain, of its prompt"
-    )
-    consolidation_loss: Literal["infonce", "align"] = Field(
-        "infonce", description="align: the mean of 1 - similarity, without negatives"
-    )
-    denominator: Literal["negatives", "all"] = Field(
-        "negatives", description="what a positive competes with; all other rollouts: SupCon's loss"
-    )
-    head: Literal["linear", "mlp"] = Field("linear", description="H x D; mlp: H x H, GELU, H x D")
-    pool: Literal["mean", "last"] = Field("mean", description="response tokens that a representation is made of")
-    dim: PositiveInt | None = Field(
-        None, description="size of a representation, at most the hidden size; left out: 512, or the hidden size if less"
-    )
-    diagnose_every: NonNegativeInt = Field(
-        0, description="steps between measurements of each term's gradient (two more backward passes); 0: never"
-    )
-
-    @property
-    def enabled(self) -> bool:
-        return self.share_weight > 0 or self.consolidate_weight > 0
-
-
-class OptimizerConfig(_Section):
-    """Adam with decoupled weight decay."""
-
-    lr: PositiveFloat = Field(description="peak learning rate")
-    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
-    warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up")
-    beta1: Decay = Field(0.9, description="decay of the first moment")
-    beta2: Decay = Field(0.95, description="decay of the second moment")
-    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; not applied to norms and biases")
-    clip_grad: PositiveFloat = Field(1.0, description="global gradient norm is clipped to this")
-
-
-class RewardsConfig(_Section):
-    """Verifiers, in killable worker processes."""
-
-    workers: PositiveInt = Field(1, description="worker processes an engine's first rank scores with")
-    timeout: PositiveFloat = Field(10.0, description="seconds a verifier may take before its worker is killed")
-    max_error_rate: Fraction = Field(0.05, description="share of groups a verifier may fail on before the run stops")
-
-
-class EvaluationConfig(_Section):
-    """Held-out accuracy, greedy, before the first step, every `every` steps and after the last."""
-
-    every: PositiveInt = Field(10, description="steps between evaluations")
-    items: PositiveInt = Field(32, description="held-out items a domain, never among the training items")
-
-
-class SourceConfig(_Section):
-    """One reasoning-gym generator."""
-
-    generator: Name = Field(description="name of an allow-listed reasoning-gym dataset")
-    options: dict[str, JsonValue] = Field({}, description="its options, as reasoning-gym names them")
-    weight: PositiveFloat = Field(1.0, description="share of the domain's prompts, relative to its other sources")
-
-
-class DomainConfig(_Section):
-    """A domain: where its prompts come from and how often."""
-
-    name: Name = Field(description="as in reward/<name>")
-    weight: PositiveFloat = Field(1.0, description="share of a step's prompts, relative to the other domains")
-    sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="[[domain.sources]] tables")
-    items: PositiveInt = Field(400, description="training items generated a source")
-    shots: NonNegativeInt = Field(2, description="worked examples in front of every question")
-    instruction: str = Field("", description="appended to every question")
-
-
-class Config(_Section):
+class Config(Section):
     """Everything a run depends on."""
 
     run: RunConfig
@@ -378,12 +191,38 @@ def _minibatches(config: Config) -> list[str]:
     ]
 
 
-def _sharing(config: Config) -> list[str]:
-    weight = config.contrastive.share_weight
-    if weight == 0 or len(config.domain) > 1:
+def _denominator(config: Config) -> list[str]:
+    c = config.contrastive
+    if c.denominator == "negatives" or c.negatives == "pool":
         return []
     return [
-        f"contrastive.share_weight = {weight}: knowledge sharing needs two domains; add a [[domain]] or set it to 0"
+        f"contrastive.negatives = {c.negatives!r}: denominator 'all' puts the whole pool into the denominator; set "
+        "negatives to 'pool' or denominator to 'negatives'"
+    ]
+
+
+def _rewarding(config: Config) -> list[str]:
+    if config.contrastive.mode == "loss" or config.contrastive.enabled:
+        return []
+    return ["contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them"]
+
+
+def _importance(config: Config) -> list[str]:
+    a = config.algorithm
+    if a.importance != "mask" or a.importance_floor < a.importance_cap:
+        return []
+    return [
+        f"algorithm.importance_floor = {a.importance_floor}: must be below importance_cap = {a.importance_cap}, or "
+        "every token is masked; lower it"
+    ]
+
+
+def _sequence_ratio(config: Config) -> list[str]:
+    if config.algorithm.clip != "gspo" or config.parallel.context == 1:
+        return []
+    return [
+        f"algorithm.clip = 'gspo': needs a rollout's tokens on one rank, parallel.context = {config.parallel.context} "
+        "divides them; set it to 1 or use another clip"
     ]
 
 
@@ -401,6 +240,9 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("parallel",), _virtual_pipeline),
     (("batch", "rollout"), _longest_rollout),
     (("batch",), _minibatches),
-    (("contrastive", "domain"), _sharing),
+    (("contrastive",), _denominator),
+    (("contrastive",), _rewarding),
+    (("algorithm",), _importance),
+    (("algorithm", "parallel"), _sequence_ratio),
     (("optimizer",), _learning_rates),
 ]

@@ -5,6 +5,16 @@ from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 
 
+def empty_terms(config: Config) -> list[str]:
+    """Terms of the objective that this configuration leaves without a pair: a line each."""
+    if config.contrastive.share_weight == 0 or len(config.domain) > 1:
+        return []
+    return [
+        f"contrastive.share_weight = {config.contrastive.share_weight}: with one domain there is nobody to share with, "
+        "the term stays 0"
+    ]
+
+
 def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
     """Lines for people: the layout, what a step consists of, where rollouts are made."""
     batch = config.batch

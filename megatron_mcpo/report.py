@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.contrastive import Contrast
-from megatron_mcpo.algo.policy_loss import k3
+from megatron_mcpo.algo.policy_loss import kl_estimate
 from megatron_mcpo.types import RolloutGroup, Scores, StopReason, TrainBatch
 
 COLUMNS = ("entropy", "kl", "engine/logprob_diff", "engine/logprob_diff_max")
@@ -63,7 +63,7 @@ class BatchReport:
 def rollout_stats(batch: TrainBatch, old: Scores, reference_logp_R: Tensor | None) -> Tensor:
     """COLUMNS of this rank's rollouts: [N, 4] fp32; kl is 0 without a reference, all are 0 for an empty response."""
     logp_R = old.logp_R
-    kl_R = torch.zeros_like(logp_R) if reference_logp_R is None else k3(logp_R, reference_logp_R)
+    kl_R = torch.zeros_like(logp_R) if reference_logp_R is None else kl_estimate(logp_R, reference_logp_R)
     mismatch_R = (logp_R - batch.engine_logp_R.to(logp_R.device)).abs()
     rollout_R = batch.rollout_R.to(logp_R.device)
     zero_N = torch.zeros(len(batch), device=logp_R.device)
@@ -116,10 +116,14 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
                     "reward": group.rewards[sample],
                     "advantage": float(report.advantages_PG[number, sample]),
                     "version": completion.version,
-                    "positives": report.contrast.share_MM[row].nonzero().squeeze(1).tolist() if report.contrast else [],
+                    "positives": _listed(report.contrast.listed_ML[row]) if report.contrast else [],
                 }
             )
     return rows
+
+
+def _listed(columns_L: Tensor) -> list[int]:
+    return [column for column in columns_L.tolist() if column >= 0]
 
 
 def _figures_of(
@@ -158,9 +162,8 @@ def _contrast_figures(reports: Sequence[BatchReport], selected: Sequence[Tensor]
     pairs = [(r.contrast, rows) for r, rows in zip(reports, selected, strict=True) if r.contrast]
     if not pairs:
         return {}
-    # A minibatch without a wrong rollout has no anchor, whatever positives there are.
-    share = torch.cat([c.positives_share_M.cpu()[rows] * bool(c.anchors_share) for c, rows in pairs])
-    consolidate = torch.cat([c.positives_consolidate_M.cpu()[rows] * bool(c.anchors_consolidate) for c, rows in pairs])
+    share = torch.cat([(c.positives_share_M * c.valid_share_M).cpu()[rows] for c, rows in pairs])
+    consolidate = torch.cat([(c.positives_consolidate_M * c.valid_consolidate_M).cpu()[rows] for c, rows in pairs])
     if not suffix:
         return {
             "contrast/positives_share": _mean(share[share > 0].tolist(), empty=0.0),

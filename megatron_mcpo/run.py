@@ -20,6 +20,7 @@ from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.memory import trim
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
+from megatron_mcpo.plan import empty_terms
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.run_folder import RunFolder
@@ -43,7 +44,7 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
         resumed = _resume(policy, stream, checkpoints, groups)
         journal = _open_journal(config, folder, tokenizer, groups, resumed=resumed)
         closing.callback(journal.close)
-        for note in (note for domain in domains for note in domain.notes):
+        for note in [*empty_terms(config), *(note for domain in domains for note in domain.notes)]:
             journal.note(note)
         engine = _engine(config, groups)
         with parallel.together(groups):

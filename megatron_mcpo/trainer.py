@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_mcpo.algo.advantage import group_advantages
-from megatron_mcpo.algo.contrastive import Contrast, contrastive
-from megatron_mcpo.algo.policy_loss import policy_loss
+from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
+from megatron_mcpo.algo.policy_loss import policy_loss, token_weights
 from megatron_mcpo.algo.surrogate import surrogate
-from megatron_mcpo.batch import make_batch, rewards_of
+from megatron_mcpo.batch import domains_of, make_batch, rewards_of
 from megatron_mcpo.canary import Canary
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
@@ -39,7 +39,6 @@ class Scored:
     """A batch with what policy and reference say of it."""
 
     groups: Sequence[RolloutGroup]
-    advantages_PG: Tensor
     batch: TrainBatch
     old: Scores
     reference_logp_R: Tensor | None
@@ -127,11 +126,9 @@ class Trainer:
         return [part for number in range(count) if (part := usable[number::count])]
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scored:
-        """Advantages, and the log-probs of policy and reference before anything is learned."""
-        advantages_PG = group_advantages(rewards_of(groups))
+        """What policy and reference say of the rollouts before anything is learned."""
         batch = make_batch(
             groups,
-            advantages_PG,
             pass_threshold=self.config.algorithm.pass_threshold,
             num_data_ranks=self.groups.layout.data,
             data_rank=self.groups.data_rank,
@@ -140,9 +137,7 @@ class Trainer:
         with self.timed("score"):
             old = self.policy.score(batch)
             reference_logp_R = self.reference.score(batch).logp_R if self.reference else None
-        return Scored(
-            groups=groups, advantages_PG=advantages_PG, batch=batch, old=old, reference_logp_R=reference_logp_R
-        )
+        return Scored(groups=groups, batch=batch, old=old, reference_logp_R=reference_logp_R)
 
     def learn(self, scored: Scored) -> BatchReport:
         """One optimizer step on the policy term, the KL term and both contrastive terms."""
@@ -150,10 +145,11 @@ class Trainer:
         stats_MK = gather_rows(rollout_stats(batch, scored.old, scored.reference_logp_R), batch, self.groups)
         with self.timed("update"):
             z_MD, contrast = self.contrast(scored)
-            update = self.policy.update(batch, self.loss(scored, contrast))
+            advantages_PG = self.advantages(scored.groups, contrast)
+            update = self.policy.update(batch, self.loss(scored, advantages_PG, contrast))
         return BatchReport(
             groups=scored.groups,
-            advantages_PG=scored.advantages_PG,
+            advantages_PG=advantages_PG,
             stats_MK=stats_MK,
             z_MD=z_MD,
             contrast=contrast,
@@ -170,21 +166,32 @@ class Trainer:
         z_ND = (self.policy.score(scored.batch) if moved else scored.old).z_ND
         assert z_ND is not None
         z_MD = gather_rows(z_ND, scored.batch, self.groups)
-        return z_MD, contrastive(
-            z_MD,
-            scored.batch.keys.to(z_MD.device),
-            share_weight=settings.share_weight,
-            consolidate_weight=settings.consolidate_weight,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-        )
+        self.check_finite(z_MD, scored.batch)
+        return z_MD, contrastive(z_MD, scored.batch.keys.to(z_MD.device), settings)
 
-    def loss(self, scored: Scored, contrast: Contrast | None) -> LossFunction:
+    def advantages(self, groups: Sequence[RolloutGroup], contrast: Contrast | None) -> Tensor:
+        """Group-relative advantages [P, G] of the rewards, from which mode "reward" takes the contrastive terms."""
+        settings = self.config.contrastive
+        rewards_PG = rewards_of(groups)
+        if contrast is not None and settings.mode == "reward":
+            rewards_PG += reward_penalty(contrast, settings).view_as(rewards_PG).cpu()
+        return group_advantages(rewards_PG, domains_of(groups), kind=self.config.algorithm.advantage)
+
+    def loss(self, scored: Scored, advantages_PG: Tensor, contrast: Contrast | None) -> LossFunction:
         """A micro-batch's share of L = L_policy + beta KL + <z, dL_contrast/dz>."""
         batch, settings = scored.batch, self.config.algorithm
         device = scored.old.logp_R.device
-        advantages_R = batch.advantages_N[batch.rollout_R].to(device)
+        rollout_R = batch.rollout_R
+        advantages_R = advantages_PG.flatten()[batch.rows_N][rollout_R].to(device)
         engine_logp_R = batch.engine_logp_R.to(device)
+        weights_R = token_weights(
+            batch.response_lens_N,
+            aggregation=settings.aggregation,
+            num_tokens=batch.num_response_tokens,
+            num_rollouts=len(batch.keys),
+            max_response_tokens=self.config.rollout.max_response_tokens,
+        ).to(device)
+        rollout_R = rollout_R.to(device)
         grad_z_ND = contrast.grad_z_MD[batch.rows_N.to(device)] if contrast else None
 
         def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -195,17 +202,29 @@ class Trainer:
                 engine_logp_R=engine_logp_R[r],
                 ref_logp_R=None if scored.reference_logp_R is None else scored.reference_logp_R[r],
                 advantages_R=advantages_R[r],
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
-                kl_weight=settings.kl_weight,
-                importance_cap=settings.importance_cap,
+                weights_R=weights_R[r],
+                rollout_R=rollout_R[r],
                 num_tokens=batch.num_response_tokens,
+                settings=settings,
             )
             if grad_z_ND is None or x.z_nD is None:
                 return term.loss, term.metrics
             return term.loss + surrogate(x.z_nD, grad_z_ND[list(x.rollouts)]), term.metrics
 
         return share
+
+    def check_finite(self, z_MD: Tensor, batch: TrainBatch) -> None:
+        """Every rank sees the representations of all: where one is not finite, all raise the same error."""
+        bad = (~z_MD.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if not bad:
+            return
+        ranks = [rank for rank, rows in enumerate(batch.rank_rows) if not set(rows).isdisjoint(bad)]
+        domains = [self.config.domain_names[number] for number in batch.keys.domain_M[bad].unique().tolist()]
+        raise FloatingPointError(
+            f"step {self.step}: representations of {len(bad)} of {len(z_MD)} rollouts are not finite (data-parallel "
+            f"ranks {ranks}, domains {', '.join(domains)}); start again from the last checkpoint with a lower "
+            "optimizer.lr, or with model.dtype fp32"
+        )
 
     def push_weights(self) -> None:
         """Give the engine the policy's weights."""

@@ -86,7 +86,6 @@ class TrainBatch:
     tokens_T: int64, prompt and response of every rollout, concatenated
     prompt_lens_N, response_lens_N: int64; their sum is a rollout's length, their total is T
     rows_N: int64, position of each rollout in the batch's order over all ranks (0..M-1), ascending
-    advantages_N: fp32
     engine_logp_R: fp32, the engine's log-prob of each response token
     keys: domain, prompt and correctness of ALL rollouts of the batch (the same on every rank)
     num_response_tokens: R of the whole batch, over all ranks: the denominator of token means
@@ -100,7 +99,6 @@ class TrainBatch:
     prompt_lens_N: Tensor
     response_lens_N: Tensor
     rows_N: Tensor
-    advantages_N: Tensor
     engine_logp_R: Tensor
     keys: Keys
     num_response_tokens: int
@@ -125,7 +123,7 @@ class TrainBatch:
     def check(self) -> None:
         """Assert the shapes that the legend promises."""
         n = len(self)
-        assert self.prompt_lens_N.shape == self.response_lens_N.shape == self.advantages_N.shape == (n,)
+        assert self.prompt_lens_N.shape == self.response_lens_N.shape == (n,)
         assert self.tokens_T.shape == (int(self.prompt_lens_N.sum() + self.response_lens_N.sum()),)
         assert self.engine_logp_R.shape == (int(self.response_lens_N.sum()),)
 

@@ -19,7 +19,7 @@ PACKAGE = "megatron_mcpo"
 
 # Imports go down, or stay on a level without ever closing a circle. A folder speaks for all modules in it.
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("config", "config_io", "layout", "types", "model_config", "run_folder"),
+    0: ("sections", "config", "config_io", "layout", "types", "model_config", "run_folder"),
     1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan"),
     2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "rollout.engine", "rewards", "data"),
     3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "rollout.vllm_engine", "rollout.vllm_cpu_fixes",
@@ -39,10 +39,20 @@ FENCES = {
 }
 
 # What pure torch means for algo; the configuration is plain values.
-ALGO_MAY_IMPORT = {"torch", "algo", "types", "config"}
+ALGO_MAY_IMPORT = {"torch", "algo", "types", "sections"}
 
 # Importing these must not import torch, not even through others: bad configurations fail before anything slow.
-WITHOUT_TORCH = ("config", "config_io", "layout", "model_config", "run_folder", "plan", "rewards.allowlist", "train")
+WITHOUT_TORCH = (
+    "sections",
+    "config",
+    "config_io",
+    "layout",
+    "model_config",
+    "run_folder",
+    "plan",
+    "rewards.allowlist",
+    "train",
+)
 
 MAX_FILE_LINES = 400
 MAX_TEST_FILE_LINES = 500

@@ -18,10 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_mcpo.config import Config, ConfigError, SourceConfig
+from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.data.domains import Domain, Source, load_domains, load_tokenizer
 from megatron_mcpo.data.generators import ItemRequest, generate
 from megatron_mcpo.data.stream import PromptStream
+from megatron_mcpo.sections import SourceConfig
 from megatron_mcpo.types import Prompt
 
 TOKENIZER = Path(__file__).parents[1] / ".cache/models/smollm2-135m-instruct"

@@ -131,7 +131,7 @@ def check_layout(layout: Layout, cases: list[Case]) -> list[dict[str, Any]]:
 
 def check_case(case: Case, groups: Groups) -> dict[str, Any]:
     model = from_folder(case.folder)
-    chunks = build_chunks(model, groups, dtype=torch.float32, head_dim=8)
+    chunks = build_chunks(model, groups, dtype=torch.float32, head=HeadSpec(dim=8))
     heads = {name: tensor.clone() for name, tensor in head_parameters(chunks)}
     assert bool(heads) == groups.is_last_stage
     for chunk in chunks:
@@ -207,7 +207,7 @@ def test_bf16_models_are_read_and_exported_in_bf16(cases: list[Case]) -> None:
 def check_bf16(case: Case) -> list[str]:
     groups = parallel.init(Layout(tensor=2, pipeline=2), seed=1, timeout_seconds=60)
     model = from_folder(case.folder)
-    chunks = build_chunks(model, groups, dtype=torch.bfloat16, head_dim=None)
+    chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=None)
     load_hf(chunks, model, case.folder, groups)
     return [n for n, tensor in export(chunks, model, groups) if not torch.equal(tensor, case.tensors[n].bfloat16())]
 
@@ -250,7 +250,7 @@ def loading_error(folder: Path, num_ranks: int) -> str:
     """What load_hf says on `num_ranks` pipeline stages, having changed nothing; '' when it loads."""
     groups = parallel.init(Layout(pipeline=num_ranks), seed=1, timeout_seconds=60)
     model: ModelConfig = from_folder(folder)
-    chunks = build_chunks(model, groups, dtype=torch.float32, head_dim=None)
+    chunks = build_chunks(model, groups, dtype=torch.float32, head=None)
     for chunk in chunks:
         fill_with_nan(chunk)
     try:

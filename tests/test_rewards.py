@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo.config import Config, RewardsConfig
+from megatron_mcpo.config import Config
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.scorer import Scorer, TooManyErrors, check_error_rate
+from megatron_mcpo.sections import RewardsConfig
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
 FAST = RewardsConfig(workers=1, timeout=1.0)

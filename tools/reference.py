@@ -6,7 +6,7 @@ Shares no line with megatron_mcpo.algo. Memory is O(M^2). Shape legend: see mega
 import torch
 from torch import Tensor
 
-from megatron_mcpo.config import ContrastiveConfig
+from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 

@@ -3,7 +3,7 @@ tile, K: domains, L: positives that are listed.
 
 Evaluated on gathered representations, identically on every data-parallel rank: each takes its own rows of the gradient
 and carries them into its backward passes (surrogate.py). So no collective needs a gradient. The gradient is written
-out, not left to autograd, so that tiles of anchors can be dropped as soon as they are used: memory is O(M D), not O(M^2).
+out, not left to autograd, so that a tile of anchors is dropped as soon as it is used: memory is O(M D), not O(M^2).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megatron_mcpo.algo.pairing import find_pairs, members
-from megatron_mcpo.config import ContrastiveConfig
+from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 TILE_ELEMENTS = 2**24
@@ -59,6 +59,18 @@ class Contrast:
     @property
     def anchors_consolidate(self) -> int:
         return int(self.valid_consolidate_M.sum())
+
+
+_MOST_PENALTY = 0.5
+
+
+def reward_penalty(contrast: Contrast, settings: ContrastiveConfig) -> Tensor:
+    """What `mode` "reward" adds to the reward of every rollout [M]: max(-weighted terms, -0.5), 0 for wrong ones.
+
+    With in-prompt consolidation and negatives, and no sharing, this is the reward of CLIPO (arXiv 2603.10101).
+    """
+    terms_M = settings.share_weight * contrast.loss_share_M + settings.consolidate_weight * contrast.loss_consolidate_M
+    return -terms_M.clamp(max=_MOST_PENALTY)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mcpo.config import ContrastiveConfig
+from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 

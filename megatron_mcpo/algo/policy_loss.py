@@ -1,14 +1,17 @@
-"""The policy term: clipped ratio, truncated importance weight, KL to the reference. Shape legend: types.py.
+"""The policy term: clipped ratio, importance weight, KL to the reference. Shape legend: types.py.
 
-Everything is a sum over response tokens divided by a count that the caller knows for the WHOLE step. Adding the
-results of all micro-batches and all data-parallel ranks therefore gives the step's value, however it was divided.
+Everything is a sum over response tokens with weights that are known for the WHOLE step. Adding the results of all
+micro-batches and all data-parallel ranks therefore gives the step's value, however it was divided.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megatron_mcpo.sections import AlgorithmConfig
 
 _MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this before exp, from above only: exp overflows in fp32 at 88, and inf times a zero
@@ -23,16 +26,41 @@ class PolicyLoss:
     """Part of the step's policy loss.
 
     loss: scalar with graph
-    metrics: 0-d tensors without graph, already divided by the step's number of tokens, so they add up like the loss
+    metrics: 0-d tensors without graph; they add up over micro-batches and ranks like the loss
         loss/policy, loss/kl   the two parts of the loss (the KL with its weight)
-        clip_fraction          share of tokens whose gradient the clip has switched off
-        ratio                  mean of policy / old policy
-        importance/weight      mean truncated weight of the tokens (1 without a cap)
-        importance/capped      share of tokens whose weight is the cap
+        and token means:
+        clip_fraction          share of tokens whose ratio the clip has replaced
+        ratio                  policy / old policy (of the whole rollout for gspo)
+        importance/weight      importance weight (1 where it is off)
+        importance/capped      share of tokens whose weight is the cap or, with mask, 0
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+def token_weights(
+    response_lens_N: Tensor,
+    *,
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "dr_grpo"],
+    num_tokens: int,
+    num_rollouts: int,
+    max_response_tokens: int,
+) -> Tensor:
+    """What each response token of these rollouts counts in the step's loss: fp32 [R].
+
+    token_mean: 1 / num_tokens (DAPO, arXiv 2503.14476); seq_mean_token_mean: 1 / (num_rollouts * length) (GRPO);
+    dr_grpo: 1 / (num_rollouts * max_response_tokens) (arXiv 2503.20783). The counts are the whole step's.
+    """
+    weight_N = torch.ones(len(response_lens_N), dtype=torch.float64)
+    match aggregation:
+        case "token_mean":
+            weight_N /= max(1, num_tokens)
+        case "seq_mean_token_mean":
+            weight_N /= response_lens_N.clamp(min=1) * num_rollouts
+        case "dr_grpo":
+            weight_N /= num_rollouts * max_response_tokens
+    return weight_N.float().repeat_interleave(response_lens_N)
 
 
 def policy_loss(
@@ -42,37 +70,46 @@ def policy_loss(
     engine_logp_R: Tensor,
     ref_logp_R: Tensor | None,
     advantages_R: Tensor,
-    clip_low: float,
-    clip_high: float,
-    kl_weight: float,
-    importance_cap: float | None,
+    weights_R: Tensor,
+    rollout_R: Tensor,
     num_tokens: int,
+    settings: AlgorithmConfig,
 ) -> PolicyLoss:
-    """Sum over R tokens of [w * PPO-clip + kl_weight * k3], divided by `num_tokens`.
+    """Weighted sum over R tokens of importance * clipped objective + kl_weight * KL estimate.
 
     logp_R: log-probs of the policy, with graph; old_, engine_, ref_: without, of the weights that scored the batch, of
     the engine's sampling distribution and of the reference; all fp32 and in nats
-    advantages_R: each rollout's advantage, repeated over its tokens
-    num_tokens: response tokens of the step over all micro-batches and ranks, not R
+    advantages_R: each rollout's advantage, repeated over its tokens; weights_R: see `token_weights`
+    rollout_R: int64, which rollout each token belongs to; gspo needs a rollout's tokens together in one call
+    num_tokens: response tokens of the step over all micro-batches and ranks, not R, for the metrics
 
-    PPO-clip: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = policy / old policy (arXiv 1707.06347).
-    k3: e^d - d - 1, d = reference - policy log-prob (Schulman, "Approximating KL divergence").
-    w: min(old policy / engine, importance_cap), a constant of the batch; 1 where `importance_cap` is None.
+    ppo: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = policy / old policy (arXiv 1707.06347).
+    gspo: the same with the geometric mean of a rollout's rho in every token's place (arXiv 2507.18071).
+    cispo: -clip(rho) A log policy, the clipped ratio without gradient (arXiv 2506.13585).
 
     R = 0 gives a zero that is connected to `logp_R`, so that gradient reductions see every rank.
     """
-    assert logp_R.shape == old_logp_R.shape == engine_logp_R.shape == advantages_R.shape and logp_R.ndim == 1
-    assert num_tokens > 0
-    assert ref_logp_R is not None or kl_weight == 0, "a KL term needs the reference's log-probs"
+    assert logp_R.shape == old_logp_R.shape == engine_logp_R.shape == advantages_R.shape == weights_R.shape
+    assert num_tokens > 0 and logp_R.ndim == 1
+    assert ref_logp_R is not None or settings.kl_weight == 0, "a KL term needs the reference's log-probs"
 
-    ratio_R = _safe_exp(logp_R - old_logp_R.detach())
-    clipped_R = ratio_R.clamp(1 - clip_low, 1 + clip_high)
-    objective_R = torch.minimum(ratio_R * advantages_R, clipped_R * advantages_R)
-    clipping_R = (ratio_R * advantages_R).detach() > (clipped_R * advantages_R).detach()
+    log_ratio_R = logp_R - old_logp_R.detach()
+    if settings.clip == "gspo":
+        log_ratio_R = _mean_by_rollout(log_ratio_R, rollout_R)
+    ratio_R = log_ratio_R.clamp(max=_MAX_LOG_RATIO).exp()
+    clipped_R = ratio_R.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    if settings.clip == "cispo":
+        objective_R = clipped_R.detach() * advantages_R * logp_R
+        clipping_R = clipped_R.detach() != ratio_R.detach()
+    else:
+        objective_R = torch.minimum(ratio_R * advantages_R, clipped_R * advantages_R)
+        clipping_R = (ratio_R * advantages_R).detach() > (clipped_R * advantages_R).detach()
 
-    weight_R, capped_R = _importance(old_logp_R - engine_logp_R, importance_cap)
-    policy = -(weight_R * objective_R).sum() / num_tokens
-    kl = policy.new_zeros(()) if ref_logp_R is None else kl_weight * k3(logp_R, ref_logp_R).sum() / num_tokens
+    importance_R, capped_R = _importance(old_logp_R - engine_logp_R, settings)
+    policy = -(weights_R * importance_R * objective_R).sum()
+    kl = policy.new_zeros(())
+    if ref_logp_R is not None:
+        kl = settings.kl_weight * (weights_R * kl_estimate(logp_R, ref_logp_R, settings.kl_estimator)).sum()
     return PolicyLoss(
         loss=policy + kl,
         metrics={
@@ -80,27 +117,49 @@ def policy_loss(
             "loss/kl": kl.detach(),
             "clip_fraction": clipping_R.sum() / num_tokens,
             "ratio": ratio_R.detach().sum() / num_tokens,
-            "importance/weight": weight_R.sum() / num_tokens,
+            "importance/weight": importance_R.sum() / num_tokens,
             "importance/capped": capped_R.sum() / num_tokens,
         },
     )
 
 
-def k3(logp_R: Tensor, ref_logp_R: Tensor) -> Tensor:
-    """Each token's estimate of KL(policy || reference) in nats: e^d - 1 - d, d = reference - policy; not negative."""
+def kl_estimate(logp_R: Tensor, ref_logp_R: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
+    """Each token's estimate of KL(policy || reference) in nats (Schulman, "Approximating KL divergence").
+
+    With d = reference - policy log-prob: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d. In expectation over the policy's
+    tokens the gradient of k1 is zero (it only adds noise to a loss), that of k2 is the gradient of KL(policy ||
+    reference), that of k3 the gradient of KL(reference || policy).
+    """
     difference_R = (ref_logp_R.detach() - logp_R).clamp(max=_MAX_LOG_RATIO)
-    # Near d = 0 (the first steps) e^d - 1 would lose the digits that make up the value.
-    return torch.expm1(difference_R) - difference_R
+    match kind:
+        case "k1":
+            return -difference_R
+        case "k2":
+            return difference_R.square() / 2
+        case "k3":
+            # Near d = 0 (the first steps) e^d - 1 would lose the digits that make up the value.
+            return torch.expm1(difference_R) - difference_R
 
 
-def _importance(log_weight_R: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Truncated importance weights, and which of them are the cap; clamping the logarithm can't overflow."""
+def _importance(log_weight_R: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Importance weights of the tokens, and which of them are the cap or masked."""
     log_weight_R = log_weight_R.detach()
-    if cap is None:
-        return torch.ones_like(log_weight_R), torch.zeros_like(log_weight_R, dtype=torch.bool)
-    log_cap = math.log(cap)
-    return log_weight_R.clamp(max=log_cap).exp(), log_weight_R > log_cap
+    log_cap, log_floor = math.log(settings.importance_cap), math.log(settings.importance_floor)
+    match settings.importance:
+        case "off":
+            return torch.ones_like(log_weight_R), torch.zeros_like(log_weight_R, dtype=torch.bool)
+        case "truncate":
+            # Clamping the logarithm can't overflow.
+            return log_weight_R.clamp(max=log_cap).exp(), log_weight_R > log_cap
+        case "mask":
+            outside_R = (log_weight_R > log_cap) | (log_weight_R < log_floor)
+            return log_weight_R.clamp(max=log_cap).exp().masked_fill(outside_R, 0.0), outside_R
 
 
-def _safe_exp(log_ratio_R: Tensor) -> Tensor:
-    return log_ratio_R.clamp(max=_MAX_LOG_RATIO).exp()
+def _mean_by_rollout(values_R: Tensor, rollout_R: Tensor) -> Tensor:
+    """The mean over each rollout's tokens, in the place of every one of them."""
+    _, number_R = torch.unique(rollout_R, return_inverse=True)
+    zeros_R = torch.zeros_like(values_R)
+    sums_R = zeros_R.index_add(0, number_R, values_R)
+    counts_R = zeros_R.index_add(0, number_R, torch.ones_like(values_R))
+    return sums_R[number_R] / counts_R[number_R]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mcpo.config import Config, ConfigError, DomainConfig
+from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.data.generators import ItemRequest, generate
+from megatron_mcpo.sections import DomainConfig
 from megatron_mcpo.types import Prompt
 
 if TYPE_CHECKING:

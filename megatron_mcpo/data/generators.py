@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_mcpo.config import ConfigError, SourceConfig
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.sections import SourceConfig
 
 GENERATION_SECONDS = 600.0
 """How long all generators together may take, the import of reasoning-gym included."""

@@ -1,26 +1,67 @@
-"""The contrastive head: from the mean hidden state of a response to a unit vector.
+"""The contrastive head: from the pooled hidden state of a response to a unit vector.
 
 Shape legend: see megatron_mcpo.types.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_mcpo.sections import ContrastiveConfig
+
+_DEFAULT_DIM = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """pool: the mean over a response's hidden states, or its last one; detach: no gradient leaves the head"""
+
+    dim: int
+    kind: Literal["linear", "mlp"] = "linear"
+    pool: Literal["mean", "last"] = "mean"
+    detach: bool = False
+    seed: int = 0
+
+    @staticmethod
+    def of(settings: ContrastiveConfig, *, hidden_size: int, seed: int) -> "HeadSpec | None":
+        """The head that the configuration asks for; None where there is no contrastive term."""
+        if not settings.enabled:
+            return None
+        return HeadSpec(
+            dim=settings.dim or min(_DEFAULT_DIM, hidden_size),
+            kind=settings.head,
+            pool=settings.pool,
+            detach=settings.mode == "reward",
+            seed=seed,
+        )
+
 
 class ContrastiveHead(nn.Module):
     """Linear map H -> D without bias, then L2 normalisation (arXiv 2605.25443: "lightweight contrastive head").
 
-    Lives on the last pipeline stage, replicated over tensor ranks: the same `seed` gives every rank the same weights.
-    Computes in fp32 whatever the dtype of its weights. A zero input (an empty response) gives a zero vector.
+    `mlp` puts a map H -> H and a GELU in front. Lives on the last pipeline stage, replicated over tensor ranks: the
+    same seed gives every rank the same weights. Computes in fp32 whatever the dtype of its weights. A zero input (an
+    empty response) gives a zero vector.
     """
 
-    def __init__(self, hidden_size: int, dim: int, *, dtype: torch.dtype, device: torch.device, seed: int):
+    def __init__(self, hidden_size: int, spec: HeadSpec, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(dim, hidden_size, generator=generator) * hidden_size**-0.5
-        self.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
+        self.spec = spec
+        generator = torch.Generator().manual_seed(spec.seed)
+
+        def parameter(rows: int) -> nn.Parameter:
+            weight = torch.randn(rows, hidden_size, generator=generator) * hidden_size**-0.5
+            return nn.Parameter(weight.to(device=device, dtype=dtype))
+
+        self.weight = parameter(spec.dim)
+        self.hidden_weight = parameter(hidden_size) if spec.kind == "mlp" else None
 
     def forward(self, pooled_NH: Tensor) -> Tensor:
-        """Mean hidden states [N, H] to representations [N, D] in fp32, unit rows."""
-        return F.normalize(F.linear(pooled_NH.float(), self.weight.float()), dim=-1)
+        """Pooled hidden states [N, H] to representations [N, D] in fp32, unit rows."""
+        hidden_NH = (pooled_NH.detach() if self.spec.detach else pooled_NH).float()
+        if self.hidden_weight is not None:
+            hidden_NH = F.gelu(F.linear(hidden_NH, self.hidden_weight.float()))
+        return F.normalize(F.linear(hidden_NH, self.weight.float()), dim=-1)

@@ -9,7 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mcpo.mcore.head import ContrastiveHead
+from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec
 from megatron_mcpo.mcore.spec import layer_spec
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
@@ -62,12 +62,10 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
     return config
 
 
-def build_chunks(
-    model: ModelConfig, groups: Groups, *, dtype: torch.dtype, head_dim: int | None, head_seed: int = 0
-) -> list[nn.Module]:
+def build_chunks(model: ModelConfig, groups: Groups, *, dtype: torch.dtype, head: HeadSpec | None) -> list[nn.Module]:
     """This rank's chunks of the model, one for every virtual pipeline stage, with weights yet to be loaded.
 
-    head_dim: size of the contrastive head's output, attached to the last chunk as `contrastive_head`; None: no head.
+    head: attached to the last chunk as `contrastive_head`; None: no head.
     In bf16 each chunk is wrapped in Megatron's Float16Module.
     """
     config = transformer_config(model, groups, dtype=dtype)
@@ -97,10 +95,8 @@ def build_chunks(
             vp_stage=vp_stage,
         ).to(device())
         chunk.real_vocab_size = model.vocab_size
-        if head_dim is not None and is_last:
-            chunk.contrastive_head = ContrastiveHead(
-                model.hidden_size, head_dim, dtype=dtype, device=device(), seed=head_seed
-            )
+        if head is not None and is_last:
+            chunk.contrastive_head = ContrastiveHead(model.hidden_size, head, dtype=dtype, device=device())
         chunks.append(Float16Module(config, chunk) if dtype is torch.bfloat16 else chunk)
     return chunks
 

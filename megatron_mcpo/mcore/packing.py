@@ -8,6 +8,7 @@ Shape legend: see megatron_mcpo.types; L: tokens of this context rank in one mic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,8 +28,8 @@ class MicroBatch:
     rollouts: positions in the TrainBatch of the rollouts in here
     target_r: the response tokens whose log-prob is computed here; predict_r: positions in L of the tokens before them
     response_r: where these response tokens stand in the TrainBatch's R
-    pool_l: positions in L that hold response tokens; pool_rollout_l: the rollout (0..len(rollouts)-1) each belongs to
-    response_lens_n: response length of every rollout in here
+    pool_l: positions in L of the response tokens that make up representations; pool_rollout_l: the rollout
+    (0..len(rollouts)-1) each belongs to; pooled_n: how many of them every rollout has, over all context ranks
     """
 
     tokens_1L: Tensor
@@ -39,7 +40,7 @@ class MicroBatch:
     response_r: Tensor
     pool_l: Tensor
     pool_rollout_l: Tensor
-    response_lens_n: Tensor
+    pooled_n: Tensor
 
 
 def num_micro_batches(batch: TrainBatch, *, max_tokens: int, layout: Layout) -> int:
@@ -59,9 +60,18 @@ def num_micro_batches(batch: TrainBatch, *, max_tokens: int, layout: Layout) -> 
 
 
 def pack(
-    batch: TrainBatch, *, max_tokens: int, layout: Layout, context_rank: int, device: torch.device
+    batch: TrainBatch,
+    *,
+    max_tokens: int,
+    layout: Layout,
+    context_rank: int,
+    pool: Literal["mean", "last"],
+    device: torch.device,
 ) -> list[MicroBatch]:
-    """Divide the rollouts of a batch into packed micro-batches, as many as `num_micro_batches` says."""
+    """Divide the rollouts of a batch into packed micro-batches, as many as `num_micro_batches` says.
+
+    pool: whether a representation is made of all of a response's tokens or of the last one
+    """
     count = num_micro_batches(batch, max_tokens=max_tokens, layout=layout)
     units = _units(batch, batch.rows_N.tolist(), max_tokens=max_tokens, layout=layout)
     costs = [_cost(batch, unit, layout) for unit in units]
@@ -71,7 +81,7 @@ def pack(
     # A rank without a rollout runs an empty sequence: it has gradients to reduce with the others.
     longest = max(totals)
     fill = [max(longest if layout.pipeline > 1 else total, layout.sequence_alignment) for total in totals]
-    sequences = _Sequences(batch)
+    sequences = _Sequences(batch, pool)
     return [
         _pack_one(sequences, [units[i] for i in part], total=total, layout=layout, rank=context_rank, device=device)
         for part, total in zip(parts, fill, strict=True)
@@ -100,7 +110,8 @@ def _cost(batch: TrainBatch, unit: Sequence[int], layout: Layout) -> int:
 class _Sequences:
     """This rank's rollouts by row of the batch."""
 
-    def __init__(self, batch: TrainBatch):
+    def __init__(self, batch: TrainBatch, pool: Literal["mean", "last"]):
+        self.pool = pool
         self.shared_prompts = batch.shared_prompts
         self.local = {row: number for number, row in enumerate(batch.rows_N.tolist())}
         self.prompt_lens = batch.prompt_lens_N.tolist()
@@ -108,12 +119,16 @@ class _Sequences:
         self.response_starts = _starts(self.response_lens)
         self.tokens = batch.tokens_T.split([p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)])
 
+    def num_pooled(self, i: int) -> int:
+        """Response tokens that rollout i's representation is made of."""
+        return min(1, self.response_lens[i]) if self.pool == "last" else int(self.response_lens[i])
+
 
 class _Pack:
     """Units laid end to end, before they are dealt out to context ranks. -1: no response token.
 
     tokens_T, position_T: each token and its position in its own sequence
-    response_T, rollout_T: where a response token stands in the batch's R; the rollout in here that it belongs to
+    response_T, rollout_T: where a response token stands in the batch's R; the rollout in here that it is pooled into
     predictor_T: the token whose hidden state predicts a response token (the prompt's last, for the first of them)
     """
 
@@ -151,7 +166,7 @@ class _Pack:
         span = slice(at, self.end)
         self.tokens_T[span] = sequences.tokens[i][prompt_len:]
         self.response_T[span] = torch.arange(length) + sequences.response_starts[i]
-        self.rollout_T[span] = len(self.rollouts)
+        self.rollout_T[self.end - sequences.num_pooled(i) : self.end] = len(self.rollouts)
         self.position_T[span] = torch.arange(prompt_len, prompt_len + length)
         self.predictor_T[span] = torch.tensor([last_of_prompt, *range(at, self.end - 1)][:length])
         self.rollouts.append(i)
@@ -186,7 +201,7 @@ def _pack_one(
         response_r=pack.response_T[target_t].to(device),
         pool_l=pooled_L.nonzero().squeeze(1).to(device),
         pool_rollout_l=pack.rollout_T[keep_L][pooled_L].to(device),
-        response_lens_n=torch.tensor([sequences.response_lens[i] for i in pack.rollouts], device=device),
+        pooled_n=torch.tensor([sequences.num_pooled(i) for i in pack.rollouts], device=device),
     )
 
 

@@ -16,8 +16,9 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_mcpo.config import Config, OptimizerConfig
+from megatron_mcpo.config import Config
 from megatron_mcpo.mcore import schedule
+from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.mcore.packing import MicroBatch, pack
 from megatron_mcpo.mcore.schedule import MicroOutput
@@ -25,6 +26,7 @@ from megatron_mcpo.mcore.spec import shares_prompts
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.platform import device
+from megatron_mcpo.sections import OptimizerConfig
 from megatron_mcpo.types import Scores, TrainBatch, Update
 from megatron_mcpo.weights.hf_io import load_hf
 from megatron_mcpo.weights.sync import export
@@ -51,17 +53,15 @@ LossFunction = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
 class _Model:
     """Chunks of a GPTModel on this rank, and the forward-only pass that both models have."""
 
-    def __init__(self, config: Config, model: ModelConfig, groups: Groups, *, head_dim: int | None):
+    def __init__(self, config: Config, model: ModelConfig, groups: Groups, *, head: HeadSpec | None):
         self.groups = groups
         self.model_config = model
         self.temperature = config.rollout.temperature
         self.device = device()
         self.max_tokens = config.batch.micro_batch_tokens
-        self.head_dim = head_dim
+        self.head = head
         self.version = 0
-        self.chunks: list[Any] = build_chunks(
-            model, groups, dtype=DTYPES[config.model.dtype], head_dim=head_dim, head_seed=config.run.seed
-        )
+        self.chunks: list[Any] = build_chunks(model, groups, dtype=DTYPES[config.model.dtype], head=head)
         load_hf(self.chunks, model, Path(config.model.path), groups)
 
     def score(self, batch: TrainBatch) -> Scores:
@@ -73,7 +73,7 @@ class _Model:
             self.chunks,
             micros,
             self.groups,
-            want_z=self.head_dim is not None,
+            want_z=self.head is not None,
             temperature=self.temperature,
             loss=None,
         )
@@ -90,13 +90,14 @@ class _Model:
             max_tokens=self.max_tokens,
             layout=self.groups.layout,
             context_rank=self.groups.context_rank,
+            pool=self.head.pool if self.head else "mean",
             device=self.device,
         )
 
     def _collect(self, batch: TrainBatch, micros: Sequence[MicroBatch], outputs: Sequence[MicroOutput]) -> Scores:
         """Put micro-batch results (the last stage's; other stages have none) in the batch's order, on all stages."""
         tokens_2R = torch.zeros(2, int(batch.response_lens_N.sum()), device=device())
-        z_ND = None if self.head_dim is None else torch.zeros(len(batch), self.head_dim, device=device())
+        z_ND = None if self.head is None else torch.zeros(len(batch), self.head.dim, device=device())
         for micro, output in zip(micros if outputs else (), outputs, strict=True):
             tokens_2R[0, micro.response_r] = output.logp_r
             tokens_2R[1, micro.response_r] = output.entropy_r
@@ -119,7 +120,7 @@ class Reference(_Model):
     """The frozen model that the KL term measures against: its own weights, no head, no gradient."""
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
-        super().__init__(config, model, groups, head_dim=None)
+        super().__init__(config, model, groups, head=None)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
 
@@ -128,9 +129,8 @@ class Policy(_Model):
     """The model that learns, with its optimizer and schedule."""
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
-        contrastive = config.contrastive
-        head_dim = min(contrastive.dim, model.hidden_size) if contrastive.enabled else None
-        super().__init__(config, model, groups, head_dim=head_dim)
+        head = HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
+        super().__init__(config, model, groups, head=head)
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         megatron_config = self.chunks[0].config
         self.chunks = [
@@ -177,7 +177,7 @@ class Policy(_Model):
             self.chunks,
             micros,
             self.groups,
-            want_z=self.head_dim is not None,
+            want_z=self.head is not None,
             temperature=self.temperature,
             loss=scaled,
         )

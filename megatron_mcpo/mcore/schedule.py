@@ -126,7 +126,7 @@ def _real_rows(weight_VH: Tensor, context: _Context) -> Tensor:
 
 
 def _pool(hidden_LH: Tensor, context: _Context) -> Tensor:
-    """Mean hidden state [n, H] in fp32 of each rollout's response tokens, the same on all tensor and context ranks.
+    """Mean hidden state [n, H] in fp32 of each rollout's pooled tokens, the same on all tensor and context ranks.
 
     What follows (the head) is replicated over tensor ranks, so the sum over them passes its gradient on unchanged;
     over context ranks, whose gradients are summed later, it is an ordinary differentiable sum.
@@ -144,7 +144,7 @@ def _pool(hidden_LH: Tensor, context: _Context) -> Tensor:
         sum_nH = tensor_parallel.reduce_from_tensor_model_parallel_region(sum_nH, group=context.groups.tensor)
     if layout.context > 1:
         sum_nH = _SumOverRanks.apply(sum_nH, context.groups.context)
-    return sum_nH / micro.response_lens_n.clamp(min=1).unsqueeze(1)
+    return sum_nH / micro.pooled_n.clamp(min=1).unsqueeze(1)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
 
-from megatron_mcpo.config import RewardsConfig
 from megatron_mcpo.rewards.pool import Subject, VerificationError, WorkerPool
+from megatron_mcpo.sections import RewardsConfig
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
 FULL_MARKS = 0.99
