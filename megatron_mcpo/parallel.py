@@ -25,7 +25,6 @@ class Groups:
     tensor, pipeline, context: the ranks that share this rank's weights, layers, sequences
     data: the ranks that hold the same shard of the model, at the same place of the sequence, in other replicas
     data_context: data x context, the ranks over which gradients are reduced
-    model_parallel: tensor x pipeline x context, the ranks of this replica
     world: all ranks; host: all ranks, for Python objects and CPU tensors (gloo)
     """
 
@@ -37,7 +36,6 @@ class Groups:
     context: dist.ProcessGroup
     data: dist.ProcessGroup
     data_context: dist.ProcessGroup
-    model_parallel: dist.ProcessGroup
     world: dist.ProcessGroup
     host: dist.ProcessGroup
 
@@ -65,11 +63,6 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline.rank() == self.pipeline.size() - 1
-
-    @property
-    def first_stage_global_rank(self) -> int:
-        """Global rank of the first stage of this rank's pipeline: a source for broadcasts over `pipeline`."""
-        return dist.get_global_rank(self.pipeline, 0)
 
     @property
     def last_stage_global_rank(self) -> int:
@@ -159,21 +152,6 @@ def _start(timeout: timedelta) -> None:
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _replica_group(layout: Layout, timeout: timedelta) -> dist.ProcessGroup:
-    """The ranks of this replica. Megatron-Core has this group only where sequences are not shared."""
-    if layout.context == 1:
-        return parallel_state.get_model_parallel_group()
-    # Megatron-Core's order of ranks: tensor runs fastest, then context, data and pipeline.
-    inner = layout.tensor * layout.context
-    replicas = [
-        [inner * (layout.data * stage + replica) + i for stage in range(layout.pipeline) for i in range(inner)]
-        for replica in range(layout.data)
-    ]
-    group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
-    assert group is not None
-    return group
-
-
 def _groups(layout: Layout, timeout: timedelta) -> Groups:
     world = dist.group.WORLD
     assert world is not None
@@ -188,7 +166,6 @@ def _groups(layout: Layout, timeout: timedelta) -> Groups:
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        model_parallel=_replica_group(layout, timeout),
         world=world,
         host=host,
     )

@@ -30,6 +30,7 @@ from megatron_mcpo.types import RolloutGroup, TrainBatch
 from megatron_mcpo.weights.sync import export
 
 SHARE, CONSOLIDATE, TAU, TOP_K, KL = 0.5, 0.3, 0.2, 2, 0.05
+Case = tuple[Path, list[RolloutGroup], dict[str, Tensor]]
 CLIP = dict(clip_low=0.2, clip_high=0.2, kl_weight=KL, importance_cap=2.0)
 LAYOUTS = [
     Layout(),
@@ -46,7 +47,17 @@ LAYOUTS = [
     Layout(tensor=2, data=2, sequence=True),
     Layout(tensor=2, context=2, sequence=True),
     Layout(pipeline=2, data=2),
+    Layout(pipeline=2, context=2),
+    Layout(pipeline=2, virtual_pipeline=2, data=2),
+    Layout(tensor=2, pipeline=2, data=2, sequence=True),
+    Layout(tensor=3, sequence=True),
+    Layout(pipeline=3),
 ]
+SHAPES = {
+    2: {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2},
+    3: {"num_layers": 3, "num_heads": 9, "num_kv_heads": 3},
+}
+"""Models whose layers and heads can be divided by 2, and by 3."""
 
 
 def noise(values: Tensor, seed: int) -> Tensor:
@@ -173,17 +184,21 @@ def exported_gradients(policy: Policy) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list, dict]:
-    folder = tmp_path_factory.mktemp("model")
-    model = tiny.save_model(folder, tied=request.param)
+def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Case]:
+    """A model of each shape, the same rollouts for both, and the gradients expected."""
     groups = tiny.rollout_groups(num_prompts=6, num_samples=3)
-    head = ContrastiveHead(64, 16, dtype=torch.float32, device=torch.device("cpu"), seed=0).weight.detach()
-    return folder, groups, reference_gradients(model, head, groups)
+    head = ContrastiveHead(tiny.HIDDEN, 16, dtype=torch.float32, device=torch.device("cpu"), seed=0).weight.detach()
+    found = {}
+    for divisor, shape in SHAPES.items():
+        folder = tmp_path_factory.mktemp("model")
+        model = tiny.save_model(folder, tied=request.param, **shape)
+        found[divisor] = folder, groups, reference_gradients(model, head, groups)
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_gradient_equals_the_reference(case: tuple[Path, list, dict], layout: Layout) -> None:
-    folder, groups, expected = case
+def test_gradient_equals_the_reference(cases: dict[int, Case], layout: Layout) -> None:
+    folder, groups, expected = cases[3 if 3 in (layout.tensor, layout.pipeline) else 2]
     for max_tokens, share_prompts in ((64, False), (64, True), (4096, True)):
         limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
         config = tiny.config(folder, batch={"micro_batch_tokens": max_tokens}, rollout=limits)
@@ -202,7 +217,7 @@ def test_a_data_rank_without_a_rollout_takes_part(tmp_path: Path) -> None:
     """One group, two data-parallel ranks: shared prompts keep it on one of them, in a pipeline too."""
     model = tiny.save_model(tmp_path, tied=True)
     groups = tiny.rollout_groups(num_prompts=1, num_samples=3)
-    head = ContrastiveHead(64, 16, dtype=torch.float32, device=torch.device("cpu"), seed=0).weight.detach()
+    head = ContrastiveHead(tiny.HIDDEN, 16, dtype=torch.float32, device=torch.device("cpu"), seed=0).weight.detach()
     expected = reference_gradients(model, head, groups)
     limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
     config = tiny.config(tmp_path, batch={"micro_batch_tokens": 64}, rollout=limits)

@@ -24,11 +24,11 @@ LAYOUTS = [
 
 def _members(layout: Layout) -> dict[str, object]:
     groups = parallel.init(layout, seed=1, timeout_seconds=30)
-    names = ("tensor", "pipeline", "context", "data", "data_context", "model_parallel", "world", "host")
+    names = ("tensor", "pipeline", "context", "data", "data_context", "world", "host")
     members: dict[str, object] = {name: dist.get_process_group_ranks(getattr(groups, name)) for name in names}
     members["where"] = (groups.tensor_rank, groups.context_rank, groups.data_rank, groups.pipeline_rank)
     members["ends"] = (groups.is_first_stage, groups.is_last_stage)
-    members["end ranks"] = (groups.first_stage_global_rank, groups.last_stage_global_rank)
+    members["last stage"] = groups.last_stage_global_rank
     assert groups.rank == dist.get_rank() and groups.world_size == dist.get_world_size()
     return members
 
@@ -44,7 +44,6 @@ def test_groups_hold_the_ranks_that_differ_only_in_their_own_coordinate(layout: 
         "data": {2},
         "pipeline": {3},
         "data_context": {1, 2},
-        "model_parallel": {0, 1, 3},
         "world": {0, 1, 2, 3},
         "host": {0, 1, 2, 3},
     }
@@ -55,7 +54,7 @@ def test_groups_hold_the_ranks_that_differ_only_in_their_own_coordinate(layout: 
             assert members[name] == expected, (name, rank)
         stage = where[rank][3]
         assert members["ends"] == (stage == 0, stage == layout.pipeline - 1)
-        assert members["end ranks"] == (members["pipeline"][0], members["pipeline"][-1])
+        assert members["last stage"] == members["pipeline"][-1]
 
 
 def test_one_process_needs_no_launcher() -> None:

@@ -1,8 +1,9 @@
 """Updates of the real model: learning-rate schedule, non-finite gradients, scores that don't depend on the packing.
 
-Not covered here: exactness of gradients (test_gradients), checkpoints (test_end_to_end).
+Not covered here: exactness of gradients (test_gradients), checkpoints (test_checkpoint).
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
 from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.types import TrainBatch
+
+TWO_UPDATES = {"micro_batch_tokens": 64, "minibatches": 2}  # a step
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +59,36 @@ def maximise(factor: float) -> Any:
     return loss
 
 
+def closed_form(schedule: str, update: int, *, warmup: int, updates: int) -> float:
+    """The rate of an update (from 1), at most 1e-3; a decay reaches 1e-4 in update number updates + 1."""
+    if update <= warmup:
+        return 1e-3 * update / warmup
+    progress = (update - warmup) / (updates + 1 - warmup)
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return 1e-4 + shape[schedule] * 9e-4
+
+
 def test_learning_rate_follows_the_schedule(folder: Path) -> None:
     def rates(config: Config) -> list[float]:
         policy, batch = start(config)
         return [policy.update(batch, maximise(1.0)).lr for _ in range(6)]
 
-    optimizer = {"lr": 1.0e-3, "min_lr": 1.0e-4, "warmup_steps": 2}
-    for schedule, expected in {
-        "constant": [5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3],
-        "linear": [5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4],
-    }.items():
-        config = small_config(folder, run={"steps": 6}, optimizer={**optimizer, "schedule": schedule})
-        assert run_ranks(1, rates, config)[0] == pytest.approx(expected, rel=1e-6), schedule
+    for schedule in ("constant", "linear", "cosine"):
+        for warmup in (0, 2, 6):
+            optimizer = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": warmup, "schedule": schedule}
+            config = small_config(folder, run={"steps": 3}, optimizer=optimizer, batch=TWO_UPDATES)
+            expected = [closed_form(schedule, update, warmup=warmup, updates=6) for update in range(1, 7)]
+            assert run_ranks(1, rates, config)[0] == pytest.approx(expected, rel=1e-6), (schedule, warmup)
+
+
+def test_a_warm_up_longer_than_the_run_ends_with_it(folder: Path) -> None:
+    def rates(config: Config) -> list[float]:
+        policy, batch = start(config)
+        return [policy.update(batch, maximise(1.0)).lr for _ in range(2)]
+
+    optimizer = {"lr": 1e-3, "warmup_steps": 9, "schedule": "linear"}
+    config = small_config(folder, run={"steps": 1}, optimizer=optimizer, batch=TWO_UPDATES)
+    assert run_ranks(1, rates, config)[0] == pytest.approx([5e-4, 1e-3], rel=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:

@@ -19,17 +19,20 @@ from megatron_mcpo.config import Config
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
 VOCAB = 97  # divides over no number of ranks: the padding must not take part
+HIDDEN = 72  # divides over 4 heads and over 9
 
 
-def save_model(folder: Path, *, tied: bool, seed: int = 0) -> PreTrainedModel:
-    """A random four-layer model in fp32: Llama with tied embeddings, Qwen3 with untied ones."""
+def save_model(
+    folder: Path, *, tied: bool, num_layers: int = 4, num_heads: int = 4, num_kv_heads: int = 2, seed: int = 0
+) -> PreTrainedModel:
+    """A random model in fp32: Llama with tied embeddings, Qwen3 with untied ones."""
     shape: dict[str, Any] = dict(
         vocab_size=VOCAB,
-        hidden_size=64,
+        hidden_size=HIDDEN,
         intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         bos_token_id=None,

@@ -251,13 +251,14 @@ def _optimizer_config(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> Mega
 
 
 def _lr_schedule(optimizer: Any, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:
+    """A decay reaches min_lr one update after the last: a last update at rate 0 would be wasted."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.warmup_steps, num_updates - 1),
-        lr_decay_steps=num_updates,
+        lr_warmup_steps=min(config.warmup_steps, num_updates),
+        lr_decay_steps=num_updates + 1,
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

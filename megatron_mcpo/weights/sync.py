@@ -10,12 +10,7 @@ from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import join, shard_shape
-from megatron_mcpo.weights.mapping import Split, hf_shapes
-
-
-def reference_names(model: ModelConfig) -> list[str]:
-    """The names that `export` yields, in order."""
-    return list(hf_shapes(model))
+from megatron_mcpo.weights.mapping import Split
 
 
 def export(chunks: Sequence[nn.Module], model: ModelConfig, groups: Groups) -> Iterator[tuple[str, Tensor]]:
