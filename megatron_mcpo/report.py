@@ -21,6 +21,12 @@ Of the optimizer steps: means over them, where a step has several.
   contrast/anchors/<domain>                             number of the domain's rollouts that are one of either term
   contrast/positives_share, contrast/positives_consolidate   positives that an anchor has; contrast/positives/<domain>
                              those of the sharing term (of several optimizer steps: mean over all their anchors)
+  contrast/negatives                                    negatives that an anchor has
+  contrast/positives/<a>/<b>                            positives of domain b that a sharing anchor of domain a has
+  contrast/similarity/<a>/<b>                           mean similarity of correct rollouts of two domains (a = b: of two
+                             different ones of one domain); left out where there is no pair
+  contrast/alignment, contrast/uniformity               see algo.geometry; left out where there is no pair
+  gradient/*                 see diagnose.term_gradients; only in the steps that measure it
   grad_norm                  before it is clipped; NaN where the update was not applied
   lr                         0 where the update was not applied
   update/applied             0 where the gradient was not finite, so that nothing moved; else 1
@@ -32,6 +38,7 @@ Of the work done.
   memory/peak_gib            see memory.peak_memory_gib
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +47,9 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.contrastive import Contrast
+from megatron_mcpo.algo.geometry import alignment, domain_similarity, uniformity
 from megatron_mcpo.algo.policy_loss import kl_estimate
-from megatron_mcpo.types import RolloutGroup, Scores, StopReason, TrainBatch
+from megatron_mcpo.types import Keys, RolloutGroup, Scores, StopReason, TrainBatch
 
 COLUMNS = ("entropy", "kl", "engine/logprob_diff", "engine/logprob_diff_max")
 """What `rollout_stats` says of a rollout: three sums over its response tokens, and a maximum."""
@@ -56,6 +64,7 @@ class BatchReport:
     stats_MK: Tensor
     z_MD: Tensor | None
     contrast: Contrast | None
+    keys: Keys
     num_tokens: int
     metrics: Mapping[str, float]
 
@@ -85,6 +94,7 @@ def step_figures(
     for number, name in enumerate(domain_names):
         if any(group.prompt.domain == number for group in collected):
             figures |= _figures_of(collected, reports, domain=number, suffix=f"/{name}")
+    figures |= _mean_of_known([_geometry(report, domain_names) for report in reports])
     rewards = [figures[f"reward/{name}"] for name in domain_names if f"reward/{name}" in figures]
     figures["reward/mean"] = sum(rewards) / len(rewards) if rewards else float("nan")
     return figures
@@ -175,6 +185,28 @@ def _contrast_figures(reports: Sequence[BatchReport], selected: Sequence[Tensor]
     }
 
 
+def _geometry(report: BatchReport, domain_names: Sequence[str]) -> dict[str, float]:
+    """What representations and pairs of one optimizer step look like, by pairs of domains; NaN where there is none."""
+    if report.z_MD is None or report.contrast is None:
+        return {}
+    contrast, keys = report.contrast, report.keys.to(report.z_MD.device)
+    anchors_M = contrast.valid_share_M | contrast.valid_consolidate_M
+    figures = {
+        "contrast/negatives": contrast.negatives_M[anchors_M].double().mean().item(),
+        "contrast/alignment": alignment(report.z_MD, keys),
+        "contrast/uniformity": uniformity(report.z_MD),
+    }
+    similarity = domain_similarity(report.z_MD, keys, num_domains=len(domain_names)).tolist()
+    for a, name in enumerate(domain_names):
+        positives_AK = contrast.positives_MK[contrast.valid_share_M & (keys.domain_M == a)].double()
+        for b, other in enumerate(domain_names):
+            if b >= a:
+                figures[f"contrast/similarity/{name}/{other}"] = similarity[a][b]
+            if b != a and b < positives_AK.shape[1]:
+                figures[f"contrast/positives/{name}/{other}"] = positives_AK[:, b].mean().item()
+    return figures
+
+
 def _rows_of(groups: Sequence[RolloutGroup], domain: int | None) -> Tensor:
     domains = torch.tensor([g.prompt.domain for g in groups for _ in g.completions], dtype=torch.int64)
     return torch.arange(len(domains)) if domain is None else (domains == domain).nonzero().squeeze(1)
@@ -182,6 +214,15 @@ def _rows_of(groups: Sequence[RolloutGroup], domain: int | None) -> Tensor:
 
 def _mean_of(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: _mean([values[key] for values in dicts]) for key in dicts[0]} if dicts else {}
+
+
+def _mean_of_known(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The same, of the values that are numbers; a figure without one is left out."""
+    known: dict[str, list[float]] = {}
+    for key, value in (item for values in dicts for item in values.items()):
+        if not math.isnan(value):
+            known.setdefault(key, []).append(value)
+    return {key: _mean(values) for key, values in known.items()}
 
 
 def _mean(values: Sequence[float], *, empty: float = float("nan")) -> float:

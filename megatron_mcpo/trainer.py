@@ -3,45 +3,33 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_mcpo.algo.advantage import group_advantages
-from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
-from megatron_mcpo.algo.policy_loss import policy_loss, token_weights
-from megatron_mcpo.algo.surrogate import surrogate
-from megatron_mcpo.batch import domains_of, make_batch, rewards_of
+from megatron_mcpo.algo.contrastive import Contrast
+from megatron_mcpo.batch import make_batch
 from megatron_mcpo.canary import Canary
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.data.stream import PromptStream
+from megatron_mcpo.diagnose import term_gradients
 from megatron_mcpo.evaluate import evaluate
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.journal import Journal
-from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy, Reference
+from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.memory import peak_memory_gib, trim
+from megatron_mcpo.objective import Contrasted, Objective, Scored
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
-from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch, Update
+from megatron_mcpo.types import RolloutGroup, Update
 
 _STEPS_PER_SEED = 1_000_003
 """Two runs with neighbouring seeds share no sampling seed before this many steps."""
 
 _MOST_LEFT_OUT = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A batch with what policy and reference say of it."""
-
-    groups: Sequence[RolloutGroup]
-    batch: TrainBatch
-    old: Scores
-    reference_logp_R: Tensor | None
 
 
 class Trainer:
@@ -66,6 +54,7 @@ class Trainer:
         self.config = config
         self.groups = groups
         self.policy = policy
+        self.objective = Objective(config, policy, groups)
         self.reference = reference
         self.engine = engine
         self.collector = collector
@@ -144,87 +133,28 @@ class Trainer:
         batch = scored.batch
         stats_MK = gather_rows(rollout_stats(batch, scored.old, scored.reference_logp_R), batch, self.groups)
         with self.timed("update"):
-            z_MD, contrast = self.contrast(scored)
-            advantages_PG = self.advantages(scored.groups, contrast)
-            update = self.policy.update(batch, self.loss(scored, advantages_PG, contrast))
+            contrasted = self.objective.contrast(scored, step=self.step)
+            advantages_PG = self.objective.advantages(scored.groups, contrasted)
+            diagnosis = self.diagnose(scored, advantages_PG, contrasted)
+            loss = self.objective.loss(scored, advantages_PG, contrasted)
+            update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
         return BatchReport(
             groups=scored.groups,
             advantages_PG=advantages_PG,
             stats_MK=stats_MK,
-            z_MD=z_MD,
-            contrast=contrast,
+            z_MD=contrasted.z_MD if contrasted else None,
+            contrast=contrasted.contrast if contrasted else None,
+            keys=batch.keys,
             num_tokens=batch.num_tokens,
-            metrics=_update_figures(update, contrast),
+            metrics=_update_figures(update, contrasted.contrast if contrasted else None) | diagnosis,
         )
 
-    def contrast(self, scored: Scored) -> tuple[Tensor | None, Contrast | None]:
-        """Representations of all rollouts and the contrastive terms' gradient on them, at the present weights."""
-        settings = self.config.contrastive
-        if not settings.enabled:
-            return None, None
-        moved = scored.old.version != self.policy.version
-        z_ND = (self.policy.score(scored.batch) if moved else scored.old).z_ND
-        assert z_ND is not None
-        z_MD = gather_rows(z_ND, scored.batch, self.groups)
-        self.check_finite(z_MD, scored.batch)
-        return z_MD, contrastive(z_MD, scored.batch.keys.to(z_MD.device), settings)
-
-    def advantages(self, groups: Sequence[RolloutGroup], contrast: Contrast | None) -> Tensor:
-        """Group-relative advantages [P, G] of the rewards, from which mode "reward" takes the contrastive terms."""
-        settings = self.config.contrastive
-        rewards_PG = rewards_of(groups)
-        if contrast is not None and settings.mode == "reward":
-            rewards_PG += reward_penalty(contrast, settings).view_as(rewards_PG).cpu()
-        return group_advantages(rewards_PG, domains_of(groups), kind=self.config.algorithm.advantage)
-
-    def loss(self, scored: Scored, advantages_PG: Tensor, contrast: Contrast | None) -> LossFunction:
-        """A micro-batch's share of L = L_policy + beta KL + <z, dL_contrast/dz>."""
-        batch, settings = scored.batch, self.config.algorithm
-        device = scored.old.logp_R.device
-        rollout_R = batch.rollout_R
-        advantages_R = advantages_PG.flatten()[batch.rows_N][rollout_R].to(device)
-        engine_logp_R = batch.engine_logp_R.to(device)
-        weights_R = token_weights(
-            batch.response_lens_N,
-            aggregation=settings.aggregation,
-            num_tokens=batch.num_response_tokens,
-            num_rollouts=len(batch.keys),
-            max_response_tokens=self.config.rollout.max_response_tokens,
-        ).to(device)
-        rollout_R = rollout_R.to(device)
-        grad_z_ND = contrast.grad_z_MD[batch.rows_N.to(device)] if contrast else None
-
-        def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-            r = x.response_r
-            term = policy_loss(
-                logp_R=x.logp_r,
-                old_logp_R=scored.old.logp_R[r],
-                engine_logp_R=engine_logp_R[r],
-                ref_logp_R=None if scored.reference_logp_R is None else scored.reference_logp_R[r],
-                advantages_R=advantages_R[r],
-                weights_R=weights_R[r],
-                rollout_R=rollout_R[r],
-                num_tokens=batch.num_response_tokens,
-                settings=settings,
-            )
-            if grad_z_ND is None or x.z_nD is None:
-                return term.loss, term.metrics
-            return term.loss + surrogate(x.z_nD, grad_z_ND[list(x.rollouts)]), term.metrics
-
-        return share
-
-    def check_finite(self, z_MD: Tensor, batch: TrainBatch) -> None:
-        """Every rank sees the representations of all: where one is not finite, all raise the same error."""
-        bad = (~z_MD.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-        if not bad:
-            return
-        ranks = [rank for rank, rows in enumerate(batch.rank_rows) if not set(rows).isdisjoint(bad)]
-        domains = [self.config.domain_names[number] for number in batch.keys.domain_M[bad].unique().tolist()]
-        raise FloatingPointError(
-            f"step {self.step}: representations of {len(bad)} of {len(z_MD)} rollouts are not finite (data-parallel "
-            f"ranks {ranks}, domains {', '.join(domains)}); start again from the last checkpoint with a lower "
-            "optimizer.lr, or with model.dtype fp32"
-        )
+    def diagnose(self, scored: Scored, advantages_PG: Tensor, contrasted: Contrasted | None) -> dict[str, float]:
+        """Every few steps: how much each term pulls, and whether it pulls with the policy term."""
+        every = self.config.contrastive.diagnose_every
+        if contrasted is None or every == 0 or self.step % every:
+            return {}
+        return term_gradients(self.objective, self.policy, scored, advantages_PG, contrasted)
 
     def push_weights(self) -> None:
         """Give the engine the policy's weights."""

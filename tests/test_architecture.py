@@ -24,7 +24,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "rollout.engine", "rewards", "data"),
     3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "rollout.vllm_engine", "rollout.vllm_cpu_fixes",
         "rollout.vllm_probe", "report"),
-    4: ("collect", "evaluate", "canary", "journal", "trainer"),
+    4: ("collect", "evaluate", "canary", "journal", "objective", "diagnose", "trainer"),
     5: ("run", "train"),
 }  # fmt: skip
 TOP_LEVEL = 6  # tools and examples may import all of the package

@@ -5,6 +5,7 @@ Not covered: gathering over ranks and Megatron's scaling of losses (the distribu
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_mcpo.algo.contrastive import Contrast, contrastive, info_nce
+from megatron_mcpo.algo.contrastive import Contrast, contrastive
 from megatron_mcpo.algo.surrogate import surrogate
+from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
+WEIGHTS = {"share_weight": 0.7, "consolidate_weight": 0.3}
 Rollout = tuple[int, int, bool]
 """Domain, prompt, correctness."""
 
@@ -34,10 +37,8 @@ def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(num, dim, generator=random, dtype=torch.float64), dim=1)
 
 
-def evaluate(z: Tensor, rollouts: list[Rollout], *, temperature: float = 0.1, top_k: int = 4) -> Contrast:
-    return contrastive(
-        z, keys_of(rollouts), share_weight=0.7, consolidate_weight=0.3, temperature=temperature, top_k=top_k
-    )
+def evaluate(z: Tensor, rollouts: list[Rollout], **options: Any) -> Contrast:
+    return contrastive(z, keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options}))
 
 
 def term_by_loops(z: Tensor, positives: list[list[int]], wrong: list[int], temperature: float) -> tuple[Tensor, int]:
@@ -78,7 +79,7 @@ def test_one_pair_across_domains_has_the_closed_form() -> None:
     assert result.loss_share == pytest.approx((first + second) / 2, rel=1e-14)
     assert result.loss_consolidate == 0.0
     assert (result.anchors_share, result.anchors_consolidate) == (2, 0)
-    assert result.share_MM.nonzero().tolist() == [[0, 1], [1, 0]]
+    assert result.listed_ML[:, 0].tolist() == [1, 0, -1] and result.positives_MK.tolist() == [[0, 1], [1, 0], [0, 0]]
     # d log(1 + e^x) = sigmoid(x) dx with x = (s_in - s_ij) / tau, averaged over two anchors, times the weight.
     a = 0.7 / 2 / 0.5 / (1 + math.exp((0.6 - 0.0) / 0.5))
     b = 0.7 / 2 / 0.5 / (1 + math.exp((0.6 - 0.8) / 0.5))
@@ -174,8 +175,7 @@ def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:
     z, keys = unit_rows(4, 5), keys_of(rollouts)
 
     def at(share_weight: float, consolidate_weight: float) -> Contrast:
-        weights = {"share_weight": share_weight, "consolidate_weight": consolidate_weight}
-        return contrastive(z, keys, **weights, temperature=0.1, top_k=4)
+        return contrastive(z, keys, ContrastiveConfig(share_weight=share_weight, consolidate_weight=consolidate_weight))
 
     share, consolidate, both = at(1.0, 0.0), at(0.0, 1.0), at(2.0, 3.0)
     assert share.loss_share == consolidate.loss_share == both.loss_share > 0
@@ -191,14 +191,6 @@ def test_gradient_is_taken_without_the_callers_graph_or_grad_mode() -> None:
     leaf = z.clone().requires_grad_()
     assert not evaluate(leaf * 1.0, rollouts).grad_z_MD.requires_grad
     assert leaf.grad is None
-
-
-def test_info_nce_against_finite_differences() -> None:
-    positives = torch.zeros(6, 6, dtype=torch.bool)
-    positives[0, [1, 2]] = positives[1, 3] = positives[3, 0] = True
-    negatives = torch.tensor([False, False, False, False, True, True])
-    logits = (unit_rows(6, 4) @ unit_rows(6, 4).T / 0.3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: info_nce(s, positives, negatives)[0], (logits,))
 
 
 @pytest.mark.parametrize("sizes", [[12], [3, 2, 7], [5, 0, 1, 6], [1] * 12])

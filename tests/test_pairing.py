@@ -3,12 +3,16 @@
 Not covered: ties that only differ by rounding of the similarities (every rank rounds alike, being handed the same z).
 """
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mcpo.algo.pairing import find_pairs
+from megatron_mcpo.algo.pairing import find_pairs, members
+from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 
@@ -26,70 +30,107 @@ def angles(*degrees: float) -> Tensor:
     return torch.stack([radians.cos(), radians.sin()], dim=1)
 
 
-def rows(mask: Tensor) -> list[list[int]]:
-    return [row.nonzero()[:, 0].tolist() for row in mask]
+def pairs_of(z: Tensor, keys: Keys, **options: Any) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """C(i), S(i) and M(i) of every rollout; those of a wrong rollout are empty."""
+    anchors = keys.correct_M.nonzero()[:, 0]
+    pairs = find_pairs(z[anchors] @ z.T, anchors, keys, ContrastiveConfig(**options))
+    found: tuple[list[list[int]], ...] = tuple([[] for _ in keys.domain_M] for _ in range(3))
+    for rows, mask in zip(found, (pairs.share_AM, pairs.consolidate_AM, pairs.negatives_AM), strict=True):
+        for anchor, row in zip(anchors.tolist(), mask, strict=True):
+            rows[anchor] = row.nonzero()[:, 0].tolist()
+    return found[0], found[1], found[2]
 
 
 def test_each_other_domain_lends_its_most_similar_correct_rollouts() -> None:
     #            anchor        domain 1          domain 2, all farther away    wrong, nearest of all
     z = angles(0.0, 10.0, 30.0, 20.0, 100.0, 120.0, 110.0, 1.0)
     keys = keys_of([0, 1, 1, 1, 2, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 0])
-    pairs = find_pairs(z, keys, top_k=2)
-    assert rows(pairs.share_MM)[0] == [1, 3, 4, 6]
-    assert rows(pairs.share_MM)[7] == []
-    assert rows(find_pairs(z, keys, top_k=1).share_MM)[0] == [1, 4]
-    assert rows(find_pairs(z, keys, top_k=9).share_MM)[0] == [1, 2, 3, 4, 5, 6]
+    share, _, _ = pairs_of(z, keys, top_k=2)
+    assert share[0] == [1, 3, 4, 6]
+    assert pairs_of(z, keys, top_k=1)[0][0] == [1, 4]
+    assert pairs_of(z, keys, top_k=9)[0][0] == [1, 2, 3, 4, 5, 6]
+
+
+def test_threshold_and_all_take_from_the_whole_pool_of_other_domains() -> None:
+    z = angles(0.0, 10.0, 30.0, 80.0, 60.0, 5.0)
+    keys = keys_of([0, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 1])
+    assert pairs_of(z, keys, transfer="threshold", threshold=0.5)[0][0] == [1, 2, 4], "cos 60 is just enough"
+    assert pairs_of(z, keys, transfer="all")[0][0] == [1, 2, 3, 4]
 
 
 def test_sharing_need_not_be_mutual() -> None:
     z = angles(0.0, 50.0, 10.0)
-    pairs = find_pairs(z, keys_of([0, 0, 1], [1, 1, 1]), top_k=1)
-    assert rows(pairs.share_MM) == [[2], [2], [0]]
+    assert pairs_of(z, keys_of([0, 0, 1], [1, 1, 1]), top_k=1)[0] == [[2], [2], [0]]
 
 
 def test_ties_go_to_the_first_in_step_order() -> None:
     z = torch.tensor([[1.0, 0.0]] * 40)
     keys = keys_of([0] * 20 + [1] * 20, [1] * 40)
-    pairs = find_pairs(z, keys, top_k=3)
-    assert rows(pairs.share_MM) == [[20, 21, 22]] * 20 + [[0, 1, 2]] * 20
+    assert pairs_of(z, keys, top_k=3)[0] == [[20, 21, 22]] * 20 + [[0, 1, 2]] * 20
 
 
-def test_in_domain_positives_and_negatives_of_the_pool() -> None:
-    keys = keys_of([0, 0, 1, 0, 1], [1, 1, 1, 0, 0], prompts=[0, 0, 1, 0, 1])
-    pairs = find_pairs(angles(0, 1, 2, 3, 4), keys, top_k=4)
-    assert rows(pairs.consolidate_MM) == [[1], [0], [], [], []]
-    assert pairs.negatives_M.tolist() == [False, False, False, True, True]
+def test_a_tie_at_the_last_place_leaves_the_nearer_ones_alone() -> None:
+    z = angles(0.0, 40.0, 40.0, 10.0, 40.0)
+    assert pairs_of(z, keys_of([0, 1, 1, 1, 1], [1] * 5), top_k=2)[0][0] == [1, 3]
+
+
+def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
+    keys = keys_of([0, 0, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 0], prompts=[0, 0, 1, 2, 0, 1, 2])
+    z = angles(*range(7))
+    assert pairs_of(z, keys)[1] == [[1, 2], [0, 2], [0, 1], [], [], [], []]
+    assert pairs_of(z, keys, consolidate="prompt")[1] == [[1], [0], [], [], [], [], []]
+    assert pairs_of(z, keys)[2][:4] == [[4, 5, 6]] * 4
+    assert pairs_of(z, keys, negatives="domain")[2][:4] == [[4, 5], [4, 5], [4, 5], [6]]
+    assert pairs_of(z, keys, negatives="prompt")[2][:4] == [[4], [4], [5], [6]]
 
 
 def test_the_choice_carries_no_gradient() -> None:
     z = angles(0, 10, 20).requires_grad_()
-    pairs = find_pairs(z, keys_of([0, 1, 1], [1, 1, 0]), top_k=1)
-    assert not pairs.share_MM.requires_grad
+    pairs = find_pairs(z[:2] @ z.T, torch.arange(2), keys_of([0, 1, 1], [1, 1, 0]), ContrastiveConfig())
+    assert not pairs.share_AM.requires_grad
 
 
 def test_an_empty_step_has_no_pairs() -> None:
-    pairs = find_pairs(torch.zeros(0, 3), keys_of([], []), top_k=4)
-    assert pairs.share_MM.shape == pairs.consolidate_MM.shape == (0, 0)
+    assert pairs_of(torch.zeros(0, 3), keys_of([], [])) == ([], [], [])
 
 
-@settings(deadline=None, max_examples=60)
+def test_members_are_counted_by_group() -> None:
+    counts = members(torch.tensor([7, 3, 7, 7]), torch.tensor([True, True, False, True]))
+    assert counts.tolist() == [2, 1, 2, 2]
+
+
+@settings(deadline=None, max_examples=80)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans()), max_size=14),
     st.integers(1, 5),
+    st.sampled_from(["pool", "domain", "prompt"]),
+    st.sampled_from(["domain", "prompt"]),
     st.integers(0, 10_000),
 )
-def test_random_pools_against_the_definition(rollouts: list[tuple[int, int, bool]], top_k: int, seed: int) -> None:
+def test_random_pools_against_the_definition(
+    rollouts: list[tuple[int, int, bool]], top_k: int, negatives: str, consolidate: str, seed: int
+) -> None:
     domains = [domain for domain, _, _ in rollouts]
-    correct = [right for _, _, right in rollouts]
+    prompts = [10 * domain + prompt for domain, prompt, _ in rollouts]
+    right = [i for i, (_, _, correct) in enumerate(rollouts) if correct]
     random = torch.Generator().manual_seed(seed)
     z = torch.nn.functional.normalize(torch.randn(len(rollouts), 5, generator=random, dtype=torch.float64), dim=1)
-    pairs = find_pairs(z, keys_of(domains, [int(c) for c in correct]), top_k=top_k)
+    keys = keys_of(domains, [int(i in right) for i in range(len(rollouts))], prompts)
+    found = pairs_of(z, keys, top_k=top_k, negatives=negatives, consolidate=consolidate)
+    group = {"pool": [0] * len(rollouts), "domain": domains, "prompt": prompts}
     for i in range(len(rollouts)):
         share: list[int] = []
         for other in set(domains) - {domains[i]}:
-            candidates = [j for j in range(len(rollouts)) if domains[j] == other and correct[j]]
+            candidates = [j for j in right if domains[j] == other]
             share += sorted(candidates, key=lambda j: (-(z[i] @ z[j]).item(), j))[:top_k]
-        same = [j for j in range(len(rollouts)) if j != i and correct[j] and domains[j] == domains[i]]
-        assert rows(pairs.share_MM)[i] == (sorted(share) if correct[i] else [])
-        assert rows(pairs.consolidate_MM)[i] == (same if correct[i] else [])
-    assert pairs.negatives_M.tolist() == [not c for c in correct]
+        same = [j for j in right if j != i and group[consolidate][j] == group[consolidate][i]]
+        wrong = [j for j in range(len(rollouts)) if j not in right and group[negatives][j] == group[negatives][i]]
+        expected = (sorted(share), same, wrong) if i in right else ([], [], [])
+        assert (found[0][i], found[1][i], found[2][i]) == expected
+
+
+@pytest.mark.parametrize("transfer", ["top_k", "threshold", "all"])
+def test_wrong_rollouts_are_never_positives(transfer: str) -> None:
+    keys = keys_of([0, 1, 1, 0], [1, 0, 1, 0])
+    share, consolidate, _ = pairs_of(torch.ones(4, 1), keys, transfer=transfer)
+    assert share == [[2], [], [0], []] and consolidate == [[], [], [], []]

@@ -183,8 +183,17 @@ class Policy(_Model):
         )
         return self._sum_over_ranks(totals)
 
-    def update(self, batch: TrainBatch, loss: LossFunction) -> Update:
-        """One optimizer step on the batch. Where any gradient is not finite, nothing moves and `applied` is False."""
+    def update(self, batch: TrainBatch, loss: LossFunction, *, z_version: int | None = None) -> Update:
+        """One optimizer step on the batch. Where any gradient is not finite, nothing moves and `applied` is False.
+
+        z_version: of the weights that made the representations `loss` was built from. A gradient taken at other weights
+        is that of no loss at all: raises ValueError where the policy has moved since.
+        """
+        if z_version not in (None, self.version):
+            raise ValueError(
+                f"representations are of the weights of version {z_version}, the policy has version {self.version}: "
+                "score the batch again"
+            )
         metrics = self.backward(batch, loss)
         if not self._gradients_finite():
             return Update(grad_norm=float("nan"), lr=0.0, applied=False, metrics=metrics)
@@ -194,6 +203,34 @@ class Policy(_Model):
         _, grad_norm, _ = self.optimizer.step()
         self.version += 1
         return Update(grad_norm=float(grad_norm), lr=lr, applied=True, metrics=metrics)
+
+    def trunk_gradient(self, batch: TrainBatch, loss: LossFunction) -> Tensor:
+        """This rank's share of the gradient of `loss` on all weights but the head's, flat fp32; nothing moves.
+
+        Every element is on one rank only, so that `dot` of such shares is that of the whole gradients.
+        """
+        self.backward(batch, loss)
+        group = self.groups.data_context
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                if not self._is_counted(name, parameter):
+                    parameter.main_grad.zero_()
+        buckets = [bucket for chunk in self.chunks for buffer in chunk.buffers for bucket in buffer.buckets]
+        return torch.cat([bucket.grad_data.chunk(group.size())[group.rank()] for bucket in buckets]).float()
+
+    def dot(self, left: Tensor, right: Tensor) -> float:
+        """Dot product of two gradients whose shares all ranks hold; collective."""
+        product = (left * right).sum(dtype=torch.float64).float()
+        dist.all_reduce(product, group=self.groups.world)
+        return product.item()
+
+    def _is_counted(self, name: str, parameter: Any) -> bool:
+        """Whether this rank's copy speaks for a parameter that others may hold as well, and it is of the trunk."""
+        if "contrastive_head" in name:
+            return False
+        if getattr(parameter, "shared_embedding", False) and self.groups.layout.pipeline > 1:
+            return self.groups.is_first_stage
+        return getattr(parameter, "tensor_model_parallel", False) or self.groups.tensor_rank == 0
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every full tensor under its Hugging Face name, on every rank; collective over the replica."""

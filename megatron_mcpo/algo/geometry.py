@@ -1,0 +1,53 @@
+"""What the representations of a step look like. Shape legend: types.py; K: domains."""
+
+import torch
+from torch import Tensor
+
+from megatron_mcpo.types import Keys
+
+_UNIFORMITY_ROWS = 2048
+
+
+def domain_similarity(z_MD: Tensor, keys: Keys, *, num_domains: int) -> Tensor:
+    """Mean similarity of two different correct rollouts, by their domains: fp64 [K, K], symmetric; NaN without a pair.
+
+    The mean over all pairs of two domains is the product of their sums, so no pair is looked at.
+    """
+    sums_KD, squares_K, counts_K = _domain_sums(z_MD, keys, num_domains)
+    pairs_KK = counts_K[:, None] * counts_K - counts_K.diag()
+    return (sums_KD @ sums_KD.T - squares_K.diag()) / pairs_KK
+
+
+def alignment(z_MD: Tensor, keys: Keys) -> float:
+    """Mean squared distance of two correct rollouts of one domain (Wang & Isola, arXiv 2005.10242, alpha = 2).
+
+    0: they coincide; 2: they are no nearer than by chance. NaN without such a pair.
+    """
+    num_domains = int(keys.domain_M.max()) + 1 if len(keys) else 1
+    sums_KD, squares_K, counts_K = _domain_sums(z_MD, keys, num_domains)
+    distances_K = 2 * (counts_K * squares_K - sums_KD.square().sum(dim=1))
+    return float(distances_K.sum() / (counts_K * (counts_K - 1)).sum())
+
+
+def uniformity(z_MD: Tensor) -> float:
+    """log of the mean of e^(-2 distance^2) over pairs of rollouts (Wang & Isola, arXiv 2005.10242, t = 2).
+
+    0: all coincide; -4 and less: spread over the sphere. Of more than 2048 rollouts every n-th is taken. NaN without
+    a pair.
+    """
+    step = -(-len(z_MD) // _UNIFORMITY_ROWS) or 1
+    z_MD = z_MD[::step].double()
+    squares_M = z_MD.square().sum(dim=1)
+    distance_MM = squares_M[:, None] + squares_M - 2 * z_MD @ z_MD.T
+    num = len(z_MD)
+    potential = (torch.exp(-2 * distance_MM).sum() - num) / (num * (num - 1)) if num > 1 else torch.tensor(torch.nan)
+    return float(potential.log())
+
+
+def _domain_sums(z_MD: Tensor, keys: Keys, num_domains: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each domain's correct rollouts: sum of z [K, D], sum of |z|^2 [K], number [K]; fp64."""
+    z_CD, domain_C = z_MD[keys.correct_M].double(), keys.domain_M[keys.correct_M]
+    sums_KD = z_CD.new_zeros(num_domains, z_MD.shape[1]).index_add(0, domain_C, z_CD)
+    squares_K = z_CD.new_zeros(num_domains).index_add(0, domain_C, z_CD.square().sum(dim=1))
+    counts_K = z_CD.new_zeros(num_domains).index_add(0, domain_C, torch.ones_like(z_CD[:, 0]))
+    return sums_KD, squares_K, counts_K

@@ -1,0 +1,40 @@
+"""Do the terms of the objective help or hinder each other? Measured on their gradients, every few steps.
+
+Shape legend: see megatron_mcpo.types.
+"""
+
+from torch import Tensor
+
+from megatron_mcpo.algo.contrastive import contrastive
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.objective import Contrasted, Objective, Scored
+
+
+def term_gradients(
+    objective: Objective, policy: Policy, scored: Scored, advantages_PG: Tensor, contrasted: Contrasted
+) -> dict[str, float]:
+    """Of each contrastive term with its weight, for TERM share and consolidate:
+
+    gradient/z_TERM      norm of its gradient on the representations
+    gradient/trunk_TERM  norm of its gradient on the model's weights, the head left out
+    gradient/cos_TERM    cosine of that to the gradient of the policy term (KL included): below 0 they work against
+                         each other. NaN where one of them is 0.
+    and gradient/trunk_policy. Three backward passes, no parameter moves; all ranks together.
+    """
+    settings = objective.config.contrastive
+    own = policy.trunk_gradient(scored.batch, objective.loss(scored, advantages_PG, None))
+    own_norm = policy.dot(own, own) ** 0.5
+    figures = {"gradient/trunk_policy": own_norm}
+    for term, other in (("share", "consolidate_weight"), ("consolidate", "share_weight")):
+        alone = contrastive(
+            contrasted.z_MD, scored.batch.keys.to(contrasted.z_MD.device), settings.model_copy(update={other: 0.0})
+        )
+        gradient = policy.trunk_gradient(scored.batch, objective.contrastive_loss(scored, alone))
+        norm = policy.dot(gradient, gradient) ** 0.5
+        product = own_norm * norm
+        figures |= {
+            f"gradient/z_{term}": alone.grad_z_MD.norm().item(),
+            f"gradient/trunk_{term}": norm,
+            f"gradient/cos_{term}": policy.dot(own, gradient) / product if product else float("nan"),
+        }
+    return figures
