@@ -23,7 +23,7 @@ Of the optimizer steps: means over them, where a step has several.
                              those of the sharing term (of several optimizer steps: mean over all their anchors)
   contrast/negatives                                    negatives that an anchor has
   contrast/positives/<a>/<b>                            positives of domain b that a sharing anchor of domain a has
-  contrast/similarity/<a>/<b>                           mean similarity of correct rollouts of two domains (a = b: of two
+  contrast/similarity/<a>/<b>                           mean similarity of correct rollouts of both domains (a = b: two
                              different ones of one domain); left out where there is no pair
   contrast/alignment, contrast/uniformity               see algo.geometry; left out where there is no pair
   gradient/*                 see diagnose.term_gradients; only in the steps that measure it
