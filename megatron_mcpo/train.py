@@ -81,7 +81,7 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
 
 
 def _refuse(error: ConfigError) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print("\n".join(error.problems), file=sys.stderr)
     return REFUSED
 
