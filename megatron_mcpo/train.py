@@ -95,7 +95,7 @@ def _launch(arguments: Sequence[str], num_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The rank that fails says why; the agent's account of it, and of the ranks it then ends, would bury that.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     options = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "megatron_mcpo.train"]
     try:
         torchrun.run(torchrun.parse_args([*options, *arguments]))
