@@ -1,6 +1,6 @@
 """The whole program on two ranks in bf16, interrupted and started again: all figures equal an uninterrupted run's.
 
-Not covered here: one rank and kill -9 (test_end_to_end), another number of ranks (test_checkpoint), GPUs, several hosts.
+Not covered here: one rank, kill -9 (test_end_to_end), another number of ranks (test_checkpoint), GPUs, several hosts.
 """
 
 import json
