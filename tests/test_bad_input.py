@@ -1,6 +1,7 @@
 """Bad input is refused with exit code 2, the value, the rule and the fix, before anything expensive starts.
 
-Not covered here: the wording of each rule (test_config, test_model_config), bad items of generators (test_data).
+Not covered here: the wording of each rule (test_config, test_model_config, test_hf_parity), bad items of generators
+(test_data).
 """
 
 import json
@@ -9,9 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_mcpo.model_config import vllm_on_cpu
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -22,6 +28,8 @@ path = "MODEL"
 [batch]
 prompts = 4
 samples = 2
+[rollout]
+max_prompt_tokens = 64
 [optimizer]
 lr = 1e-5
 [[domain]]
@@ -36,11 +44,11 @@ sources = [{ generator = "count_bits" }]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_model(folder, tied=True)
+    tiny.save_chat_model(folder, warm_steps=0)
     return folder
 
 
-def refuse(config: str, folder: Path, *overrides: str) -> str:
+def refuse(config: str, folder: Path, *overrides: str, seconds: float = 5) -> str:
     """What the program prints when it refuses; it must do so at once."""
     path = folder / "config.toml"
     path.write_text(config)
@@ -49,7 +57,7 @@ def refuse(config: str, folder: Path, *overrides: str) -> str:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
-    assert time.monotonic() - start < 5, "torch was imported, or something slower"
+    assert time.monotonic() - start < seconds, "torch was imported, or something slower"
     return result.stderr
 
 
@@ -63,12 +71,26 @@ def refuse(config: str, folder: Path, *overrides: str) -> str:
         (["--model.path", "no/such/folder"], ["no/such/folder", "config.json"]),
         (["--rollout.max_prompt_tokens", "9999"], ["batch.micro_batch_tokens", "rollout.max_prompt_tokens"]),
         (
-            ["--rollout.max_response_tokens", "13", "--batch.micro_batch_tokens", "525", "--parallel.tensor", "2"],
-            ["batch.micro_batch_tokens", "525", "526"],
+            ["--rollout.max_response_tokens", "13", "--batch.micro_batch_tokens", "77", "--parallel.tensor", "2"],
+            ["batch.micro_batch_tokens", "77", "78"],
+        ),
+        (
+            ["--rollout.max_prompt_tokens", "250", "--rollout.max_response_tokens", "7"],
+            ["rollout.max_prompt_tokens", "250 + 7", "max_position_embeddings = 256", "lower"],
         ),
         (["--run.trackers", '["wandb"]'], ["wandb", "pip install"]),
     ],
-    ids=["unknown key", "wrong type", "tensor", "pipeline", "no model", "micro-batch", "padded rollout", "tracker"],
+    ids=[
+        "unknown key",
+        "wrong type",
+        "tensor",
+        "pipeline",
+        "no model",
+        "micro-batch",
+        "padded rollout",
+        "positions",
+        "tracker",
+    ],
 )
 def test_refused_by_the_command_line(model: Path, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     message = refuse(CONFIG.replace("MODEL", str(model)), tmp_path, *overrides)
@@ -101,11 +123,73 @@ def test_a_domain_without_sources_is_refused(model: Path, tmp_path: Path) -> Non
     ids=["architecture", "ignored field", "remote code", "unknown field"],
 )
 def test_a_model_we_would_get_wrong_is_refused(model: Path, tmp_path: Path, change: dict, word: str) -> None:
-    other = tmp_path / "model"
+    other = copy_of(model, tmp_path, **change)
+    assert word in refuse(CONFIG.replace("MODEL", str(other)), tmp_path)
+
+
+def copy_of(model: Path, folder: Path, **change: Any) -> Path:
+    """The model's folder with other values in its config.json."""
+    other = folder / "model"
     shutil.copytree(model, other)
     values = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**values, **change}))
-    assert word in refuse(CONFIG.replace("MODEL", str(other)), tmp_path)
+    return other
+
+
+@pytest.mark.skipif(not vllm_on_cpu(), reason="GPUs have kernels for other head sizes")
+def test_a_head_size_without_a_kernel_is_refused(model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path, head_dim=16, num_attention_heads=4, num_key_value_heads=4)
+    message = refuse(CONFIG.replace("MODEL", str(other)), tmp_path)
+    assert "head_dim = 16" in message and "32, 64" in message and "choose another model" in message, message
+    assert "safetensors" not in message
+
+
+def test_weights_that_are_not_the_models_are_refused(model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path)
+    file = other / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file({**tensors, "model.norm.weight": torch.ones(65), "score.weight": torch.ones(2)}, file)
+    message = refuse(CONFIG.replace("MODEL", str(other)), tmp_path)
+    for line in (
+        f"model.path = {str(other)!r}",
+        "model.layers.1.mlp.up_proj.weight: missing",
+        "model.norm.weight: has shape (65,), must have (64,)",
+        "score.weight: unknown",
+        "download",
+    ):
+        assert line in message
+
+
+def test_weight_files_that_are_missing_or_cut_are_refused(model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path)
+    file = other / "model.safetensors"
+    (other / "1.safetensors").write_bytes(file.read_bytes()[:5000])
+    file.unlink()
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (other / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refuse(CONFIG.replace("MODEL", str(other)), tmp_path)
+    assert "1.safetensors: can't be read" in message and "2.safetensors: listed" in message, message
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        (("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), ["tokenizer", "download it again"]),
+        (("tokenizer.json",), ["tokenizer", "download it again"]),
+        (("chat_template.jinja",), ["chat template", "instruction-tuned"]),
+    ],
+    ids=["no tokenizer", "no tokenizer.json", "no chat template"],
+)
+def test_a_folder_without_what_prompts_need_is_refused(
+    model: Path, tmp_path: Path, gone: tuple[str, ...], words: list[str]
+) -> None:
+    """Only a rank can tell, once it has imported transformers."""
+    other = copy_of(model, tmp_path)
+    for name in gone:
+        (other / name).unlink()
+    message = refuse(CONFIG.replace("MODEL", str(other)), tmp_path, seconds=60)
+    assert [word for word in [*words, str(other)] if word not in message] == [], message
 
 
 def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) -> None:

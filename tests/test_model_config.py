@@ -1,20 +1,30 @@
-"""Reading a Hugging Face folder's numbers, and the rules of dividing a model.
+"""Reading a Hugging Face folder's numbers and files, and the rules of dividing a model and of the engine.
 
-Not covered here: that the numbers give Hugging Face's results (test_hf_parity.py).
+Not covered here: that the numbers give Hugging Face's results, tensors that are not the model's (test_hf_parity.py).
 """
 
 import json
+import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.hf_files import Header, read_headers
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig, RopeScaling, from_folder, layout_problems
+from megatron_mcpo.model_config import (
+    ModelConfig,
+    RopeScaling,
+    engine_problems,
+    from_folder,
+    layout_problems,
+)
 
 QWEN25 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -105,9 +115,13 @@ QWEN3_V5 = {
 }
 
 
+NO_TENSORS = struct.pack("<Q", 2) + b"{}"
+"""A safetensors file: the length of the header, the header."""
+
+
 def write(folder: Path, values: dict[str, Any], *, weights: str = "model.safetensors") -> Path:
     (folder / "config.json").write_text(json.dumps(values))
-    (folder / weights).touch()
+    (folder / weights).write_bytes(NO_TENSORS)
     return folder
 
 
@@ -182,7 +196,7 @@ def test_reads_what_transformers_writes(tmp_path: Path, family: str) -> None:
     architectures = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     config = AutoConfig.for_model(family, architectures=[architectures[family]], **extra)
     config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(NO_TENSORS)
     model = from_folder(tmp_path)
     assert (model.family, model.num_layers, model.vocab_size) == (family, 32, config.vocab_size)
     assert (model.num_heads, model.num_kv_heads, model.hidden_size) == (32, 32, 4096)
@@ -257,10 +271,34 @@ def test_missing_folder_config_and_weights(tmp_path: Path) -> None:
     assert "not readable as JSON" in problems_of(tmp_path)[0]
     (tmp_path / "config.json").write_text(json.dumps(QWEN25))
     assert "safetensors" in problems_of(tmp_path)[0]
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
-    assert [p for p in problems_of(tmp_path) if "model-00002-of-00002.safetensors" in p]
+
+
+def test_every_weight_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    names = ["whole.safetensors", "missing.safetensors", "empty.safetensors", "cut.safetensors"]
+    index = tmp_path / "model.safetensors.index.json"
+    write(tmp_path, QWEN25, weights=names[0])
+    index.write_text(json.dumps({"weight_map": {str(number): name for number, name in enumerate(names)}}))
+    (tmp_path / names[2]).touch()
+    save_file({"a": np.ones(9)}, tmp_path / names[3])
+    (tmp_path / names[3]).write_bytes((tmp_path / names[3]).read_bytes()[:-1])
+    problems = problems_of(tmp_path)
+    assert [name for name in names if any(name in problem for problem in problems)] == names[1:]
+    assert sum("download it again" in problem for problem in problems) == 3
+    for table in ([], {"weight_map": ["a"]}, {"weight_map": {"a": 1}}):
+        index.write_text(json.dumps(table))
+        assert len(problems_of(tmp_path)) == 1
+
+
+def test_headers_of_several_files(tmp_path: Path) -> None:
+    save_file({"a": np.ones((2, 3), np.float32), "b": np.ones(())}, tmp_path / "1.safetensors")
+    old = {"c": np.ones(4, np.int8), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2)}
+    save_file(old, tmp_path / "2.safetensors")
+    files = {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    shapes = {"a": ((2, 3), "F32"), "b": ((), "F64"), "c": ((4,), "I8")}
+    assert read_headers(tmp_path) == {
+        name: Header(file=tmp_path / files[name], shape=shape, dtype=dtype) for name, (shape, dtype) in shapes.items()
+    }
 
 
 MODEL = ModelConfig(
@@ -309,6 +347,20 @@ def test_rules_of_the_mlp_and_the_fused_matrix() -> None:
     assert "97 hidden units" in layout_problems(replace(MODEL, ffn_hidden_size=97), Layout(tensor=2), 1)[0]
     one_kv_head = replace(MODEL, num_kv_heads=1, head_dim=2)
     assert "20 rows" in layout_problems(one_kv_head, Layout(tensor=8), 1)[0]
+
+
+def test_rollouts_must_fit_the_models_positions() -> None:
+    assert engine_problems(MODEL, max_prompt_tokens=60, max_response_tokens=4, on_cpu=False) == []
+    (problem,) = engine_problems(MODEL, max_prompt_tokens=60, max_response_tokens=5, on_cpu=False)
+    assert "60 + 5" in problem and "max_position_embeddings = 64" in problem and "lower" in problem
+
+
+def test_head_sizes_are_limited_on_a_cpu_only() -> None:
+    limits = {"max_prompt_tokens": 1, "max_response_tokens": 1}
+    assert engine_problems(MODEL, **limits, on_cpu=False) == []
+    assert engine_problems(replace(MODEL, head_dim=80), **limits, on_cpu=True) == []
+    (problem,) = engine_problems(MODEL, **limits, on_cpu=True)
+    assert "head_dim = 8" in problem and "32, 64" in problem and "GPU" in problem
 
 
 def test_reading_needs_no_torch(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ speed.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import vllm_cases as cases
 
-from megatron_mcpo.rollout.vllm_engine import checkpoint_shapes, unsupported
+from megatron_mcpo.model_config import engine_problems, from_folder, vllm_on_cpu
 
 SIZES: dict[str, Any] = dict(
     vocab_size=512,
@@ -60,23 +61,30 @@ def test_importing_the_module_does_not_import_vllm() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
-def test_cpu_head_dims_are_those_of_vllm() -> None:
-    assert unsupported({"head_dim": 64}) == unsupported({"hidden_size": 576, "num_attention_heads": 9}) == []
-    (problem,) = unsupported({"hidden_size": 64, "num_attention_heads": 4})
-    assert "head_dim = 16" in problem
-    allowed = cases.run(_vllm_head_dims)
-    assert [size for size in range(1, 1025) if not unsupported({"head_dim": size})] == allowed
+def test_cpu_head_dims_are_those_of_vllm(models: Path) -> None:
+    model = from_folder(models / "tied_a")
+
+    def refused(size: int) -> bool:
+        limits = {"max_prompt_tokens": 32, "max_response_tokens": 32}
+        return bool(engine_problems(replace(model, head_dim=size), **limits, on_cpu=True))
+
+    assert [size for size in range(1, 1025) if not refused(size)] == cases.run(_vllm_head_dims)
+
+
+def test_a_cpu_build_is_told_as_vllm_tells_it() -> None:
+    assert cases.run(_vllm_is_on_cpu) == vllm_on_cpu()
+
+
+def _vllm_is_on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _vllm_head_dims() -> list[int]:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return sorted(CPUAttentionBackend.get_supported_head_sizes())
-
-
-def test_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        checkpoint_shapes(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

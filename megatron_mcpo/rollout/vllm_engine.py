@@ -1,12 +1,8 @@
 """vLLM in the trainer's process. This file and vllm_cpu_fixes.py are the only ones that import vllm, and only when an
 engine is built: importing them is cheap.
-
-  class VllmEngine   the Engine of engine.py
-  unsupported        what vLLM's CPU attention can't do with a model, known from its config.json alone
 """
 
 import gc
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
+from megatron_mcpo.hf_files import read_headers
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
 from megatron_mcpo.rollout.vllm_probe import find_mismatches
@@ -28,7 +24,6 @@ from megatron_mcpo.types import Completion, StopReason
 _BACKEND = "megatron_mcpo"
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
-_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _CPU_BATCH_TOKENS = 4096
 _VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -76,7 +71,7 @@ class VllmEngine:
         Raises ValueError for arguments that can't work, EngineError when vLLM fails.
         """
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
-        self._shapes = checkpoint_shapes(model_path)
+        self._shapes = {name: header.shape for name, header in read_headers(model_path).items()}
         self._max_model_len = max_model_len
         self._on_cpu = not torch.cuda.is_available()
         self._broken: str | None = None
@@ -260,36 +255,6 @@ class VllmEngine:
             )
         copies = request.num_samples // len(completions)
         return tuple(completions) * copies
-
-
-def unsupported(model_config: Mapping[str, Any]) -> list[str]:
-    """Why vLLM can't run this model (the content of its config.json) on a CPU: a line each, none if it can."""
-    heads, hidden = model_config.get("num_attention_heads"), model_config.get("hidden_size")
-    head_dim = model_config.get("head_dim") or (hidden // heads if heads and hidden else None)
-    if head_dim is None or head_dim in _CPU_HEAD_DIMS:
-        return []
-    return [f"head_dim = {head_dim}: vLLM's CPU attention has kernels for {', '.join(map(str, _CPU_HEAD_DIMS))} only"]
-
-
-def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a Hugging Face folder, from the headers of its safetensors files.
-
-    Raises ValueError when the folder has no such file.
-    """
-    index = model_path / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if not (model_path / file).is_file():
-            raise ValueError(f"{model_path}: has no {file}; give a Hugging Face folder with safetensors")
-        with safe_open(model_path / file, framework="pt") as tensors:
-            # Old checkpoints carry the rotary frequencies, which are computed and no part of a policy.
-            names = [name for name in tensors.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-    return shapes
 
 
 def _check_arguments(*, tensor_parallel: int, distributed: bool, job_tag: str) -> None:

@@ -7,12 +7,15 @@ and from 0 within a pipeline chunk in Megatron's.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
+from megatron_mcpo.hf_files import read_headers
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 
 HEAD_PREFIX = "contrastive_head."
 """Parameters of the contrastive head have no Hugging Face counterpart: never loaded, never exported."""
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Split(Enum):
@@ -139,6 +142,27 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if not parameter.row.tied
         for name, shape in zip(parameter.hugging_face, parameter.row.shapes, strict=True)
     }
+
+
+def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
+    """How the tensors in `folder` differ from those of `model`: what to do, and a line for each. Empty: they don't.
+
+    Reads headers only. Raises ConfigError for files that can't be read.
+    """
+    headers, expected = read_headers(folder), hf_shapes(model)
+    problems = [f"{name}: missing" for name in expected if name not in headers]
+    for name, header in headers.items():
+        if name not in expected:
+            if not (model.tied_embeddings and name == "lm_head.weight"):
+                problems.append(f"{name}: unknown, the {model.family} model has no such tensor")
+        elif header.shape != expected[name]:
+            problems.append(f"{name}: has shape {header.shape}, must have {expected[name]}")
+        elif header.dtype not in _DTYPES:
+            problems.append(f"{name}: has type {header.dtype}, must be one of {', '.join(_DTYPES)}")
+    if not problems:
+        return []
+    rule = "its safetensors must hold the model that its config.json describes; download both again"
+    return [f"model.path = {str(folder)!r}: {rule}:", *(f"  {problem}" for problem in problems)]
 
 
 def _attention_rows(model: ModelConfig) -> list[Row]:
