@@ -28,9 +28,8 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     """
     assert not dist.is_initialized(), "a process with a process group can't fork ranks; destroy it first"
     with tempfile.TemporaryDirectory(prefix="ranks-") as name, socket.create_server(("127.0.0.1", 0)) as server:
-        folder, port = Path(name), server.getsockname()[1]
-        server.close()
-        pids = [_fork(rank, num_ranks, port, folder, function, args) for rank in range(num_ranks)]
+        folder = Path(name)
+        pids = [_fork(rank, num_ranks, server, folder, function, args) for rank in range(num_ranks)]
         _wait(pids, timeout)
         reports = [_report(folder, rank) for rank in range(num_ranks)]
     if any(failed for failed, _ in reports):
@@ -39,18 +38,29 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     return [value for _, value in reports]
 
 
-def _fork(rank: int, num_ranks: int, port: int, folder: Path, function: Callable[..., Any], args: tuple) -> int:
+def _fork(
+    rank: int, num_ranks: int, server: socket.socket, folder: Path, function: Callable[..., Any], args: tuple
+) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
+    port = server.getsockname()[1]
     try:
+        # The ranks meet at a store that listens already: a port found free might be taken when rank 0 binds it.
+        if rank == 0:
+            store = dist.TCPStore(
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(server.fileno())
+            )
+            assert store.port == port
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(num_ranks),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT="0",
         )
         stack = (folder / f"{rank}.stack").open("w")
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)

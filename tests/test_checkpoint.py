@@ -172,6 +172,27 @@ def test_the_same_layout_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: 
         assert all(torch.equal(a, b) for a, b in zip(states, other_states, strict=True))
 
 
+def test_the_newest_complete_checkpoint_is_the_only_one_kept(models: dict[str, Path], tmp_path: Path) -> None:
+    def save_some(config: Config) -> list[str]:
+        policy = build(config, Layout())
+        learn(policy, seed=0)
+        leftover = tmp_path / ".step_000013.tmp"
+        leftover.mkdir()
+        (leftover / "half").write_text("of a run that was killed while it saved")
+        for step in (9, 12, 13, 13):
+            checkpoint.save(policy, tmp_path, step, {"saved": step})
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert run_ranks(1, save_some, settings(models["tied"], "fp32")) == [["step_000013"]]
+    newest = tmp_path / "step_000013"
+    assert not (newest / "half").exists()
+    (tmp_path / "step_000014").mkdir()
+    older = tmp_path / "step_000009"
+    older.mkdir()
+    (older / "state.json").write_text("{}")
+    assert checkpoint.latest(tmp_path) == newest
+
+
 def test_an_update_draws_from_no_random_state(models: dict[str, Path]) -> None:
     """Random states are left behind when the number of ranks changes; this is why that makes no difference."""
 
