@@ -1,7 +1,8 @@
-"""Both contrastive terms and their gradient against closed forms and loops that follow the formula term by term.
+"""Both contrastive terms and their gradient: closed forms, and every option against the dense reference with autograd.
 
 Also the road of that gradient to the weights: representations recomputed micro-batch by micro-batch with the surrogate.
-Not covered: gathering over ranks and Megatron's scaling of losses (the distributed tests have a real model).
+Not covered: independent implementations (test_oracles), gathering over ranks (test_global_contrast), Megatron's scaling
+of losses (test_gradients).
 """
 
 import math
@@ -9,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_mcpo.algo.contrastive import Contrast, contrastive
+from megatron_mcpo.algo.contrastive import TILE_ELEMENTS, Contrast, contrastive, reward_penalty
 from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
+from tools import reference
 
 WEIGHTS = {"share_weight": 0.7, "consolidate_weight": 0.3}
 Rollout = tuple[int, int, bool]
@@ -37,38 +39,114 @@ def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(num, dim, generator=random, dtype=torch.float64), dim=1)
 
 
-def evaluate(z: Tensor, rollouts: list[Rollout], **options: Any) -> Contrast:
-    return contrastive(z, keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options}))
+def grid_rows(num: int, seed: int) -> Tensor:
+    """Many equal similarities, duplicates and zero rows among them, and no product that a computer would round."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, (num, 3), generator=random).double() / 2
 
 
-def term_by_loops(z: Tensor, positives: list[list[int]], wrong: list[int], temperature: float) -> tuple[Tensor, int]:
-    losses = []
-    for i, chosen in enumerate(positives):
-        if not chosen or not wrong:
-            continue
-        against = torch.stack([torch.exp(z[i] @ z[n] / temperature) for n in wrong]).sum()
-        logs = [torch.log(p / (p + against)) for p in (torch.exp(z[i] @ z[j] / temperature) for j in chosen)]
-        losses.append(-torch.stack(logs).sum() / len(chosen))
-    if not losses:
-        return z.sum() * 0, 0
-    return torch.stack(losses).sum() / len(losses), len(losses)
+def evaluate(z: Tensor, rollouts: list[Rollout], *, tile_elements: int = TILE_ELEMENTS, **options: Any) -> Contrast:
+    return contrastive(z, keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options}), tile_elements=tile_elements)
 
 
-def terms_by_loops(
-    z: Tensor, rollouts: list[Rollout], temperature: float, top_k: int
-) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-    """L_share and L_cons with their numbers of anchors, from the formulas, in plain Python."""
-    right = [i for i, (_, _, correct) in enumerate(rollouts) if correct]
-    wrong = [i for i, (_, _, correct) in enumerate(rollouts) if not correct]
-    domain = [d for d, _, _ in rollouts]
-    share: list[list[int]] = [[] for _ in rollouts]
-    consolidate: list[list[int]] = [[] for _ in rollouts]
-    for i in right:
-        for other in sorted(set(domain) - {domain[i]}):
-            candidates = [j for j in right if domain[j] == other]
-            share[i] += sorted(candidates, key=lambda j: (-(z[i] @ z[j]).item(), j))[:top_k]
-        consolidate[i] = [j for j in right if j != i and domain[j] == domain[i]]
-    return term_by_loops(z, share, wrong, temperature), term_by_loops(z, consolidate, wrong, temperature)
+def assert_equals_reference(z: Tensor, rollouts: list[Rollout], tile_elements: int, **options: Any) -> None:
+    """Values, gradient, anchors and everything that is counted, each from its definition."""
+    keys, chosen = keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options})
+    result = contrastive(z, keys, chosen, tile_elements=tile_elements)
+    leaf = z.clone().requires_grad_()
+    share, valid_share = reference.share_term(leaf, keys, chosen)
+    consolidate, valid_consolidate = reference.consolidate_term(leaf, keys, chosen)
+    (expected,) = torch.autograd.grad(0.7 * share + 0.3 * consolidate + 0.0 * leaf.sum(), leaf)
+    assert result.loss_share == pytest.approx(share.item(), rel=1e-12, abs=1e-12)
+    assert result.loss_consolidate == pytest.approx(consolidate.item(), rel=1e-12, abs=1e-12)
+    torch.testing.assert_close(result.grad_z_MD, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(result.valid_share_M, valid_share)
+    assert torch.equal(result.valid_consolidate_M, valid_consolidate)
+
+    anchors = [bool(a or b) for a, b in zip(valid_share, valid_consolidate, strict=True)]
+    positives = reference.share_positives(z, keys, chosen)
+    against = reference.negatives(keys, chosen)
+    domains = [domain for domain, _, _ in rollouts]
+    for i in range(len(rollouts)):
+        mine = positives[i].nonzero()[:, 0].tolist() if anchors[i] else []
+        assert result.listed_ML[i].tolist() == (mine + [-1] * len(rollouts))[: result.listed_ML.shape[1]]
+        assert result.positives_MK[i].tolist() == [
+            sum(domains[j] == domain for j in mine) for domain in range(max(domains) + 1)
+        ]
+        assert result.positives_share_M[i] == len(mine)
+        group = 0 if chosen.consolidate == "domain" else 1
+        same = sum(right and other[group] == rollouts[i][group] for *other, right in rollouts) - 1
+        assert result.positives_consolidate_M[i] == (same if anchors[i] else 0)
+        assert result.negatives_M[i] == (against[i].sum() if anchors[i] else 0)
+    assert result.anchors_share == sum(valid_share.tolist())
+    assert result.anchors_consolidate == sum(valid_consolidate.tolist())
+
+
+def with_own_prompts(rollouts: list[Rollout]) -> list[Rollout]:
+    """Prompts are numbered over all domains."""
+    return [(domain, 10 * domain + prompt, correct) for domain, prompt, correct in rollouts]
+
+
+@settings(deadline=None, max_examples=250)
+@given(
+    rollouts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans()), max_size=14),
+    transfer=st.sampled_from(["top_k", "threshold", "all"]),
+    against=st.sampled_from([("pool", "negatives"), ("domain", "negatives"), ("prompt", "negatives"), ("pool", "all")]),
+    consolidate=st.sampled_from(["domain", "prompt"]),
+    consolidation_loss=st.sampled_from(["infonce", "align"]),
+    temperature=st.sampled_from([0.05, 0.1, 0.5, 2.0]),
+    top_k=st.integers(1, 5),
+    threshold=st.sampled_from([-1.0, 0.0, 0.25, 0.5]),
+    rows=st.sampled_from([1, 3, 10**6]),
+    grid=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_every_option_and_tile_against_the_reference(
+    rollouts: list[Rollout], against: tuple[str, str], rows: int, grid: bool, seed: int, **options: Any
+) -> None:
+    z = grid_rows(len(rollouts), seed) if grid else unit_rows(len(rollouts), 6, seed)
+    negatives, denominator = against
+    options |= {"negatives": negatives, "denominator": denominator}
+    assert_equals_reference(z, with_own_prompts(rollouts), rows * max(1, len(rollouts)), **options)
+
+
+RIGHT, WRONG = True, False
+NAMED: dict[str, list[Rollout]] = {
+    "nothing": [],
+    "a single rollout": [(0, 0, RIGHT)],
+    "one domain": [(0, 0, RIGHT), (0, 1, RIGHT), (0, 0, WRONG), (0, 1, WRONG), (0, 1, RIGHT)],
+    "one prompt a domain": [(d, d, (d + i) % 3 > 0) for d in range(3) for i in range(3)],
+    "none correct": [(0, 0, WRONG), (1, 1, WRONG), (0, 0, WRONG)],
+    "none incorrect": [(d, d, RIGHT) for d in range(3) for _ in range(2)],
+    "one correct": [(0, 0, RIGHT), (1, 1, WRONG), (2, 2, WRONG)],
+    "wrong ones of other prompts and domains only": [(0, 0, RIGHT), (0, 0, RIGHT), (1, 1, RIGHT), (2, 2, WRONG)],
+    "a domain without a correct one": [(0, 0, RIGHT), (0, 0, WRONG), (2, 1, RIGHT), (2, 1, WRONG), (1, 2, WRONG)],
+}
+
+
+@pytest.mark.parametrize("transfer", ["top_k", "threshold", "all"])
+@pytest.mark.parametrize("loss", ["infonce", "align"])
+@pytest.mark.parametrize("against", ["pool", "domain", "prompt", "all"])
+@pytest.mark.parametrize("name", NAMED)
+def test_named_pools_against_the_reference(name: str, against: str, loss: str, transfer: str) -> None:
+    rollouts = NAMED[name]
+    options = {"denominator": "all"} if against == "all" else {"negatives": against}
+    options |= {"consolidation_loss": loss, "transfer": transfer}
+    kinds = [unit_rows(len(rollouts), 4), torch.zeros(len(rollouts), 4).double()]
+    kinds.append(torch.tensor([[0.6, 0.8]] * len(rollouts), dtype=torch.float64).view(-1, 2))
+    for z in kinds:
+        # Nothing is chosen among equal rows, whose products may be rounded apart: no domain has more than top_k.
+        for consolidate in ("domain", "prompt"):
+            assert_equals_reference(z, rollouts, 2 * len(rollouts), consolidate=consolidate, threshold=-1.0, **options)
+
+
+@pytest.mark.parametrize("name", ["nothing", "a single rollout", "none correct", "one correct"])
+def test_without_a_valid_anchor_everything_is_exactly_zero(name: str) -> None:
+    z = unit_rows(len(NAMED[name]), 4).float()
+    result = evaluate(z, NAMED[name])
+    assert (result.loss_share, result.loss_consolidate) == (0.0, 0.0)
+    assert (result.anchors_share, result.anchors_consolidate) == (0, 0)
+    assert torch.equal(result.grad_z_MD, torch.zeros_like(z))
 
 
 def test_one_pair_across_domains_has_the_closed_form() -> None:
@@ -97,6 +175,16 @@ def test_consolidation_of_one_domain_averages_over_positives_and_anchors() -> No
     assert result.positives_share_M.tolist() == [0] * 5
 
 
+def test_alignment_is_the_mean_distance_and_needs_no_negatives() -> None:
+    z = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
+    result = evaluate(z, [(0, 0, True)] * 3, consolidation_loss="align", temperature=0.3)
+    costs = torch.tensor([(0.4 + 1.0) / 2, (0.4 + 0.2) / 2, (1.0 + 0.2) / 2], dtype=torch.float64)
+    torch.testing.assert_close(result.loss_consolidate_M, costs)
+    assert result.loss_consolidate == pytest.approx(costs.mean().item())
+    # Every similarity is in two anchors' means of two: the weight 0.3 by 3 anchors, twice a half.
+    torch.testing.assert_close(result.grad_z_MD, -0.3 / 3 * (z.sum(dim=0) - z))
+
+
 def test_a_positive_competes_with_negatives_only_not_with_other_positives() -> None:
     z = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     result = evaluate(z, [(0, 0, True), (1, 1, True), (2, 2, True), (0, 3, False)], temperature=1.0)
@@ -104,48 +192,24 @@ def test_a_positive_competes_with_negatives_only_not_with_other_positives() -> N
     assert result.loss_share == pytest.approx(((one + zero) / 2 + (one + zero) / 2 + zero) / 3, rel=1e-14)
 
 
-@settings(deadline=None, max_examples=80)
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans()), max_size=12),
-    st.sampled_from([0.05, 0.1, 0.5, 2.0]),
-    st.integers(1, 5),
-    st.integers(0, 10_000),
-)
-def test_random_pools_against_the_formula(rollouts: list[Rollout], temperature: float, top_k: int, seed: int) -> None:
-    z = unit_rows(len(rollouts), 6, seed)
-    result = evaluate(z, rollouts, temperature=temperature, top_k=top_k)
-    leaf = z.clone().requires_grad_()
-    (share, anchors_share), (consolidate, anchors_consolidate) = terms_by_loops(leaf, rollouts, temperature, top_k)
-    (expected,) = torch.autograd.grad(0.7 * share + 0.3 * consolidate, leaf)
-
-    assert result.loss_share == pytest.approx(share.item(), rel=1e-12, abs=1e-12)
-    assert result.loss_consolidate == pytest.approx(consolidate.item(), rel=1e-12, abs=1e-12)
-    assert (result.anchors_share, result.anchors_consolidate) == (anchors_share, anchors_consolidate)
-    assert result.grad_z_MD.isfinite().all()
-    torch.testing.assert_close(result.grad_z_MD, expected, rtol=1e-12, atol=1e-12)
+def test_positives_are_counted_by_their_own_domain_and_listed_by_their_anchor() -> None:
+    # One anchor in domain 0, two in 1, three in 2: every row and column has a sum of its own.
+    rollouts = [(0, 0, True), (1, 1, True), (1, 1, True), (2, 2, True), (2, 2, True), (2, 2, True), (0, 0, False)]
+    result = evaluate(unit_rows(7, 5), rollouts, transfer="all")
+    assert result.positives_MK.tolist() == [[0, 2, 3], [1, 0, 3], [1, 0, 3], *[[1, 2, 0]] * 3, [0, 0, 0]]
+    assert result.positives_share_M.tolist() == [5, 4, 4, 3, 3, 3, 0]
+    assert result.listed_ML[:, :5].tolist() == [
+        [1, 2, 3, 4, 5], *[[0, 3, 4, 5, -1]] * 2, *[[0, 1, 2, -1, -1]] * 3, [-1] * 5,
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "rollouts",
-    [
-        pytest.param([], id="nothing"),
-        pytest.param([(0, 0, True)], id="a single rollout"),
-        pytest.param([(0, 0, False), (1, 1, False), (0, 0, False)], id="none correct"),
-        pytest.param([(0, 0, True), (1, 1, True), (0, 0, True)], id="no negatives"),
-        pytest.param([(0, 0, True), (1, 1, False), (2, 2, False)], id="one correct rollout"),
-    ],
-)
-def test_without_a_valid_anchor_everything_is_exactly_zero(rollouts: list[Rollout]) -> None:
-    result = evaluate(unit_rows(len(rollouts), 4).float(), rollouts)
-    assert (result.loss_share, result.loss_consolidate) == (0.0, 0.0)
-    assert (result.anchors_share, result.anchors_consolidate) == (0, 0)
-    assert torch.equal(result.grad_z_MD, torch.zeros(len(rollouts), 4))
-
-
-def test_one_domain_only_consolidates() -> None:
-    result = evaluate(unit_rows(4, 4), [(0, 0, True), (0, 1, True), (0, 0, False), (0, 1, False)])
-    assert (result.anchors_share, result.anchors_consolidate) == (0, 2)
-    assert result.loss_share == 0.0 < result.loss_consolidate
+def test_the_first_64_positives_are_listed_and_all_are_counted() -> None:
+    rollouts = [(0, 0, True)] * 3 + [(1, 1, i != 7) for i in range(80)]
+    result = evaluate(unit_rows(83, 5), rollouts, transfer="all", tile_elements=2 * 83)
+    assert result.listed_ML.shape == (83, 64)
+    for anchor in range(3):
+        assert result.listed_ML[anchor].tolist() == [*range(3, 10), *range(11, 68)]
+    assert result.positives_MK[0].tolist() == [0, 79] and result.listed_ML[3].tolist() == [0, 1, 2] + [-1] * 61
 
 
 def test_duplicates_of_one_vector_cost_log_two() -> None:
@@ -170,6 +234,27 @@ def test_opposite_vectors_at_small_temperatures_do_not_overflow_in_fp32(temperat
     assert near.grad_z_MD.isfinite().all()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=12),
+    st.sampled_from([1e-30, 1e-6, 1e-3, 1e3, 1e30]),
+    st.sampled_from(["negatives", "all"]),
+    st.sampled_from(["infonce", "align"]),
+    st.integers(0, 10_000),
+)
+@example([(0, 0, True), (0, 0, True), (1, 1, True)], 1e-30, "negatives", "align", 0)
+def test_extreme_temperatures_stay_finite_in_fp32(
+    rollouts: list[Rollout], temperature: float, denominator: str, loss: str, seed: int
+) -> None:
+    z = torch.cat([unit_rows(len(rollouts), 4, seed), grid_rows(len(rollouts), seed).new_zeros(1, 4)]).float()
+    z = z[torch.randint(0, len(z), (len(rollouts),), generator=torch.Generator().manual_seed(seed))]
+    options: dict[str, Any] = {"denominator": denominator, "consolidation_loss": loss, "temperature": temperature}
+    result = evaluate(z, with_own_prompts(rollouts), **options)
+    assert result.grad_z_MD.isfinite().all()
+    assert result.loss_share_M.isfinite().all() and result.loss_consolidate_M.isfinite().all()
+    assert reward_penalty(result, ContrastiveConfig(**WEIGHTS, **options)).isfinite().all()
+
+
 def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:
     rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False)]
     z, keys = unit_rows(4, 5), keys_of(rollouts)
@@ -180,6 +265,24 @@ def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:
     share, consolidate, both = at(1.0, 0.0), at(0.0, 1.0), at(2.0, 3.0)
     assert share.loss_share == consolidate.loss_share == both.loss_share > 0
     torch.testing.assert_close(both.grad_z_MD, 2 * share.grad_z_MD + 3 * consolidate.grad_z_MD)
+
+
+def test_a_terms_value_is_the_mean_of_its_anchors() -> None:
+    rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False), (1, 3, False)]
+    result = evaluate(unit_rows(5, 5), rollouts)
+    assert result.loss_share == pytest.approx(result.loss_share_M[:3].mean().item())
+    assert result.loss_consolidate == pytest.approx(result.loss_consolidate_M[:2].mean().item())
+    assert result.loss_share_M[3:].tolist() == [0, 0] and result.loss_consolidate_M[2:].tolist() == [0, 0, 0]
+
+
+def test_the_penalty_of_a_reward_is_the_weighted_terms_and_at_most_a_half() -> None:
+    rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False)]
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    chosen = ContrastiveConfig(share_weight=0.2, consolidate_weight=0.4, temperature=1.0)
+    penalty = reward_penalty(contrastive(z, keys_of(rollouts), chosen), chosen)
+    share, consolidate = math.log1p(math.exp(2)), math.log(2)
+    assert 0.2 * share + 0.4 * consolidate > 0.5
+    assert penalty.tolist() == pytest.approx([-0.5, -0.5, -0.2 * math.log(2), 0.0])
 
 
 def test_gradient_is_taken_without_the_callers_graph_or_grad_mode() -> None:
@@ -200,10 +303,10 @@ def test_two_passes_give_the_gradient_of_one_whatever_the_micro_batches(sizes: l
     rollouts = [(i % 3, i // 2, i % 5 != 0 and i % 4 != 1) for i in range(12)]
     head = torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5)).double()
     parameters = list(head.parameters())
-
-    z = normalize(head(inputs), dim=1)
-    (share, _), (consolidate, _) = terms_by_loops(z, rollouts, 0.1, 2)
-    one_pass = torch.autograd.grad(0.7 * share + 0.3 * consolidate, parameters)
+    loss = reference.contrastive_loss(
+        normalize(head(inputs), dim=1), keys_of(rollouts), ContrastiveConfig(**WEIGHTS, top_k=2)
+    )
+    one_pass = torch.autograd.grad(loss, parameters)
 
     with torch.no_grad():
         gathered = torch.cat([normalize(head(piece), dim=1) for piece in inputs.split(sizes)])

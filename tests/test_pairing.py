@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mcpo.algo.pairing import find_pairs, members
+from megatron_mcpo.algo.pairing import Pairing, members
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
@@ -33,7 +33,7 @@ def angles(*degrees: float) -> Tensor:
 def pairs_of(z: Tensor, keys: Keys, **options: Any) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """C(i), S(i) and M(i) of every rollout; those of a wrong rollout are empty."""
     anchors = keys.correct_M.nonzero()[:, 0]
-    pairs = find_pairs(z[anchors] @ z.T, anchors, keys, ContrastiveConfig(**options))
+    pairs = Pairing(keys, ContrastiveConfig(**options)).find(z[anchors] @ z.T, anchors)
     found: tuple[list[list[int]], ...] = tuple([[] for _ in keys.domain_M] for _ in range(3))
     for rows, mask in zip(found, (pairs.share_AM, pairs.consolidate_AM, pairs.negatives_AM), strict=True):
         for anchor, row in zip(anchors.tolist(), mask, strict=True):
@@ -86,8 +86,8 @@ def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
 
 def test_the_choice_carries_no_gradient() -> None:
     z = angles(0, 10, 20).requires_grad_()
-    pairs = find_pairs(z[:2] @ z.T, torch.arange(2), keys_of([0, 1, 1], [1, 1, 0]), ContrastiveConfig())
-    assert not pairs.share_AM.requires_grad
+    pairing = Pairing(keys_of([0, 1, 1], [1, 1, 0]), ContrastiveConfig())
+    assert not pairing.find(z[:2] @ z.T, torch.arange(2)).share_AM.requires_grad
 
 
 def test_an_empty_step_has_no_pairs() -> None:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_mcpo.algo.pairing import find_pairs, members
+from megatron_mcpo.algo.pairing import Pairing, members
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 TILE_ELEMENTS = 2**24
-"""Anchors x rollouts of a tile: 64 MiB a matrix in fp32, of which a tile has about eight."""
+"""Anchors x rollouts of a tile: 64 MiB in fp32, and enough rows for matrix products at full speed."""
+
+_BLOCKS = 64
+"""A CPU goes over a tile in so many blocks of rows: what is computed element by element then stays in its cache."""
 
 _LISTED = 64
 
@@ -91,7 +94,7 @@ def contrastive(
     assert z_MD.ndim == 2 and len(z_MD) == len(keys), (z_MD.shape, len(keys))
     z_MD = z_MD.detach()
     sums = _Sums(z_MD, keys, settings, tile_elements)
-    for anchors_A in (sums.valid_share_M | sums.valid_consolidate_M).nonzero()[:, 0].split(sums.tile_rows):
+    for anchors_A in sums.tiles:
         sums.add_tile(anchors_A)
     return sums.result()
 
@@ -103,48 +106,96 @@ class _Sums:
         self.z_MD = z_MD
         self.keys = keys
         self.settings = settings
-        self.tile_rows = max(1, tile_elements // max(1, len(keys)))
+        self.pairing = Pairing(keys, settings)
         num, device = len(keys), z_MD.device
-        self.valid_share_M, self.valid_consolidate_M = _valid_anchors(z_MD, keys, settings, self.tile_rows)
-        num_domains = int(keys.domain_M.max()) + 1 if num else 0
-        self.in_domain_MK = torch.nn.functional.one_hot(keys.domain_M, max(num_domains, 1)).to(z_MD.dtype)
+        tile_rows = max(1, tile_elements // max(1, num))
+        self.block_rows = -(-tile_rows // _BLOCKS) if device.type == "cpu" else tile_rows
+        self._find_anchors(tile_rows)
+        num_domains = int(keys.domain_M.max()) + 1 if num else 1
         self.grad_z_MD = torch.zeros_like(z_MD)
         self.loss_share_M, self.loss_consolidate_M = z_MD.new_zeros(num), z_MD.new_zeros(num)
-        self.positives_MK = torch.zeros(num, max(num_domains, 1), dtype=torch.int64, device=device)
-        self.positives_consolidate_M = torch.zeros(num, dtype=torch.int64, device=device)
-        self.negatives_M = torch.zeros(num, dtype=torch.int64, device=device)
+        self.positives_MK = torch.zeros(num, num_domains, dtype=torch.int64, device=device)
         self.listed_ML = torch.full((num, min(num, _LISTED)), -1, dtype=torch.int64, device=device)
+
+    def _find_anchors(self, tile_rows: int) -> None:
+        """The anchors of each term, what each counts in the total, and the tiles they are taken in."""
+        keys, settings, correct_M = self.keys, self.settings, self.keys.correct_M
+        groups = {"pool": torch.zeros_like(keys.domain_M), "domain": keys.domain_M, "prompt": keys.prompt_M}
+        self.negatives_M = members(groups[settings.negatives], ~correct_M)
+        self.positives_consolidate_M = members(groups[settings.consolidate], correct_M) - 1
+        abroad_M = members(groups["pool"], correct_M) - members(keys.domain_M, correct_M)
+        opposed_M = (self.negatives_M > 0) | (settings.denominator == "all")
+        self.valid_share_M = correct_M & opposed_M & (abroad_M > 0)
+        self.valid_consolidate_M = correct_M & (self.positives_consolidate_M > 0)
+        if settings.consolidation_loss == "infonce":
+            self.valid_consolidate_M &= opposed_M
+        self.tiles = (self.valid_share_M | self.valid_consolidate_M).nonzero()[:, 0].split(tile_rows)
+        if settings.transfer == "threshold":
+            # In the very tiles of later on: another shape of the product might round to the other side.
+            for anchors_A in self.tiles:
+                similarity_AM = self.z_MD[anchors_A] @ self.z_MD.T
+                self.valid_share_M[anchors_A] &= self.pairing.transferable(similarity_AM, anchors_A).any(dim=1)
+        self.weight_share_M = _weights(settings.share_weight, self.valid_share_M, self.z_MD.dtype)
+        self.weight_consolidate_M = _weights(settings.consolidate_weight, self.valid_consolidate_M, self.z_MD.dtype)
 
     def add_tile(self, anchors_A: Tensor) -> None:
         """Add the costs of these anchors and their part of the gradient, which reaches all rollouts."""
-        settings, z_AD = self.settings, self.z_MD[anchors_A]
-        logits_AM = z_AD @ self.z_MD.T
-        pairs = find_pairs(logits_AM, anchors_A, self.keys, settings)
-        logits_AM /= settings.temperature
-        against_AM = pairs.negatives_AM
+        z_AD = self.z_MD[anchors_A]
+        tile_AM = z_AD @ self.z_MD.T
+        for block_A, block_AM in zip(anchors_A.split(self.block_rows), tile_AM.split(self.block_rows), strict=True):
+            self._differentiate(block_AM, block_A)
+        self.grad_z_MD.index_add_(0, anchors_A, tile_AM @ self.z_MD)
+        self.grad_z_MD.addmm_(tile_AM.T, z_AD)
+
+    def _differentiate(self, similarity_AM: Tensor, anchors_A: Tensor) -> None:
+        """Note the costs of these anchors, and overwrite their similarities by the gradient with respect to them.
+
+        The rivals of an anchor's positives are all others or, to each positive by itself, the negatives. With R the
+        logsumexp over the rivals, a positive costs R - s_ij in the one case, softplus(R - s_ij) in the other: nothing is
+        exponentiated that could overflow.
+        """
+        settings, pairs = self.settings, self.pairing.find(similarity_AM, anchors_A)
+        num_share_A, num_consolidate_A = self._count(pairs.share_AM, anchors_A), pairs.consolidate_AM.sum(dim=1)
+        logits_AM = similarity_AM / settings.temperature
         if settings.denominator == "all":
-            against_AM = torch.ones_like(pairs.share_AM).scatter_(1, anchors_A[:, None], False)
-        rivals = _Rivals(logits_AM, against_AM, own=settings.denominator == "negatives")
-        grad_AM = torch.zeros_like(logits_AM)
-        self.loss_share_M[anchors_A] = rivals.add_info_nce(
-            grad_AM, pairs.share_AM, self._weights(settings.share_weight, self.valid_share_M)[anchors_A]
-        )
-        weights_A = self._weights(settings.consolidate_weight, self.valid_consolidate_M)[anchors_A]
-        if settings.consolidation_loss == "infonce":
-            costs_A = rivals.add_info_nce(grad_AM, pairs.consolidate_AM, weights_A)
+            rivals_AM = logits_AM.scatter(1, anchors_A[:, None], -torch.inf)
         else:
-            costs_A = _add_align(grad_AM, logits_AM, pairs.consolidate_AM, weights_A, settings.temperature)
-        self.loss_consolidate_M[anchors_A] = costs_A
-        rivals.finish(grad_AM)
-        grad_AM /= settings.temperature
-        self.grad_z_MD.index_add_(0, anchors_A, grad_AM @ self.z_MD)
-        self.grad_z_MD.addmm_(grad_AM.T, z_AD)
-        self.positives_MK[anchors_A] = (pairs.share_AM.to(self.in_domain_MK.dtype) @ self.in_domain_MK).round().long()
-        self.positives_consolidate_M[anchors_A] = pairs.consolidate_AM.sum(dim=1)
-        self.negatives_M[anchors_A] = pairs.negatives_AM.sum(dim=1)
-        self.listed_ML[anchors_A] = _first_columns(pairs.share_AM, self.listed_ML.shape[1])
+            rivals_AM = logits_AM.masked_fill(~pairs.negatives_AM, -torch.inf)
+        # Without a rival the smallest number, not -inf, whose differences would be NaN.
+        total_A1 = rivals_AM.logsumexp(dim=1, keepdim=True).clamp_(min=torch.finfo(logits_AM.dtype).min)
+        logp_AM = logits_AM.sub_(total_A1)
+        if settings.denominator == "negatives":
+            logp_AM = logsigmoid(logp_AM)
+        self.loss_share_M[anchors_A] = -_mean(logp_AM, pairs.share_AM, num_share_A)
+        pull_AM = _spread(self.weight_share_M[anchors_A], pairs.share_AM, num_share_A)
+        spread_AM = _spread(self.weight_consolidate_M[anchors_A], pairs.consolidate_AM, num_consolidate_A)
+        if settings.consolidation_loss == "infonce":
+            self.loss_consolidate_M[anchors_A] = -_mean(logp_AM, pairs.consolidate_AM, num_consolidate_A)
+            pull_AM += spread_AM
+        else:
+            self.loss_consolidate_M[anchors_A] = 1 - _mean(similarity_AM, pairs.consolidate_AM, num_consolidate_A)
+        if settings.denominator == "negatives":
+            pull_AM *= logp_AM.expm1_().neg_()  # how much of a pair's cost the rivals are to blame for
+        push_AM = rivals_AM.sub_(total_A1).exp_()  # each rival by its share of the sum
+        torch.sub(push_AM.mul_(pull_AM.sum(dim=1, keepdim=True)), pull_AM, out=similarity_AM)
+        similarity_AM /= settings.temperature
+        if settings.consolidation_loss == "align":
+            similarity_AM -= spread_AM
+
+    def _count(self, share_AM: Tensor, anchors_A: Tensor) -> Tensor:
+        """Note how many cross-domain positives these anchors have in each domain, and the first of them; |C(i)| [A]."""
+        num_anchors, num_domains = len(anchors_A), self.positives_MK.shape[1]
+        row, column = share_AM.nonzero(as_tuple=True)
+        by_domain = torch.bincount(row * num_domains + self.keys.domain_M[column], minlength=num_anchors * num_domains)
+        self.positives_MK[anchors_A] = by_domain.view(num_anchors, num_domains)
+        count_A = self.positives_MK[anchors_A].sum(dim=1)
+        place = torch.arange(len(row), device=row.device) - (count_A.cumsum(0) - count_A)[row]
+        kept = place < self.listed_ML.shape[1]
+        self.listed_ML[anchors_A[row[kept]], place[kept]] = column[kept]
+        return count_A
 
     def result(self) -> Contrast:
+        anchor_M = self.valid_share_M | self.valid_consolidate_M
         loss_share_M = self.loss_share_M.where(self.valid_share_M, 0.0)
         loss_consolidate_M = self.loss_consolidate_M.where(self.valid_consolidate_M, 0.0)
         return Contrast(
@@ -156,84 +207,22 @@ class _Sums:
             valid_share_M=self.valid_share_M,
             valid_consolidate_M=self.valid_consolidate_M,
             positives_MK=self.positives_MK,
-            positives_consolidate_M=self.positives_consolidate_M,
-            negatives_M=self.negatives_M,
+            positives_consolidate_M=self.positives_consolidate_M.where(anchor_M, 0),
+            negatives_M=self.negatives_M.where(anchor_M, 0),
             listed_ML=self.listed_ML,
         )
 
-    def _weights(self, weight: float, valid_M: Tensor) -> Tensor:
-        """What an anchor's cost counts in the total: [M]."""
-        return valid_M.to(self.z_MD.dtype) * (weight / max(1, int(valid_M.sum())))
+
+def _weights(weight: float, valid_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each anchor's cost counts in the total: [M]."""
+    return valid_M.to(dtype) * (weight / max(1, int(valid_M.sum())))
 
 
-class _Rivals:
-    """What the positives of a tile's anchors compete with: sum over rivals of e^s, `own`: plus the positive's own e^s.
-
-    Nothing is exponentiated that could overflow: a pair costs softplus(rivals - s_ij) with its own e^s in the
-    denominator besides, rivals - s_ij where the rivals include it already, with rivals = logsumexp over them.
-    """
-
-    def __init__(self, logits_AM: Tensor, against_AM: Tensor, *, own: bool):
-        self.logits_AM = logits_AM
-        self.against_AM = against_AM
-        self.own = own
-        self.rivals_A1 = logits_AM.masked_fill(~against_AM, -torch.inf).logsumexp(dim=1, keepdim=True)
-        self.pressure_A1 = torch.zeros_like(self.rivals_A1)
-
-    def add_info_nce(self, grad_AM: Tensor, positives_AM: Tensor, weights_A: Tensor) -> Tensor:
-        """Costs of the anchors [A]; adds weights_A times their gradient with respect to the positives' logits."""
-        count_A1 = positives_AM.sum(dim=1, keepdim=True).clamp(min=1)
-        margin_AM = (self.rivals_A1 - self.logits_AM).masked_fill(~positives_AM, -torch.inf)
-        cost_AM = -logsigmoid(-margin_AM) if self.own else margin_AM.where(positives_AM, 0.0)
-        # The derivative of the cost by the margin: how much of the pair's cost the rivals are to blame for.
-        blame_AM = margin_AM.sigmoid_() if self.own else positives_AM.to(grad_AM.dtype)
-        blame_AM = blame_AM * (weights_A[:, None] / count_A1)
-        grad_AM -= blame_AM
-        self.pressure_A1 += blame_AM.sum(dim=1, keepdim=True)
-        return cost_AM.sum(dim=1) / count_A1[:, 0]
-
-    def finish(self, grad_AM: Tensor) -> None:
-        """Add what all pairs push the rivals away with: each by its share of the sum."""
-        share_AM = (self.logits_AM - self.rivals_A1).exp_().masked_fill_(~self.against_AM, 0.0)
-        grad_AM += share_AM.mul_(self.pressure_A1)
+def _mean(values_AM: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
+    """Of the values under the mask, of which there are `count_A`; 0 where there are none: [A]."""
+    return values_AM.where(mask_AM, 0.0).sum(dim=1) / count_A.clamp(min=1)
 
 
-def _add_align(
-    grad_AM: Tensor, logits_AM: Tensor, positives_AM: Tensor, weights_A: Tensor, temperature: float
-) -> Tensor:
-    """The mean of 1 - z_i z_j over an anchor's positives [A]; adds its gradient with respect to the logits."""
-    count_A = positives_AM.sum(dim=1).clamp(min=1)
-    grad_AM -= positives_AM * (weights_A * temperature / count_A)[:, None]
-    distance_AM = (1 - logits_AM * temperature).where(positives_AM, 0.0)
-    return distance_AM.sum(dim=1) / count_A
-
-
-def _valid_anchors(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """Which rollouts are anchors of the sharing and of the consolidation term: bool [M] each."""
-    everyone_M = torch.zeros_like(keys.domain_M)
-    groups = {"pool": everyone_M, "domain": keys.domain_M, "prompt": keys.prompt_M}
-    opposed_M = members(groups[settings.negatives], ~keys.correct_M) > 0
-    if settings.denominator == "all":
-        opposed_M = torch.ones_like(opposed_M)
-    correct_M = keys.correct_M
-    others_M = members(everyone_M, correct_M) - members(keys.domain_M, correct_M) > 0
-    share_M = correct_M & opposed_M & others_M
-    if settings.transfer == "threshold":
-        for anchors_A in share_M.nonzero()[:, 0].split(tile_rows):
-            pairs = find_pairs(z_MD[anchors_A] @ z_MD.T, anchors_A, keys, settings)
-            share_M[anchors_A] = pairs.share_AM.any(dim=1)
-    consolidate_M = correct_M & (members(groups[settings.consolidate], correct_M) > 1)
-    if settings.consolidation_loss == "infonce":
-        consolidate_M &= opposed_M
-    return share_M, consolidate_M
-
-
-def _first_columns(mask_AM: Tensor, num: int) -> Tensor:
-    """Positions of the first `num` true columns of every row, ascending, filled up with -1: int64 [A, num]."""
-    columns = torch.full((len(mask_AM), num), -1, dtype=torch.int64, device=mask_AM.device)
-    row, column = mask_AM.nonzero(as_tuple=True)
-    start = torch.searchsorted(row, torch.arange(len(mask_AM), device=row.device))
-    place = torch.arange(len(row), device=row.device) - start[row]
-    kept = place < num
-    columns[row[kept], place[kept]] = column[kept]
-    return columns
+def _spread(weights_A: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
+    """Each weight in equal parts over the true places of its row, of which there are `count_A`."""
+    return mask_AM * (weights_A / count_A.clamp(min=1))[:, None]

@@ -21,8 +21,8 @@ class Pairs:
     negatives_AM: Tensor
 
 
-def find_pairs(similarity_AM: Tensor, anchors_A: Tensor, keys: Keys, settings: ContrastiveConfig) -> Pairs:
-    """The pairs of the rollouts `anchors_A` (int64, positions in the step's order), all of which are correct.
+class Pairing:
+    """The pairs of a step.
 
     C(i), the cross-domain positives: by `transfer` correct rollouts of OTHER domains; top_k takes the most similar ones
     of each domain, so that no domain crowds out the rest. S(i), the in-domain positives: by `consolidate` the other
@@ -31,22 +31,53 @@ def find_pairs(similarity_AM: Tensor, anchors_A: Tensor, keys: Keys, settings: C
     The choice carries no gradient. Of equally similar rollouts the first ones in step order are taken, so that every
     rank picks the same.
     """
-    assert similarity_AM.shape == (len(anchors_A), len(keys)), (similarity_AM.shape, len(anchors_A), len(keys))
-    same_domain_AM = keys.domain_M[anchors_A, None] == keys.domain_M
-    # Prompts are numbered over all domains: a prompt's rollouts are of one domain.
-    same_prompt_AM = keys.prompt_M[anchors_A, None] == keys.prompt_M
-    inside_AM = same_domain_AM if settings.consolidate == "domain" else same_prompt_AM
-    consolidate_AM = inside_AM & keys.correct_M
-    consolidate_AM.scatter_(1, anchors_A[:, None], False)
-    if settings.negatives == "pool":
-        negatives_AM = (~keys.correct_M).expand_as(same_domain_AM)
-    else:
-        negatives_AM = (same_domain_AM if settings.negatives == "domain" else same_prompt_AM) & ~keys.correct_M
-    return Pairs(
-        share_AM=_transferable(similarity_AM.detach(), anchors_A, keys, same_domain_AM, settings),
-        consolidate_AM=consolidate_AM,
-        negatives_AM=negatives_AM,
-    )
+
+    def __init__(self, keys: Keys, settings: ContrastiveConfig):
+        self.keys = keys
+        self.settings = settings
+        self.wrong_M = ~keys.correct_M
+        domains = torch.unique(keys.domain_M[keys.correct_M]).tolist()
+        self.correct_by_domain = {
+            domain: (keys.correct_M & (keys.domain_M == domain)).nonzero()[:, 0] for domain in domains
+        }
+        """Domain: positions of its correct rollouts, ascending."""
+
+    def find(self, similarity_AM: Tensor, anchors_A: Tensor) -> Pairs:
+        """The pairs of the rollouts `anchors_A` (int64, positions in the step's order), all of which are correct."""
+        assert similarity_AM.shape == (len(anchors_A), len(self.keys)), (similarity_AM.shape, anchors_A.shape)
+        consolidate_AM = self._same(self.settings.consolidate, anchors_A) & self.keys.correct_M
+        consolidate_AM.scatter_(1, anchors_A[:, None], False)
+        if self.settings.negatives == "pool":
+            negatives_AM = self.wrong_M.expand_as(consolidate_AM)
+        else:
+            negatives_AM = self._same(self.settings.negatives, anchors_A) & self.wrong_M
+        return Pairs(
+            share_AM=self.transferable(similarity_AM, anchors_A),
+            consolidate_AM=consolidate_AM,
+            negatives_AM=negatives_AM,
+        )
+
+    def transferable(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
+        """C(i) alone: bool [A, M]."""
+        if self.settings.transfer == "top_k":
+            return self._most_similar(similarity_AM.detach(), anchors_A)
+        others_AM = ~self._same("domain", anchors_A) & self.keys.correct_M
+        if self.settings.transfer == "threshold":
+            others_AM &= similarity_AM.detach() >= self.settings.threshold
+        return others_AM
+
+    def _same(self, group: str, anchors_A: Tensor) -> Tensor:
+        # Prompts are numbered over all domains: a prompt's rollouts are of one domain.
+        group_M = self.keys.domain_M if group == "domain" else self.keys.prompt_M
+        return group_M[anchors_A, None] == group_M
+
+    def _most_similar(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
+        chosen_AM = torch.zeros_like(similarity_AM, dtype=torch.bool)
+        domain_A1 = self.keys.domain_M[anchors_A, None]
+        for domain, columns in self.correct_by_domain.items():
+            nearest = _largest(similarity_AM.index_select(1, columns), self.settings.top_k)
+            chosen_AM.index_copy_(1, columns, nearest & (domain_A1 != domain))
+        return chosen_AM
 
 
 def members(group_M: Tensor, counted_M: Tensor) -> Tensor:
@@ -54,22 +85,6 @@ def members(group_M: Tensor, counted_M: Tensor) -> Tensor:
     _, number_M = torch.unique(group_M, return_inverse=True)
     counts = torch.zeros(len(group_M), dtype=torch.int64, device=group_M.device)
     return counts.index_add(0, number_M, counted_M.long())[number_M]
-
-
-def _transferable(
-    similarity_AM: Tensor, anchors_A: Tensor, keys: Keys, same_domain_AM: Tensor, settings: ContrastiveConfig
-) -> Tensor:
-    others_AM = ~same_domain_AM & keys.correct_M
-    if settings.transfer == "all":
-        return others_AM
-    if settings.transfer == "threshold":
-        return others_AM & (similarity_AM >= settings.threshold)
-    chosen_AM = torch.zeros_like(others_AM)
-    for domain in torch.unique(keys.domain_M[keys.correct_M]).tolist():
-        rows = (keys.domain_M[anchors_A] != domain).nonzero()[:, 0]
-        columns = (keys.correct_M & (keys.domain_M == domain)).nonzero()[:, 0]
-        chosen_AM[rows[:, None], columns] = _largest(similarity_AM[rows[:, None], columns], settings.top_k)
-    return chosen_AM
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
