@@ -177,14 +177,19 @@ def domain_lines(domains: Sequence[str], values: Mapping[str, float]) -> list[st
     return lines
 
 
+def summary_window(num_steps: int) -> int:
+    """How many steps the beginning and the end of a run are: five, or a third of a shorter one."""
+    return min(SUMMARY_WINDOW, max(1, num_steps // 3))
+
+
 def summary_rows(
     steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], domains: Sequence[str]
 ) -> tuple[int, list[list[str]]]:
     """How many steps "first" and "last" are means of, and the cells of the table: a row a domain, then their mean.
 
-    Five steps, or a third of a shorter run. Held-out accuracy is that of the first and of the last evaluation.
+    Held-out accuracy is that of the first and of the last evaluation.
     """
-    window = min(SUMMARY_WINDOW, max(1, len(steps) // 3))
+    window = summary_window(len(steps))
     rows = []
     for name in [*domains, "mean"]:
         first, last = (_mean(part, f"reward/{name}") for part in (steps[:window], steps[-window:]))

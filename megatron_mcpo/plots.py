@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_mcpo.console import summary_window
 from megatron_mcpo.run_folder import read_jsonl, step_files, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
@@ -45,23 +47,28 @@ class _Map:
 
 
 def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
-    """Write reward_by_domain.png, held_out_by_domain.png and representations.png under folder/plots.
+    """Write reward_by_domain.png, held_out_by_domain.png, representations.png and similarity.png under folder/plots.
 
     A plot that has no data is not written; a note says why. Raises OSError when the folder can't be written.
     """
-    rewards = read_jsonl(folder / "metrics.jsonl")
+    steps = read_jsonl(folder / "metrics.jsonl")
     evaluations = read_jsonl(folder / "eval.jsonl")
     maps, shares = _project(folder / "representations", len(domain_names))
     (folder / "plots").mkdir(exist_ok=True)
     files: list[Path] = []
     notes: list[str] = []
     for name, figure, missing in (
-        ("reward_by_domain", _draw_rewards(rewards, domain_names), "metrics.jsonl holds no rewards"),
+        ("reward_by_domain", _draw_rewards(steps, domain_names), "metrics.jsonl holds no rewards"),
         ("held_out_by_domain", _draw_evaluations(evaluations, domain_names), "eval.jsonl holds no evaluations"),
         (
             "representations",
             _draw_maps(maps, shares, domain_names),
             "there are no representations (they are written where a contrastive term is on)",
+        ),
+        (
+            "similarity",
+            _draw_similarity(steps, domain_names),
+            "metrics.jsonl holds no similarities of domains (they are there where a contrastive term is on)",
         ),
     ):
         if figure is None:
@@ -99,6 +106,17 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
         if np.isfinite(part).any():
             result[i] = np.nanmean(part)
     return result
+
+
+def similarity_matrix(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> np.ndarray:
+    """Mean over the rows' contrast/similarity/<a>/<b>, for all pairs of names: [K, K], symmetric, NaN without any."""
+    matrix = np.full((len(names), len(names)), np.nan)
+    for a, name in enumerate(names):
+        for b in range(a, len(names)):
+            found = [v for v in _series(rows, f"contrast/similarity/{name}/{names[b]}") if math.isfinite(v)]
+            if found:
+                matrix[a, b] = matrix[b, a] = np.mean(found)
+    return matrix
 
 
 def _smoothing_window(num_steps: int) -> int:
@@ -267,3 +285,36 @@ def _map_legend(figure: "Figure", domains: Sequence[tuple[int, str]]) -> None:
     handles.append(entry("filled: correct", "black", "o", "black"))
     handles.append(entry("hollow: incorrect", "black", "o", "none"))
     figure.legend(handles=handles, loc="outside right center", frameon=False)
+
+
+def _draw_similarity(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> "Figure | None":
+    """The first steps beside the last ones, or, where one step has figures, that one."""
+    steps = [row for row in rows if np.isfinite(similarity_matrix([row], names)).any()]
+    if not steps:
+        return None
+    window = summary_window(len(steps))
+    parts = [steps] if len(steps) == 1 else [steps[:window], steps[-window:]]
+    size = max(3.5, 0.8 * len(names))
+    figure = _figure((size + 0.6) * len(parts) + 2.2, size + 1.2)
+    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for panel, part in zip(panels, parts, strict=True):
+        image = _draw_matrix(panel, similarity_matrix(part, names), names)
+        first, last = part[0]["step"], part[-1]["step"]
+        panel.set_title(f"step {first}" if first == last else f"mean of steps {first} to {last}", fontsize=12)
+    figure.colorbar(image, ax=panels, label="mean similarity (cosine)")
+    figure.suptitle("Similarity of correct rollouts by domain\n(diagonal: two different ones of a domain)", fontsize=13)
+    return figure
+
+
+def _draw_matrix(panel: "Axes", matrix: np.ndarray, names: Sequence[str]) -> "AxesImage":
+    # The whole range of a cosine: a picture of small differences would not look like one of large ones.
+    image = panel.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+    places = range(len(names))
+    panel.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_yticks(places, names)
+    for a in places:
+        for b in places:
+            value = matrix[a, b]
+            text = f"{value:.2f}" if math.isfinite(value) else "-"
+            panel.text(b, a, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black", fontsize=9)
+    return image

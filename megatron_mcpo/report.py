@@ -21,11 +21,11 @@ Of the optimizer steps: means over them, where a step has several.
   contrast/anchors/<domain>                             number of the domain's rollouts that are one of either term
   contrast/positives_share, contrast/positives_consolidate   positives that an anchor has; contrast/positives/<domain>
                              those of the sharing term (of several optimizer steps: mean over all their anchors)
-  contrast/negatives                                    negatives that an anchor has
-  contrast/positives/<a>/<b>                            positives of domain b that a sharing anchor of domain a has
-  contrast/similarity/<a>/<b>                           mean similarity of correct rollouts of both domains (a = b: two
-                             different ones of one domain); left out where there is no pair
-  contrast/alignment, contrast/uniformity               see algo.geometry; left out where there is no pair
+  contrast/negatives         negatives that an anchor of either term has; left out without an anchor
+  contrast/positives/<a>/<b>  positives of domain b that a sharing anchor of domain a has; left out without an anchor
+  contrast/similarity/<a>/<b>  mean similarity of correct rollouts of both domains (a = b: two different ones of one
+                             domain), once for every two domains; left out where there is no pair
+  contrast/alignment, contrast/uniformity   see algo.geometry; left out where there is no pair
   gradient/*                 see diagnose.term_gradients; only in the steps that measure it
   grad_norm                  before it is clipped; NaN where the update was not applied
   lr                         0 where the update was not applied
@@ -197,13 +197,15 @@ def _geometry(report: BatchReport, domain_names: Sequence[str]) -> dict[str, flo
         "contrast/uniformity": uniformity(report.z_MD),
     }
     similarity = domain_similarity(report.z_MD, keys, num_domains=len(domain_names)).tolist()
-    for a, name in enumerate(domain_names):
+    present = keys.domain_M.unique().tolist()
+    for a in present:
         positives_AK = contrast.positives_MK[contrast.valid_share_M & (keys.domain_M == a)].double()
-        for b, other in enumerate(domain_names):
+        for b in present:
+            names = f"{domain_names[a]}/{domain_names[b]}"
             if b >= a:
-                figures[f"contrast/similarity/{name}/{other}"] = similarity[a][b]
-            if b != a and b < positives_AK.shape[1]:
-                figures[f"contrast/positives/{name}/{other}"] = positives_AK[:, b].mean().item()
+                figures[f"contrast/similarity/{names}"] = similarity[a][b]
+            if b != a:
+                figures[f"contrast/positives/{names}"] = positives_AK[:, b].mean().item()
     return figures
 
 

@@ -15,7 +15,7 @@ from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.metrics import check_trackers
 from megatron_mcpo.model_config import ModelConfig, engine_problems, from_folder, layout_problems, vllm_on_cpu
-from megatron_mcpo.plan import arithmetic
+from megatron_mcpo.plan import arithmetic, empty_terms
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.weights.mapping import tensor_problems
 
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(error)
     if os.environ.get("RANK", "0") == "0" and (known.dry_run or world_size):
-        print(arithmetic(config, layout, model), flush=True)
+        # A run says by itself which terms are empty.
+        notes = empty_terms(config) if known.dry_run else []
+        print("\n".join([arithmetic(config, layout, model), *notes]), flush=True)
     if known.dry_run:
         return 0
     if world_size is None:
@@ -67,6 +69,7 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
     except ConfigError as error:
         problems += error.problems
     if model is not None:
+        problems += _head_problems(config, model)
         problems += engine_problems(
             model,
             max_prompt_tokens=config.rollout.max_prompt_tokens,
@@ -78,6 +81,16 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
     if problems or layout is None or model is None:
         raise ConfigError(problems)
     return layout, model
+
+
+def _head_problems(config: Config, model: ModelConfig) -> list[str]:
+    dim = config.contrastive.dim
+    if dim is None or dim <= model.hidden_size:
+        return []
+    return [
+        f"contrastive.dim = {dim}: must be at most the model's hidden size, {model.hidden_size}; lower it, or leave it "
+        "out"
+    ]
 
 
 def _refuse(error: ConfigError) -> int:

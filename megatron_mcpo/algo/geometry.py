@@ -1,5 +1,7 @@
 """What the representations of a step look like. Shape legend: types.py; K: domains."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ def domain_similarity(z_MD: Tensor, keys: Keys, *, num_domains: int) -> Tensor:
     """
     sums_KD, squares_K, counts_K = _domain_sums(z_MD, keys, num_domains)
     pairs_KK = counts_K[:, None] * counts_K - counts_K.diag()
-    return (sums_KD @ sums_KD.T - squares_K.diag()) / pairs_KK
+    # Without a pair the numerator is 0 but for rounding, and a rounding error over 0 would be infinite.
+    return ((sums_KD @ sums_KD.T - squares_K.diag()) / pairs_KK).where(pairs_KK > 0, torch.nan)
 
 
 def alignment(z_MD: Tensor, keys: Keys) -> float:
@@ -25,8 +28,9 @@ def alignment(z_MD: Tensor, keys: Keys) -> float:
     """
     num_domains = int(keys.domain_M.max()) + 1 if len(keys) else 1
     sums_KD, squares_K, counts_K = _domain_sums(z_MD, keys, num_domains)
-    distances_K = 2 * (counts_K * squares_K - sums_KD.square().sum(dim=1))
-    return float(distances_K.sum() / (counts_K * (counts_K - 1)).sum())
+    distance = 2 * (counts_K * squares_K - sums_KD.square().sum(dim=1)).sum()
+    pairs = (counts_K * (counts_K - 1)).sum()
+    return float(distance.clamp(min=0) / pairs) if pairs else math.nan
 
 
 def uniformity(z_MD: Tensor) -> float:
@@ -40,7 +44,9 @@ def uniformity(z_MD: Tensor) -> float:
     squares_M = z_MD.square().sum(dim=1)
     distance_MM = squares_M[:, None] + squares_M - 2 * z_MD @ z_MD.T
     num = len(z_MD)
-    potential = (torch.exp(-2 * distance_MM).sum() - num) / (num * (num - 1)) if num > 1 else torch.tensor(torch.nan)
+    if num < 2:
+        return math.nan
+    potential = (torch.exp(-2 * distance_MM).sum() - num) / (num * (num - 1))
     return float(potential.log())
 
 
