@@ -151,8 +151,8 @@ class _Sums:
         """Note the costs of these anchors, and overwrite their similarities by the gradient with respect to them.
 
         The rivals of an anchor's positives are all others or, to each positive by itself, the negatives. With R the
-        logsumexp over the rivals, a positive costs R - s_ij in the one case, softplus(R - s_ij) in the other: nothing is
-        exponentiated that could overflow.
+        logsumexp over the rivals, a positive costs R - s_ij in the one case and softplus(R - s_ij) in the other. Nothing
+        is exponentiated that could overflow.
         """
         settings, pairs = self.settings, self.pairing.find(similarity_AM, anchors_A)
         num_share_A, num_consolidate_A = self._count(pairs.share_AM, anchors_A), pairs.consolidate_AM.sum(dim=1)

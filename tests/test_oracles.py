@@ -1,0 +1,168 @@
+"""The contrastive terms against programs of others: SupCon and NT-Xent of pytorch-metric-learning, and CLIPO's formula.
+
+Value and gradient, in float64. Not covered: options that no other program has (test_contrastive holds those against a
+dense reference of our own).
+"""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import DotProductSimilarity
+from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
+from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.types import Keys
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+PairsOf = list[list[int]]
+"""Of every rollout the positions of its positives, or of its negatives."""
+
+
+def pool(num: int, seed: int, *, right: float = 0.6) -> tuple[Tensor, Keys]:
+    random = torch.Generator().manual_seed(seed)
+    z = normalize(torch.randn(num, 6, generator=random, dtype=torch.float64), dim=1)
+    domain = torch.randint(0, 3, (num,), generator=random)
+    prompt = 10 * domain + torch.randint(0, 2, (num,), generator=random)
+    return z, Keys(domain_M=domain, prompt_M=prompt, correct_M=torch.rand(num, generator=random) < right)
+
+
+def evaluate(z: Tensor, keys: Keys, *, tile_elements: int = 40, **options: object) -> Contrast:
+    return contrastive(z, keys, ContrastiveConfig.model_validate(options), tile_elements=tile_elements)
+
+
+def as_indices(positives: PairsOf, negatives: PairsOf) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs the way that library wants them: anchors and their positives, anchors and their negatives."""
+    flat = []
+    for pairs in (positives, negatives):
+        flat += [torch.tensor([i for i, chosen in enumerate(pairs) for _ in chosen], dtype=torch.int64)]
+        flat += [torch.tensor([j for chosen in pairs for j in chosen], dtype=torch.int64)]
+    return flat[0], flat[1], flat[2], flat[3]
+
+
+def assert_same(value: float, gradient: Tensor, expected: Tensor, z: Tensor) -> None:
+    assert expected > 0
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0], **TIGHT)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(4, 16), st.sampled_from([0.07, 0.1, 0.5]), st.integers(0, 10_000))
+def test_consolidation_over_all_others_is_supcon_with_domains_as_labels(num: int, tau: float, seed: int) -> None:
+    z, keys = pool(num, seed)
+    options = {"temperature": tau, "denominator": "all", "share_weight": 0.0, "consolidate_weight": 1.0}
+    ours = evaluate(z, keys, **options)
+    assume(ours.anchors_consolidate)
+    # A wrong rollout is nobody's positive: it gets a label of its own, and the loss leaves it out as an anchor.
+    labels = torch.where(keys.correct_M, keys.domain_M, 100 + torch.arange(num))
+    assume(len(labels.unique()) > 1)  # without any negative pair that library returns 0
+    leaf = z.clone().requires_grad_()
+    theirs = SupConLoss(temperature=tau, distance=DotProductSimilarity(normalize_embeddings=False))(leaf, labels)
+    assert_same(ours.loss_consolidate, ours.grad_z_MD, theirs, leaf)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(4, 16), st.sampled_from([0.07, 0.1, 0.5]), st.integers(0, 10_000))
+def test_sharing_over_all_others_is_supcon_with_pairs_across_domains(num: int, tau: float, seed: int) -> None:
+    z, keys = pool(num, seed)
+    options = {"temperature": tau, "denominator": "all", "transfer": "all"}
+    ours = evaluate(z, keys, share_weight=1.0, consolidate_weight=0.0, **options)
+    assume(ours.anchors_share)
+    domain, right = keys.domain_M.tolist(), keys.correct_M.tolist()
+    positives = [[j for j in range(num) if right[i] and right[j] and domain[j] != domain[i]] for i in range(num)]
+    negatives = [[j for j in range(num) if j != i and j not in positives[i]] for i in range(num)]
+    assume(any(negatives))
+    leaf = z.clone().requires_grad_()
+    loss = SupConLoss(temperature=tau, distance=DotProductSimilarity(normalize_embeddings=False))
+    theirs = loss(leaf, indices_tuple=as_indices(positives, negatives))
+    assert_same(ours.loss_share, ours.grad_z_MD, theirs, leaf)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5])
+@pytest.mark.parametrize("items", [2, 7])
+def test_two_views_of_every_item_are_nt_xent(items: int, tau: float) -> None:
+    z, _ = pool(2 * items, seed=items)
+    item = torch.arange(items).repeat(2)  # first all first views, then all second ones
+    keys = Keys(domain_M=torch.zeros_like(item), prompt_M=item, correct_M=torch.ones_like(item, dtype=torch.bool))
+    options = {"temperature": tau, "denominator": "all", "consolidate": "prompt"}
+    ours = evaluate(z, keys, share_weight=0.0, consolidate_weight=1.0, **options)
+    leaf = z.clone().requires_grad_()
+    theirs = NTXentLoss(temperature=tau, distance=DotProductSimilarity(normalize_embeddings=False))(leaf, item)
+    assert_same(ours.loss_consolidate, ours.grad_z_MD, theirs, leaf)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("negatives", ["pool", "domain", "prompt"])
+def test_the_default_form_is_nt_xent_of_chosen_pairs(negatives: str, top_k: int) -> None:
+    # Three right and two wrong ones a prompt, a prompt a domain: every anchor has as many positives, so that the mean
+    # over all pairs, which NT-Xent takes, is the mean over anchors.
+    z, _ = pool(15, seed=top_k)
+    domain = torch.arange(3).repeat_interleave(5)
+    keys = Keys(domain_M=domain, prompt_M=domain, correct_M=torch.tensor([True, True, False, True, False] * 3))
+    right = keys.correct_M.nonzero()[:, 0].tolist()
+    similarity = (z @ z.T).tolist()
+    positives: PairsOf = [[] for _ in range(15)]
+    rivals: PairsOf = [[] for _ in range(15)]
+    for i in right:
+        for other in {0, 1, 2} - {int(domain[i])}:
+            abroad = [j for j in right if domain[j] == other]
+            positives[i] += sorted(abroad, key=lambda j: -similarity[i][j])[:top_k]
+        rivals[i] = [j for j in range(15) if j not in right and (negatives == "pool" or domain[j] == domain[i])]
+    ours = evaluate(z, keys, share_weight=1.0, consolidate_weight=0.0, negatives=negatives, top_k=top_k)
+    leaf = z.clone().requires_grad_()
+    loss = NTXentLoss(temperature=0.1, distance=DotProductSimilarity(normalize_embeddings=False))
+    assert_same(ours.loss_share, ours.grad_z_MD, loss(leaf, indices_tuple=as_indices(positives, rivals)), leaf)
+
+
+CLIPO = {"mode": "reward", "consolidate": "prompt", "negatives": "prompt", "share_weight": 0.0}
+
+
+def clipo_losses(z: Tensor, keys: Keys, tau: float) -> dict[int, Tensor]:
+    """-1/|P| sum_{p in P} log(e^s_p / (e^s_p + sum_{n in N} e^s_n)) of every right rollout with right and wrong ones of
+    its prompt beside it, P and N.
+    """
+    losses = {}
+    for i in keys.correct_M.nonzero()[:, 0].tolist():
+        beside = [j for j in range(len(keys)) if j != i and keys.prompt_M[j] == keys.prompt_M[i]]
+        right, wrong = ([j for j in beside if bool(keys.correct_M[j]) is kind] for kind in (True, False))
+        if right and wrong:
+            denominators = sum(torch.exp(z[i] @ z[n] / tau) for n in wrong)
+            shares = [torch.exp(z[i] @ z[p] / tau) for p in right]
+            losses[i] = -torch.stack([(e / (e + denominators)).log() for e in shares]).mean()
+    return losses
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(4, 16), st.sampled_from([0.05, 0.5]), st.sampled_from([0.02, 0.2]), st.integers(0, 10_000))
+def test_clipos_reward_and_the_loss_of_its_head(num: int, tau: float, weight: float, seed: int) -> None:
+    z, keys = pool(num, seed)
+    options = CLIPO | {"temperature": tau, "consolidate_weight": weight}
+    ours = evaluate(z, keys, **options)
+    leaf = z.clone().requires_grad_()
+    losses = clipo_losses(leaf, keys, tau)
+    assert ours.valid_consolidate_M.nonzero()[:, 0].tolist() == list(losses)
+    expected = torch.zeros(num, dtype=torch.float64)
+    for i, loss in losses.items():
+        expected[i] = max(-weight * loss.item(), -0.5)
+    torch.testing.assert_close(reward_penalty(ours, ContrastiveConfig.model_validate(options)), expected, **TIGHT)
+    assume(losses)
+    mean = torch.stack(list(losses.values())).mean()
+    assert ours.loss_consolidate == pytest.approx(mean.item(), rel=1e-12)
+    torch.testing.assert_close(ours.grad_z_MD, torch.autograd.grad(weight * mean, leaf)[0], **TIGHT)
+
+
+def test_with_two_right_ones_a_prompt_the_negatives_are_all_others_that_clipos_code_has() -> None:
+    # Its authors' program puts the other right ones of the prompt into the denominator, too, and draws one positive at
+    # random: with two right ones a prompt there is one to draw, and none besides.
+    z, _ = pool(10, seed=3)
+    prompt = torch.arange(2).repeat_interleave(5)
+    keys = Keys(domain_M=prompt, prompt_M=prompt, correct_M=torch.tensor([True, False, True, False, False] * 2))
+    ours = evaluate(z, keys, temperature=0.05, consolidate_weight=1.0, **CLIPO)
+    leaf = z.clone().requires_grad_()
+    logits = (leaf @ leaf.T / 0.05).masked_fill(~((prompt[:, None] == prompt) & ~torch.eye(10).bool()), -torch.inf)
+    partner = torch.tensor([2, 0, 0, 0, 0, 7, 0, 5, 0, 0])
+    cost = -logits.log_softmax(dim=1).gather(1, partner[:, None])[keys.correct_M]
+    assert_same(ours.loss_consolidate, ours.grad_z_MD, cost.mean(), leaf)
