@@ -79,6 +79,13 @@ def refuse(config: str, folder: Path, *overrides: str, seconds: float = 5) -> st
             ["rollout.max_prompt_tokens", "250 + 7", "max_position_embeddings = 256", "lower"],
         ),
         (["--run.trackers", '["wandb"]'], ["wandb", "pip install"]),
+        (["--contrastive.dim", "65"], ["contrastive.dim = 65", "hidden size, 64", "lower it"]),
+        (["--contrastive.temperature", "0"], ["contrastive.temperature = 0", "greater than 0", "tau"]),
+        (["--contrastive.top_k", "0"], ["contrastive.top_k = 0", "greater than 0"]),
+        (
+            ["--algorithm.advantage", "gae"],
+            ["algorithm.advantage = 'gae'", "'grpo', 'dr_grpo', 'rloo' or 'per_domain'"],
+        ),
     ],
     ids=[
         "unknown key",
@@ -90,6 +97,10 @@ def refuse(config: str, folder: Path, *overrides: str, seconds: float = 5) -> st
         "padded rollout",
         "positions",
         "tracker",
+        "representation",
+        "tau",
+        "k",
+        "method",
     ],
 )
 def test_refused_by_the_command_line(model: Path, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
@@ -192,11 +203,24 @@ def test_a_folder_without_what_prompts_need_is_refused(
     assert [word for word in [*words, str(other)] if word not in message] == [], message
 
 
-def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "config.toml"
-    path.write_text(CONFIG.replace("MODEL", str(model)))
-    command = [sys.executable, "-m", "megatron_mcpo.train", str(path), "--dry-run", "--parallel.pipeline", "2"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+def dry_run(config: str, folder: Path, *overrides: str) -> str:
+    path = folder / "config.toml"
+    path.write_text(config)
+    command = [sys.executable, "-m", "megatron_mcpo.train", str(path), "--dry-run", *overrides]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "4 prompts x 2 samples = 8 rollouts" in result.stdout and "pipeline 2" in result.stdout
-    assert not (tmp_path / "runs").exists()
+    assert not (folder / "runs").exists()
+    return result.stdout
+
+
+def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) -> None:
+    config = CONFIG.replace("MODEL", str(model))
+    printed = dry_run(config, tmp_path, "--parallel.pipeline", "2", "--contrastive.dim", "64")
+    assert "4 prompts x 2 samples = 8 rollouts" in printed and "pipeline 2" in printed
+    assert "share_weight" not in printed
+
+
+def test_one_domain_has_nobody_to_share_with_which_is_no_error(model: Path, tmp_path: Path) -> None:
+    alone = CONFIG.replace("MODEL", str(model))
+    alone = alone[: alone.rindex("[[domain]]")]
+    assert "contrastive.share_weight = 0.1: with one domain" in dry_run(alone, tmp_path)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_mcpo.config import Config, ConfigError, dump, load
 from megatron_mcpo.config_io import to_toml
+from megatron_mcpo.plan import empty_terms
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
@@ -61,12 +62,11 @@ def test_quickstart_generators_accept_their_options():
 
 
 def test_round_trip_of_every_optional_value(tmp_path):
-    path = write(
-        tmp_path, parallel="data = 3", algorithm='importance_cap = "off"', run='steps = 1\ntrackers = ["wandb"]'
-    )
+    path = write(tmp_path, parallel="data = 3", contrastive="dim = 7", run='steps = 1\ntrackers = ["wandb"]')
     config = load(path)
-    assert config.algorithm.importance_cap is None
+    assert config.contrastive.dim == 7
     assert config.parallel.data == 3
+    assert load(write(tmp_path)).contrastive.dim is None
     assert reload(config, tmp_path) == config
     assert reload(load(QUICKSTART), tmp_path) == load(QUICKSTART)
 
@@ -108,9 +108,9 @@ def test_any_command_line_is_applied_or_refused(tmp_path_factory, arguments):
 
 def test_overrides_in_both_spellings(tmp_path):
     overrides = ["--optimizer.lr", "1", "--batch.prompts=16", "--parallel.sequence", "false"]
-    config = load(write(tmp_path), [*overrides, "--algorithm.importance_cap", "off"])
+    config = load(write(tmp_path), [*overrides, "--algorithm.importance", "off"])
     assert (config.optimizer.lr, config.batch.prompts, config.parallel.sequence) == (1.0, 16, False)
-    assert config.algorithm.importance_cap is None
+    assert config.algorithm.importance == "off"
 
 
 @pytest.mark.parametrize("text", ["20261123", "true", "1.5", "2026-11-23"])
@@ -157,7 +157,16 @@ def test_bad_overrides(tmp_path, overrides, expected):
         ("optimizer", "lr = inf", "optimizer.lr = inf: must be"),
         ("optimizer", "lr = 0.1\nbeta1 = 1.0", "optimizer.beta1 = 1.0: must be less than 1"),
         ("optimizer", "lr = 0.1\nmin_lr = 0.2", "must not exceed optimizer.lr = 0.1; lower it"),
-        ("algorithm", "importance_cap = -1.0", "must be greater than 0; cap C"),
+        ("algorithm", "importance_cap = -1.0", "must be greater than 0; largest importance weight"),
+        ("algorithm", 'clip = "trpo"', "algorithm.clip = 'trpo': must be 'ppo', 'gspo' or 'cispo'"),
+        ("algorithm", 'kl_estimator = "k4"', "algorithm.kl_estimator = 'k4': must be 'k1', 'k2' or 'k3'"),
+        ("algorithm", "clip_low = 1.5", "algorithm.clip_low = 1.5: must be less than or equal to 1"),
+        ("contrastive", "temperature = 0.0", "contrastive.temperature = 0.0: must be greater than 0; tau"),
+        ("contrastive", "temperature = -0.1", "contrastive.temperature = -0.1: must be greater than 0; tau"),
+        ("contrastive", "top_k = 0", "contrastive.top_k = 0: must be greater than 0"),
+        ("contrastive", "threshold = 1.5", "contrastive.threshold = 1.5: must be less than or equal to 1"),
+        ("contrastive", 'transfer = "nearest"', "must be 'top_k', 'threshold' or 'all'"),
+        ("contrastive", "share_weight = -0.1", "must be greater than or equal to 0; lambda"),
         ("parallel", "virtual_pipeline = 2", "needs at least 2 pipeline stages; set parallel.pipeline"),
         ("rollout", "temperature = 0.0", "rollout.temperature = 0.0: must be greater than 0"),
         ("new", "x = 1", "new: unknown key; known: run, model"),
@@ -175,13 +184,75 @@ def test_each_bad_value_is_named_with_rule_and_fix(tmp_path, section, keys, expe
         (("a", "mean"), "'mean': the metrics use this name"),
         (("a", "worst"), "'worst': the metrics use this name"),
         (("a", "b/c"), "domain[1].name = 'b/c'"),
-        (("a",), "contrastive.share_weight = 0.1: knowledge sharing needs two domains"),
         ((), "domain: missing"),
     ],
 )
 def test_bad_domains(tmp_path, domains, expected):
     (problem,) = problems_of(write(tmp_path, domains=domains))
     assert expected in problem
+
+
+CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contrastive.share_weight=0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["--contrastive.denominator=all", "--contrastive.negatives=domain"],
+            "contrastive.negatives = 'domain': denominator 'all' puts the whole pool into the denominator; set "
+            "negatives to 'pool' or denominator to 'negatives'",
+        ),
+        ([*CLIPO, "--contrastive.denominator=all"], "contrastive.negatives = 'prompt'"),
+        (
+            [*CLIPO, "--contrastive.consolidate_weight=0"],
+            "contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them",
+        ),
+        (
+            ["--algorithm.importance=mask", "--algorithm.importance_floor=2"],
+            "algorithm.importance_floor = 2.0: must be below importance_cap = 2.0, or every token is masked; lower it",
+        ),
+        (
+            ["--algorithm.clip=gspo", "--parallel.context=2"],
+            "algorithm.clip = 'gspo': needs a rollout's tokens on one rank, parallel.context = 2 divides them; set it "
+            "to 1 or use another clip",
+        ),
+    ],
+    ids=["denominator", "denominator of CLIPO", "reward", "importance", "sequence ratio"],
+)
+def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
+    (problem,) = problems_of(write(tmp_path), *overrides)
+    assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--contrastive.denominator=all"],
+        CLIPO,
+        ["--contrastive.share_weight=0", "--contrastive.consolidate_weight=0"],
+        ["--algorithm.importance=mask"],
+        ["--algorithm.importance_floor=9"],  # only mask has a floor
+        ["--algorithm.clip=gspo", "--parallel.tensor=2"],
+        ["--algorithm.clip=cispo", "--parallel.context=2"],
+    ],
+)
+def test_methods_at_the_edge_of_these_rules_are_allowed(tmp_path, overrides):
+    assert load(write(tmp_path), overrides)
+
+
+def test_contrastive_terms_are_on_where_one_has_a_weight(tmp_path):
+    off = ["--contrastive.share_weight=0", "--contrastive.consolidate_weight=0"]
+    assert not load(write(tmp_path), off).contrastive.enabled
+    assert load(write(tmp_path), off[:1]).contrastive.enabled and load(write(tmp_path), off[1:]).contrastive.enabled
+
+
+def test_one_domain_leaves_the_sharing_term_empty_which_is_worth_a_note(tmp_path):
+    alone = load(write(tmp_path, domains=("a",)))
+    (note,) = empty_terms(alone)
+    assert note.startswith("contrastive.share_weight = 0.1: with one domain there is nobody to share with")
+    assert empty_terms(load(write(tmp_path, domains=("a",)), ["--contrastive.share_weight=0"])) == []
+    assert empty_terms(load(write(tmp_path))) == []
 
 
 def test_single_brackets_and_plain_values_where_tables_belong(tmp_path):

@@ -85,6 +85,18 @@ def test_the_step_line_has_every_figure() -> None:
     )
 
 
+def test_figures_of_pairs_and_gradients_are_for_the_files_alone() -> None:
+    pairs = {
+        "contrast/negatives": 9.0,
+        "contrast/alignment": 0.5,
+        "contrast/similarity/arithmetic/logic": 0.25,
+        "contrast/positives/arithmetic/logic": 4.0,
+        "gradient/cos_share": -0.5,
+    }
+    assert step_line(3, 12, VALUES | pairs) == step_line(3, 12, VALUES)
+    assert domain_lines(["arithmetic", "logic"], VALUES | pairs) == domain_lines(["arithmetic", "logic"], VALUES)
+
+
 def test_the_share_with_signal_is_that_of_all_groups_where_it_is_known() -> None:
     assert "signal 60%" in step_line(1, 1, VALUES | {"signal": 0.6})
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_mcpo.metrics import write_representations
-from megatron_mcpo.plots import principal_plane, smoothed, write_plots
+from megatron_mcpo.plots import principal_plane, similarity_matrix, smoothed, write_plots
 
 NAMES = ["arithmetic", "logic"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,10 +26,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_rewards(folder: Path, rewards: list[float | None]) -> None:
+def write_rewards(folder: Path, rewards: list[float | None], *, similarities: bool = False) -> None:
     rows = [
         {"step": i + 1, "reward/mean": r, "reward/arithmetic": r, "reward/logic": 0.5} for i, r in enumerate(rewards)
     ]
+    for row in rows if similarities else ():
+        row |= {"contrast/similarity/arithmetic/logic": 0.1 * row["step"], "contrast/similarity/logic/logic": -0.5}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -45,7 +47,7 @@ def names_of(files: tuple[Path, ...]) -> list[str]:
 
 
 def test_a_whole_run_gives_all_plots_and_only_from_its_folder(folder: Path) -> None:
-    write_rewards(folder, [0.1 * i for i in range(10)])
+    write_rewards(folder, [0.1 * i for i in range(10)], similarities=True)
     (folder / "eval.jsonl").write_text(
         '{"step": 0, "arithmetic": 0.1, "logic": 0.2, "mean": 0.15, "worst": 0.1}\n'
         '{"step": 10, "arithmetic": 0.5, "logic": 0.4, "mean": 0.45, "worst": 0.4}\n'
@@ -53,10 +55,15 @@ def test_a_whole_run_gives_all_plots_and_only_from_its_folder(folder: Path) -> N
     for step in (1, 5, 10):
         write_map(folder, step, seed=step)
     plots = write_plots(folder, NAMES)
-    assert names_of(plots.files) == ["reward_by_domain.png", "held_out_by_domain.png", "representations.png"]
+    assert names_of(plots.files) == [
+        "reward_by_domain.png",
+        "held_out_by_domain.png",
+        "representations.png",
+        "similarity.png",
+    ]
     assert plots.notes == ()
     moved = folder.rename(folder.parent / "moved")
-    assert len(write_plots(moved, NAMES).files) == 3
+    assert len(write_plots(moved, NAMES).files) == 4
     assert sorted(p.name for p in (moved / "plots").iterdir()) == sorted(p.name for p in plots.files)
 
 
@@ -77,14 +84,14 @@ def test_without_representations_it_says_so(folder: Path) -> None:
     write_rewards(folder, [0.1, 0.2])
     plots = write_plots(folder, NAMES)
     assert names_of(plots.files) == ["reward_by_domain.png"]
-    assert len(plots.notes) == 2
-    assert "contrastive" in plots.notes[1]
+    assert len(plots.notes) == 3
+    assert "contrastive" in plots.notes[1] and "contrastive" in plots.notes[2]
 
 
-def test_an_empty_run_has_no_plots_and_three_reasons(tmp_path: Path) -> None:
+def test_an_empty_run_has_no_plots_and_four_reasons(tmp_path: Path) -> None:
     plots = write_plots(tmp_path, NAMES)
     assert plots.files == ()
-    assert len(plots.notes) == 3
+    assert len(plots.notes) == 4
 
 
 @pytest.mark.parametrize("rewards", [[0.5], [None, 0.5], [0.5, None, 0.25], [None, -2.0, 3.0]])
@@ -93,6 +100,37 @@ def test_short_runs_and_missing_figures(folder: Path, rewards: list[float | None
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "half')
     assert names_of(write_plots(folder, NAMES).files) == ["reward_by_domain.png"]
+
+
+def test_the_similarity_matrix_is_symmetric_and_a_mean_of_what_is_there() -> None:
+    rows = [
+        {"contrast/similarity/b/c": 0.2, "contrast/similarity/a/a": 0.5, "contrast/similarity/c/b": 9.0},
+        {"contrast/similarity/b/c": 0.4, "contrast/similarity/a/c": None},
+    ]
+    expected = [[0.5, math.nan, math.nan], [math.nan, math.nan, 0.3], [math.nan, 0.3, math.nan]]
+    np.testing.assert_allclose(similarity_matrix(rows, ["a", "b", "c"]), expected)
+    assert np.isnan(similarity_matrix([], ["a", "b"])).all()
+
+
+def picture_of_similarities(folder: Path, values: list[float | None], names: list[str]) -> bytes:
+    rows = [{"step": i + 1, f"contrast/similarity/{names[0]}/{names[-1]}": v} for i, v in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "similarity.png" in names_of(write_plots(folder, names).files)
+    return (folder / "plots" / "similarity.png").read_bytes()
+
+
+def test_similarities_of_the_first_steps_stand_beside_those_of_the_last(folder: Path) -> None:
+    values: list[float | None] = [0.1, None, 0.2, 0.3, None, 0.7, 0.8]  # five steps with figures: one at either end
+    before = picture_of_similarities(folder, values, NAMES)
+    assert picture_of_similarities(folder, [0.1, None, 0.9, -0.9, None, 0.0, 0.8], NAMES) == before
+    assert picture_of_similarities(folder, [0.2, *values[1:]], NAMES) != before
+    assert picture_of_similarities(folder, [*values[:-1], 0.9], NAMES) != before
+
+
+@pytest.mark.parametrize("num_domains", [1, 2, 12])
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
+def test_similarities_of_any_number_of_domains_and_steps(folder: Path, num_domains: int, num_steps: int) -> None:
+    assert picture_of_similarities(folder, [0.5] * num_steps, [f"domain_{i}" for i in range(num_domains)])
 
 
 def test_domains_without_a_figure_and_unknown_rows_are_left_out(folder: Path) -> None:

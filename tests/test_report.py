@@ -6,9 +6,12 @@ Not covered: gathering over real ranks (test_parallel.py) and the figures of the
 import math
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -16,12 +19,14 @@ from megatron_mcpo import report
 from megatron_mcpo.algo.advantage import group_advantages
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.algo.policy_loss import policy_loss
-from megatron_mcpo.batch import make_batch, rewards_of
+from megatron_mcpo.batch import domains_of, make_batch, rewards_of
 from megatron_mcpo.report import COLUMNS, BatchReport, rollout_rows, rollout_stats, step_figures
+from megatron_mcpo.sections import AlgorithmConfig, ContrastiveConfig
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, Scores, StopReason, TrainBatch
 
 NAMES = ["red", "green", "blue"]
 LOGP = -1.0
+SETTINGS = ContrastiveConfig(top_k=2)
 
 
 def group(domain: int, lengths: Sequence[int], rewards: Sequence[float], error: str | None = None) -> RolloutGroup:
@@ -43,7 +48,6 @@ def group(domain: int, lengths: Sequence[int], rewards: Sequence[float], error: 
 def batch_of(groups: Sequence[RolloutGroup], *, data_rank: int = 0, num_data_ranks: int = 1) -> TrainBatch:
     return make_batch(
         groups,
-        group_advantages(rewards_of(groups)),
         pass_threshold=1.0,
         num_data_ranks=num_data_ranks,
         data_rank=data_rank,
@@ -78,7 +82,12 @@ def stats_of(batch: TrainBatch) -> Tensor:
 
 
 def report_of(
-    groups: Sequence[RolloutGroup], *, metrics: dict[str, float] | None = None, num_data_ranks: int = 1
+    groups: Sequence[RolloutGroup],
+    *,
+    metrics: dict[str, float] | None = None,
+    num_data_ranks: int = 1,
+    contrastive_terms: ContrastiveConfig = SETTINGS,
+    seed: int = 0,
 ) -> BatchReport:
     """A report as the trainer makes it; representations are random."""
     shares = [batch_of(groups, data_rank=rank, num_data_ranks=num_data_ranks) for rank in range(num_data_ranks)]
@@ -86,13 +95,14 @@ def report_of(
     stats_MK = torch.zeros(len(keys), len(COLUMNS))
     for share in shares:
         stats_MK[share.rows_N] = stats_of(share)
-    z_MD = normalize(torch.randn(len(keys), 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    z_MD = normalize(torch.randn(len(keys), 4, generator=torch.Generator().manual_seed(seed)), dim=1)
     return BatchReport(
         groups=groups,
-        advantages_PG=group_advantages(rewards_of(groups)),
+        advantages_PG=group_advantages(rewards_of(groups), domains_of(groups)),
         stats_MK=stats_MK,
-        z_MD=z_MD,
-        contrast=contrastive(z_MD, keys, share_weight=1.0, consolidate_weight=1.0, temperature=0.1, top_k=1),
+        z_MD=z_MD if contrastive_terms.enabled else None,
+        contrast=contrastive(z_MD, keys, contrastive_terms) if contrastive_terms.enabled else None,
+        keys=keys,
         num_tokens=shares[0].num_tokens,
         metrics=metrics or {},
     )
@@ -175,10 +185,96 @@ def test_anchors_of_a_domain_are_a_mean_over_minibatches(figures: dict[str, floa
 def test_without_a_wrong_rollout_there_are_no_anchors() -> None:
     right = [group(0, [1, 2], [1.0, 1.0]), group(1, [3, 4], [1.0, 1.0])]
     made = report_of(right)
-    assert made.contrast is not None and made.contrast.share_MM.any(), "there are positives"
     found = step_figures([made], right, NAMES)
     for name in ("positives_share", "positives_consolidate", "anchors/red", "positives/red"):
         assert found[f"contrast/{name}"] == 0.0, name
+    left_out = ("contrast/negatives", "contrast/positives/red/green", "contrast/positives/green/red")
+    assert found.keys().isdisjoint(left_out)
+    assert "contrast/similarity/red/red" in found, "what is similar is known without an anchor"
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], options: ContrastiveConfig) -> dict:
+    """What one optimizer step has to say of pairs, from the definitions; NaN where there is none."""
+    rows = [(g.prompt.domain, number, r == 1.0) for number, g in enumerate(groups) for r in g.rewards]
+    assert made.z_MD is not None
+    z = made.z_MD.double()
+    right = [i for i, (_, _, correct) in enumerate(rows) if correct]
+    domains = sorted({domain for domain, _, _ in rows})
+
+    def similarity(i: int, j: int) -> float:
+        return (z[i] @ z[j]).item()
+
+    def against(i: int) -> int:
+        column = {"pool": None, "domain": 0, "prompt": 1}[options.negatives]
+        return sum(not row[2] and (column is None or row[column] == rows[i][column]) for row in rows)
+
+    def lent(i: int, other: int) -> int:
+        return min(options.top_k, sum(rows[j][0] == other for j in right)) if other != rows[i][0] else 0
+
+    sharing = [i for i in right if against(i) and any(lent(i, d) for d in domains)]
+    pulled = [i for i in right if against(i) and any(j != i and rows[j][0] == rows[i][0] for j in right)]
+    same = [(i, j) for i in right for j in right if i != j and rows[i][0] == rows[j][0]]
+    every = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+    figures = {
+        "contrast/negatives": mean([against(i) for i in sorted({*sharing, *pulled})]),
+        "contrast/alignment": mean([2 - 2 * similarity(i, j) for i, j in same]),
+        "contrast/uniformity": math.log(mean([math.exp(4 * similarity(i, j) - 4) for i, j in every])),
+    }
+    for a in domains:
+        for b in domains:
+            names = f"{NAMES[a]}/{NAMES[b]}"
+            if a != b:
+                figures[f"contrast/positives/{names}"] = mean([lent(i, b) for i in sharing if rows[i][0] == a])
+            if a <= b:
+                pairs = [(i, j) for i in right for j in right if i != j and (rows[i][0], rows[j][0]) == (a, b)]
+                figures[f"contrast/similarity/{names}"] = mean([similarity(i, j) for i, j in pairs])
+    return figures
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 2), st.lists(st.booleans(), min_size=3, max_size=3)), min_size=1, max_size=4),
+        min_size=1,
+        max_size=2,
+    ),
+    st.sampled_from(["pool", "domain", "prompt"]),
+    st.integers(0, 1000),
+)
+def test_figures_of_pairs_are_what_loops_find_in_the_mean_over_minibatches(
+    minibatches: list[list[tuple[int, list[bool]]]], negatives: Literal["pool", "domain", "prompt"], seed: int
+) -> None:
+    options = ContrastiveConfig(top_k=2, negatives=negatives)
+    parts = [[group(d, [1, 2, 3], [float(r) for r in right]) for d, right in part] for part in minibatches]
+    reports = [report_of(part, contrastive_terms=options, seed=seed + i) for i, part in enumerate(parts)]
+    found = step_figures(reports, [g for part in parts for g in part], NAMES)
+    loops = [pair_figures_by_loops(made, part, options) for made, part in zip(reports, parts, strict=True)]
+    expected = {
+        name: mean(known)
+        for name in {name for figures in loops for name in figures}
+        if (known := [figures[name] for figures in loops if name in figures and not math.isnan(figures[name])])
+    }
+    kinds = ("negatives", "alignment", "uniformity", "positives/[a-z]+/[a-z]+", "similarity/[a-z]+/[a-z]+")
+    of_pairs = {name: v for name, v in found.items() if re.fullmatch(f"contrast/({'|'.join(kinds)})", name)}
+    assert of_pairs == pytest.approx(expected, abs=1e-5)
+
+
+def test_gradients_of_the_terms_are_means_over_the_updates_like_all_figures_of_theirs() -> None:
+    reports = [
+        report_of(part, metrics={"gradient/cos_share": value}) for part, value in ((FIRST, 0.5), (SECOND, -0.25))
+    ]
+    assert step_figures(reports, COLLECTED, NAMES)["gradient/cos_share"] == 0.125
+
+
+def test_without_contrastive_terms_there_is_no_figure_of_pairs() -> None:
+    off = ContrastiveConfig(share_weight=0.0, consolidate_weight=0.0)
+    made = report_of(FIRST, contrastive_terms=off)
+    assert not [name for name in step_figures([made], FIRST, NAMES) if name.startswith("contrast/")]
+    assert [row["positives"] for row in rollout_rows(made, NAMES, prompts=["", ""])] == [[]] * 4
 
 
 def test_a_domain_that_is_absent_has_no_figure(figures: dict[str, float]) -> None:
@@ -187,12 +283,14 @@ def test_a_domain_that_is_absent_has_no_figure(figures: dict[str, float]) -> Non
 
 
 def test_every_figure_is_described_at_the_head_of_the_file(figures: dict[str, float]) -> None:
-    described = set(re.findall(r"[a-z_0-9/]+(?:<domain>)?", report.__doc__ or ""))
+    described = set(re.findall(r"[a-z_0-9/]+(?:<domain>|<a>/<b>)?", report.__doc__ or ""))
     starred = set(re.findall(r"^  ([a-z_]+) \*", report.__doc__ or "", flags=re.MULTILINE))
     described |= {f"{name}/<domain>" for name in starred}
-    names = {re.sub("/(red|green)$", "/<domain>", name) for name in figures}
+    names = {re.sub("/(red|green)/(red|green)$", "/<a>/<b>", name) for name in figures}
+    names = {re.sub("/(red|green)$", "/<domain>", name) for name in names}
     assert names <= described, names - described
     assert starred <= names
+    assert {name for name in described if re.match("[a-z].*<", name)} <= names, "described, but not there"
 
 
 def test_the_figures_are_the_same_for_any_number_of_ranks(figures: dict[str, float]) -> None:
@@ -214,11 +312,10 @@ def test_the_kl_is_the_one_that_the_loss_has() -> None:
         engine_logp_R=batch.engine_logp_R,
         ref_logp_R=ref_logp_R,
         advantages_R=torch.zeros_like(logp_R),
-        clip_low=0.2,
-        clip_high=0.2,
-        kl_weight=0.25,
-        importance_cap=None,
+        weights_R=torch.full_like(logp_R, 1 / batch.num_response_tokens),
+        rollout_R=batch.rollout_R,
         num_tokens=batch.num_response_tokens,
+        settings=AlgorithmConfig(kl_weight=0.25),
     )
     total = rollout_stats(batch, old, ref_logp_R)[:, 1].sum().item()
     assert 0.25 * total / batch.num_response_tokens == pytest.approx(term.metrics["loss/kl"].item(), rel=1e-5)

@@ -82,7 +82,10 @@ def test_settings_that_do_not_change_the_result_may_differ(file: Path) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("override", [["--optimizer.lr", "2e-5"], ["--run.steps", "6"], ["--run.seed", "1"]])
+@pytest.mark.parametrize(
+    "override",
+    [["--optimizer.lr", "2e-5"], ["--run.steps", "6"], ["--run.seed", "1"], ["--contrastive.mode", "reward"]],
+)
 def test_other_settings_get_a_folder_of_their_own(file: Path, override: list[str]) -> None:
     RunFolder.open(config_of(file)).close()
     other = RunFolder.open(config_of(file, *override))
