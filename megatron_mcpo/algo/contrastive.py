@@ -129,7 +129,8 @@ class _Sums:
         self.valid_consolidate_M = correct_M & (self.positives_consolidate_M > 0)
         if settings.consolidation_loss == "infonce":
             self.valid_consolidate_M &= opposed_M
-        self.tiles = (self.valid_share_M | self.valid_consolidate_M).nonzero()[:, 0].split(tile_rows)
+        anchors_A = (self.valid_share_M | self.valid_consolidate_M).nonzero()[:, 0]
+        self.tiles = anchors_A.split(tile_rows) if len(anchors_A) else ()
         if settings.transfer == "threshold":
             # In the very tiles of later on: another shape of the product might round to the other side.
             for anchors_A in self.tiles:
@@ -151,32 +152,34 @@ class _Sums:
         """Note the costs of these anchors, and overwrite their similarities by the gradient with respect to them.
 
         The rivals of an anchor's positives are all others or, to each positive by itself, the negatives. With R the
-        logsumexp over the rivals, a positive costs R - s_ij in the one case and softplus(R - s_ij) in the other. Nothing
-        is exponentiated that could overflow.
+        logsumexp over the rivals, a positive costs R - s_ij in the one case and softplus(R - s_ij) in the other.
+        Nothing is exponentiated that could overflow.
         """
-        settings, pairs = self.settings, self.pairing.find(similarity_AM, anchors_A)
-        num_share_A, num_consolidate_A = self._count(pairs.share_AM, anchors_A), pairs.consolidate_AM.sum(dim=1)
+        settings, pairs, dtype = self.settings, self.pairing.find(similarity_AM, anchors_A), similarity_AM.dtype
+        # Multiplied by, a mask of numbers is much faster than one of bools.
+        share_AM, consolidate_AM = pairs.share_AM.to(dtype), pairs.consolidate_AM.to(dtype)
+        num_share_A, num_consolidate_A = self._count(pairs.share_AM, anchors_A), consolidate_AM.sum(dim=1)
         logits_AM = similarity_AM / settings.temperature
+        nothing = torch.finfo(dtype).min  # and not -inf, which would make NaN of an anchor without a rival
         if settings.denominator == "all":
-            rivals_AM = logits_AM.scatter(1, anchors_A[:, None], -torch.inf)
+            rivals_AM = logits_AM.scatter(1, anchors_A[:, None], nothing)
         else:
-            rivals_AM = logits_AM.masked_fill(~pairs.negatives_AM, -torch.inf)
-        # Without a rival the smallest number, not -inf, whose differences would be NaN.
-        total_A1 = rivals_AM.logsumexp(dim=1, keepdim=True).clamp_(min=torch.finfo(logits_AM.dtype).min)
+            rivals_AM = logits_AM.masked_fill(~pairs.negatives_AM, nothing)
+        push_AM = rivals_AM.softmax(dim=1)  # each rival by its share of the sum
+        total_A1 = rivals_AM.amax(dim=1, keepdim=True) - push_AM.amax(dim=1, keepdim=True).log()
         logp_AM = logits_AM.sub_(total_A1)
         if settings.denominator == "negatives":
             logp_AM = logsigmoid(logp_AM)
-        self.loss_share_M[anchors_A] = -_mean(logp_AM, pairs.share_AM, num_share_A)
-        pull_AM = _spread(self.weight_share_M[anchors_A], pairs.share_AM, num_share_A)
-        spread_AM = _spread(self.weight_consolidate_M[anchors_A], pairs.consolidate_AM, num_consolidate_A)
+        self.loss_share_M[anchors_A] = -_mean(logp_AM, share_AM, num_share_A)
+        pull_AM = _spread(self.weight_share_M[anchors_A], share_AM, num_share_A)
+        spread_AM = _spread(self.weight_consolidate_M[anchors_A], consolidate_AM, num_consolidate_A)
         if settings.consolidation_loss == "infonce":
-            self.loss_consolidate_M[anchors_A] = -_mean(logp_AM, pairs.consolidate_AM, num_consolidate_A)
+            self.loss_consolidate_M[anchors_A] = -_mean(logp_AM, consolidate_AM, num_consolidate_A)
             pull_AM += spread_AM
         else:
-            self.loss_consolidate_M[anchors_A] = 1 - _mean(similarity_AM, pairs.consolidate_AM, num_consolidate_A)
+            self.loss_consolidate_M[anchors_A] = 1 - _mean(similarity_AM, consolidate_AM, num_consolidate_A)
         if settings.denominator == "negatives":
             pull_AM *= logp_AM.expm1_().neg_()  # how much of a pair's cost the rivals are to blame for
-        push_AM = rivals_AM.sub_(total_A1).exp_()  # each rival by its share of the sum
         torch.sub(push_AM.mul_(pull_AM.sum(dim=1, keepdim=True)), pull_AM, out=similarity_AM)
         similarity_AM /= settings.temperature
         if settings.consolidation_loss == "align":
@@ -219,10 +222,10 @@ def _weights(weight: float, valid_M: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mean(values_AM: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
-    """Of the values under the mask, of which there are `count_A`; 0 where there are none: [A]."""
-    return values_AM.where(mask_AM, 0.0).sum(dim=1) / count_A.clamp(min=1)
+    """Of the values under the mask, `count_A` in a row; 0 where there are none: [A]."""
+    return torch.linalg.vecdot(values_AM, mask_AM) / count_A.clamp(min=1)
 
 
 def _spread(weights_A: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
-    """Each weight in equal parts over the true places of its row, of which there are `count_A`."""
+    """Each weight in equal parts over its row's places under the mask, of which there are `count_A`."""
     return mask_AM * (weights_A / count_A.clamp(min=1))[:, None]
