@@ -6,6 +6,7 @@ of losses (test_gradients).
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 from tools import reference
+from tools.bench import memory
 
 WEIGHTS = {"share_weight": 0.7, "consolidate_weight": 0.3}
 Rollout = tuple[int, int, bool]
@@ -124,20 +126,20 @@ NAMED: dict[str, list[Rollout]] = {
 }
 
 
-@pytest.mark.parametrize("transfer", ["top_k", "threshold", "all"])
+@pytest.mark.parametrize("transfer", [("top_k", 0.0), ("threshold", -1.0), ("threshold", 0.99), ("all", 0.0)])
 @pytest.mark.parametrize("loss", ["infonce", "align"])
 @pytest.mark.parametrize("against", ["pool", "domain", "prompt", "all"])
 @pytest.mark.parametrize("name", NAMED)
-def test_named_pools_against_the_reference(name: str, against: str, loss: str, transfer: str) -> None:
+def test_named_pools_against_the_reference(name: str, against: str, loss: str, transfer: tuple[str, float]) -> None:
     rollouts = NAMED[name]
-    options = {"denominator": "all"} if against == "all" else {"negatives": against}
-    options |= {"consolidation_loss": loss, "transfer": transfer}
+    options: dict[str, Any] = {"denominator": "all"} if against == "all" else {"negatives": against}
+    options |= {"consolidation_loss": loss, "transfer": transfer[0], "threshold": transfer[1]}
     kinds = [unit_rows(len(rollouts), 4), torch.zeros(len(rollouts), 4).double()]
     kinds.append(torch.tensor([[0.6, 0.8]] * len(rollouts), dtype=torch.float64).view(-1, 2))
     for z in kinds:
-        # Nothing is chosen among equal rows, whose products may be rounded apart: no domain has more than top_k.
+        # No domain has more than top_k right ones: nothing is chosen among equal rows, whose products may round apart.
         for consolidate in ("domain", "prompt"):
-            assert_equals_reference(z, rollouts, 2 * len(rollouts), consolidate=consolidate, threshold=-1.0, **options)
+            assert_equals_reference(z, rollouts, 2 * len(rollouts), consolidate=consolidate, **options)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a single rollout", "none correct", "one correct"])
@@ -253,6 +255,16 @@ def test_extreme_temperatures_stay_finite_in_fp32(
     assert result.grad_z_MD.isfinite().all()
     assert result.loss_share_M.isfinite().all() and result.loss_consolidate_M.isfinite().all()
     assert reward_penalty(result, ContrastiveConfig(**WEIGHTS, **options)).isfinite().all()
+
+
+def test_memory_is_that_of_a_tile_not_of_all_pairs() -> None:
+    rollouts = [(i % 3, i // 8, i % 2 > 0) for i in range(4096)]
+    z = unit_rows(4096, 8).float()
+    evaluate(z[:64], rollouts[:64])
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    evaluate(z, rollouts, tile_elements=2**20)
+    assert memory("VmHWM") - before < 4096 * 4096 * 4 / 2, "half of one matrix of all pairs"
 
 
 def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:

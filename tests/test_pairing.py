@@ -84,12 +84,6 @@ def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
     assert pairs_of(z, keys, negatives="prompt")[2][:4] == [[4], [4], [5], [6]]
 
 
-def test_the_choice_carries_no_gradient() -> None:
-    z = angles(0, 10, 20).requires_grad_()
-    pairing = Pairing(keys_of([0, 1, 1], [1, 1, 0]), ContrastiveConfig())
-    assert not pairing.find(z[:2] @ z.T, torch.arange(2)).share_AM.requires_grad
-
-
 def test_an_empty_step_has_no_pairs() -> None:
     assert pairs_of(torch.zeros(0, 3), keys_of([], [])) == ([], [], [])
 

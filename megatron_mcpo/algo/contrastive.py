@@ -92,7 +92,6 @@ def contrastive(
     radial part is the business of the head's own backward pass.
     """
     assert z_MD.ndim == 2 and len(z_MD) == len(keys), (z_MD.shape, len(keys))
-    z_MD = z_MD.detach()
     sums = _Sums(z_MD, keys, settings, tile_elements)
     for anchors_A in sums.tiles:
         sums.add_tile(anchors_A)
@@ -177,7 +176,7 @@ class _Sums:
             self.loss_consolidate_M[anchors_A] = -_mean(logp_AM, consolidate_AM, num_consolidate_A)
             pull_AM += spread_AM
         else:
-            self.loss_consolidate_M[anchors_A] = 1 - _mean(similarity_AM, consolidate_AM, num_consolidate_A)
+            self.loss_consolidate_M[anchors_A] = _mean(1 - similarity_AM, consolidate_AM, num_consolidate_A)
         if settings.denominator == "negatives":
             pull_AM *= logp_AM.expm1_().neg_()  # how much of a pair's cost the rivals are to blame for
         torch.sub(push_AM.mul_(pull_AM.sum(dim=1, keepdim=True)), pull_AM, out=similarity_AM)
@@ -199,13 +198,11 @@ class _Sums:
 
     def result(self) -> Contrast:
         anchor_M = self.valid_share_M | self.valid_consolidate_M
-        loss_share_M = self.loss_share_M.where(self.valid_share_M, 0.0)
-        loss_consolidate_M = self.loss_consolidate_M.where(self.valid_consolidate_M, 0.0)
         return Contrast(
-            loss_share=(loss_share_M.sum() / self.valid_share_M.sum().clamp(min=1)).item(),
-            loss_consolidate=(loss_consolidate_M.sum() / self.valid_consolidate_M.sum().clamp(min=1)).item(),
-            loss_share_M=loss_share_M,
-            loss_consolidate_M=loss_consolidate_M,
+            loss_share=(self.loss_share_M.sum() / self.valid_share_M.sum().clamp(min=1)).item(),
+            loss_consolidate=(self.loss_consolidate_M.sum() / self.valid_consolidate_M.sum().clamp(min=1)).item(),
+            loss_share_M=self.loss_share_M,
+            loss_consolidate_M=self.loss_consolidate_M,
             grad_z_MD=self.grad_z_MD,
             valid_share_M=self.valid_share_M,
             valid_consolidate_M=self.valid_consolidate_M,

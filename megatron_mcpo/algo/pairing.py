@@ -28,7 +28,7 @@ class Pairing:
     of each domain, so that no domain crowds out the rest. S(i), the in-domain positives: by `consolidate` the other
     correct rollouts of the domain or the prompt. M(i), the negatives: by `negatives` incorrect rollouts.
 
-    The choice carries no gradient. Of equally similar rollouts the first ones in step order are taken, so that every
+    Of equally similar rollouts the first ones in step order are taken, so that every
     rank picks the same.
     """
 
@@ -60,10 +60,10 @@ class Pairing:
     def transferable(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
         """C(i) alone: bool [A, M]."""
         if self.settings.transfer == "top_k":
-            return self._most_similar(similarity_AM.detach(), anchors_A)
+            return self._most_similar(similarity_AM, anchors_A)
         others_AM = ~self._same("domain", anchors_A) & self.keys.correct_M
         if self.settings.transfer == "threshold":
-            others_AM &= similarity_AM.detach() >= self.settings.threshold
+            others_AM &= similarity_AM >= self.settings.threshold
         return others_AM
 
     def _same(self, group: str, anchors_A: Tensor) -> Tensor:
