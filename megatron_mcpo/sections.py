@@ -41,6 +41,11 @@ class ModelSection(Section):
 
     path: PathText = Field(description="Hugging Face folder with config.json, tokenizer and safetensors")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations, in trainer and engine")
+    recompute: Literal["none", "full"] = Field(
+        "none",
+        description="full: only the inputs of the policy's layers are kept for the backward pass, which computes the "
+        "rest a second time: less memory, longer updates",
+    )
 
 
 class ParallelConfig(Section):

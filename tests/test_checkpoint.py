@@ -6,10 +6,8 @@ Not covered here: the whole program (test_resume), checkpoints of Transformer En
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from megatron.core import tensor_parallel
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_mcpo import parallel
@@ -22,6 +20,8 @@ from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy
 from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.types import Update
+from tools import tiny_model
+from tools.ranks import run_ranks
 
 NUM_PROMPTS, NUM_SAMPLES, DIM, UPDATES = 6, 3, 16, 3
 HEAD = "contrastive_head"
@@ -45,16 +45,16 @@ def learn(policy: Policy, seed: int) -> Update:
     """An update of everything, the head too, on a batch that depends on the seed and not on the layout."""
     layout = policy.groups.layout
     batch = make_batch(
-        tiny.rollout_groups(num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, seed=seed),
-        torch.randn(NUM_PROMPTS, NUM_SAMPLES, generator=torch.Generator().manual_seed(seed)),
+        tiny_model.rollout_groups(num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, seed=seed),
         pass_threshold=1.0,
         num_data_ranks=layout.data,
         data_rank=policy.groups.data_rank,
         share_prompts=policy.shares_prompts,
     )
-    advantages_R = batch.advantages_N.repeat_interleave(batch.response_lens_N)
-    grad_MD = torch.randn(NUM_PROMPTS * NUM_SAMPLES, DIM, generator=torch.Generator().manual_seed(seed)) / 10
-    grad_ND = grad_MD[batch.rows_N]
+    generator = torch.Generator().manual_seed(seed)
+    advantages_M = torch.randn(NUM_PROMPTS * NUM_SAMPLES, generator=generator)
+    grad_MD = torch.randn(NUM_PROMPTS * NUM_SAMPLES, DIM, generator=generator) / 10
+    advantages_R, grad_ND = advantages_M[batch.rows_N][batch.rollout_R], grad_MD[batch.rows_N]
 
     def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         assert x.z_nD is not None
@@ -102,12 +102,10 @@ def load_train(config: Config, layout: Layout, folder: Path) -> tuple[dict, dict
 
 
 def settings(model: Path, dtype: str) -> Config:
-    return tiny.config(
+    return tiny_model.config(
         model,
         run={"steps": UPDATES + 2},
         model={"dtype": dtype},
-        batch={"micro_batch_tokens": 64},
-        rollout={"max_prompt_tokens": 32, "max_response_tokens": 16},
         optimizer={"schedule": "linear", "weight_decay": 0.1},
         contrastive={"dim": DIM},
     )
@@ -129,7 +127,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[flo
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tied", "untied")}
     for kind, folder in folders.items():
-        tiny.save_model(folder, tied=kind == "tied")
+        tiny_model.save_model(folder, tied=kind == "tied")
     return folders
 
 

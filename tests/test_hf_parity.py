@@ -4,7 +4,7 @@ Covers every architecture in every layout with packed sequences. Not covered her
 Transformer Engine's layer spec and GPUs.
 """
 
-from ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
+from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
 
 # isort: split
 from collections.abc import Iterator

@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch.distributed as dist
-from ranks import run_ranks
 
 from megatron_mcpo import parallel
 from megatron_mcpo.layout import Layout
+from tools.ranks import run_ranks
 
 LAYOUTS = [
     Layout(tensor=2, data=2, sequence=True),

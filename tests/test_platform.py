@@ -21,12 +21,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_mcpo import parallel, platform
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.spec import layer_spec
+from tools.ranks import run_ranks
 
 VOCAB, SEQ_LEN, NUM_MICRO_BATCHES = 64, 16, 2
 

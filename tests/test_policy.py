@@ -1,48 +1,44 @@
-"""Updates of the real model: learning-rate schedule, non-finite gradients, scores that don't depend on the packing.
+"""Updates of the real model: learning-rate schedule, refusals, recomputation, scores that don't depend on the packing.
 
 Not covered here: exactness of gradients (test_gradients), checkpoints (test_checkpoint).
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_mcpo import parallel
 from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
 from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.types import TrainBatch
+from tools import tiny_model
+from tools.ranks import run_ranks
 
-TWO_UPDATES = {"micro_batch_tokens": 64, "minibatches": 2}  # a step
+TWO_UPDATES = {"minibatches": 2}  # a step
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.save_model(path, tied=True)
+    tiny_model.save_model(path, tied=True)
     return path
-
-
-def small_config(folder: Path, **sections: dict[str, Any]) -> Config:
-    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
-    return tiny.config(folder, **{"batch": {"micro_batch_tokens": 64}, "rollout": limits, **sections})
 
 
 def start(config: Config) -> tuple[Policy, TrainBatch]:
     ranks = parallel.init(Layout(), seed=0, timeout_seconds=60)
     policy = Policy(config, from_folder(Path(config.model.path)), ranks)
-    groups = tiny.rollout_groups(num_prompts=4, num_samples=3)
+    groups = tiny_model.rollout_groups(num_prompts=4, num_samples=3)
     batch = make_batch(
         groups,
-        torch.zeros(4, 3),
         pass_threshold=1.0,
         num_data_ranks=1,
         data_rank=0,
@@ -76,7 +72,7 @@ def test_learning_rate_follows_the_schedule(folder: Path) -> None:
     for schedule in ("constant", "linear", "cosine"):
         for warmup in (0, 2, 6):
             optimizer = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": warmup, "schedule": schedule}
-            config = small_config(folder, run={"steps": 3}, optimizer=optimizer, batch=TWO_UPDATES)
+            config = tiny_model.config(folder, run={"steps": 3}, optimizer=optimizer, batch=TWO_UPDATES)
             expected = [closed_form(schedule, update, warmup=warmup, updates=6) for update in range(1, 7)]
             assert run_ranks(1, rates, config)[0] == pytest.approx(expected, rel=1e-6), (schedule, warmup)
 
@@ -87,7 +83,7 @@ def test_a_warm_up_longer_than_the_run_ends_with_it(folder: Path) -> None:
         return [policy.update(batch, maximise(1.0)).lr for _ in range(2)]
 
     optimizer = {"lr": 1e-3, "warmup_steps": 9, "schedule": "linear"}
-    config = small_config(folder, run={"steps": 1}, optimizer=optimizer, batch=TWO_UPDATES)
+    config = tiny_model.config(folder, run={"steps": 1}, optimizer=optimizer, batch=TWO_UPDATES)
     assert run_ranks(1, rates, config)[0] == pytest.approx([5e-4, 1e-3], rel=1e-6)
 
 
@@ -102,7 +98,43 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
         assert update.applied and policy.version == 1
         assert not all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
 
-    run_ranks(1, check, small_config(folder))
+    run_ranks(1, check, tiny_model.config(folder))
+
+
+def test_an_update_with_representations_of_other_weights_is_refused(folder: Path) -> None:
+    def check(config: Config) -> None:
+        policy, batch = start(config)
+        scores = policy.score(batch)
+        policy.update(batch, maximise(1.0), z_version=scores.version)
+        before = {name: tensor.clone() for name, tensor in policy.weights()}
+        with pytest.raises(ValueError, match="weights of version 0, the policy has version 1"):
+            policy.update(batch, maximise(1.0), z_version=scores.version)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
+        assert policy.update(batch, maximise(1.0), z_version=policy.score(batch).version).applied
+
+    run_ranks(1, check, tiny_model.config(folder))
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 1), ("full", 2)])
+def test_layers_are_recomputed_in_the_backward_pass_alone(folder: Path, recompute: str, passes: int) -> None:
+    """And never in the reference. That the gradient stays the same is shown by test_gradients."""
+
+    def count(model: Policy | Reference, act: Callable[[], Any]) -> int:
+        calls: list[int] = []
+        layer = unwrap(model.chunks[0]).decoder.layers[1]
+        handle = layer.register_forward_hook(lambda *_: calls.append(1))
+        act()
+        handle.remove()
+        return len(calls)
+
+    def check(config: Config) -> tuple[int, ...]:
+        policy, batch = start(config)
+        reference = Reference(config, from_folder(Path(config.model.path)), policy.groups)
+        trained = count(policy, lambda: policy.backward(batch, maximise(1.0)))
+        return trained, count(policy, lambda: policy.score(batch)), count(reference, lambda: reference.score(batch))
+
+    config = tiny_model.config(folder, model={"recompute": recompute}, batch={"micro_batch_tokens": 4096})
+    assert run_ranks(1, check, config) == [(passes, 1, 1)]
 
 
 def test_an_update_raises_what_it_maximises_and_reports_sums(folder: Path) -> None:
@@ -113,7 +145,7 @@ def test_an_update_raises_what_it_maximises_and_reports_sums(folder: Path) -> No
         assert update.metrics["value"] == pytest.approx(-before.item() / 100, rel=1e-4)
         assert policy.score(batch).logp_R.sum() > before
 
-    run_ranks(1, check, small_config(folder))
+    run_ranks(1, check, tiny_model.config(folder))
 
 
 def test_scores_depend_neither_on_packing_nor_on_the_head(folder: Path) -> None:
@@ -125,7 +157,7 @@ def test_scores_depend_neither_on_packing_nor_on_the_head(folder: Path) -> None:
         return result.logp_R, result.entropy_R
 
     wide = {"batch": {"micro_batch_tokens": 4096}}
-    expected = run_ranks(1, scores, small_config(folder), True)[0]
-    for config, head in ((small_config(folder, **wide), True), (small_config(folder), False)):
+    expected = run_ranks(1, scores, tiny_model.config(folder), True)[0]
+    for config, head in ((tiny_model.config(folder, **wide), True), (tiny_model.config(folder), False)):
         for mine, other in zip(run_ranks(1, scores, config, head)[0], expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

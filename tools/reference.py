@@ -3,11 +3,90 @@
 Shares no line with megatron_mcpo.algo. Memory is O(M^2). Shape legend: see megatron_mcpo.types.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
-from megatron_mcpo.sections import ContrastiveConfig
-from megatron_mcpo.types import Keys
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.sections import AlgorithmConfig, ContrastiveConfig
+from megatron_mcpo.types import Keys, RolloutGroup
+
+
+def gradients(
+    model: nn.Module,
+    head: Mapping[str, Tensor],
+    groups: Sequence[RolloutGroup],
+    old_logp: Sequence[Tensor],
+    ref_logp: Sequence[Tensor],
+    config: Config,
+) -> dict[str, Tensor]:
+    """Gradient of the whole objective with respect to every parameter: autograd in float64, a rollout at a time.
+
+    model: a Hugging Face causal model; it is left in float64
+    head: `weight` [D, H] and, of an mlp, `hidden_weight` [H, H]; empty where there is no contrastive term
+    old_logp, ref_logp: log-probs of every rollout's tokens
+    Returns the gradients under the names of the model's parameters, those of the head as contrastive_head.NAME.
+    """
+    model = model.double()
+    head = {name: weight.detach().double().requires_grad_() for name, weight in head.items()}
+    rollouts = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
+    results = [_evaluate(model, head, prompt, response, config) for prompt, response in rollouts]
+    rewards_PG = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    contrast = torch.zeros((), dtype=torch.float64)
+    if head:
+        z_MD = torch.stack([z_D for _, z_D in results])
+        keys = _keys(groups, config.algorithm.pass_threshold)
+        contrast = contrastive_loss(z_MD, keys, config.contrastive)
+        if config.contrastive.mode == "reward":
+            rewards_PG = rewards_PG + reward_penalty(z_MD, keys, config.contrastive).view_as(rewards_PG)
+    policy = policy_term(
+        [logp_r for logp_r, _ in results],
+        old_logp,
+        [torch.tensor(c.logprobs) for group in groups for c in group.completions],
+        ref_logp,
+        _advantages(rewards_PG).flatten().tolist(),
+        config.algorithm,
+        longest=config.rollout.max_response_tokens,
+    )
+    named = dict(model.named_parameters()) | {f"contrastive_head.{name}": weight for name, weight in head.items()}
+    found = torch.autograd.grad(policy + contrast, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+def policy_term(
+    logp: Sequence[Tensor],
+    old_logp: Sequence[Tensor],
+    engine_logp: Sequence[Tensor],
+    ref_logp: Sequence[Tensor],
+    advantages: Sequence[float],
+    settings: AlgorithmConfig,
+    *,
+    longest: int,
+) -> Tensor:
+    """Clipped ratio with truncated importance weights, plus k3 to the reference; a tensor a rollout.
+
+    longest: most tokens that a response may have, the denominator of `dr_grpo`.
+    """
+    assert settings.advantage == "grpo"
+    assert (settings.clip, settings.importance, settings.kl_estimator) == ("ppo", "truncate", "k3")
+    sums, means = [], []
+    for new, old, engine, ref, advantage in zip(logp, old_logp, engine_logp, ref_logp, advantages, strict=True):
+        ratio = (new - old.double()).exp()
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        weight = (old.double() - engine.double()).exp().clamp(max=settings.importance_cap)
+        towards = ref.double() - new
+        kl = towards.exp() - 1 - towards
+        token = -weight * torch.minimum(ratio * advantage, clipped * advantage) + settings.kl_weight * kl
+        sums.append(token.sum())
+        means.append(token.mean())
+    total = torch.stack(sums).sum()
+    if settings.aggregation == "token_mean":
+        return total / sum(len(new) for new in logp)
+    if settings.aggregation == "dr_grpo":
+        return total / (len(logp) * longest)
+    return torch.stack(means).mean()
 
 
 def contrastive_loss(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
@@ -17,21 +96,21 @@ def contrastive_loss(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> T
     return settings.share_weight * share + settings.consolidate_weight * consolidate
 
 
+def reward_penalty(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """max(-(share_weight * L_share(i) + consolidate_weight * L_cons(i)), -0.5) of every rollout [M], no graph."""
+    share_M, _ = _share_costs(z_MD.detach(), keys, settings)
+    consolidate_M, _ = _consolidate_costs(z_MD.detach(), keys, settings)
+    return (-settings.share_weight * share_M - settings.consolidate_weight * consolidate_M).clamp(min=-0.5)
+
+
 def share_term(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
     """L_share, and which rollouts are its anchors."""
-    return _info_nce(z_MD, share_positives(z_MD, keys, settings), keys, settings)
+    return _mean(*_share_costs(z_MD, keys, settings))
 
 
 def consolidate_term(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
     """L_cons, and which rollouts are its anchors."""
-    same = _same(keys.domain_M if settings.consolidate == "domain" else keys.prompt_M)
-    positives = same & _correct_pairs(keys)
-    positives.fill_diagonal_(False)
-    if settings.consolidation_loss == "infonce":
-        return _info_nce(z_MD, positives, keys, settings)
-    anchors = positives.any(1)
-    distances = ((1 - z_MD @ z_MD.T) * positives).sum(1) / positives.sum(1).clamp(min=1)
-    return distances.sum() / anchors.sum().clamp(min=1), anchors
+    return _mean(*_consolidate_costs(z_MD, keys, settings))
 
 
 def share_positives(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
@@ -58,7 +137,22 @@ def negatives(keys: Keys, settings: ContrastiveConfig) -> Tensor:
     return wrong & _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
 
 
+def _share_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    return _info_nce(z_MD, share_positives(z_MD, keys, settings), keys, settings)
+
+
+def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    same = _same(keys.domain_M if settings.consolidate == "domain" else keys.prompt_M)
+    positives = same & _correct_pairs(keys)
+    positives.fill_diagonal_(False)
+    if settings.consolidation_loss == "infonce":
+        return _info_nce(z_MD, positives, keys, settings)
+    distances = ((1 - z_MD @ z_MD.T) * positives).sum(1) / positives.sum(1).clamp(min=1)
+    return distances, positives.any(1)
+
+
 def _info_nce(z_MD: Tensor, positives: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    """What every anchor costs [M], 0 for all others, and which rollouts are anchors."""
     logits = z_MD @ z_MD.T / settings.temperature
     against = negatives(keys, settings)
     if settings.denominator == "all":
@@ -68,7 +162,11 @@ def _info_nce(z_MD: Tensor, positives: Tensor, keys: Keys, settings: Contrastive
     rivals = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
     whole = torch.logaddexp(rivals.expand_as(logits), logits) if settings.denominator == "negatives" else rivals
     costs = torch.where(positives, whole - logits, 0.0).sum(1) / positives.sum(1)
-    return costs.sum() / max(len(costs), 1), anchors
+    return z_MD.new_zeros(len(keys)).masked_scatter(anchors, costs), anchors
+
+
+def _mean(cost_M: Tensor, anchors_M: Tensor) -> tuple[Tensor, Tensor]:
+    return cost_M.sum() / anchors_M.sum().clamp(min=1), anchors_M
 
 
 def _same(group_M: Tensor) -> Tensor:
@@ -77,3 +175,38 @@ def _same(group_M: Tensor) -> Tensor:
 
 def _correct_pairs(keys: Keys) -> Tensor:
     return keys.correct_M[:, None] & keys.correct_M
+
+
+def _evaluate(
+    model: nn.Module, head: Mapping[str, Tensor], prompt: Sequence[int], response: Sequence[int], config: Config
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of a response's tokens and, with a head, its representation [D]."""
+    ids, start = torch.tensor([[*prompt, *response]]), len(prompt)
+    output = model(ids, output_hidden_states=True)
+    log_probs = (output.logits[0, start - 1 : -1] / config.rollout.temperature).log_softmax(-1)
+    logp_r = log_probs.gather(1, ids[0, start:, None]).squeeze(1)
+    if not head:
+        return logp_r, torch.zeros(0)
+    hidden_rH = output.hidden_states[-1][0, start:]  # behind the final norm
+    features_H = hidden_rH[-1] if config.contrastive.pool == "last" else hidden_rH.mean(0)
+    if config.contrastive.mode == "reward":
+        features_H = features_H.detach()
+    if "hidden_weight" in head:
+        features_H = F.gelu(head["hidden_weight"] @ features_H)
+    return logp_r, F.normalize(head["weight"] @ features_H, dim=0)
+
+
+def _keys(groups: Sequence[RolloutGroup], pass_threshold: float) -> Keys:
+    rollouts = [(number, group, reward) for number, group in enumerate(groups) for reward in group.rewards]
+    return Keys(
+        domain_M=torch.tensor([group.prompt.domain for _, group, _ in rollouts]),
+        prompt_M=torch.tensor([number for number, _, _ in rollouts]),
+        correct_M=torch.tensor([reward >= pass_threshold for _, _, reward in rollouts]),
+    )
+
+
+def _advantages(rewards_PG: Tensor) -> Tensor:
+    """(reward - mean) / (sample deviation + 1e-6) by prompt, 0 where all rewards are equal: [P, G]."""
+    mixed_P1 = (rewards_PG != rewards_PG[:, :1]).any(1, keepdim=True)
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    return torch.where(mixed_P1, centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6), 0.0)

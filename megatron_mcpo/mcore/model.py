@@ -23,7 +23,7 @@ def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
     return -(-model.vocab_size // tensor) * tensor
 
 
-def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
     """Megatron's description of the layers and of how they are divided."""
     layout = groups.layout
     interleaved = layout.virtual_pipeline > 1
@@ -51,6 +51,9 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
         # With two stages, previous and next rank are the same one and batched messages match in the wrong order:
         # the interleaved schedule is then silently wrong.
         overlap_p2p_comm=interleaved,
@@ -62,13 +65,16 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
     return config
 
 
-def build_chunks(model: ModelConfig, groups: Groups, *, dtype: torch.dtype, head: HeadSpec | None) -> list[nn.Module]:
+def build_chunks(
+    model: ModelConfig, groups: Groups, *, dtype: torch.dtype, head: HeadSpec | None, recompute: bool = False
+) -> list[nn.Module]:
     """This rank's chunks of the model, one for every virtual pipeline stage, with weights yet to be loaded.
 
-    head: attached to the last chunk as `contrastive_head`; None: no head.
+    head: attached to the last chunk as `contrastive_head`; None: no head
+    recompute: of a layer keep nothing but its input for the backward pass, in training mode
     In bf16 each chunk is wrapped in Megatron's Float16Module.
     """
-    config = transformer_config(model, groups, dtype=dtype)
+    config = transformer_config(model, groups, dtype=dtype, recompute=recompute)
     stages = range(groups.layout.virtual_pipeline)
     interleaved = len(stages) > 1
     chunks = []

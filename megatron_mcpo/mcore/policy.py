@@ -61,7 +61,9 @@ class _Model:
         self.max_tokens = config.batch.micro_batch_tokens
         self.head = head
         self.version = 0
-        self.chunks: list[Any] = build_chunks(model, groups, dtype=DTYPES[config.model.dtype], head=head)
+        self.chunks: list[Any] = build_chunks(
+            model, groups, dtype=DTYPES[config.model.dtype], head=head, recompute=config.model.recompute == "full"
+        )
         load_hf(self.chunks, model, Path(config.model.path), groups)
 
     def score(self, batch: TrainBatch) -> Scores:

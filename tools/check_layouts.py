@@ -1,0 +1,282 @@
+"""Is the gradient exact? Every parameter's, of the whole objective, in every parallel layout, on real gloo ranks.
+
+`.venv/bin/python tools/check_layouts.py [--json] [--layouts tp2 dp2 ...]`
+The reference is autograd in float64 through a Hugging Face model in one process (tools/reference.py). An error is the
+largest of a parameter's gradient, relative to its largest entry. Exits with 1 where one exceeds the bound.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+from megatron_mcpo import parallel  # noqa: E402
+from megatron_mcpo.batch import make_batch  # noqa: E402
+from megatron_mcpo.config import Config  # noqa: E402
+from megatron_mcpo.layout import Layout  # noqa: E402
+from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec  # noqa: E402
+from megatron_mcpo.mcore.policy import Policy  # noqa: E402
+from megatron_mcpo.model_config import from_folder  # noqa: E402
+from megatron_mcpo.objective import Objective, Scored  # noqa: E402
+from megatron_mcpo.parallel import Groups  # noqa: E402
+from megatron_mcpo.types import RolloutGroup, Scores  # noqa: E402
+from megatron_mcpo.weights.sync import export  # noqa: E402
+from tools import reference, tiny_model  # noqa: E402
+from tools.ranks import run_ranks  # noqa: E402
+
+BOUND = 1e-5
+HEAD = "contrastive_head"
+LAYOUTS = {
+    "dp1": Layout(),
+    "dp2": Layout(data=2),
+    "dp4": Layout(data=4),
+    "tp2": Layout(tensor=2),
+    "tp2_sp": Layout(tensor=2, sequence=True),
+    "tp4_sp": Layout(tensor=4, sequence=True),
+    "tp3_sp": Layout(tensor=3, sequence=True),
+    "pp2": Layout(pipeline=2),
+    "pp3": Layout(pipeline=3),
+    "pp4": Layout(pipeline=4),
+    "vpp2": Layout(pipeline=2, virtual_pipeline=2),
+    "cp2": Layout(context=2),
+    "tp2_pp2": Layout(tensor=2, pipeline=2, sequence=True),
+    "dp2_tp2": Layout(tensor=2, data=2, sequence=True),
+    "dp2_pp2": Layout(pipeline=2, data=2),
+    "tp2_cp2": Layout(tensor=2, context=2, sequence=True),
+    "pp2_cp2": Layout(pipeline=2, context=2),
+    "vpp2_dp2": Layout(pipeline=2, virtual_pipeline=2, data=2),
+    "tp2_pp2_dp2": Layout(tensor=2, pipeline=2, data=2, sequence=True),
+}
+SHAPES = {
+    2: {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2},
+    3: {"num_layers": 3, "num_heads": 9, "num_kv_heads": 3},
+}
+"""Models whose layers and heads can be divided by 2, and by 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to configure and to pack a step.
+
+    shortest_prompt: more than half of what a micro-batch holds keeps any two rollouts apart
+    """
+
+    name: str
+    sections: dict[str, dict[str, Any]]
+    share_prompts: bool
+    shortest_prompt: int = 3
+
+
+VARIANTS = [
+    Variant(
+        name="a rollout a micro-batch",
+        sections={"batch": {"micro_batch_tokens": 32}},
+        share_prompts=False,
+        shortest_prompt=17,
+    ),
+    Variant(
+        name="few rollouts, recomputed, sequence means, mlp head on the last token",
+        sections={
+            "batch": {"micro_batch_tokens": 64},
+            "model": {"recompute": "full"},
+            "rollout": {"temperature": 0.8},
+            "algorithm": {"aggregation": "seq_mean_token_mean"},
+            "contrastive": {"head": "mlp", "pool": "last"},
+        },
+        share_prompts=True,
+    ),
+    Variant(
+        name="all rollouts in one micro-batch",
+        sections={"batch": {"micro_batch_tokens": 4096}},
+        share_prompts=True,
+    ),
+    Variant(
+        name="contrastive reward, recomputed, dr_grpo",
+        sections={
+            "batch": {"micro_batch_tokens": 64},
+            "model": {"recompute": "full"},
+            "algorithm": {"aggregation": "dr_grpo"},
+            "contrastive": {"mode": "reward"},
+        },
+        share_prompts=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, a configuration, rollouts, and the gradient of every parameter that the reference finds."""
+
+    name: str
+    config: Config
+    groups: Sequence[RolloutGroup]
+    share_prompts: bool
+    expected: dict[str, Tensor]
+
+
+def divisor(layout: Layout) -> int:
+    """The key of SHAPES that a layout needs."""
+    return 3 if 3 in (layout.tensor, layout.pipeline) else 2
+
+
+def make_cases(folder: Path, shape: dict[str, int]) -> list[Case]:
+    """Every variant with a tied Llama and an untied Qwen3 model; their files are put into `folder`."""
+    cases = []
+    for kind in ("tied", "untied"):
+        model = tiny_model.save_model(folder / kind, tied=kind == "tied", **shape)
+        for variant in VARIANTS:
+            groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3, shortest_prompt=variant.shortest_prompt)
+            config = make_config(folder / kind, variant.sections)
+            cases.append(
+                Case(
+                    name=f"{kind}, {variant.name}",
+                    config=config,
+                    groups=groups,
+                    share_prompts=variant.share_prompts,
+                    expected=expected_gradients(model, groups, config),
+                )
+            )
+    return cases
+
+
+def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:
+    """All terms weigh enough that an error in any of them shows."""
+    algorithm = {"kl_weight": 0.05, **sections.get("algorithm", {})}
+    contrastive = {"share_weight": 0.5, "consolidate_weight": 0.3, "temperature": 0.2, "top_k": 2}
+    contrastive |= sections.get("contrastive", {})
+    return tiny_model.config(folder, **{**sections, "algorithm": algorithm, "contrastive": contrastive})
+
+
+def expected_gradients(model: PreTrainedModel, groups: Sequence[RolloutGroup], config: Config) -> dict[str, Tensor]:
+    """What the reference finds, in float64."""
+    spec = HeadSpec.of(config.contrastive, hidden_size=tiny_model.HIDDEN, seed=config.run.seed)
+    head: dict[str, Tensor] = {}
+    if spec is not None:
+        module = ContrastiveHead(tiny_model.HIDDEN, spec, dtype=torch.float32, device=torch.device("cpu"))
+        head = dict(module.named_parameters())
+    old, ref = (tiny_model.other_logprobs(groups, seed=seed) for seed in (1, 2))
+    return reference.gradients(model, head, groups, old, ref, config)
+
+
+def score(policy: Policy, config: Config, groups: Sequence[RolloutGroup], share_prompts: bool) -> Scored:
+    """The rollouts with made-up log-probs of older weights and of a reference; z has to be made anew."""
+    ranks = policy.groups
+    batch = make_batch(
+        groups,
+        pass_threshold=config.algorithm.pass_threshold,
+        num_data_ranks=ranks.layout.data,
+        data_rank=ranks.data_rank,
+        share_prompts=share_prompts and policy.shares_prompts,
+    )
+    old_R, ref_R = (
+        torch.cat([torch.zeros(0), *(logprobs[row] for row in batch.rows_N.tolist())])
+        for logprobs in (tiny_model.other_logprobs(groups, seed=seed) for seed in (1, 2))
+    )
+    old = Scores(logp_R=old_R, entropy_R=torch.zeros_like(old_R), z_ND=None, version=policy.version - 1)
+    return Scored(groups=groups, batch=batch, old=old, reference_logp_R=ref_R)
+
+
+def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) -> dict[str, Tensor]:
+    """The same on ranks, as a step of the trainer makes it."""
+    policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
+    objective = objective_type(case.config, policy, ranks)
+    scored = score(policy, case.config, case.groups, case.share_prompts)
+    contrasted = objective.contrast(scored, step=1)
+    advantages_PG = objective.advantages(scored.groups, contrasted)
+    policy.backward(scored.batch, objective.loss(scored, advantages_PG, contrasted))
+    return export_gradients(policy)
+
+
+def export_gradients(policy: Policy) -> dict[str, Tensor]:
+    """Gradients under the names of the reference: they take the parameters' place and are exported."""
+    group = policy.groups.data_context
+    head = {}
+    for chunk in policy.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:  # the distributed optimizer leaves each rank its own shard of the sum
+                shards = bucket.grad_data.chunk(group.size())
+                gathered = [torch.empty_like(shard) for shard in shards]
+                dist.all_gather(gathered, shards[group.rank()].contiguous(), group=group)
+                bucket.grad_data.copy_(torch.cat(gathered))
+        for name, parameter in chunk.named_parameters():
+            parameter.data.copy_(parameter.main_grad)
+            if HEAD in name:
+                head[name[name.index(HEAD) :]] = parameter.data
+    return dict(export(policy.chunks, policy.model_config, policy.groups)) | head
+
+
+def errors_on_this_rank(
+    layout: Layout, cases: Sequence[Case], objective_type: type[Objective]
+) -> list[dict[str, float]]:
+    """Of each case the relative error of every parameter that this rank knows of."""
+    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
+    errors = []
+    for case in cases:
+        found = found_gradients(case, ranks, objective_type)
+        errors.append({name: relative_error(found[name], case.expected[name]) for name in found})
+    return errors
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Infinite where it is not a number."""
+    error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def check(
+    layout: Layout, cases: Sequence[Case], objective_type: type[Objective] = Objective
+) -> dict[tuple[str, str], float]:
+    """The error of every parameter in every case, the worst of all ranks: (case, parameter) to error."""
+    reports = run_ranks(layout.world_size, errors_on_this_rank, layout, cases, objective_type, timeout=240)
+    worst: dict[tuple[str, str], float] = {}
+    for report in reports:
+        for case, errors in zip(cases, report, strict=True):
+            for name, error in errors.items():
+                worst[case.name, name] = max(error, worst.get((case.name, name), 0.0))
+    assert set(worst) == {(case.name, name) for case in cases for name in case.expected}
+    return worst
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all of them")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # a pool of threads doesn't survive the fork of a rank
+    rows: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        shapes = {divisor(LAYOUTS[layout]) for layout in options.layouts}
+        cases = {number: make_cases(folder / str(number), SHAPES[number]) for number in sorted(shapes)}
+        for layout in options.layouts:
+            mine = cases[divisor(LAYOUTS[layout])]
+            errors = check(LAYOUTS[layout], mine)
+            rows[layout] = {
+                "max_rel_err": max(errors.values()),
+                "params": sum(gradient.numel() for case in mine for gradient in case.expected.values()),
+            }
+            if not options.json:
+                print(f"{layout:12} {rows[layout]['max_rel_err']:.1e} over {rows[layout]['params']:,} gradients")
+    worst = max(row["max_rel_err"] for row in rows.values())
+    if options.json:
+        print(json.dumps({"layouts": rows, "worst": worst}, indent=1))
+    else:
+        print(f"worst {worst:.1e}, bound {BOUND:.0e}")
+    return int(not worst <= BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
