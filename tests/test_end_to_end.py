@@ -4,6 +4,7 @@ Not covered here: the quick start's own model (its figures are in benchmarks/), 
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -74,7 +75,9 @@ if __name__ == "__main__":
 FIXED_NAMES = {
     "step", "reward/mean", "reward/divisors", "reward/letters", "signal/divisors", "signal/letters",
     "loss/policy", "loss/kl", "loss/share", "loss/consolidate", "contrast/anchors_share",
-    "contrast/anchors_consolidate", "entropy", "grad_norm", "lr", "engine/logprob_diff_mean",
+    "contrast/anchors_consolidate", "contrast/negatives", "contrast/alignment", "contrast/uniformity",
+    "contrast/similarity/divisors/letters", "contrast/positives/divisors/letters",
+    "entropy", "grad_norm", "lr", "engine/logprob_diff_mean",
     "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/score", "time/update", "time/step",
     "tokens/trained", "memory/peak_gib",
 }  # fmt: skip
@@ -140,7 +143,11 @@ def test_it_learns_and_leaves_what_it_promises(config: Path, tmp_path: Path) -> 
     evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [row["step"] for row in evaluations] == [0, 6, 12, 18, 20]
     assert set(evaluations[0]) == {"step", "divisors", "letters", "mean", "worst"}
-    assert {path.name for path in (folder / "plots").iterdir()} >= {"reward_by_domain.png", "representations.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} >= {
+        "reward_by_domain.png",
+        "representations.png",
+        "similarity.png",
+    }
     rollouts = [json.loads(line) for line in (folder / "rollouts" / "step_000020.jsonl").read_text().splitlines()]
     assert len(rollouts) == 16 * 8
     assert {"prompt", "completion", "reward", "advantage", "domain", "positives"} <= set(rollouts[0])
@@ -222,9 +229,67 @@ def test_what_only_the_ranks_can_see_is_refused_too(
     assert not (tmp_path / "runs" / "tiny").exists(), "a mended configuration would find the name taken"
 
 
+def ruinous(lr: float) -> list[str]:
+    """A run whose first update ruins the model."""
+    return ["--optimizer.lr", str(lr), "--run.steps", "12", "--engine.canary_every", "99"]
+
+
 def test_a_run_whose_updates_are_never_finite_stops(config: Path, tmp_path: Path) -> None:
-    """A learning rate at which the first update ruins the model."""
-    lost = train(config, "--optimizer.lr", "1e30", "--run.steps", "12", "--engine.canary_every", "99")
+    off = ["--contrastive.share_weight", "0", "--contrastive.consolidate_weight", "0"]
+    lost = train(config, *ruinous(1e30), *off)
     assert lost.returncode == 1, lost.stderr[-3000:]
     assert "step 6: the last 5 updates were left out" in lost.stderr
     assert len(metrics(tmp_path / "runs" / "tiny")) == 6, "they are on file"
+
+
+def test_representations_that_are_not_finite_stop_a_run_and_nothing_hangs(config: Path, tmp_path: Path) -> None:
+    lost = train(config, *ruinous(1e39), "--parallel.data", "2")
+    assert lost.returncode == 1, lost.stderr[-3000:]
+    error = (
+        "FloatingPointError: step 2: representations of 32 of 32 rollouts are not finite (data-parallel ranks [0, 1], "
+        "domains divisors, letters); start again"
+    )
+    assert error in lost.stderr, lost.stderr[-3000:]
+    assert len(metrics(tmp_path / "runs" / "tiny")) == 1, "the first step was sound"
+
+
+METHODS = {
+    "clipo": (
+        *("--contrastive.mode=reward", "--contrastive.share_weight=0"),
+        *("--contrastive.consolidate=prompt", "--contrastive.negatives=prompt"),
+    ),
+    "gspo": (
+        *("--algorithm.clip=gspo", "--batch.minibatches=2"),
+        *("--algorithm.aggregation=seq_mean_token_mean", "--algorithm.advantage=rloo"),
+    ),
+    "mlp": ("--contrastive.head=mlp", "--contrastive.pool=last", "--contrastive.diagnose_every=1"),
+    "cispo": (
+        *("--algorithm.clip=cispo", "--algorithm.importance=mask"),
+        *("--algorithm.kl_estimator=k2", "--algorithm.advantage=per_domain"),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_go_the_whole_road(
+    config: Path, tmp_path: Path, whole: list[dict[str, Any]], method: str
+) -> None:
+    """That each computes what it should is for the tests of its parts; here all of it is put together."""
+    finished = train(config, "--run.steps", "2", "--evaluation.every", "99", *METHODS[method])
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    rows = metrics(tmp_path / "runs" / "tiny")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["update/applied"] == 1.0
+        assert [name for name, value in row.items() if value is None or not math.isfinite(value)] == []
+    assert rows[0]["reward/mean"] == whole[0]["reward/mean"], "the same weights have sampled"
+    gradients = {f"gradient/{name}_{term}" for name in ("z", "trunk", "cos") for term in ("share", "consolidate")}
+    assert {name for name in rows[0] if name.startswith("gradient/")} == (
+        gradients | {"gradient/trunk_policy"} if method == "mlp" else set()
+    )
+    if method == "mlp":
+        assert all(abs(row[f"gradient/cos_{term}"]) <= 1 + 1e-6 for row in rows for term in ("share", "consolidate"))
+        assert rows[0]["gradient/trunk_share"] > 0 and rows[0]["gradient/z_share"] > 0
+    first = (tmp_path / "runs" / "tiny" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    assert len(first) == 32
+    assert {row["minibatch"] for row in map(json.loads, first)} == ({0, 1} if method == "gspo" else {0})

@@ -84,8 +84,9 @@ def test_a_lone_correct_rollout_is_no_pair_whatever_the_rounding(seed: int) -> N
     assert math.isnan(alignment(z, keys))
 
 
-def test_coinciding_rollouts() -> None:
-    z = unit_rows(1, dim=97).expand(6, -1)
+@pytest.mark.parametrize("seed", range(10))
+def test_coinciding_rollouts(seed: int) -> None:
+    z = unit_rows(1, dim=97, seed=seed).expand(6, -1)
     keys = keys_of([(0, True)] * 3 + [(1, True)] * 3)
     torch.testing.assert_close(domain_similarity(z, keys, num_domains=2), torch.ones(2, 2).double())
     assert 0 <= alignment(z, keys) < 1e-6
