@@ -21,7 +21,7 @@ from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 from tools import reference
-from tools.bench import memory
+from tools.bench import cost, memory
 
 WEIGHTS = {"share_weight": 0.7, "consolidate_weight": 0.3}
 Rollout = tuple[int, int, bool]
@@ -265,6 +265,13 @@ def test_memory_is_that_of_a_tile_not_of_all_pairs() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
     evaluate(z, rollouts, tile_elements=2**20)
     assert memory("VmHWM") - before < 4096 * 4096 * 4 / 2, "half of one matrix of all pairs"
+
+
+def test_what_is_measured_of_the_terms_has_its_names() -> None:
+    for impl in ("naive", "tiled"):
+        row = cost(impl, 128, "top_k")
+        assert {"n", "d", "impl", "seconds", "peak_extra_bytes", "ratio_to_floor"} <= row.keys()
+        assert row["seconds"] > 0 and row["ratio_to_floor"] > 0
 
 
 def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:
