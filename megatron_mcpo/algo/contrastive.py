@@ -135,8 +135,8 @@ class _Sums:
             for anchors_A in self.tiles:
                 similarity_AM = self.z_MD[anchors_A] @ self.z_MD.T
                 self.valid_share_M[anchors_A] &= self.pairing.transferable(similarity_AM, anchors_A).any(dim=1)
-        self.weight_share_M = _weights(settings.share_weight, self.valid_share_M, self.z_MD.dtype)
-        self.weight_consolidate_M = _weights(settings.consolidate_weight, self.valid_consolidate_M, self.z_MD.dtype)
+        self.weight_share = settings.share_weight / max(1, int(self.valid_share_M.sum()))
+        self.weight_consolidate = settings.consolidate_weight / max(1, int(self.valid_consolidate_M.sum()))
 
     def add_tile(self, anchors_A: Tensor) -> None:
         """Add the costs of these anchors and their part of the gradient, which reaches all rollouts."""
@@ -157,7 +157,8 @@ class _Sums:
         settings, pairs, dtype = self.settings, self.pairing.find(similarity_AM, anchors_A), similarity_AM.dtype
         # Multiplied by, a mask of numbers is much faster than one of bools.
         share_AM, consolidate_AM = pairs.share_AM.to(dtype), pairs.consolidate_AM.to(dtype)
-        num_share_A, num_consolidate_A = self._count(pairs.share_AM, anchors_A), consolidate_AM.sum(dim=1)
+        num_share_A, num_consolidate_A = share_AM.sum(dim=1), consolidate_AM.sum(dim=1)
+        self._count(pairs.share_AM, anchors_A)
         logits_AM = similarity_AM / settings.temperature
         nothing = torch.finfo(dtype).min  # and not -inf, which would make NaN of an anchor without a rival
         if settings.denominator == "all":
@@ -170,8 +171,8 @@ class _Sums:
         if settings.denominator == "negatives":
             logp_AM = logsigmoid(logp_AM)
         self.loss_share_M[anchors_A] = -_mean(logp_AM, share_AM, num_share_A)
-        pull_AM = _spread(self.weight_share_M[anchors_A], share_AM, num_share_A)
-        spread_AM = _spread(self.weight_consolidate_M[anchors_A], consolidate_AM, num_consolidate_A)
+        pull_AM = _spread(self.weight_share, share_AM, num_share_A)
+        spread_AM = _spread(self.weight_consolidate, consolidate_AM, num_consolidate_A)
         if settings.consolidation_loss == "infonce":
             self.loss_consolidate_M[anchors_A] = -_mean(logp_AM, consolidate_AM, num_consolidate_A)
             pull_AM += spread_AM
@@ -184,17 +185,17 @@ class _Sums:
         if settings.consolidation_loss == "align":
             similarity_AM -= spread_AM
 
-    def _count(self, share_AM: Tensor, anchors_A: Tensor) -> Tensor:
-        """Note how many cross-domain positives these anchors have in each domain, and the first of them; |C(i)| [A]."""
+    def _count(self, share_AM: Tensor, anchors_A: Tensor) -> None:
+        """Note how many cross-domain positives these anchors have in each domain, and the first of them."""
         num_anchors, num_domains = len(anchors_A), self.positives_MK.shape[1]
         row, column = share_AM.nonzero(as_tuple=True)
         by_domain = torch.bincount(row * num_domains + self.keys.domain_M[column], minlength=num_anchors * num_domains)
-        self.positives_MK[anchors_A] = by_domain.view(num_anchors, num_domains)
-        count_A = self.positives_MK[anchors_A].sum(dim=1)
+        by_domain = by_domain.view(num_anchors, num_domains)
+        self.positives_MK[anchors_A] = by_domain
+        count_A = by_domain.sum(dim=1)
         place = torch.arange(len(row), device=row.device) - (count_A.cumsum(0) - count_A)[row]
         kept = place < self.listed_ML.shape[1]
         self.listed_ML[anchors_A[row[kept]], place[kept]] = column[kept]
-        return count_A
 
     def result(self) -> Contrast:
         anchor_M = self.valid_share_M | self.valid_consolidate_M
@@ -213,16 +214,11 @@ class _Sums:
         )
 
 
-def _weights(weight: float, valid_M: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each anchor's cost counts in the total: [M]."""
-    return valid_M.to(dtype) * (weight / max(1, int(valid_M.sum())))
-
-
 def _mean(values_AM: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
     """Of the values under the mask, `count_A` in a row; 0 where there are none: [A]."""
     return torch.linalg.vecdot(values_AM, mask_AM) / count_A.clamp(min=1)
 
 
-def _spread(weights_A: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
-    """Each weight in equal parts over its row's places under the mask, of which there are `count_A`."""
-    return mask_AM * (weights_A / count_A.clamp(min=1))[:, None]
+def _spread(weight: float, mask_AM: Tensor, count_A: Tensor) -> Tensor:
+    """The weight in equal parts over each row's places under the mask, of which there are `count_A`."""
+    return mask_AM * (weight / count_A.clamp(min=1))[:, None]
