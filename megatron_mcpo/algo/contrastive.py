@@ -70,7 +70,9 @@ _MOST_PENALTY = 0.5
 def reward_penalty(contrast: Contrast, settings: ContrastiveConfig) -> Tensor:
     """What `mode` "reward" adds to the reward of every rollout [M]: max(-weighted terms, -0.5), 0 for wrong ones.
 
-    With in-prompt consolidation and negatives, and no sharing, this is the reward of CLIPO (arXiv 2603.10101).
+    With in-prompt consolidation and negatives, and no sharing, this is the reward of CLIPO (arXiv 2603.10101). Its
+    authors' program differs where a prompt has more than two correct rollouts: it draws one of the others as the only
+    positive and has all of them in the denominator.
     """
     terms_M = settings.share_weight * contrast.loss_share_M + settings.consolidate_weight * contrast.loss_consolidate_M
     return -terms_M.clamp(max=_MOST_PENALTY)
