@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_rewards(folder: Path, rewards: list[float | None], *, similarities: bool = False) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": i + 1, "reward/mean": r, "reward/arithmetic": r, "reward/logic": 0.5} for i, r in enumerate(rewards)
     ]
     for row in rows if similarities else ():
@@ -103,12 +104,12 @@ def test_short_runs_and_missing_figures(folder: Path, rewards: list[float | None
 
 
 def test_the_similarity_matrix_is_symmetric_and_a_mean_of_what_is_there() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"contrast/similarity/b/c": 0.2, "contrast/similarity/a/a": 0.5, "contrast/similarity/c/b": 9.0},
         {"contrast/similarity/b/c": 0.4, "contrast/similarity/a/c": None},
     ]
     expected = [[0.5, math.nan, math.nan], [math.nan, math.nan, 0.3], [math.nan, 0.3, math.nan]]
-    np.testing.assert_allclose(similarity_matrix(rows, ["a", "b", "c"]), expected)
+    np.testing.assert_allclose(similarity_matrix(rows, ["a", "b", "c"]), np.array(expected))
     assert np.isnan(similarity_matrix([], ["a", "b"])).all()
 
 
