@@ -109,7 +109,7 @@ VARIANTS = [
             "batch": {"micro_batch_tokens": 64},
             "model": {"recompute": "full"},
             "algorithm": {"aggregation": "dr_grpo"},
-            "contrastive": {"mode": "reward"},
+            "contrastive": {"mode": "reward", "share_weight": 0.1, "consolidate_weight": 0.05},  # some of them capped
         },
         share_prompts=False,
     ),
@@ -269,7 +269,8 @@ def main(arguments: Sequence[str]) -> int:
                 "params": sum(gradient.numel() for case in mine for gradient in case.expected.values()),
             }
             if not options.json:
-                print(f"{layout:12} {rows[layout]['max_rel_err']:.1e} over {rows[layout]['params']:,} gradients")
+                row = rows[layout]
+                print(f"{layout:12} {row['max_rel_err']:.1e} over {row['params']:,} gradients", flush=True)
     worst = max(row["max_rel_err"] for row in rows.values())
     if options.json:
         print(json.dumps({"layouts": rows, "worst": worst}, indent=1))
