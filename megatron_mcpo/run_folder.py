@@ -38,6 +38,7 @@ NEUTRAL_KEYS = frozenset(
         "run.trackers",
         "run.checkpoint_every",
         "engine.canary_every",
+        "contrastive.diagnose_every",
         "rewards.workers",
     }
 )
