@@ -36,6 +36,13 @@ setup(
         "wandb": ["wandb"],
         "mlflow": ["mlflow"],
         "trackio": ["trackio"],
-        "test": ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.170", "ruff>=0.17", "mypy>=2.4"],
+        "test": [
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "hypothesis>=6.170",
+            "pytorch-metric-learning>=2.9",
+            "ruff>=0.17",
+            "mypy>=2.4",
+        ],
     },
 )

@@ -207,6 +207,16 @@ def _rewarding(config: Config) -> list[str]:
     return ["contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them"]
 
 
+def _diagnosis(config: Config) -> list[str]:
+    c = config.contrastive
+    if c.diagnose_every == 0 or (c.enabled and c.mode == "loss"):
+        return []
+    return [
+        f"contrastive.diagnose_every = {c.diagnose_every}: no contrastive term reaches the model's weights (mode "
+        f"{c.mode!r}, weights {c.share_weight} and {c.consolidate_weight}), so there is nothing to compare; set it to 0"
+    ]
+
+
 def _importance(config: Config) -> list[str]:
     a = config.algorithm
     if a.importance != "mask" or a.importance_floor < a.importance_cap:
@@ -242,6 +252,7 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("batch",), _minibatches),
     (("contrastive",), _denominator),
     (("contrastive",), _rewarding),
+    (("contrastive",), _diagnosis),
     (("algorithm",), _importance),
     (("algorithm", "parallel"), _sequence_ratio),
     (("optimizer",), _learning_rates),

@@ -18,23 +18,24 @@ def term_gradients(
     gradient/z_TERM      norm of its gradient on the representations
     gradient/trunk_TERM  norm of its gradient on the model's weights, the head left out
     gradient/cos_TERM    cosine of that to the gradient of the policy term (KL included): below 0 they work against
-                         each other. NaN where one of them is 0.
-    and gradient/trunk_policy. Three backward passes, no parameter moves; all ranks together.
+                         each other. Left out where one of them is 0.
+    and gradient/trunk_policy. A forward and backward pass for the policy term and each term that has a weight; this
+    rank's share of two gradients is held meanwhile, in fp32. No parameter moves; all ranks together.
     """
     settings = objective.config.contrastive
     own = policy.trunk_gradient(scored.batch, objective.loss(scored, advantages_PG, None))
     own_norm = policy.dot(own, own) ** 0.5
     figures = {"gradient/trunk_policy": own_norm}
+    weights = {"share": settings.share_weight, "consolidate": settings.consolidate_weight}
     for term, other in (("share", "consolidate_weight"), ("consolidate", "share_weight")):
+        if weights[term] == 0:
+            continue
         alone = contrastive(
             contrasted.z_MD, scored.batch.keys.to(contrasted.z_MD.device), settings.model_copy(update={other: 0.0})
         )
         gradient = policy.trunk_gradient(scored.batch, objective.contrastive_loss(scored, alone))
         norm = policy.dot(gradient, gradient) ** 0.5
-        product = own_norm * norm
-        figures |= {
-            f"gradient/z_{term}": alone.grad_z_MD.norm().item(),
-            f"gradient/trunk_{term}": norm,
-            f"gradient/cos_{term}": policy.dot(own, gradient) / product if product else float("nan"),
-        }
+        figures |= {f"gradient/z_{term}": alone.grad_z_MD.norm().item(), f"gradient/trunk_{term}": norm}
+        if own_norm and norm:
+            figures[f"gradient/cos_{term}"] = policy.dot(own, gradient) / (own_norm * norm)
     return figures

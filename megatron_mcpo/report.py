@@ -33,14 +33,15 @@ Of the optimizer steps: means over them, where a step has several.
 
 Of the work done.
   tokens/trained             prompt and response tokens, a prompt counted with each of its rollouts
-  time/step                  seconds; parts of it: time/rollout, time/score, time/update, sync/seconds (new weights)
+  time/step                  seconds; parts of it: time/rollout, time/score, time/update, sync/seconds (new weights),
+                             and time/diagnose in the steps that measure gradients
   sync/bytes                 bytes of weights given to the engine
   memory/peak_gib            see memory.peak_memory_gib
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class BatchReport:
     keys: Keys
     num_tokens: int
     metrics: Mapping[str, float]
+    diagnosis: Mapping[str, float] = field(default_factory=dict)
 
 
 def rollout_stats(batch: TrainBatch, old: Scores, reference_logp_R: Tensor | None) -> Tensor:
@@ -94,7 +96,7 @@ def step_figures(
     for number, name in enumerate(domain_names):
         if any(group.prompt.domain == number for group in collected):
             figures |= _figures_of(collected, reports, domain=number, suffix=f"/{name}")
-    figures |= _mean_of_known([_geometry(report, domain_names) for report in reports])
+    figures |= _mean_of_known([{**_geometry(report, domain_names), **report.diagnosis} for report in reports])
     rewards = [figures[f"reward/{name}"] for name in domain_names if f"reward/{name}" in figures]
     figures["reward/mean"] = sum(rewards) / len(rewards) if rewards else float("nan")
     return figures
@@ -104,12 +106,14 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
     """A row a rollout of one optimizer step, for people to read. prompts: the text of each group's prompt.
 
     row: number of the rollout in this optimizer step, from 0: unique together with the file's `minibatch`
-    positives: the rollout's positives of the sharing term, as `row` numbers of the same minibatch; empty where it was
-    wrong, and where the contrastive terms are off
+    positives: the first 64 of the rollout's positives of the sharing term, as `row` numbers of the same minibatch;
+    empty where it is no anchor, and where the contrastive terms are off
     source, index: name the item for good
     version: of the weights that it was sampled with
     """
     rows = []
+    contrast = report.contrast
+    listed = contrast.listed_ML.where(contrast.valid_share_M[:, None], -1).tolist() if contrast else None
     for number, (group, prompt) in enumerate(zip(report.groups, prompts, strict=True)):
         for sample, completion in enumerate(group.completions):
             row = number * len(group.completions) + sample
@@ -126,14 +130,10 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
                     "reward": group.rewards[sample],
                     "advantage": float(report.advantages_PG[number, sample]),
                     "version": completion.version,
-                    "positives": _listed(report.contrast.listed_ML[row]) if report.contrast else [],
+                    "positives": [column for column in listed[row] if column >= 0] if listed else [],
                 }
             )
     return rows
-
-
-def _listed(columns_L: Tensor) -> list[int]:
-    return [column for column in columns_L.tolist() if column >= 0]
 
 
 def _figures_of(

@@ -156,7 +156,8 @@ class ContrastiveConfig(Section):
         None, description="size of a representation, at most the hidden size; left out: 512, or the hidden size if less"
     )
     diagnose_every: NonNegativeInt = Field(
-        0, description="steps between measurements of each term's gradient (three more backward passes); 0: never"
+        0,
+        description="steps between measurements of each term's gradient (three more passes forward and back); 0: never",
     )
 
     @property

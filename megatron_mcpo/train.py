@@ -19,6 +19,7 @@ from megatron_mcpo.plan import arithmetic, empty_terms
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.weights.mapping import tensor_problems
 
+FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
 
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str]) -> int:
         run(config, layout, model)
     except ConfigError as error:
         return _refuse(error)
+    except FloatingPointError as error:  # the same one on every rank
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

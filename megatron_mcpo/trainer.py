@@ -136,7 +136,8 @@ class Trainer:
         with self.timed("update"):
             contrasted = self.objective.contrast(scored, step=self.step)
             advantages_PG = self.objective.advantages(scored.groups, contrasted)
-            diagnosis = self.diagnose(scored, advantages_PG, contrasted)
+        diagnosis = self.diagnose(scored, advantages_PG, contrasted)
+        with self.timed("update"):
             loss = self.objective.loss(scored, advantages_PG, contrasted)
             update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
         return BatchReport(
@@ -147,7 +148,8 @@ class Trainer:
             contrast=contrasted.contrast if contrasted else None,
             keys=batch.keys,
             num_tokens=batch.num_tokens,
-            metrics=_update_figures(update, contrasted.contrast if contrasted else None) | diagnosis,
+            metrics=_update_figures(update, contrasted.contrast if contrasted else None),
+            diagnosis=diagnosis,
         )
 
     def diagnose(self, scored: Scored, advantages_PG: Tensor, contrasted: Contrasted | None) -> dict[str, float]:
@@ -155,7 +157,8 @@ class Trainer:
         every = self.config.contrastive.diagnose_every
         if contrasted is None or every == 0 or self.step % every:
             return {}
-        return term_gradients(self.objective, self.policy, scored, advantages_PG, contrasted)
+        with self.timed("diagnose"):
+            return term_gradients(self.objective, self.policy, scored, advantages_PG, contrasted)
 
     def push_weights(self) -> None:
         """Give the engine the policy's weights."""

@@ -208,6 +208,7 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             [*CLIPO, "--contrastive.consolidate_weight=0"],
             "contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them",
         ),
+        ([*CLIPO, "--contrastive.diagnose_every=2"], "contrastive.diagnose_every = 2: no contrastive term reaches"),
         (
             ["--algorithm.importance=mask", "--algorithm.importance_floor=2"],
             "algorithm.importance_floor = 2.0: must be below importance_cap = 2.0, or every token is masked; lower it",
@@ -218,7 +219,7 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             "to 1 or use another clip",
         ),
     ],
-    ids=["denominator", "denominator of CLIPO", "reward", "importance", "sequence ratio"],
+    ids=["denominator", "denominator of CLIPO", "reward", "diagnosis", "importance", "sequence ratio"],
 )
 def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
     (problem,) = problems_of(write(tmp_path), *overrides)

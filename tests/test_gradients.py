@@ -59,6 +59,9 @@ def test_variants_cover_what_they_say(cases: dict[int, list[Case]]) -> None:
     configs = [case.config for case in cases[2]]
     assert {c.model.recompute for c in configs} == {"none", "full"}
     assert {c.algorithm.aggregation for c in configs} == {"token_mean", "seq_mean_token_mean", "dr_grpo"}
+    assert {(c.algorithm.clip, c.algorithm.importance) for c in configs} == {
+        ("ppo", "truncate"), ("gspo", "truncate"), ("cispo", "mask")
+    }  # fmt: skip
     assert {c.contrastive.mode for c in configs} == {"loss", "reward"}
     assert {(c.contrastive.head, c.contrastive.pool) for c in configs} == {("linear", "mean"), ("mlp", "last")}
     counts = []
@@ -68,8 +71,8 @@ def test_variants_cover_what_they_say(cases: dict[int, list[Case]]) -> None:
         )
         limit = case.config.batch.micro_batch_tokens
         counts.append(num_micro_batches(batch, max_tokens=limit, layout=Layout(tensor=2, context=2, sequence=True)))
-    few = [counts[1], counts[3]]
-    assert counts == [18, few[0], 1, few[1]] * 2 and all(1 < count < 18 for count in few)
+    few = [counts[1], counts[3], counts[4]]
+    assert counts == [18, few[0], 1, *few[1:]] * 2 and all(1 < count < 18 for count in few)
     assert {case.share_prompts for case in cases[2]} == {False, True}
 
 

@@ -65,20 +65,28 @@ def policy_term(
     *,
     longest: int,
 ) -> Tensor:
-    """Clipped ratio with truncated importance weights, plus k3 to the reference; a tensor a rollout.
+    """Clipped ratio with importance weights, plus the KL estimate to the reference; a tensor a rollout.
 
     longest: most tokens that a response may have, the denominator of `dr_grpo`.
     """
     assert settings.advantage == "grpo"
-    assert (settings.clip, settings.importance, settings.kl_estimator) == ("ppo", "truncate", "k3")
+    assert settings.importance != "off" and settings.kl_estimator != "k1"
     sums, means = [], []
     for new, old, engine, ref, advantage in zip(logp, old_logp, engine_logp, ref_logp, advantages, strict=True):
         ratio = (new - old.double()).exp()
+        if settings.clip == "gspo":
+            ratio = (new - old.double()).mean().exp().expand_as(new)
         clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-        weight = (old.double() - engine.double()).exp().clamp(max=settings.importance_cap)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        if settings.clip == "cispo":
+            gain = clipped.detach() * advantage * new
+        weight = (old.double() - engine.double()).exp()
+        if settings.importance == "mask":
+            weight = weight * ((weight >= settings.importance_floor) & (weight <= settings.importance_cap))
+        weight = weight.clamp(max=settings.importance_cap)
         towards = ref.double() - new
-        kl = towards.exp() - 1 - towards
-        token = -weight * torch.minimum(ratio * advantage, clipped * advantage) + settings.kl_weight * kl
+        kl = towards.square() / 2 if settings.kl_estimator == "k2" else towards.exp() - 1 - towards
+        token = -weight * gain + settings.kl_weight * kl
         sums.append(token.sum())
         means.append(token.mean())
     total = torch.stack(sums).sum()

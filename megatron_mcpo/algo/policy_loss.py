@@ -90,9 +90,10 @@ def policy_loss(
     R = 0 gives a zero that is connected to `logp_R`, so that gradient reductions see every rank.
     """
     assert logp_R.shape == old_logp_R.shape == engine_logp_R.shape == advantages_R.shape == weights_R.shape
-    assert num_tokens > 0 and logp_R.ndim == 1
+    assert logp_R.ndim == 1
     assert ref_logp_R is not None or settings.kl_weight == 0, "a KL term needs the reference's log-probs"
 
+    num_tokens = max(1, num_tokens)  # every response of the step may be empty
     log_ratio_R = logp_R - old_logp_R.detach()
     if settings.clip == "gspo":
         log_ratio_R = _mean_by_rollout(log_ratio_R, rollout_R)

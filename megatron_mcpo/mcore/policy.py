@@ -110,6 +110,8 @@ class _Model:
         self._tell_stages(tokens_2R)
         if z_ND is not None:
             self._tell_stages(z_ND)
+            # Sums over tokens may round differently on each tensor rank of a GPU; all must find the same pairs.
+            dist.broadcast(z_ND, src=dist.get_global_rank(self.groups.tensor, 0), group=self.groups.tensor)
         return Scores(logp_R=tokens_2R[0], entropy_R=tokens_2R[1], z_ND=z_ND, version=self.version)
 
     def _tell_stages(self, tensor: Tensor) -> None:
