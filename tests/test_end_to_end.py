@@ -248,10 +248,10 @@ def test_representations_that_are_not_finite_stop_a_run_and_nothing_hangs(config
     lost = train(config, *ruinous(1e39), "--parallel.data", "2")
     assert lost.returncode == 1, lost.stderr[-3000:]
     error = (
-        "FloatingPointError: step 2: representations of 32 of 32 rollouts are not finite (data-parallel ranks [0, 1], "
+        "step 2: representations of 32 of 32 rollouts are not finite (data-parallel ranks [0, 1], "
         "domains divisors, letters); start again"
     )
-    assert error in lost.stderr, lost.stderr[-3000:]
+    assert lost.stderr.count(error) == 1 and "Traceback" not in lost.stderr, lost.stderr[-3000:]
     assert len(metrics(tmp_path / "runs" / "tiny")) == 1, "the first step was sound"
 
 
