@@ -136,6 +136,7 @@ class Trainer:
         with self.timed("update"):
             contrasted = self.objective.contrast(scored, step=self.step)
             advantages_PG = self.objective.advantages(scored.groups, contrasted)
+        z_MD, contrast = (contrasted.z_MD, contrasted.contrast) if contrasted else (None, None)
         diagnosis = self.diagnose(scored, advantages_PG, contrasted)
         with self.timed("update"):
             loss = self.objective.loss(scored, advantages_PG, contrasted)
@@ -144,11 +145,11 @@ class Trainer:
             groups=scored.groups,
             advantages_PG=advantages_PG,
             stats_MK=stats_MK,
-            z_MD=contrasted.z_MD if contrasted else None,
-            contrast=contrasted.contrast if contrasted else None,
+            z_MD=z_MD,
+            contrast=contrast,
             keys=batch.keys,
             num_tokens=batch.num_tokens,
-            metrics=_update_figures(update, contrasted.contrast if contrasted else None),
+            metrics=_update_figures(update, contrast),
             diagnosis=diagnosis,
         )
 

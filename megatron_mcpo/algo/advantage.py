@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_mcpo.algo.groups import group_sums
+
 _STD_EPSILON = 1e-6
 
 
@@ -47,7 +49,5 @@ def signal(rewards_PG: Tensor) -> Tensor:
 def _domain_deviation(centred_PG: Tensor, domain_P: Tensor) -> Tensor:
     """Root mean square of the centred rewards of each prompt's domain: [P]."""
     assert domain_P.shape == centred_PG.shape[:1], (domain_P.shape, centred_PG.shape)
-    _, number_P = torch.unique(domain_P, return_inverse=True)
-    squares_P, ones_P = centred_PG.square().mean(dim=1), torch.ones_like(centred_PG[:, 0])
-    sums, counts = (torch.zeros_like(ones_P).index_add(0, number_P, values) for values in (squares_P, ones_P))
-    return (sums / counts.clamp(min=1)).sqrt()[number_P]
+    squares_P = centred_PG.square().mean(dim=1)
+    return (group_sums(squares_P, domain_P) / group_sums(torch.ones_like(squares_P), domain_P)).sqrt()

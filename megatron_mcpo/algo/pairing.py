@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_mcpo.algo.groups import group_sums
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
@@ -28,8 +29,7 @@ class Pairing:
     of each domain, so that no domain crowds out the rest. S(i), the in-domain positives: by `consolidate` the other
     correct rollouts of the domain or the prompt. M(i), the negatives: by `negatives` incorrect rollouts.
 
-    Of equally similar rollouts the first ones in step order are taken, so that every
-    rank picks the same.
+    Of equally similar rollouts the first ones in step order are taken, so that every rank picks the same.
     """
 
     def __init__(self, keys: Keys, settings: ContrastiveConfig):
@@ -82,9 +82,7 @@ class Pairing:
 
 def members(group_M: Tensor, counted_M: Tensor) -> Tensor:
     """How many of the rollouts `counted_M` (bool) are in the same group as each rollout: int64 [M]."""
-    _, number_M = torch.unique(group_M, return_inverse=True)
-    counts = torch.zeros(len(group_M), dtype=torch.int64, device=group_M.device)
-    return counts.index_add(0, number_M, counted_M.long())[number_M]
+    return group_sums(counted_M.long(), group_M)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

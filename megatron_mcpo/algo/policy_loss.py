@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_mcpo.algo.groups import group_sums
 from megatron_mcpo.sections import AlgorithmConfig
 
 _MAX_LOG_RATIO = 20.0
@@ -96,7 +97,7 @@ def policy_loss(
     num_tokens = max(1, num_tokens)  # every response of the step may be empty
     log_ratio_R = logp_R - old_logp_R.detach()
     if settings.clip == "gspo":
-        log_ratio_R = _mean_by_rollout(log_ratio_R, rollout_R)
+        log_ratio_R = group_sums(log_ratio_R, rollout_R) / group_sums(torch.ones_like(log_ratio_R), rollout_R)
     ratio_R = log_ratio_R.clamp(max=_MAX_LOG_RATIO).exp()
     clipped_R = ratio_R.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     if settings.clip == "cispo":
@@ -155,12 +156,3 @@ def _importance(log_weight_R: Tensor, settings: AlgorithmConfig) -> tuple[Tensor
         case "mask":
             outside_R = (log_weight_R > log_cap) | (log_weight_R < log_floor)
             return log_weight_R.clamp(max=log_cap).exp().masked_fill(outside_R, 0.0), outside_R
-
-
-def _mean_by_rollout(values_R: Tensor, rollout_R: Tensor) -> Tensor:
-    """The mean over each rollout's tokens, in the place of every one of them."""
-    _, number_R = torch.unique(rollout_R, return_inverse=True)
-    zeros_R = torch.zeros_like(values_R)
-    sums_R = zeros_R.index_add(0, number_R, values_R)
-    counts_R = zeros_R.index_add(0, number_R, torch.ones_like(values_R))
-    return sums_R[number_R] / counts_R[number_R]
