@@ -25,6 +25,7 @@ from torch.nn.functional import normalize  # noqa: E402
 from megatron_mcpo.algo.contrastive import TILE_ELEMENTS, contrastive  # noqa: E402
 from megatron_mcpo.batch import make_batch  # noqa: E402
 from megatron_mcpo.config import Config, load  # noqa: E402
+from megatron_mcpo.report import BatchReport, rollout_stats, step_figures  # noqa: E402
 from megatron_mcpo.sections import ContrastiveConfig  # noqa: E402
 from megatron_mcpo.types import Completion, Keys, Prompt, RolloutGroup, StopReason  # noqa: E402
 from tools import reference  # noqa: E402
@@ -41,7 +42,7 @@ TRANSFERS = ("top_k", "all")
 DOMAINS, SAMPLES = 5, 8
 LONG_ENOUGH = 20.0
 """Seconds after which a measurement is not repeated."""
-STEPS = 7
+STEPS = 10
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -139,7 +140,10 @@ def memory(field: str) -> int:
 
 
 def step_row() -> dict[str, Any]:
-    """The quick start's step without its sampling, with and without both terms, one after the other in turn."""
+    """The quick start's step without its sampling, with and without both terms, in turns of alternating order.
+
+    The share is the median over pairs of neighbouring steps.
+    """
     from megatron_mcpo import parallel
     from megatron_mcpo.layout import Layout
     from megatron_mcpo.mcore.policy import Reference
@@ -152,13 +156,16 @@ def step_row() -> dict[str, Any]:
     frozen = Reference(configs["on"], from_folder(Path(configs["on"].model.path)), groups)
     learners = {name: Learner(config, frozen, groups) for name, config in configs.items()}
     sampled = made_up(configs["on"])
-    for _ in range(1 + STEPS):
-        for learner in learners.values():
+    for number in range(1 + STEPS):
+        for learner in list(learners.values())[:: 1 if number % 2 else -1]:
             learner.step(sampled)
     parallel.destroy()
     seconds = {name: statistics.median(learner.seconds[1:]) for name, learner in learners.items()}
+    pairs = zip(learners["on"].seconds[1:], learners["off"].seconds[1:], strict=True)
+    shares = [on / off - 1 for on, off in pairs]
     return {
-        "share_contrast": round(seconds["on"] / seconds["off"] - 1, 4),
+        "share_contrast": round(statistics.median(shares), 4),
+        "share_standard_error": round(statistics.stdev(shares) / len(shares) ** 0.5, 4),
         "seconds_on": round(seconds["on"], 3),
         "seconds_off": round(seconds["off"], 3),
         "seconds_terms": round(statistics.median(learners["on"].seconds_terms[1:]), 4),
@@ -171,7 +178,7 @@ def step_row() -> dict[str, Any]:
 
 
 class Learner:
-    """A policy that takes the trainer's steps, from scoring to the update, and notes what they cost."""
+    """A policy that takes the trainer's steps, from scoring to the figures, and notes what they cost."""
 
     def __init__(self, config: Config, frozen: "Reference", groups: "Groups"):
         from megatron_mcpo.mcore.policy import Policy
@@ -206,8 +213,20 @@ class Learner:
         before = time.perf_counter()
         contrasted = self.objective.contrast(scored, step=1)
         self.seconds_terms.append(time.perf_counter() - before)
-        loss = self.objective.loss(scored, self.objective.advantages(sampled, contrasted), contrasted)
-        self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
+        advantages_PG = self.objective.advantages(sampled, contrasted)
+        loss = self.objective.loss(scored, advantages_PG, contrasted)
+        update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
+        report = BatchReport(
+            groups=sampled,
+            advantages_PG=advantages_PG,
+            stats_MK=rollout_stats(batch, old, frozen.logp_R),
+            z_MD=contrasted.z_MD if contrasted else None,
+            contrast=contrasted.contrast if contrasted else None,
+            keys=batch.keys,
+            num_tokens=batch.num_tokens,
+            metrics=update.metrics,
+        )
+        step_figures([report], sampled, self.config.domain_names)
         self.seconds.append(time.perf_counter() - start)
 
 
