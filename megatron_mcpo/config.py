@@ -73,6 +73,7 @@ class Config(Section):
             pipeline=p.pipeline,
             virtual_pipeline=p.virtual_pipeline,
             context=p.context,
+            expert=p.expert,
             data=p.data or max(1, (world_size or replica) // replica),
             sequence=p.sequence and p.tensor > 1,
         )

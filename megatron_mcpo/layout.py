@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel groups. world_size = tensor * pipeline * context * data."""
+    """Sizes of the parallel groups. world_size = tensor * pipeline * context * data.
+
+    expert: ranks that the experts of a layer are divided over; it needs no ranks of its own but divides those of a
+    pipeline stage (tensor * context * data), neighbours first. An expert is never cut.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
     context: int = 1
+    expert: int = 1
     data: int = 1
     sequence: bool = False
 
@@ -37,6 +42,8 @@ class Layout:
         parts = [f"tensor {self.tensor}", f"pipeline {self.pipeline}", f"context {self.context}", f"data {self.data}"]
         if self.virtual_pipeline > 1:
             parts.insert(2, f"virtual pipeline {self.virtual_pipeline}")
+        if self.expert > 1:
+            parts.append(f"experts over {self.expert}")
         if self.sequence:
             parts.append("sequence parallel")
         return " x ".join(parts[:-1] if self.sequence else parts) + (", " + parts[-1] if self.sequence else "")

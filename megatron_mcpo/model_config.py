@@ -1,77 +1,14 @@
-"""The model's own numbers, read from a Hugging Face folder without torch or transformers, so that it fails fast.
+"""The model's own numbers, and whether it can be divided and served as asked. Imports no torch."""
 
-Every field of config.json is honoured, known to be harmless, or must have the one value that we compute with. A field
-in none of the tables is refused: it may change what the model computes without anyone noticing.
-"""
-
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import read_headers, read_json
 from megatron_mcpo.layout import Layout
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
-_FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-_DEFAULT_HEAD_DIM: dict[Family, int | None] = {"llama": None, "qwen2": None, "qwen3": 128}
-"""What transformers assumes where head_dim is missing; None: hidden_size / num_attention_heads."""
-
-_REQUIRED_INTS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-_HONOURED = {
-    *_REQUIRED_INTS,
-    *("architectures", "model_type", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "eos_token_id"),
-    *("auto_map", "quantization_config", "use_sliding_window", "sliding_window", "layer_types"),
-}
-_MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu",), "only SwiGLU (silu) is built"),
-    "attention_bias": ((False, None), "biases on the attention's projections are only built as Qwen2 has them"),
-    "mlp_bias": ((False, None), "biases in the MLP are not built"),
-    "attention_dropout": ((0, None), "log-probs of the trainer and the engine would differ by the dropout"),
-    "hidden_dropout": ((0, None), "log-probs of the trainer and the engine would differ by the dropout"),
-    "pretraining_tp": ((1, None), "only the unsplit computation is built"),
-    "partial_rotary_factor": ((1, None), "rotary embeddings cover the whole head"),
-    "rope_interleaved": ((False, None), "only the half-split rotary layout is built"),
-    "use_mrope": ((False, None), "multimodal rotary embeddings are not built"),
-    "is_encoder_decoder": ((False, None), "only decoders are built"),
-    "add_cross_attention": ((False, None), "only decoders are built"),
-    "tie_encoder_decoder": ((False, None), "only decoders are built"),
-    "pruned_heads": (({}, None), "pruned heads are not built"),
-}
-_HARMLESS = {
-    # Where the file comes from and who reads it.
-    *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_class", "is_llama_config"),
-    *("transformers.js_config", "unsloth_fixed", "unsloth_version", "task_specific_params", "finetuning_task"),
-    # Training from scratch, memory, output format.
-    *("initializer_range", "use_cache", "gradient_checkpointing", "torch_dtype", "dtype", "torchscript"),
-    *("use_bfloat16", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-    *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "use_flash_attn"),
-    # Classification heads and encoder-decoder leftovers that every transformers 4 configuration may carry.
-    *("id2label", "label2id", "num_labels", "problem_type", "is_decoder", "cross_attention_hidden_size", "prefix"),
-    *("decoder_start_token_id", "sep_token_id", "pad_token_id", "bos_token_id"),
-    # Read only where use_sliding_window is true, which is refused.
-    "max_window_layers",
-    # Sampling defaults: ours come from the run's configuration.
-    *("temperature", "top_k", "top_p", "max_length", "max_new_tokens", "do_sample", "repetition_penalty"),
-}
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-"""Written into Megatron-Core's RotaryEmbedding (0.19.2); only the factor can be chosen."""
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """CPUAttentionBackend.get_supported_head_sizes() of vLLM (0.30.0)."""
 
@@ -88,8 +25,22 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What stands in the place of a layer's MLP: `count` MLPs, of which a router picks `per_token`.
+
+    ffn_hidden_size: of one expert
+    normalized: the weights of the picked experts sum to one; else they are their shares of the softmax over all
+    """
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int
+    normalized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of one of the supported families."""
+    """A decoder of one of the supported families. experts: None for a dense one."""
 
     family: Family
     num_layers: int
@@ -106,62 +57,13 @@ class ModelConfig:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: Experts | None
     eos_token_ids: tuple[int, ...]
 
     @property
     def qkv_rows(self) -> int:
         """Rows of the fused query-key-value matrix, over all tensor-parallel ranks."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-
-def from_folder(path: Path) -> ModelConfig:
-    """Read a Hugging Face folder: config.json, generation_config.json, and whether the weight files can be read.
-
-    Raises ConfigError with all problems at once: field, value, rule and fix.
-    """
-    if not path.is_dir():
-        raise ConfigError([f"model.path = {str(path)!r}: no such folder; give one with config.json and safetensors"])
-    files: list[str] = []
-    values = read_json(path / "config.json", files)
-    if values is None:
-        raise ConfigError(files)
-    asks = path / "generation_config.json"
-    generation = read_json(asks, files) if asks.is_file() else {}
-    try:
-        read_headers(path)
-    except ConfigError as error:
-        files += error.problems
-    problems: list[str] = []
-    family = _family(values, problems)
-    problems += _field_problems(values)
-    problems += _attention_window_problems(values)
-    sizes = {key: _positive_int(values, key, problems) for key in _REQUIRED_INTS}
-    num_heads = sizes["num_attention_heads"]
-    num_kv_heads = _kv_heads(values, family, num_heads, problems)
-    head_dim = _head_dim(values, family, sizes["hidden_size"], num_heads, problems)
-    rope_theta, rope_scaling = _rope(values, problems)
-    norm_eps = _positive_float(values, "rms_norm_eps", problems)
-    eos_token_ids = _eos(generation or {}, values, sizes["vocab_size"], problems)
-    if problems or files:
-        raise ConfigError([f"{path}: {problem}" for problem in problems] + files)
-    return ModelConfig(
-        family=family,
-        num_layers=sizes["num_hidden_layers"],
-        hidden_size=sizes["hidden_size"],
-        ffn_hidden_size=sizes["intermediate_size"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=sizes["vocab_size"],
-        max_positions=sizes["max_position_embeddings"],
-        norm_eps=norm_eps,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        eos_token_ids=eos_token_ids,
-    )
 
 
 def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: int) -> list[str]:
@@ -185,8 +87,9 @@ def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: 
             f"parallel.virtual_pipeline = {layout.virtual_pipeline}: interleaving needs parallel.pipeline >= 2; "
             "set virtual_pipeline to 1 or raise pipeline"
         )
-    possible_engine = [n for n in _possible_tensor(model) if layout.world_size % n == 0]
-    engine = _tensor_problems(model, engine_tensor_parallel)
+    problems += _expert_problems(model, layout)
+    possible_engine = [n for n in _possible_tensor(model, in_engine=True) if layout.world_size % n == 0]
+    engine = _tensor_problems(model, engine_tensor_parallel, expert_tensor=engine_tensor_parallel)
     if layout.world_size % engine_tensor_parallel:
         engine.append(f"must divide the {layout.world_size} ranks of the run")
     problems += [
@@ -229,165 +132,53 @@ def vllm_on_cpu() -> bool:
     return False
 
 
-def _tensor_problems(model: ModelConfig, tensor: int) -> list[str]:
-    """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too."""
+def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
+    """Rules of Megatron-Core (MoELayer, parallel_state) on how experts are divided."""
+    if model.experts is None:
+        if layout.expert == 1:
+            return []
+        return [f"parallel.expert = {layout.expert}: the model has no experts; set it to 1"]
+    count, ranks = model.experts.count, layout.world_size // layout.pipeline
+    problems = []
+    if count % layout.expert or ranks % layout.expert:
+        possible = [n for n in range(1, count + 1) if count % n == 0 and ranks % n == 0]
+        problems.append(
+            f"parallel.expert = {layout.expert}: must divide the {count} experts and the {ranks} ranks of a pipeline "
+            f"stage; possible: {_listed(possible)}"
+        )
+    if layout.tensor > 1 and layout.expert == 1:
+        # Megatron-Core (0.19.2) would not sum the gradients of undivided experts over tensor ranks.
+        problems.append(
+            f"parallel.expert = 1: with parallel.tensor = {layout.tensor} it must be greater; set it to {layout.tensor}"
+        )
+    if layout.tensor > 1 and not layout.sequence:
+        problems.append("parallel.sequence = false: experts on several tensor ranks need it; set it to true")
+    return problems
+
+
+def _tensor_problems(model: ModelConfig, tensor: int, *, expert_tensor: int = 1) -> list[str]:
+    """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too.
+
+    expert_tensor: ranks that share an expert: the trainer keeps experts whole, the engine divides them
+    """
     problems = []
     if model.num_heads % tensor:
         problems.append(f"must divide the {model.num_heads} attention heads")
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
         problems.append(f"must divide the {model.num_kv_heads} key-value heads or be a multiple of them")
-    if model.ffn_hidden_size % tensor:
+    if model.experts is None and model.ffn_hidden_size % tensor:
         problems.append(f"must divide the MLP's {model.ffn_hidden_size} hidden units")
+    if model.experts is not None and model.experts.ffn_hidden_size % expert_tensor:
+        problems.append(f"must divide the {model.experts.ffn_hidden_size} hidden units of an expert")
     if not problems and model.qkv_rows % tensor:
         problems.append(f"must divide the {model.qkv_rows} rows of the fused query-key-value matrix")
     return problems
 
 
-def _possible_tensor(model: ModelConfig) -> list[int]:
-    return [n for n in range(1, model.num_heads + 1) if not _tensor_problems(model, n)]
+def _possible_tensor(model: ModelConfig, *, in_engine: bool = False) -> list[int]:
+    sizes = range(1, model.num_heads + 1)
+    return [n for n in sizes if not _tensor_problems(model, n, expert_tensor=n if in_engine else 1)]
 
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _family(values: dict[str, Any], problems: list[str]) -> Family:
-    """The family, or any (with a problem noted) where it is not supported, so that the other checks can go on."""
-    found = values.get("architectures")
-    known = [name for name in found if name in _FAMILIES] if isinstance(found, list) else []
-    if not isinstance(found, list) or len(found) != 1 or not known:
-        problems.append(f"architectures = {found!r}: must be one of {', '.join(_FAMILIES)}")
-        return "llama"
-    family = _FAMILIES[known[0]]
-    model_type = values.get("model_type", family)
-    if model_type != family:
-        problems.append(f"model_type = {model_type!r}: must be {family!r} for the architecture {known[0]}")
-    return family
-
-
-def _field_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    if values.get("auto_map"):
-        problems.append("auto_map: code from the model's folder is never run; use a folder without custom code")
-    if values.get("quantization_config"):
-        problems.append("quantization_config: quantized weights can't be trained; use the bf16 or fp32 model")
-    for key, value in values.items():
-        if key in _MUST_BE:
-            allowed, why = _MUST_BE[key]
-            if value not in allowed:
-                problems.append(f"{key} = {value!r}: must be {allowed[0]!r}: {why}; choose another model")
-        elif key not in _HONOURED and key not in _HARMLESS:
-            problems.append(
-                f"{key} = {json.dumps(value)[:60]}: unknown field, which may change what the model computes; "
-                "if it doesn't, remove it from config.json (or add it to _HARMLESS in megatron_mcpo/model_config.py)"
-            )
-    return problems
-
-
-def _attention_window_problems(values: dict[str, Any]) -> list[str]:
-    """A window is used where use_sliding_window says so or, without that switch, where a window is given."""
-    problems = []
-    window = values.get("sliding_window")
-    if values.get("use_sliding_window", window is not None):
-        problems.append(f"sliding_window = {window!r}: only full attention is built; choose another model")
-    other = sorted({str(kind) for kind in values.get("layer_types") or ()} - {"full_attention"})
-    if other:
-        problems.append(f"layer_types has {', '.join(other)}: only full_attention is built; choose another model")
-    return problems
-
-
-def _positive_int(values: dict[str, Any], key: str, problems: list[str]) -> int:
-    value = values.get(key)
-    if type(value) is int and value > 0:
-        return value
-    problems.append(f"{key} = {value!r}: must be a positive integer; correct config.json")
-    return 1
-
-
-def _positive_float(values: dict[str, Any], key: str, problems: list[str]) -> float:
-    value: Any = values.get(key)
-    if type(value) in (int, float) and 0 < value < float("inf"):
-        return float(value)
-    problems.append(f"{key} = {value!r}: must be a positive number; correct config.json")
-    return 1.0
-
-
-def _kv_heads(values: dict[str, Any], family: Family, num_heads: int, problems: list[str]) -> int:
-    if values.get("num_key_value_heads") is None and (family == "llama" or "num_key_value_heads" in values):
-        return num_heads
-    num_kv_heads = _positive_int(values, "num_key_value_heads", problems)
-    if num_heads % num_kv_heads:
-        problems.append(f"num_key_value_heads = {num_kv_heads}: must divide num_attention_heads = {num_heads}")
-    return num_kv_heads
-
-
-def _head_dim(values: dict[str, Any], family: Family, hidden_size: int, num_heads: int, problems: list[str]) -> int:
-    if values.get("head_dim") is not None:
-        head_dim = _positive_int(values, "head_dim", problems)
-    elif "head_dim" not in values and _DEFAULT_HEAD_DIM[family] is not None:
-        return _DEFAULT_HEAD_DIM[family] or 1
-    elif hidden_size % num_heads:
-        problems.append(f"hidden_size = {hidden_size}: must be a multiple of num_attention_heads = {num_heads}")
-        return 2
-    else:
-        head_dim = hidden_size // num_heads
-    if head_dim % 2:
-        problems.append(f"head_dim = {head_dim}: must be even, rotary embeddings turn pairs")
-    return head_dim
-
-
-def _rope(values: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        table = values.get(key) or {}
-        if not isinstance(table, dict):
-            problems.append(f"{key} = {table!r}: must be an object; correct config.json")
-            table = {}
-        rope |= table
-    theta = _positive_float({"rope_theta": 10000.0} | values | rope, "rope_theta", problems)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        problems.append(f"partial_rotary_factor = {rope['partial_rotary_factor']!r}: must be 1; choose another model")
-    scaling: RopeScaling | None = None
-    if kind == "linear":
-        known |= {"factor"}
-        scaling = RopeScaling(kind="linear", factor=_positive_float(rope, "factor", problems))
-    elif kind == "llama3":
-        known |= {"factor", *_LLAMA3_CONSTANTS}
-        scaling = _llama3_scaling(rope, problems)
-    elif kind != "default":
-        problems.append(f"rope_type = {kind!r}: only default, linear and llama3 are built; choose another model")
-        return theta, None
-    for key in sorted(set(rope) - known):
-        problems.append(f"rope: {key} = {rope[key]!r}: not used by rope_type {kind!r}; remove it from config.json")
-    return theta, scaling
-
-
-def _llama3_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling:
-    for key, needed in _LLAMA3_CONSTANTS.items():
-        if rope.get(key) != needed:
-            problems.append(
-                f"rope: {key} = {rope.get(key)!r}: Megatron-Core computes llama3 scaling with {needed} only; "
-                "choose another model"
-            )
-    return RopeScaling(
-        kind="llama3",
-        factor=_positive_float(rope, "factor", problems),
-        low_freq_factor=_LLAMA3_CONSTANTS["low_freq_factor"],
-        high_freq_factor=_LLAMA3_CONSTANTS["high_freq_factor"],
-        original_max_positions=_LLAMA3_CONSTANTS["original_max_position_embeddings"],
-    )
-
-
-def _eos(generation: dict[str, Any], values: dict[str, Any], vocab_size: int, problems: list[str]) -> tuple[int, ...]:
-    found = generation.get("eos_token_id", values.get("eos_token_id"))
-    ids = found if isinstance(found, list) else [found]
-    if ids and all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        return tuple(ids)
-    problems.append(
-        f"eos_token_id = {found!r}: must be token ids below vocab_size = {vocab_size}, or no response would ever end; "
-        "set it in generation_config.json or config.json"
-    )
-    return ()

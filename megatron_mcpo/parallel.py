@@ -25,6 +25,8 @@ class Groups:
     tensor, pipeline, context: the ranks that share this rank's weights, layers, sequences
     data: the ranks that hold the same shard of the model, at the same place of the sequence, in other replicas
     data_context: data x context, the ranks over which gradients are reduced
+    expert: the ranks that hold this stage's experts between them; expert_data: those that hold the same experts as
+    this rank, over which the experts' gradients are reduced
     world: all ranks; host: all ranks, for Python objects and CPU tensors (gloo)
     """
 
@@ -36,6 +38,8 @@ class Groups:
     context: dist.ProcessGroup
     data: dist.ProcessGroup
     data_context: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
     world: dist.ProcessGroup
     host: dist.ProcessGroup
 
@@ -55,6 +59,10 @@ class Groups:
     def data_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.data.rank()
+
+    @property
+    def expert_rank(self) -> int:
+        return self.expert.rank()
 
     @property
     def is_first_stage(self) -> bool:
@@ -90,6 +98,8 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -166,6 +176,8 @@ def _groups(layout: Layout, timeout: timedelta) -> Groups:
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
         world=world,
         host=host,
     )

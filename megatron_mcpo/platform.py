@@ -234,12 +234,19 @@ def _adapt(module: types.ModuleType) -> None:
         case "jit":
             # torch.compile would load the compiler at import and run it on every fused bias and activation.
             module.disable_jit_fuser()
+        case "transformer.moe.moe_utils" | "transformer.moe.token_dispatcher":
+            # Split sizes have to be numbers; the original makes numbers only of tensors on a GPU.
+            names["maybe_move_tensor_to_cpu"] = _intercept("moe.maybe_move_tensor_to_cpu", _to_host)
         case "tensor_parallel.random":
             # The original only queues the state until CUDA starts, which is never.
             names["_set_cuda_rng_state"] = _intercept("random._set_cuda_rng_state", _set_rng_state)
         case "dist_checkpointing.strategies.filesystem_async":
             # A save in this process needs no queue between processes; the original starts a manager process a rank.
             names["_results_queue"] = queue.Queue()
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:

@@ -55,6 +55,9 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = Field(1, description="stages the layers are divided into")
     virtual_pipeline: PositiveInt = Field(1, description="chunks of layers a stage holds (interleaved schedule)")
     context: PositiveInt = Field(1, description="ranks that share every sequence")
+    expert: PositiveInt = Field(
+        1, description="ranks that a layer's experts are divided over; they are ranks of tensor x context x data"
+    )
     sequence: bool = Field(True, description="sequence parallelism, where tensor > 1")
     data: PositiveInt | None = Field(
         None, description="data-parallel replicas; left out, torchrun's world size gives them (1 without torchrun)"

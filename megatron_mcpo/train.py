@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mcpo.config import Config, ConfigError, load
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.metrics import check_trackers
-from megatron_mcpo.model_config import ModelConfig, engine_problems, from_folder, layout_problems, vllm_on_cpu
+from megatron_mcpo.model_config import ModelConfig, engine_problems, layout_problems, vllm_on_cpu
 from megatron_mcpo.plan import arithmetic, empty_terms
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.weights.mapping import tensor_problems

@@ -14,11 +14,11 @@ from megatron_mcpo import parallel
 from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore import checkpoint
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy
-from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.types import Update
 from tools import tiny_model
 from tools.ranks import run_ranks
@@ -127,7 +127,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[flo
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tied", "untied")}
     for kind, folder in folders.items():
-        tiny_model.save_model(folder, tied=kind == "tied")
+        tiny_model.save_model(folder, kind)
     return folders
 
 

@@ -22,9 +22,9 @@ from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.objective import Objective, Scored
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.sections import ContrastiveConfig
@@ -268,7 +268,7 @@ def test_popular_conventions_give_the_right_value_and_a_wrong_gradient(wrong_way
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(path, tied=True, num_layers=2)
+    tiny_model.save_model(path, "tied", num_layers=2)
     return path
 
 

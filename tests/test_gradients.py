@@ -1,7 +1,7 @@
 """The gradient of the whole objective, on the real Megatron model, against a plain one-process float64 reference.
 
 Not covered here: other options of the objective (test_policy_loss, test_contrastive), the transport of weights to the
-engine (test_vllm_engine), mixtures of experts, bf16, GPUs.
+engine (test_vllm_engine), bf16, GPUs.
 """
 
 from dataclasses import replace
@@ -17,10 +17,10 @@ from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.diagnose import term_gradients
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.packing import num_micro_batches
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.objective import Contrasted, Objective, Scored
 from megatron_mcpo.types import Keys, RolloutGroup
 from tools import tiny_model
@@ -28,26 +28,27 @@ from tools.check_layouts import (
     BOUND,
     HEAD,
     LAYOUTS,
-    SHAPES,
+    MODELS,
     Case,
     check,
-    divisor,
     expected_gradients,
     make_cases,
     make_config,
+    models_for,
     score,
 )
 from tools.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Case]]:
-    return {number: make_cases(tmp_path_factory.mktemp("models"), shape) for number, shape in SHAPES.items()}
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Case]]:
+    return {model: make_cases(tmp_path_factory.mktemp("models"), model) for model in MODELS}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradient_equals_the_reference(cases: dict[int, list[Case]], name: str) -> None:
-    assert_exact(check(LAYOUTS[name], cases[divisor(LAYOUTS[name])]))
+def test_gradient_equals_the_reference(cases: dict[str, list[Case]], name: str) -> None:
+    layout = LAYOUTS[name]
+    assert_exact(check(layout, [case for model in models_for(layout) for case in cases[model]]))
 
 
 def assert_exact(errors: dict[tuple[str, str], float]) -> None:
@@ -55,8 +56,8 @@ def assert_exact(errors: dict[tuple[str, str], float]) -> None:
     assert error <= BOUND, f"{parameter}: relative error {error:.2e} ({case})"
 
 
-def test_variants_cover_what_they_say(cases: dict[int, list[Case]]) -> None:
-    configs = [case.config for case in cases[2]]
+def test_variants_cover_what_they_say(cases: dict[str, list[Case]]) -> None:
+    configs = [case.config for case in cases["halves"]]
     assert {c.model.recompute for c in configs} == {"none", "full"}
     assert {c.algorithm.aggregation for c in configs} == {"token_mean", "seq_mean_token_mean", "dr_grpo"}
     assert {(c.algorithm.clip, c.algorithm.importance) for c in configs} == {
@@ -65,7 +66,7 @@ def test_variants_cover_what_they_say(cases: dict[int, list[Case]]) -> None:
     assert {c.contrastive.mode for c in configs} == {"loss", "reward"}
     assert {(c.contrastive.head, c.contrastive.pool) for c in configs} == {("linear", "mean"), ("mlp", "last")}
     counts = []
-    for case in cases[2]:
+    for case in cases["halves"]:
         batch = make_batch(
             case.groups, pass_threshold=1.0, num_data_ranks=1, data_rank=0, share_prompts=case.share_prompts
         )
@@ -73,12 +74,12 @@ def test_variants_cover_what_they_say(cases: dict[int, list[Case]]) -> None:
         counts.append(num_micro_batches(batch, max_tokens=limit, layout=Layout(tensor=2, context=2, sequence=True)))
     few = [counts[1], counts[3], counts[4]]
     assert counts == [18, few[0], 1, *few[1:]] * 2 and all(1 < count < 18 for count in few)
-    assert {case.share_prompts for case in cases[2]} == {False, True}
+    assert {case.share_prompts for case in cases["halves"]} == {False, True}
 
 
 def test_a_data_rank_without_a_rollout_takes_part(tmp_path: Path) -> None:
     """One group, two data-parallel ranks: shared prompts keep it on one of them, in a pipeline too."""
-    model = tiny_model.save_model(tmp_path, tied=True)
+    model = tiny_model.save_model(tmp_path, "tied")
     groups = tiny_model.rollout_groups(num_prompts=1, num_samples=4)
     assert groups[0].rewards == (1.0, 0.0, 1.0, 0.0), "a pair, and negatives for it"
     config = make_config(tmp_path, {})
@@ -121,16 +122,16 @@ class Local(Objective):
 
 
 @pytest.mark.parametrize("mistake", [Multiplied, Divided, Local])
-def test_a_wrong_factor_and_a_local_loss_are_caught(cases: dict[int, list[Case]], mistake: type[Objective]) -> None:
-    case = cases[2][0]
+def test_a_wrong_factor_and_a_local_loss_are_caught(cases: dict[str, list[Case]], mistake: type[Objective]) -> None:
+    case = cases["halves"][0]
     errors = check(LAYOUTS["dp2"], [case], mistake)
     assert errors[case.name, f"{HEAD}.weight"] > 0.1
     assert sum(error > 1000 * BOUND for error in errors.values()) > len(errors) / 2
 
 
-def test_one_rank_can_not_make_these_mistakes(cases: dict[int, list[Case]]) -> None:
+def test_one_rank_can_not_make_these_mistakes(cases: dict[str, list[Case]]) -> None:
     """What fails above fails for the division over ranks and for nothing else."""
-    assert_exact(check(LAYOUTS["dp1"], cases[2][:1], Local))
+    assert_exact(check(LAYOUTS["dp1"], cases["halves"][:1], Local))
 
 
 def trunk_gradient(model: PreTrainedModel, groups: list[RolloutGroup], config: Config) -> Tensor:
@@ -148,9 +149,15 @@ def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict
     return term_gradients(objective, policy, scored, objective.advantages(groups, contrasted), contrasted)
 
 
-def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [("tied", ["dp1", "dp2", "tp2_sp", "pp2"]), ("experts", ["dp1", "ep2", "ep2_tp2"])],
+)
+def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
+    tmp_path: Path, kind: tiny_model.Kind, layouts: list[str]
+) -> None:
     """With tied embeddings, which two pipeline stages hold; what a term adds to a gradient is its own."""
-    model, groups = tiny_model.save_model(tmp_path, tied=True), tiny_model.rollout_groups(num_prompts=6, num_samples=3)
+    model, groups = tiny_model.save_model(tmp_path, kind), tiny_model.rollout_groups(num_prompts=6, num_samples=3)
     without = {"share": {"consolidate_weight": 0.0}, "consolidate": {"share_weight": 0.0}}
     plain = make_config(tmp_path, {"contrastive": without["share"] | without["consolidate"]})
     own = trunk_gradient(model, groups, plain)
@@ -161,7 +168,7 @@ def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(t
         expected[f"gradient/cos_{term}"] = torch.cosine_similarity(added, own, dim=0).item()
     assert all(abs(figure) > 0.01 for figure in expected.values()), expected
     on_representations = {}
-    for name in ("dp1", "dp2", "tp2_sp", "pp2"):
+    for name in layouts:
         layout = LAYOUTS[name]
         for found in run_ranks(layout.world_size, diagnose, layout, make_config(tmp_path, {}), groups):
             assert {key: found[key] for key in expected} == pytest.approx(expected, rel=BOUND), name

@@ -16,15 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.hf_files import Header, read_headers
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import (
-    ModelConfig,
-    RopeScaling,
-    engine_problems,
-    from_folder,
-    layout_problems,
-)
+from megatron_mcpo.model_config import Experts, ModelConfig, RopeScaling, engine_problems, layout_problems
 
 QWEN25 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -148,6 +143,7 @@ def test_transformers_4_qwen2(tmp_path: Path) -> None:
         tied_embeddings=True,
         qkv_bias=True,
         qk_norm=False,
+        experts=None,
         eos_token_ids=(151645,),
     )
 
@@ -188,18 +184,26 @@ def test_generation_config_names_the_end_tokens_first(tmp_path: Path) -> None:
     assert from_folder(tmp_path).eos_token_ids == (151645, 151643)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"])
 def test_reads_what_transformers_writes(tmp_path: Path, family: str) -> None:
     from transformers import AutoConfig
 
-    extra = {} if family == "llama" else {"eos_token_id": 5}
+    extra = {"eos_token_id": 5, **({"sliding_window": None} if family == "mistral" else {})}
     architectures = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    architectures |= {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
+    architectures["qwen3_moe"] = "Qwen3MoeForCausalLM"
     config = AutoConfig.for_model(family, architectures=[architectures[family]], **extra)
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(NO_TENSORS)
     model = from_folder(tmp_path)
-    assert (model.family, model.num_layers, model.vocab_size) == (family, 32, config.vocab_size)
-    assert (model.num_heads, model.num_kv_heads, model.hidden_size) == (32, 32, 4096)
+    assert (model.family, model.num_layers, model.vocab_size) == (family, config.num_hidden_layers, config.vocab_size)
+    assert (model.num_heads, model.num_kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
+    assert (model.hidden_size, model.rope_theta) == (config.hidden_size, config.rope_parameters["rope_theta"])
+    experts = {
+        "qwen3_moe": Experts(count=128, per_token=8, ffn_hidden_size=768, normalized=False),
+        "mixtral": Experts(count=8, per_token=2, ffn_hidden_size=14336, normalized=True),
+    }
+    assert model.experts == experts.get(family)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +233,59 @@ def test_a_field_that_changes_the_result_is_refused_by_name(tmp_path: Path, fiel
     problems = problems_of(write(tmp_path, {**LLAMA32, field: value}))
     assert len(problems) == 1
     assert field in problems[0]
+
+
+QWEN3_MOE = {
+    **{key: value for key, value in QWEN3_V5.items() if key not in ("architectures", "model_type")},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.001,
+}
+
+
+def test_experts(tmp_path: Path) -> None:
+    model = from_folder(write(tmp_path, QWEN3_MOE))
+    assert model.experts == Experts(count=128, per_token=8, ffn_hidden_size=768, normalized=True)
+    assert model.qk_norm
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("decoder_sparse_step", 2),
+        ("mlp_only_layers", [0]),
+        ("num_experts", None),
+        ("num_experts_per_tok", 129),
+        ("moe_intermediate_size", 0),
+        ("shared_expert_intermediate_size", 4),
+    ],
+)
+def test_experts_that_are_not_built_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    (problem,) = problems_of(write(tmp_path, {**QWEN3_MOE, field: value}))
+    assert field in problem
+
+
+def test_jitter_and_a_window_left_out_are_refused(tmp_path: Path) -> None:
+    mixtral = {**LLAMA32, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    mixtral |= {"num_experts_per_tok": 2, "rope_scaling": None}
+    assert from_folder(write(tmp_path, mixtral)).experts is not None
+    (problem,) = problems_of(write(tmp_path, {**mixtral, "router_jitter_noise": 0.1}))
+    assert "router_jitter_noise = 0.1" in problem
+    mistral = {**LLAMA32, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (problem,) = problems_of(write(tmp_path, mistral))
+    assert "sliding_window = 4096" in problem
+    assert from_folder(write(tmp_path, {**mistral, "sliding_window": None})).family == "mistral"
+
+
+def test_fields_of_experts_are_unknown_to_dense_models(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, {**LLAMA32, "num_experts": 4}))
+    assert "num_experts" in problem and "unknown" in problem
 
 
 def test_sliding_window_layers_are_refused(tmp_path: Path) -> None:
@@ -317,6 +374,7 @@ MODEL = ModelConfig(
     tied_embeddings=False,
     qkv_bias=False,
     qk_norm=False,
+    experts=None,
     eos_token_ids=(2,),
 )
 
@@ -343,6 +401,36 @@ def test_layouts(layout: Layout, engine: int, found: list[str]) -> None:
     assert all(text in "\n".join(problems) for text in found)
 
 
+WITH_EXPERTS = replace(
+    MODEL, experts=Experts(count=6, per_token=2, ffn_hidden_size=36, normalized=True), ffn_hidden_size=7
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine", "found"),
+    [
+        (Layout(data=2), 2, []),
+        (Layout(data=6, expert=3), 1, []),
+        (Layout(tensor=2, sequence=True, expert=2), 1, []),
+        (Layout(pipeline=2, data=2, expert=2), 1, []),
+        (Layout(data=4, expert=4), 1, ["must divide the 6 experts and the 4 ranks", "possible: 1, 2"]),
+        (Layout(pipeline=2, data=2, expert=6), 1, ["the 2 ranks of a pipeline stage"]),
+        (Layout(tensor=2, sequence=True), 1, ["parallel.expert = 1", "set it to 2"]),
+        (Layout(tensor=2, expert=2), 1, ["parallel.sequence = false"]),
+        (Layout(data=8), 8, ["engine.tensor_parallel = 8", "must divide the 36 hidden units of an expert"]),
+    ],
+)
+def test_layouts_of_experts(layout: Layout, engine: int, found: list[str]) -> None:
+    problems = layout_problems(WITH_EXPERTS, layout, engine)
+    assert bool(problems) == bool(found)
+    assert all(text in "\n".join(problems) for text in found)
+
+
+def test_dense_models_have_no_experts_to_divide() -> None:
+    (problem,) = layout_problems(MODEL, Layout(data=2, expert=2), 1)
+    assert "parallel.expert = 2" in problem and "set it to 1" in problem
+
+
 def test_rules_of_the_mlp_and_the_fused_matrix() -> None:
     assert "97 hidden units" in layout_problems(replace(MODEL, ffn_hidden_size=97), Layout(tensor=2), 1)[0]
     one_kv_head = replace(MODEL, num_kv_heads=1, head_dim=2)
@@ -366,7 +454,7 @@ def test_head_sizes_are_limited_on_a_cpu_only() -> None:
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     write(tmp_path, QWEN25)
     code = (
-        "import sys; from pathlib import Path; from megatron_mcpo.model_config import from_folder; "
+        "import sys; from pathlib import Path; from megatron_mcpo.hf_config import from_folder; "
         f"from_folder(Path({str(tmp_path)!r})); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

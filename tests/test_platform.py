@@ -56,6 +56,10 @@ def _config(layout: Layout) -> TransformerConfig:
         recompute_method="uniform",
         recompute_num_layers=1,
         use_cpu_initialization=False,
+        num_moe_experts=4 if layout.expert > 1 else None,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=layout.expert,
     )
 
 
@@ -134,7 +138,8 @@ def _save_and_load(model: DistributedDataParallel, optimizer: Any, groups: paral
     optimizer.load_state_dict(loaded["optimizer"])
 
 
-LAYOUTS = [Layout(data=2), Layout(pipeline=2), Layout(tensor=2, sequence=True), Layout(context=2)]
+LAYOUTS = [Layout(data=2), Layout(pipeline=2), Layout(tensor=2, sequence=True), Layout(context=2),
+           Layout(data=2, expert=2)]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is nothing to intercept on a GPU")

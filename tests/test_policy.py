@@ -15,33 +15,34 @@ from torch import Tensor
 from megatron_mcpo import parallel
 from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
-from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.types import TrainBatch
 from tools import tiny_model
 from tools.ranks import run_ranks
 
+ONE_RANK = Layout()
 TWO_UPDATES = {"minibatches": 2}  # a step
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(path, tied=True)
+    tiny_model.save_model(path, "tied")
     return path
 
 
-def start(config: Config) -> tuple[Policy, TrainBatch]:
-    ranks = parallel.init(Layout(), seed=0, timeout_seconds=60)
+def start(config: Config, layout: Layout = ONE_RANK) -> tuple[Policy, TrainBatch]:
+    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
     policy = Policy(config, from_folder(Path(config.model.path)), ranks)
     groups = tiny_model.rollout_groups(num_prompts=4, num_samples=3)
     batch = make_batch(
         groups,
         pass_threshold=1.0,
-        num_data_ranks=1,
-        data_rank=0,
+        num_data_ranks=layout.data,
+        data_rank=ranks.data_rank,
         share_prompts=policy.shares_prompts,
     )
     return policy, batch
@@ -99,6 +100,38 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
         assert not all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
 
     run_ranks(1, check, tiny_model.config(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        ("tied", [Layout(data=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)]),
+        ("experts", [Layout(data=2, expert=2), Layout(tensor=2, expert=2, sequence=True), Layout(data=4, expert=2)]),
+    ],
+)
+def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_model.Kind, layouts: list[Layout]) -> None:
+    """The norm that gradients are clipped to is of all ranks' shards, each counted once."""
+
+    def updated(layout: Layout, config: Config) -> tuple[float, dict[str, Tensor]]:
+        policy, batch = start(config, layout)
+        norm = policy.update(batch, maximise(1.0)).grad_norm
+        return norm, {name: tensor.clone() for name, tensor in policy.weights()}
+
+    tiny_model.save_model(tmp_path, kind)
+    # A step in proportion to the gradient, and not as long for the smallest as for the largest.
+    proportional = {"eps": 100.0, "lr": 3000.0, "clip_grad": 0.1}
+    config = tiny_model.config(tmp_path, optimizer=proportional)
+    ((norm, expected),) = run_ranks(1, updated, Layout(), config)
+    ((_, before),) = run_ranks(
+        1, updated, Layout(), tiny_model.config(tmp_path, optimizer={**proportional, "lr": 1e-9})
+    )
+    assert norm > 1
+    for layout in layouts:
+        for found_norm, found in run_ranks(layout.world_size, updated, layout, config, timeout=120):
+            assert found_norm == pytest.approx(norm, rel=1e-5), layout
+            for name, weight in expected.items():
+                moved = weight - before[name]
+                torch.testing.assert_close(found[name] - before[name], moved, rtol=0, atol=1e-4 * moved.abs().max())
 
 
 def test_an_update_with_representations_of_other_weights_is_refused(folder: Path) -> None:

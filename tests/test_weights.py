@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.model_config import Experts, ModelConfig
 from megatron_mcpo.weights.layout import cut_dim, fill, join, shard_shape, slices
 from megatron_mcpo.weights.mapping import Row, Split, hf_shapes, parameters, table
 
@@ -33,12 +33,19 @@ MODEL = ModelConfig(
     tied_embeddings=False,
     qkv_bias=False,
     qk_norm=True,
+    experts=None,
     eos_token_ids=(2,),
 )
 FAMILIES = [
     replace(MODEL, family="llama", qk_norm=False),
     replace(MODEL, family="qwen2", qk_norm=False, qkv_bias=True, tied_embeddings=True),
     MODEL,
+    replace(MODEL, family="mistral", qk_norm=False),
+]
+EXPERTS = Experts(count=4, per_token=2, ffn_hidden_size=8, normalized=True)
+WITH_EXPERTS = [
+    replace(MODEL, family="qwen3_moe", experts=EXPERTS),
+    replace(MODEL, family="mixtral", qk_norm=False, experts=EXPERTS),
 ]
 
 
@@ -50,7 +57,7 @@ def models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     heads = kv_heads * num_ranks * draw(st.integers(1, 3))
     head_dim = 2 * num_ranks * draw(st.integers(1, 3))
     model = replace(
-        draw(st.sampled_from(FAMILIES)),
+        draw(st.sampled_from(FAMILIES + WITH_EXPERTS)),
         num_layers=1,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -70,8 +77,9 @@ def full_tensors(row: Row) -> list[Tensor]:
 
 
 def cut_all(row: Row, full: list[Tensor], num_ranks: int) -> list[Tensor]:
-    """The shards of every rank, each written over values that must vanish."""
+    """The shards of every rank that has one of its own, each written over values that must vanish."""
     dim = cut_dim(row)
+    num_ranks = row.num_shards(Layout(tensor=num_ranks))
     shards = [torch.full(shard_shape(row, num_ranks), float("nan")) for _ in range(num_ranks)]
     for rank, shard in enumerate(shards):
         fill(row, shard, lambda p: full[p.tensor].narrow(dim, p.start, len(p)), rank=rank, num_ranks=num_ranks)
@@ -117,7 +125,7 @@ def test_fused_qkv_is_grouped_by_key_value_head(case: tuple[ModelConfig, int]) -
 @given(models())
 def test_each_rank_holds_its_own_gate_and_up_rows(case: tuple[ModelConfig, int]) -> None:
     model, num_ranks = case
-    row = next(row for row in table(model) if row.split is Split.RANKS)
+    row = next(row for row in table(replace(model, experts=None)) if row.split is Split.RANKS)
     gate, up = full_tensors(row)
     for rank, shard in enumerate(cut_all(row, [gate, up], num_ranks)):
         assert torch.equal(shard, torch.cat([gate.chunk(num_ranks)[rank], up.chunk(num_ranks)[rank]]))
@@ -133,10 +141,12 @@ def test_vocabulary_is_padded_with_zero_rows_even_over_whole_shards() -> None:
     assert slices(embedding, rank=3, num_ranks=4) == []
 
 
-@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: m.family)
-@pytest.mark.parametrize("pipeline, virtual", [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
-def test_every_layout_exports_the_same_names_in_the_same_order(model: ModelConfig, pipeline: int, virtual: int) -> None:
-    layout = Layout(pipeline=pipeline, virtual_pipeline=virtual)
+@pytest.mark.parametrize("model", FAMILIES + WITH_EXPERTS, ids=lambda m: m.family)
+@pytest.mark.parametrize("pipeline, virtual, expert", [(1, 1, 1), (2, 1, 2), (4, 1, 4), (2, 2, 2), (4, 2, 1)])
+def test_every_layout_exports_the_same_names_in_the_same_order(
+    model: ModelConfig, pipeline: int, virtual: int, expert: int
+) -> None:
+    layout = Layout(pipeline=pipeline, virtual_pipeline=virtual, data=4, expert=expert if model.experts else 1)
     found = [name for p in parameters(model, layout) if not p.row.tied for name in p.hugging_face]
     assert found == list(hf_shapes(model))
     assert len(set(found)) == len(found)
@@ -147,6 +157,19 @@ def test_interleaved_layers_go_round_the_stages() -> None:
     norms = [p for p in parameters(MODEL, Layout(pipeline=2, virtual_pipeline=2)) if "post_attention" in str(p)]
     assert [(p.stage, p.chunk) for p in norms] == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
     assert [p.megatron[0].split(".")[2] for p in norms] == ["0", "1"] * 4
+
+
+def test_an_expert_rank_holds_neighbouring_experts_and_numbers_them_from_0() -> None:
+    found = [p for p in parameters(WITH_EXPERTS[0], Layout(data=2, expert=2)) if "down_proj" in p.hugging_face[0]][:4]
+    assert [p.hugging_face[0] for p in found] == [f"model.layers.0.mlp.experts.{e}.down_proj.weight" for e in range(4)]
+    assert [p.expert_rank for p in found] == [0, 0, 1, 1]
+    assert [p.megatron for p in found[2:]] == [
+        (f"decoder.layers.0.mlp.experts.local_experts.{e}.linear_fc2.weight",
+         f"decoder.layers.0.mlp.experts.linear_fc2.weight{e}")
+        for e in range(2)
+    ]  # fmt: skip
+    rest = [p for p in parameters(WITH_EXPERTS[0], Layout(data=2, expert=2)) if not p.row.expert]
+    assert {p.expert_rank for p in rest} == {None}
 
 
 def test_both_layer_specs_are_in_the_table() -> None:

@@ -145,9 +145,9 @@ def step_row() -> dict[str, Any]:
     The share is the median over pairs of neighbouring steps.
     """
     from megatron_mcpo import parallel
+    from megatron_mcpo.hf_config import from_folder
     from megatron_mcpo.layout import Layout
     from megatron_mcpo.mcore.policy import Reference
-    from megatron_mcpo.model_config import from_folder
 
     path = ROOT / "examples" / "quickstart" / "config.toml"
     off = ["--contrastive.share_weight", "0.0", "--contrastive.consolidate_weight", "0.0"]

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel  # noqa: E402
 from megatron_mcpo import parallel  # noqa: E402
 from megatron_mcpo.batch import make_batch  # noqa: E402
 from megatron_mcpo.config import Config  # noqa: E402
+from megatron_mcpo.hf_config import from_folder  # noqa: E402
 from megatron_mcpo.layout import Layout  # noqa: E402
 from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec  # noqa: E402
 from megatron_mcpo.mcore.policy import Policy  # noqa: E402
-from megatron_mcpo.model_config import from_folder  # noqa: E402
 from megatron_mcpo.objective import Objective, Scored  # noqa: E402
 from megatron_mcpo.parallel import Groups  # noqa: E402
 from megatron_mcpo.types import RolloutGroup, Scores  # noqa: E402
@@ -59,12 +59,21 @@ LAYOUTS = {
     "pp2_cp2": Layout(pipeline=2, context=2),
     "vpp2_dp2": Layout(pipeline=2, virtual_pipeline=2, data=2),
     "tp2_pp2_dp2": Layout(tensor=2, pipeline=2, data=2, sequence=True),
+    "ep2": Layout(data=2, expert=2),
+    "ep4": Layout(data=4, expert=4),
+    "ep2_dp4": Layout(data=4, expert=2),
+    "ep2_tp2": Layout(tensor=2, expert=2, sequence=True),
+    "ep2_tp4": Layout(tensor=4, expert=2, sequence=True),
+    "ep2_cp2": Layout(context=2, expert=2),
+    "ep2_pp2": Layout(pipeline=2, data=2, expert=2),
 }
-SHAPES = {
-    2: {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2},
-    3: {"num_layers": 3, "num_heads": 9, "num_kv_heads": 3},
+_EVEN = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
+MODELS: dict[str, tuple[tuple[tiny_model.Kind, ...], dict[str, int]]] = {
+    "halves": (("tied", "untied"), _EVEN),
+    "thirds": (("tied", "untied"), {"num_layers": 3, "num_heads": 9, "num_kv_heads": 3}),
+    "experts": (("experts",), _EVEN),
 }
-"""Models whose layers and heads can be divided by 2, and by 3."""
+"""Models whose layers and heads can be divided by 2, by 3, and one with experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +146,21 @@ class Case:
     expected: dict[str, Tensor]
 
 
-def divisor(layout: Layout) -> int:
-    """The key of SHAPES that a layout needs."""
-    return 3 if 3 in (layout.tensor, layout.pipeline) else 2
+def models_for(layout: Layout) -> list[str]:
+    """The keys of MODELS that a layout is tried with."""
+    if layout.expert > 1:
+        return ["experts"]
+    if layout.world_size == 1:
+        return ["halves", "experts"]
+    return ["thirds" if 3 in (layout.tensor, layout.pipeline) else "halves"]
 
 
-def make_cases(folder: Path, shape: dict[str, int]) -> list[Case]:
-    """Every variant with a tied Llama and an untied Qwen3 model; their files are put into `folder`."""
+def make_cases(folder: Path, model: str) -> list[Case]:
+    """Every variant with the models of one key of MODELS; their files are put into `folder`."""
+    kinds, shape = MODELS[model]
     cases = []
-    for kind in ("tied", "untied"):
-        model = tiny_model.save_model(folder / kind, tied=kind == "tied", **shape)
+    for kind in kinds:
+        reference_model = tiny_model.save_model(folder / kind, kind, **shape)
         for variant in VARIANTS:
             groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3, shortest_prompt=variant.shortest_prompt)
             config = make_config(folder / kind, variant.sections)
@@ -156,7 +170,7 @@ def make_cases(folder: Path, shape: dict[str, int]) -> list[Case]:
                     config=config,
                     groups=groups,
                     share_prompts=variant.share_prompts,
-                    expected=expected_gradients(model, groups, config),
+                    expected=expected_gradients(reference_model, groups, config),
                 )
             )
     return cases
@@ -178,7 +192,7 @@ def expected_gradients(model: PreTrainedModel, groups: Sequence[RolloutGroup], c
         module = ContrastiveHead(tiny_model.HIDDEN, spec, dtype=torch.float32, device=torch.device("cpu"))
         head = dict(module.named_parameters())
     old, ref = (tiny_model.other_logprobs(groups, seed=seed) for seed in (1, 2))
-    return reference.gradients(model, head, groups, old, ref, config)
+    return tiny_model.as_saved(reference.gradients(model, head, groups, old, ref, config))
 
 
 def score(policy: Policy, config: Config, groups: Sequence[RolloutGroup], share_prompts: bool) -> Scored:
@@ -212,15 +226,15 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
 
 def export_gradients(policy: Policy) -> dict[str, Tensor]:
     """Gradients under the names of the reference: they take the parameters' place and are exported."""
-    group = policy.groups.data_context
     head = {}
+    for buffer in policy.gradient_buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:  # the distributed optimizer leaves each rank its own shard of the sum
+            shards = bucket.grad_data.chunk(group.size())
+            gathered = [torch.empty_like(shard) for shard in shards]
+            dist.all_gather(gathered, shards[group.rank()].contiguous(), group=group)
+            bucket.grad_data.copy_(torch.cat(gathered))
     for chunk in policy.chunks:
-        for buffer in chunk.buffers:
-            for bucket in buffer.buckets:  # the distributed optimizer leaves each rank its own shard of the sum
-                shards = bucket.grad_data.chunk(group.size())
-                gathered = [torch.empty_like(shard) for shard in shards]
-                dist.all_gather(gathered, shards[group.rank()].contiguous(), group=group)
-                bucket.grad_data.copy_(torch.cat(gathered))
         for name, parameter in chunk.named_parameters():
             parameter.data.copy_(parameter.main_grad)
             if HEAD in name:
@@ -273,10 +287,11 @@ def main(arguments: Sequence[str]) -> int:
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        shapes = {divisor(LAYOUTS[layout]) for layout in options.layouts}
-        cases = {number: make_cases(folder / str(number), SHAPES[number]) for number in sorted(shapes)}
+        cases: dict[str, list[Case]] = {}
         for layout in options.layouts:
-            mine = cases[divisor(LAYOUTS[layout])]
+            needed = models_for(LAYOUTS[layout])
+            cases |= {model: make_cases(folder / model, model) for model in needed if model not in cases}
+            mine = [case for model in needed for case in cases[model]]
             errors = check(LAYOUTS[layout], mine)
             rows[layout] = {
                 "max_rel_err": max(errors.values()),

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_mcpo.config import Config
@@ -23,10 +24,14 @@ HIDDEN = 72  # divides over 4 heads and over 9
 MAX_PROMPT, MAX_RESPONSE = 19, 8
 
 
+Kind = Literal["tied", "untied", "experts"]
+"""Llama with tied embeddings, Qwen3 with untied ones, Qwen3-MoE with four experts of which a token sees two."""
+
+
 def save_model(
-    folder: Path, *, tied: bool, num_layers: int = 4, num_heads: int = 4, num_kv_heads: int = 2, seed: int = 0
+    folder: Path, kind: Kind, *, num_layers: int = 4, num_heads: int = 4, num_kv_heads: int = 2, seed: int = 0
 ) -> PreTrainedModel:
-    """A random model in fp32: Llama with tied embeddings, Qwen3 with untied ones."""
+    """A random model in fp32."""
     shape: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -35,18 +40,48 @@ def save_model(
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=128,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=kind == "tied",
         bos_token_id=None,
         eos_token_id=0,
     )
     torch.manual_seed(seed)
-    config: PretrainedConfig = LlamaConfig(**shape) if tied else Qwen3Config(head_dim=16, **shape)
-    model: PreTrainedModel = LlamaForCausalLM(config) if tied else Qwen3ForCausalLM(config)
+    model = _model(kind, shape)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(3.0)
     model.save_pretrained(folder)
     return model
+
+
+def _model(kind: Kind, shape: dict[str, Any]) -> PreTrainedModel:
+    if kind == "tied":
+        return LlamaForCausalLM(LlamaConfig(**shape))
+    if kind == "untied":
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **shape))
+    experts: dict[str, Any] = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True, head_dim=16
+    )
+    config = Qwen3MoeConfig(**experts, **shape)
+    config._experts_implementation = "eager"  # the others have no kernel for float64
+    return Qwen3MoeForCausalLM(config)
+
+
+def as_saved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's own tensors (or their gradients) under the names and in the shapes they have in its files.
+
+    In memory transformers 5 keeps all experts of a layer in one tensor: gate_up_proj [E, 2F, H], down_proj [E, H, F].
+    """
+    saved: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj"):
+            saved[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            for part, values in zip(names, expert.chunk(len(names)), strict=True):
+                saved[f"{prefix}.{number}.{part}.weight"] = values
+    return saved
 
 
 def config(folder: Path, **sections: dict[str, Any]) -> Config:

@@ -96,7 +96,7 @@ def _count_padding(policy: Policy) -> None:
     with it: those in later buckets get their neighbours' weights and moments (NVIDIA/Megatron-LM#5077). Padding that
     counts as content stays; checkpoints are the same as with a Megatron-Core that has the repair.
     """
-    for buffer in (buffer for chunk in policy.chunks for buffer in chunk.buffers):
+    for buffer in policy.gradient_buffers:
         for bucket in buffer.buckets[:-1]:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec
-from megatron_mcpo.mcore.spec import layer_spec
+from megatron_mcpo.mcore.spec import layer_spec, uses_transformer_engine
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.platform import device
@@ -50,6 +50,8 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
@@ -60,9 +62,26 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
         batch_p2p_comm=not interleaved,
         use_cpu_initialization=device().type == "cpu",
         perform_initialization=False,
+        **_expert_options(model),
     )
     assert not (interleaved and config.batch_p2p_comm)
     return config
+
+
+def _expert_options(model: ModelConfig) -> dict[str, Any]:
+    """The router adds no loss of its own, and drops no token: every token is computed as in the engine."""
+    if model.experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.experts.count,
+        "moe_router_topk": model.experts.per_token,
+        "moe_ffn_hidden_size": model.experts.ffn_hidden_size,
+        "moe_router_pre_softmax": not model.experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": uses_transformer_engine(),
+    }
 
 
 def build_chunks(

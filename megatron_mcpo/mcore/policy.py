@@ -214,13 +214,15 @@ class Policy(_Model):
         Every element is on one rank only, so that `dot` of such shares is that of the whole gradients.
         """
         self.backward(batch, loss)
-        group = self.groups.data_context
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
                 if not self._is_counted(name, parameter):
                     parameter.main_grad.zero_()
-        buckets = [bucket for chunk in self.chunks for buffer in chunk.buffers for bucket in buffer.buckets]
-        return torch.cat([bucket.grad_data.chunk(group.size())[group.rank()] for bucket in buckets]).float()
+        shards = []
+        for buffer in self.gradient_buffers:
+            group = buffer.data_parallel_group
+            shards += [bucket.grad_data.chunk(group.size())[group.rank()] for bucket in buffer.buckets]
+        return torch.cat(shards).float()
 
     def dot(self, left: Tensor, right: Tensor) -> float:
         """Dot product of two gradients whose shares all ranks hold; collective."""
@@ -234,15 +236,20 @@ class Policy(_Model):
             return False
         if getattr(parameter, "shared_embedding", False) and self.groups.layout.pipeline > 1:
             return self.groups.is_first_stage
-        return getattr(parameter, "tensor_model_parallel", False) or self.groups.tensor_rank == 0
+        divided = getattr(parameter, "tensor_model_parallel", False) or not getattr(parameter, "allreduce", True)
+        return divided or self.groups.tensor_rank == 0
+
+    @property
+    def gradient_buffers(self) -> list[Any]:
+        """Megatron's buffers of gradients; those of divided experts are reduced over other ranks than the rest."""
+        return [buffer for chunk in self.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every full tensor under its Hugging Face name, on every rank; collective over the replica."""
         return export(self.chunks, self.model_config, self.groups)
 
     def _gradients_finite(self) -> bool:
-        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
-        finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all().float()
+        finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in self.gradient_buffers]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.world)
         return bool(finite.item())
 

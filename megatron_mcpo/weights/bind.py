@@ -18,21 +18,22 @@ def bind(
 ) -> list[tuple[Parameter, nn.Parameter | None]]:
     """All parameters of the whole model in the order of export, each with this rank's shard.
 
-    The shard is None where another stage holds the parameter, and for tied output embeddings that need no second copy.
-    Asserts that `chunks` hold these parameters in these shapes, and no others but the contrastive head's.
+    The shard is None where another stage or expert rank holds the parameter, and for tied output embeddings that need
+    no second copy. Asserts that `chunks` hold these parameters in these shapes, and no others but those of the
+    contrastive head.
     """
     assert len(chunks) == groups.layout.virtual_pipeline
     mine = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in _named(chunk)}
     bound: list[tuple[Parameter, nn.Parameter | None]] = []
     for parameter in parameters(model, groups.layout):
-        if parameter.stage != groups.pipeline_rank:
+        if parameter.stage != groups.pipeline_rank or parameter.expert_rank not in (None, groups.expert_rank):
             bound.append((parameter, None))
             continue
         found = [mine.pop((parameter.chunk, n)) for n in parameter.megatron if (parameter.chunk, n) in mine]
         assert len(found) == 1 or (parameter.row.tied and not found), f"{parameter.megatron}: {len(found)} in the model"
         shard = found[0] if found else None
         if shard is not None:
-            expected = shard_shape(parameter.row, groups.layout.tensor)
+            expected = shard_shape(parameter.row, parameter.row.num_shards(groups.layout))
             assert shard.shape == expected, f"{parameter.megatron}: {tuple(shard.shape)}, table says {expected}"
         bound.append((parameter, shard))
     assert not mine, f"parameters that are not in the table: {sorted(mine)}"

@@ -40,7 +40,8 @@ def _fill(tensor: nn.Parameter, parameter: Parameter, checkpoint: "_Checkpoint",
     def read(piece: Slice) -> Tensor:
         return checkpoint.read(parameter.hugging_face[piece.tensor], piece, cut_dim(row))
 
-    fill(row, tensor, read, rank=groups.tensor_rank, num_ranks=groups.layout.tensor)
+    num_shards = row.num_shards(groups.layout)
+    fill(row, tensor, read, rank=groups.tensor_rank if num_shards > 1 else 0, num_ranks=num_shards)
 
 
 class _Checkpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_mcpo.hf_files import read_headers
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.model_config import Experts, ModelConfig
 
 HEAD_PREFIX = "contrastive_head."
 """Parameters of the contrastive head have no Hugging Face counterpart: never loaded, never exported."""
@@ -49,9 +49,11 @@ class Place(Enum):
 class Row:
     """A line of the table.
 
-    megatron: names the parameter may have: in Megatron's local layer spec, then in its Transformer Engine spec
+    megatron: names the parameter may have: in Megatron's local layer spec, then in its Transformer Engine spec;
+        {expert} stands for an expert's number, here among those of its rank
     hugging_face: the tensors it is made of, in order; shapes: their full shapes
     groups: for Split.GROUPS, how many
+    expert: of one expert: its number comes behind "experts" in Hugging Face names; tensor ranks don't divide it
     tied: a second copy of the input embedding, for the output layer of another pipeline chunk; there only if needed,
         loaded but not exported
     """
@@ -62,7 +64,12 @@ class Row:
     split: Split
     place: Place = Place.LAYER
     groups: int = 1
+    expert: bool = False
     tied: bool = False
+
+    def num_shards(self, layout: Layout) -> int:
+        """Over how many ranks it is divided."""
+        return 1 if self.expert else layout.tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,7 @@ class Parameter:
     """One parameter of the whole model: a row of the table, its names filled in, and where it is.
 
     stage: pipeline rank; chunk: which of the stage's virtual pipeline chunks
+    expert_rank: of the ranks that have it; None: all of them
     """
 
     row: Row
@@ -77,6 +85,7 @@ class Parameter:
     hugging_face: tuple[str, ...]
     stage: int
     chunk: int
+    expert_rank: int | None = None
 
 
 def table(model: ModelConfig) -> tuple[Row, ...]:
@@ -104,7 +113,8 @@ def table(model: ModelConfig) -> tuple[Row, ...]:
         place=Place.LAST,
         tied=model.tied_embeddings,
     )
-    return (embedding, *_attention_rows(model), *_mlp_rows(model), final_norm, output)
+    mlp = _expert_rows(model, model.experts) if model.experts else _mlp_rows(model)
+    return (embedding, *_attention_rows(model), *mlp, final_norm, output)
 
 
 def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
@@ -113,25 +123,35 @@ def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
     for row in rows:
         if row.place is Place.FIRST:
             yield Parameter(row=row, megatron=row.megatron, hugging_face=row.hugging_face, stage=0, chunk=0)
+    num_experts = model.experts.count if model.experts else layout.expert
     per_chunk, rest = divmod(model.num_layers, layout.pipeline * layout.virtual_pipeline)
-    assert rest == 0, "layout_problems() refuses layers that don't divide"
+    per_expert_rank, rest_of_experts = divmod(num_experts, layout.expert)
+    assert rest == rest_of_experts == 0, "layout_problems() refuses layers and experts that don't divide"
+    layer_rows = [row for row in rows if row.place is Place.LAYER]
+    in_layer: list[tuple[Row, int | None]] = [(row, None) for row in layer_rows if not row.expert]
+    in_layer += [(row, expert) for expert in range(num_experts) for row in layer_rows if row.expert]
     for layer in range(model.num_layers):
         chunk, stage = divmod(layer // per_chunk, layout.pipeline)
-        for row in rows:
-            if row.place is Place.LAYER:
-                yield Parameter(
-                    row=row,
-                    megatron=tuple(f"decoder.layers.{layer % per_chunk}.{name}" for name in row.megatron),
-                    hugging_face=tuple(f"model.layers.{layer}.{name}" for name in row.hugging_face),
-                    stage=stage,
-                    chunk=chunk,
-                )
+        for row, expert in in_layer:
+            number, rank = (None, None) if expert is None else (expert % per_expert_rank, expert // per_expert_rank)
+            yield Parameter(
+                row=row,
+                megatron=tuple(f"decoder.layers.{layer % per_chunk}.{_number(name, number)}" for name in row.megatron),
+                hugging_face=tuple(f"model.layers.{layer}.{_number(name, expert)}" for name in row.hugging_face),
+                stage=stage,
+                chunk=chunk,
+                expert_rank=rank,
+            )
     last_stage, last_chunk = layout.pipeline - 1, layout.virtual_pipeline - 1
     for row in rows:
         if row.place is Place.LAST:
             yield Parameter(
                 row=row, megatron=row.megatron, hugging_face=row.hugging_face, stage=last_stage, chunk=last_chunk
             )
+
+
+def _number(name: str, expert: int | None) -> str:
+    return name if expert is None else name.format(expert=expert)
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -225,5 +245,43 @@ def _mlp_rows(model: ModelConfig) -> list[Row]:
             hugging_face=("mlp.down_proj.weight",),
             shapes=((hidden, ffn),),
             split=Split.COLUMNS,
+        ),
+    ]
+
+
+def _expert_rows(model: ModelConfig, experts: Experts) -> list[Row]:
+    hidden, ffn = model.hidden_size, experts.ffn_hidden_size
+    if model.family == "mixtral":
+        router, gate, up, down = "block_sparse_moe.gate", "w1", "w3", "w2"
+        expert = "block_sparse_moe.experts.{expert}"
+    else:
+        router, gate, up, down = "mlp.gate", "gate_proj", "up_proj", "down_proj"
+        expert = "mlp.experts.{expert}"
+    return [
+        Row(
+            megatron=("pre_mlp_layernorm.weight",),
+            hugging_face=("post_attention_layernorm.weight",),
+            shapes=((hidden,),),
+            split=Split.REPLICATED,
+        ),
+        Row(
+            megatron=("mlp.router.weight",),
+            hugging_face=(f"{router}.weight",),
+            shapes=((experts.count, hidden),),
+            split=Split.REPLICATED,
+        ),
+        Row(
+            megatron=("mlp.experts.local_experts.{expert}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{expert}"),
+            hugging_face=(f"{expert}.{gate}.weight", f"{expert}.{up}.weight"),
+            shapes=((ffn, hidden), (ffn, hidden)),
+            split=Split.RANKS,
+            expert=True,
+        ),
+        Row(
+            megatron=("mlp.experts.local_experts.{expert}.linear_fc2.weight", "mlp.experts.linear_fc2.weight{expert}"),
+            hugging_face=(f"{expert}.{down}.weight",),
+            shapes=((hidden, ffn),),
+            split=Split.COLUMNS,
+            expert=True,
         ),
     ]
