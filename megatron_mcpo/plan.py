@@ -21,11 +21,13 @@ def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
     rollouts = batch.prompts * batch.samples
     engines = layout.world_size // config.engine.tensor_parallel
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    mixture = f"{model.experts.per_token} of {model.experts.count} experts a token, " if model.experts else ""
     method = "MCPO" if config.contrastive.enabled else "GRPO (both contrastive weights are 0)"
     return "\n".join(
         [
             f"model    {config.model.path}: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, "
-            f"{model.num_heads}/{model.num_kv_heads} heads, vocabulary {model.vocab_size}, {config.model.dtype}",
+            f"{model.num_heads}/{model.num_kv_heads} heads, {mixture}vocabulary {model.vocab_size}, "
+            f"{config.model.dtype}",
             f"layout   {layout.world_size} rank(s) = {layout}",
             f"engine   {engines} x vLLM on {config.engine.tensor_parallel} rank(s), weights pushed after every step",
             f"step     {batch.prompts} prompts x {batch.samples} samples = {rollouts} rollouts, at most "
