@@ -177,6 +177,8 @@ def named_cases(num_ranks: int) -> list[Case]:
         Case("no incorrect rollout, all", [(d, p, RIGHT) for d, p, _ in MIXED], dealt, plain, {"denominator": "all"}),
         Case("one domain", one_domain, dealt, plain),
         Case("one prompt a domain", one_prompt, dealt, plain, {"consolidate": "prompt", "negatives": "prompt"}),
+        Case("all of the domain", MIXED, dealt, plain, {"denominator": "all", "negatives": "domain"}),
+        Case("all of the prompt", MIXED, dealt, plain, {"denominator": "all", "negatives": "prompt"}),
         Case("duplicates", MIXED, dealt, features(num, 0, copied=range(1, 12))),
         Case("nothing but duplicates", MIXED, dealt, features(num, 0, copied=range(num))),
         Case("empty responses", MIXED, dealt, features(num, 0, empty=(0, 1, 5, 6, 17))),
@@ -196,15 +198,14 @@ def a_case(draw: st.DrawFn, num_ranks: int) -> Case:
     num = len(rollouts)
     owners = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num, max_size=num))
     some = st.lists(st.integers(0, num - 1), max_size=4)
-    denominator = draw(st.sampled_from(["negatives", "negatives", "all"]))
     options = {
         "transfer": draw(st.sampled_from(["top_k", "threshold", "all"])),
         "top_k": draw(st.integers(1, 3)),
         "threshold": draw(st.sampled_from([-1.0, 0.1])),
-        "negatives": "pool" if denominator == "all" else draw(st.sampled_from(["pool", "domain", "prompt"])),
+        "negatives": draw(st.sampled_from(["pool", "domain", "prompt"])),
         "consolidate": draw(st.sampled_from(["domain", "prompt"])),
         "consolidation_loss": draw(st.sampled_from(["infonce", "align"])),
-        "denominator": denominator,
+        "denominator": draw(st.sampled_from(["negatives", "negatives", "all"])),
         "temperature": draw(st.sampled_from([0.05, 0.1, 1.0])),
     }
     return Case(

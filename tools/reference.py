@@ -139,14 +139,25 @@ def share_positives(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Te
 
 def negatives(keys: Keys, settings: ContrastiveConfig) -> Tensor:
     """M(i) as rows of a matrix [M, M]."""
-    wrong = (~keys.correct_M).expand(len(keys), -1)
+    return _scope(keys, settings) & ~keys.correct_M
+
+
+def rivals(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """Whom the positives of i compete with, as rows of a matrix [M, M]."""
+    if settings.denominator == "negatives":
+        return negatives(keys, settings)
+    return _scope(keys, settings).fill_diagonal_(False)
+
+
+def _scope(keys: Keys, settings: ContrastiveConfig) -> Tensor:
     if settings.negatives == "pool":
-        return wrong
-    return wrong & _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
+        return keys.correct_M.new_ones(len(keys), len(keys))
+    return _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
 
 
 def _share_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    return _info_nce(z_MD, share_positives(z_MD, keys, settings), keys, settings)
+    candidates = _correct_pairs(keys) & ~_same(keys.domain_M)
+    return _info_nce(z_MD, share_positives(z_MD, keys, settings), candidates, keys, settings)
 
 
 def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
@@ -154,21 +165,26 @@ def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) ->
     positives = same & _correct_pairs(keys)
     positives.fill_diagonal_(False)
     if settings.consolidation_loss == "infonce":
-        return _info_nce(z_MD, positives, keys, settings)
+        return _info_nce(z_MD, positives, positives, keys, settings)
     distances = ((1 - z_MD @ z_MD.T) * positives).sum(1) / positives.sum(1).clamp(min=1)
     return distances, positives.any(1)
 
 
-def _info_nce(z_MD: Tensor, positives: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """What every anchor costs [M], 0 for all others, and which rollouts are anchors."""
+def _info_nce(
+    z_MD: Tensor, positives: Tensor, candidates: Tensor, keys: Keys, settings: ContrastiveConfig
+) -> tuple[Tensor, Tensor]:
+    """What every anchor costs [M], 0 for all others, and which rollouts are anchors.
+
+    candidates: the pairs that the positives were chosen from; an anchor needs a rival besides them
+    """
     logits = z_MD @ z_MD.T / settings.temperature
-    against = negatives(keys, settings)
-    if settings.denominator == "all":
-        against = ~torch.eye(len(keys), dtype=torch.bool, device=z_MD.device)
-    anchors = positives.any(1) & against.any(1)
+    against = rivals(keys, settings)
+    anchors = positives.any(1) & (against & ~candidates).any(1)
     logits, positives, against = logits[anchors], positives[anchors], against[anchors]
-    rivals = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
-    whole = torch.logaddexp(rivals.expand_as(logits), logits) if settings.denominator == "negatives" else rivals
+    others = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
+    whole = torch.logaddexp(others.expand_as(logits), logits)
+    if settings.denominator == "all":
+        whole = torch.where(against, others, whole)  # a positive among the rivals is not counted twice
     costs = torch.where(positives, whole - logits, 0.0).sum(1) / positives.sum(1)
     return z_MD.new_zeros(len(keys)).masked_scatter(anchors, costs), anchors
 
