@@ -23,6 +23,7 @@ from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.model_config import from_folder
 from megatron_mcpo.objective import Objective, Scored
@@ -273,24 +274,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def tiny_config(folder: Path) -> Config:
+    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
+    return tiny_model.config(folder, batch={"micro_batch_tokens": 64}, rollout=limits)
+
+
+def score(policy: Policy) -> Scored:
+    groups, layout = tiny_model.rollout_groups(num_prompts=6, num_samples=3), policy.groups.layout
+    batch = make_batch(
+        groups,
+        pass_threshold=1.0,
+        num_data_ranks=layout.data,
+        data_rank=policy.groups.data_rank,
+        share_prompts=policy.shares_prompts,
+    )
+    return Scored(groups=groups, batch=batch, old=policy.score(batch), reference_logp_R=None)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_representation_that_is_not_finite_stops_every_rank_with_the_same_error(folder: Path, poison: float) -> None:
-    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
-    config = tiny_model.config(folder, batch={"micro_batch_tokens": 64}, rollout=limits)
-
     def rank_main(config: Config) -> tuple[str, str, bool]:
         ranks = parallel.init(Layout(data=2), seed=0, timeout_seconds=SECONDS)
         policy = Policy(config, from_folder(folder), ranks)
-        groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3)
-        batch = make_batch(
-            groups,
-            pass_threshold=1.0,
-            num_data_ranks=2,
-            data_rank=ranks.data_rank,
-            share_prompts=policy.shares_prompts,
-        )
-        scored = Scored(groups=groups, batch=batch, old=policy.score(batch), reference_logp_R=None)
-        objective = Objective(config, policy, ranks)
+        scored, objective = score(policy), Objective(config, policy, ranks)
         healthy = objective.contrast(scored, step=6)
         assert healthy is not None and scored.old.z_ND is not None
         if ranks.data_rank == 1:
@@ -299,10 +305,35 @@ def test_a_representation_that_is_not_finite_stops_every_rank_with_the_same_erro
             scored = replace(scored, old=replace(scored.old, z_ND=z_ND))
         with pytest.raises(FloatingPointError) as caught:
             objective.contrast(scored, step=7)
-        domain = config.domain_names[int(batch.keys.domain_M[batch.rank_rows[1][2]])]
+        domain = config.domain_names[int(scored.batch.keys.domain_M[scored.batch.rank_rows[1][2]])]
         return str(caught.value), domain, bool(healthy.contrast.grad_z_MD.any())
 
-    (first, domain, learned), second = run_ranks(2, rank_main, config, timeout=3 * SECONDS)
+    (first, domain, learned), second = run_ranks(2, rank_main, tiny_config(folder), timeout=3 * SECONDS)
     assert (first, domain, learned) == second
     assert learned and "step 7: " in first and "1 of 18 rollouts" in first
     assert f"data-parallel ranks [1], domains {domain})" in first
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_weight_that_is_not_finite_on_one_rank_of_a_pipeline_stops_all_with_the_same_error(
+    folder: Path, stage: int
+) -> None:
+    layout = Layout(pipeline=2, data=2)
+
+    def rank_main(config: Config) -> tuple[str, list[int]]:
+        ranks = parallel.init(layout, seed=0, timeout_seconds=SECONDS)
+        policy = Policy(config, from_folder(folder), ranks)
+        if ranks.data_rank == 1 and ranks.is_first_stage == (stage == 0):
+            unwrap(policy.chunks[0]).decoder.layers[0].mlp.linear_fc1.weight.data[3, 5] = torch.nan
+        scored = score(policy)
+        with pytest.raises(FloatingPointError) as caught:
+            Objective(config, policy, ranks).contrast(scored, step=7)
+        return str(caught.value), scored.batch.keys.domain_M[list(scored.batch.rank_rows[1])].tolist()
+
+    config = tiny_config(folder)
+    reports = run_ranks(4, rank_main, config, timeout=3 * SECONDS)
+    (message, held), *_ = reports
+    assert reports == [(message, held)] * 4
+    assert f"step 7: representations of {len(held)} of 18 rollouts" in message
+    domains = ", ".join(config.domain_names[number] for number in sorted(set(held)))
+    assert f"data-parallel ranks [1], domains {domains})" in message
