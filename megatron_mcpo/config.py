@@ -192,16 +192,6 @@ def _minibatches(config: Config) -> list[str]:
     ]
 
 
-def _denominator(config: Config) -> list[str]:
-    c = config.contrastive
-    if c.denominator == "negatives" or c.negatives == "pool":
-        return []
-    return [
-        f"contrastive.negatives = {c.negatives!r}: denominator 'all' puts the whole pool into the denominator; set "
-        "negatives to 'pool' or denominator to 'negatives'"
-    ]
-
-
 def _rewarding(config: Config) -> list[str]:
     if config.contrastive.mode == "loss" or config.contrastive.enabled:
         return []
@@ -251,7 +241,6 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("parallel",), _virtual_pipeline),
     (("batch", "rollout"), _longest_rollout),
     (("batch",), _minibatches),
-    (("contrastive",), _denominator),
     (("contrastive",), _rewarding),
     (("contrastive",), _diagnosis),
     (("algorithm",), _importance),

@@ -22,6 +22,7 @@ Of the optimizer steps: means over them, where a step has several.
   contrast/positives_share, contrast/positives_consolidate   positives that an anchor has; contrast/positives/<domain>
                              those of the sharing term (of several optimizer steps: mean over all their anchors)
   contrast/negatives         negatives that an anchor of either term has; left out without an anchor
+  contrast/negatives/<a>/<b>  those of them of domain b that an anchor of domain a has (also for a = b)
   contrast/positives/<a>/<b>  positives of domain b that a sharing anchor of domain a has; left out without an anchor
   contrast/similarity/<a>/<b>  mean similarity of correct rollouts of both domains (a = b: two different ones of one
                              domain), once for every two domains; left out where there is no pair
@@ -200,8 +201,10 @@ def _geometry(report: BatchReport, domain_names: Sequence[str]) -> dict[str, flo
     present = keys.domain_M.unique().tolist()
     for a in present:
         positives_AK = contrast.positives_MK[contrast.valid_share_M & (keys.domain_M == a)].double()
+        negatives_AK = contrast.negatives_MK[anchors_M & (keys.domain_M == a)].double()
         for b in present:
             names = f"{domain_names[a]}/{domain_names[b]}"
+            figures[f"contrast/negatives/{names}"] = negatives_AK[:, b].mean().item()
             if b >= a:
                 figures[f"contrast/similarity/{names}"] = similarity[a][b]
             if b != a:

@@ -151,7 +151,9 @@ class ContrastiveConfig(Section):
         "infonce", description="align: the mean of 1 - similarity, without negatives"
     )
     denominator: Literal["negatives", "all"] = Field(
-        "negatives", description="what a positive competes with; all other rollouts: SupCon's loss"
+        "negatives",
+        description="what a positive competes with; all: every other rollout of where the negatives come from (of the "
+        "pool: SupCon's loss)",
     )
     head: Literal["linear", "mlp"] = Field("linear", description="H x D; mlp: H x H, GELU, H x D")
     pool: Literal["mean", "last"] = Field("mean", description="response tokens that a representation is made of")

@@ -199,12 +199,6 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
     ("overrides", "expected"),
     [
         (
-            ["--contrastive.denominator=all", "--contrastive.negatives=domain"],
-            "contrastive.negatives = 'domain': denominator 'all' puts the whole pool into the denominator; set "
-            "negatives to 'pool' or denominator to 'negatives'",
-        ),
-        ([*CLIPO, "--contrastive.denominator=all"], "contrastive.negatives = 'prompt'"),
-        (
             [*CLIPO, "--contrastive.consolidate_weight=0"],
             "contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them",
         ),
@@ -219,7 +213,7 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             "to 1 or use another clip",
         ),
     ],
-    ids=["denominator", "denominator of CLIPO", "reward", "diagnosis", "importance", "sequence ratio"],
+    ids=["reward", "diagnosis", "importance", "sequence ratio"],
 )
 def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
     (problem,) = problems_of(write(tmp_path), *overrides)
@@ -229,7 +223,6 @@ def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["--contrastive.denominator=all"],
         CLIPO,
         ["--contrastive.share_weight=0", "--contrastive.consolidate_weight=0"],
         ["--algorithm.importance=mask"],

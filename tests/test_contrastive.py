@@ -79,7 +79,11 @@ def assert_equals_reference(z: Tensor, rollouts: list[Rollout], tile_elements: i
         group = 0 if chosen.consolidate == "domain" else 1
         same = sum(right and other[group] == rollouts[i][group] for *other, right in rollouts) - 1
         assert result.positives_consolidate_M[i] == (same if anchors[i] else 0)
-        assert result.negatives_M[i] == (against[i].sum() if anchors[i] else 0)
+        against_i = against[i].nonzero()[:, 0].tolist() if anchors[i] else []
+        assert result.negatives_MK[i].tolist() == [
+            sum(domains[j] == domain for j in against_i) for domain in range(max(domains) + 1)
+        ]
+        assert result.negatives_M[i] == len(against_i)
     assert result.anchors_share == sum(valid_share.tolist())
     assert result.anchors_consolidate == sum(valid_consolidate.tolist())
 
@@ -93,7 +97,8 @@ def with_own_prompts(rollouts: list[Rollout]) -> list[Rollout]:
 @given(
     rollouts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans()), max_size=14),
     transfer=st.sampled_from(["top_k", "threshold", "all"]),
-    against=st.sampled_from([("pool", "negatives"), ("domain", "negatives"), ("prompt", "negatives"), ("pool", "all")]),
+    negatives=st.sampled_from(["pool", "domain", "prompt"]),
+    denominator=st.sampled_from(["negatives", "all"]),
     consolidate=st.sampled_from(["domain", "prompt"]),
     consolidation_loss=st.sampled_from(["infonce", "align"]),
     temperature=st.sampled_from([0.05, 0.1, 0.5, 2.0]),
@@ -104,11 +109,9 @@ def with_own_prompts(rollouts: list[Rollout]) -> list[Rollout]:
     seed=st.integers(0, 10_000),
 )
 def test_every_option_and_tile_against_the_reference(
-    rollouts: list[Rollout], against: tuple[str, str], rows: int, grid: bool, seed: int, **options: Any
+    rollouts: list[Rollout], rows: int, grid: bool, seed: int, **options: Any
 ) -> None:
     z = grid_rows(len(rollouts), seed) if grid else unit_rows(len(rollouts), 6, seed)
-    negatives, denominator = against
-    options |= {"negatives": negatives, "denominator": denominator}
     assert_equals_reference(z, with_own_prompts(rollouts), rows * max(1, len(rollouts)), **options)
 
 
@@ -128,11 +131,14 @@ NAMED: dict[str, list[Rollout]] = {
 
 @pytest.mark.parametrize("transfer", [("top_k", 0.0), ("threshold", -1.0), ("threshold", 0.99), ("all", 0.0)])
 @pytest.mark.parametrize("loss", ["infonce", "align"])
-@pytest.mark.parametrize("against", ["pool", "domain", "prompt", "all"])
+@pytest.mark.parametrize("denominator", ["negatives", "all"])
+@pytest.mark.parametrize("negatives", ["pool", "domain", "prompt"])
 @pytest.mark.parametrize("name", NAMED)
-def test_named_pools_against_the_reference(name: str, against: str, loss: str, transfer: tuple[str, float]) -> None:
+def test_named_pools_against_the_reference(
+    name: str, negatives: str, denominator: str, loss: str, transfer: tuple[str, float]
+) -> None:
     rollouts = NAMED[name]
-    options: dict[str, Any] = {"denominator": "all"} if against == "all" else {"negatives": against}
+    options: dict[str, Any] = {"negatives": negatives, "denominator": denominator}
     options |= {"consolidation_loss": loss, "transfer": transfer[0], "threshold": transfer[1]}
     kinds = [unit_rows(len(rollouts), 4), torch.zeros(len(rollouts), 4).double()]
     kinds.append(torch.tensor([[0.6, 0.8]] * len(rollouts), dtype=torch.float64).view(-1, 2))
@@ -194,6 +200,28 @@ def test_a_positive_competes_with_negatives_only_not_with_other_positives() -> N
     assert result.loss_share == pytest.approx(((one + zero) / 2 + (one + zero) / 2 + zero) / 3, rel=1e-14)
 
 
+def test_a_positive_outside_of_the_rivals_scope_joins_them_in_its_own_denominator() -> None:
+    # All similarities are 0 or 1. The first three are right and equal, of two prompts and two domains; the last is
+    # wrong, of the first's prompt. Only the first two have a rival there: the wrong one, and each other.
+    z = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]], dtype=torch.float64)
+    rollouts = [(0, 0, True), (0, 0, True), (1, 1, True), (0, 0, False)]
+    result = evaluate(z, rollouts, temperature=1.0, negatives="prompt", denominator="all")
+    within, beside = math.log((math.e + 1) / math.e), math.log((2 * math.e + 1) / math.e)
+    assert result.loss_consolidate_M.tolist() == pytest.approx([within, within, 0, 0], rel=1e-14)
+    assert result.loss_share_M.tolist() == pytest.approx([beside, beside, 0, 0], rel=1e-14)
+    assert result.negatives_MK.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("denominator", ["negatives", "all"])
+def test_without_a_rival_besides_its_positives_a_rollout_is_no_anchor(denominator: str) -> None:
+    # The prompt of the first domain is all right; in the second domain's, one wrong rollout is enough.
+    rollouts = [(0, 0, True)] * 3 + [(1, 1, True)] * 2 + [(1, 1, False)]
+    options = {"negatives": "prompt", "consolidate": "prompt", "denominator": denominator, "share_weight": 0.0}
+    result = evaluate(unit_rows(6, 4), rollouts, **options)
+    assert result.valid_consolidate_M.tolist() == [False] * 3 + [True] * 2 + [False]
+    assert not result.loss_consolidate_M[:3].any() and not result.grad_z_MD[:3].any()
+
+
 def test_positives_are_counted_by_their_own_domain_and_listed_by_their_anchor() -> None:
     # One anchor in domain 0, two in 1, three in 2: every row and column has a sum of its own.
     rollouts = [(0, 0, True), (1, 1, True), (1, 1, True), (2, 2, True), (2, 2, True), (2, 2, True), (0, 0, False)]
@@ -240,17 +268,20 @@ def test_opposite_vectors_at_small_temperatures_do_not_overflow_in_fp32(temperat
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=12),
     st.sampled_from([1e-30, 1e-6, 1e-3, 1e3, 1e30]),
+    st.sampled_from(["pool", "domain", "prompt"]),
     st.sampled_from(["negatives", "all"]),
     st.sampled_from(["infonce", "align"]),
     st.integers(0, 10_000),
 )
-@example([(0, 0, True), (0, 0, True), (1, 1, True)], 1e-30, "negatives", "align", 0)
+@example([(0, 0, True), (0, 0, True), (1, 1, True)], 1e-30, "pool", "negatives", "align", 0)
+@example([(0, 0, True), (0, 1, True), (1, 1, True)], 1e-30, "prompt", "all", "align", 0)
 def test_extreme_temperatures_stay_finite_in_fp32(
-    rollouts: list[Rollout], temperature: float, denominator: str, loss: str, seed: int
+    rollouts: list[Rollout], temperature: float, negatives: str, denominator: str, loss: str, seed: int
 ) -> None:
     z = torch.cat([unit_rows(len(rollouts), 4, seed), grid_rows(len(rollouts), seed).new_zeros(1, 4)]).float()
     z = z[torch.randint(0, len(z), (len(rollouts),), generator=torch.Generator().manual_seed(seed))]
-    options: dict[str, Any] = {"denominator": denominator, "consolidation_loss": loss, "temperature": temperature}
+    options: dict[str, Any] = {"negatives": negatives, "denominator": denominator}
+    options |= {"consolidation_loss": loss, "temperature": temperature}
     result = evaluate(z, with_own_prompts(rollouts), **options)
     assert result.grad_z_MD.isfinite().all()
     assert result.loss_share_M.isfinite().all() and result.loss_consolidate_M.isfinite().all()

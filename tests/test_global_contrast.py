@@ -24,6 +24,7 @@ from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.objective import Objective, Scored
 from megatron_mcpo.parallel import Groups
@@ -177,6 +178,8 @@ def named_cases(num_ranks: int) -> list[Case]:
         Case("no incorrect rollout, all", [(d, p, RIGHT) for d, p, _ in MIXED], dealt, plain, {"denominator": "all"}),
         Case("one domain", one_domain, dealt, plain),
         Case("one prompt a domain", one_prompt, dealt, plain, {"consolidate": "prompt", "negatives": "prompt"}),
+        Case("all of the domain", MIXED, dealt, plain, {"denominator": "all", "negatives": "domain"}),
+        Case("all of the prompt", MIXED, dealt, plain, {"denominator": "all", "negatives": "prompt"}),
         Case("duplicates", MIXED, dealt, features(num, 0, copied=range(1, 12))),
         Case("nothing but duplicates", MIXED, dealt, features(num, 0, copied=range(num))),
         Case("empty responses", MIXED, dealt, features(num, 0, empty=(0, 1, 5, 6, 17))),
@@ -196,15 +199,14 @@ def a_case(draw: st.DrawFn, num_ranks: int) -> Case:
     num = len(rollouts)
     owners = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num, max_size=num))
     some = st.lists(st.integers(0, num - 1), max_size=4)
-    denominator = draw(st.sampled_from(["negatives", "negatives", "all"]))
     options = {
         "transfer": draw(st.sampled_from(["top_k", "threshold", "all"])),
         "top_k": draw(st.integers(1, 3)),
         "threshold": draw(st.sampled_from([-1.0, 0.1])),
-        "negatives": "pool" if denominator == "all" else draw(st.sampled_from(["pool", "domain", "prompt"])),
+        "negatives": draw(st.sampled_from(["pool", "domain", "prompt"])),
         "consolidate": draw(st.sampled_from(["domain", "prompt"])),
         "consolidation_loss": draw(st.sampled_from(["infonce", "align"])),
-        "denominator": denominator,
+        "denominator": draw(st.sampled_from(["negatives", "negatives", "all"])),
         "temperature": draw(st.sampled_from([0.05, 0.1, 1.0])),
     }
     return Case(
@@ -272,24 +274,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def tiny_config(folder: Path) -> Config:
+    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
+    return tiny_model.config(folder, batch={"micro_batch_tokens": 64}, rollout=limits)
+
+
+def score(policy: Policy) -> Scored:
+    groups, layout = tiny_model.rollout_groups(num_prompts=6, num_samples=3), policy.groups.layout
+    batch = make_batch(
+        groups,
+        pass_threshold=1.0,
+        num_data_ranks=layout.data,
+        data_rank=policy.groups.data_rank,
+        share_prompts=policy.shares_prompts,
+    )
+    return Scored(groups=groups, batch=batch, old=policy.score(batch), reference_logp_R=None)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_representation_that_is_not_finite_stops_every_rank_with_the_same_error(folder: Path, poison: float) -> None:
-    limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
-    config = tiny_model.config(folder, batch={"micro_batch_tokens": 64}, rollout=limits)
-
     def rank_main(config: Config) -> tuple[str, str, bool]:
         ranks = parallel.init(Layout(data=2), seed=0, timeout_seconds=SECONDS)
         policy = Policy(config, from_folder(folder), ranks)
-        groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3)
-        batch = make_batch(
-            groups,
-            pass_threshold=1.0,
-            num_data_ranks=2,
-            data_rank=ranks.data_rank,
-            share_prompts=policy.shares_prompts,
-        )
-        scored = Scored(groups=groups, batch=batch, old=policy.score(batch), reference_logp_R=None)
-        objective = Objective(config, policy, ranks)
+        scored, objective = score(policy), Objective(config, policy, ranks)
         healthy = objective.contrast(scored, step=6)
         assert healthy is not None and scored.old.z_ND is not None
         if ranks.data_rank == 1:
@@ -298,10 +305,35 @@ def test_a_representation_that_is_not_finite_stops_every_rank_with_the_same_erro
             scored = replace(scored, old=replace(scored.old, z_ND=z_ND))
         with pytest.raises(FloatingPointError) as caught:
             objective.contrast(scored, step=7)
-        domain = config.domain_names[int(batch.keys.domain_M[batch.rank_rows[1][2]])]
+        domain = config.domain_names[int(scored.batch.keys.domain_M[scored.batch.rank_rows[1][2]])]
         return str(caught.value), domain, bool(healthy.contrast.grad_z_MD.any())
 
-    (first, domain, learned), second = run_ranks(2, rank_main, config, timeout=3 * SECONDS)
+    (first, domain, learned), second = run_ranks(2, rank_main, tiny_config(folder), timeout=3 * SECONDS)
     assert (first, domain, learned) == second
     assert learned and "step 7: " in first and "1 of 18 rollouts" in first
     assert f"data-parallel ranks [1], domains {domain})" in first
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_weight_that_is_not_finite_on_one_rank_of_a_pipeline_stops_all_with_the_same_error(
+    folder: Path, stage: int
+) -> None:
+    layout = Layout(pipeline=2, data=2)
+
+    def rank_main(config: Config) -> tuple[str, list[int]]:
+        ranks = parallel.init(layout, seed=0, timeout_seconds=SECONDS)
+        policy = Policy(config, from_folder(folder), ranks)
+        if ranks.data_rank == 1 and ranks.is_first_stage == (stage == 0):
+            unwrap(policy.chunks[0]).decoder.layers[0].mlp.linear_fc1.weight.data[3, 5] = torch.nan
+        scored = score(policy)
+        with pytest.raises(FloatingPointError) as caught:
+            Objective(config, policy, ranks).contrast(scored, step=7)
+        return str(caught.value), scored.batch.keys.domain_M[list(scored.batch.rank_rows[1])].tolist()
+
+    config = tiny_config(folder)
+    reports = run_ranks(4, rank_main, config, timeout=3 * SECONDS)
+    (message, held), *_ = reports
+    assert reports == [(message, held)] * 4
+    assert f"step 7: representations of {len(held)} of 18 rollouts" in message
+    domains = ", ".join(config.domain_names[number] for number in sorted(set(held)))
+    assert f"data-parallel ranks [1], domains {domains})" in message

@@ -29,6 +29,7 @@ from tools.check_layouts import (
     HEAD,
     LAYOUTS,
     MODELS,
+    VARIANTS,
     Case,
     check,
     expected_gradients,
@@ -63,7 +64,12 @@ def test_variants_cover_what_they_say(cases: dict[str, list[Case]]) -> None:
     assert {(c.algorithm.clip, c.algorithm.importance) for c in configs} == {
         ("ppo", "truncate"), ("gspo", "truncate"), ("cispo", "mask")
     }  # fmt: skip
+    assert {c.algorithm.advantage for c in configs} == {"grpo", "dr_grpo", "rloo", "per_domain"}
+    assert {c.algorithm.kl_estimator for c in configs} == {"k1", "k2", "k3"}
     assert {c.contrastive.mode for c in configs} == {"loss", "reward"}
+    assert {(c.contrastive.negatives, c.contrastive.denominator) for c in configs} == {
+        ("pool", "negatives"), ("domain", "all")
+    }  # fmt: skip
     assert {(c.contrastive.head, c.contrastive.pool) for c in configs} == {("linear", "mean"), ("mlp", "last")}
     counts = []
     for case in cases["halves"]:
@@ -87,6 +93,45 @@ def test_a_data_rank_without_a_rollout_takes_part(tmp_path: Path) -> None:
     case = Case(name="one group", config=config, groups=groups, share_prompts=True, expected=expected)
     for layout in (Layout(data=2), Layout(pipeline=2, data=2)):
         assert_exact(check(layout, [case]))
+
+
+def without_responses(groups: list[RolloutGroup], empty: set[tuple[int, int]]) -> list[RolloutGroup]:
+    """The responses at these places (group, sample) have no token."""
+    return [
+        replace(
+            group,
+            completions=tuple(
+                replace(completion, token_ids=(), logprobs=()) if (number, sample) in empty else completion
+                for sample, completion in enumerate(group.completions)
+            ),
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+def test_empty_responses_are_zero_vectors_that_take_part(tmp_path: Path) -> None:
+    """A whole group of them, right and wrong ones of others; with every way to pool and to average."""
+    model = tiny_model.save_model(tmp_path, "tied")
+    full = tiny_model.rollout_groups(num_prompts=6, num_samples=3)
+    groups = without_responses(full, {(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1), (5, 2)})
+    empty = {r for g in groups for c, r in zip(g.completions, g.rewards, strict=True) if not c.token_ids}
+    assert empty == {0.0, 1.0} and groups[0].rewards == (1.0, 1.0, 1.0), "anchors and negatives"
+    cases = []
+    for variant in VARIANTS:
+        config = make_config(tmp_path, variant.sections)
+        expected = expected_gradients(model, groups, config)
+        assert all(gradient.isfinite().all() for gradient in expected.values())
+        assert not torch.equal(expected[f"{HEAD}.weight"], expected_gradients(model, full, config)[f"{HEAD}.weight"])
+        cases.append(
+            Case(
+                name=variant.name,
+                config=config,
+                groups=groups,
+                share_prompts=variant.share_prompts,
+                expected=expected,
+            )
+        )
+    assert_exact(check(LAYOUTS["dp2"], cases))
 
 
 class Multiplied(Objective):

@@ -1,8 +1,10 @@
-"""The contrastive terms against programs of others: SupCon and NT-Xent of pytorch-metric-learning, and CLIPO's formula.
+"""The contrastive terms against others' programs: SupCon and NT-Xent of pytorch-metric-learning, CLIPO's formulas.
 
 Value and gradient, in float64. Not covered: options that no other program has (test_contrastive holds those against a
 dense reference of our own).
 """
+
+from itertools import product
 
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_sharing_over_all_others_is_supcon_with_pairs_across_domains(num: int, t
     domain, right = keys.domain_M.tolist(), keys.correct_M.tolist()
     positives = [[j for j in range(num) if right[i] and right[j] and domain[j] != domain[i]] for i in range(num)]
     negatives = [[j for j in range(num) if j != i and j not in positives[i]] for i in range(num)]
-    assume(any(negatives))
+    assume(all(negatives[i] for i in range(num) if positives[i]))  # ours has no anchor without one, theirs has
     leaf = z.clone().requires_grad_()
     loss = SupConLoss(temperature=tau, distance=DotProductSimilarity(normalize_embeddings=False))
     theirs = loss(leaf, indices_tuple=as_indices(positives, negatives))
@@ -118,31 +120,35 @@ def test_the_default_form_is_nt_xent_of_chosen_pairs(negatives: str, top_k: int)
 
 
 CLIPO = {"mode": "reward", "consolidate": "prompt", "negatives": "prompt", "share_weight": 0.0}
+TAU, WEIGHT = 0.05, 0.2  # of the authors' program
 
 
-def clipo_losses(z: Tensor, keys: Keys, tau: float) -> dict[int, Tensor]:
-    """-1/|P| sum_{p in P} log(e^s_p / (e^s_p + sum_{n in N} e^s_n)) of every right rollout with right and wrong ones of
-    its prompt beside it, P and N.
+def clipo_losses(z: Tensor, keys: Keys, tau: float, denominator: str) -> dict[int, Tensor]:
+    """Of every right rollout with right ones, P, and wrong ones, N, of its prompt beside it: the mean over p in P of
+    -log(e^s_p / (e^s_p + sum_{n in N} e^s_n)) in the paper and -log(e^s_p / sum_{n in P and N} e^s_n) in the program.
     """
     losses = {}
     for i in keys.correct_M.nonzero()[:, 0].tolist():
         beside = [j for j in range(len(keys)) if j != i and keys.prompt_M[j] == keys.prompt_M[i]]
         right, wrong = ([j for j in beside if bool(keys.correct_M[j]) is kind] for kind in (True, False))
         if right and wrong:
-            denominators = sum(torch.exp(z[i] @ z[n] / tau) for n in wrong)
-            shares = [torch.exp(z[i] @ z[p] / tau) for p in right]
-            losses[i] = -torch.stack([(e / (e + denominators)).log() for e in shares]).mean()
+            rivals = {p: [p, *wrong] if denominator == "negatives" else beside for p in right}
+            costs = [-(z[i] @ z[p] / tau) + (z[rivals[p]] @ z[i] / tau).exp().sum().log() for p in right]
+            losses[i] = torch.stack(costs).mean()
     return losses
 
 
+@pytest.mark.parametrize("denominator", ["negatives", "all"])
 @settings(deadline=None, max_examples=30)
-@given(st.integers(4, 16), st.sampled_from([0.05, 0.5]), st.sampled_from([0.02, 0.2]), st.integers(0, 10_000))
-def test_clipos_reward_and_the_loss_of_its_head(num: int, tau: float, weight: float, seed: int) -> None:
+@given(st.integers(4, 16), st.sampled_from([TAU, 0.5]), st.sampled_from([0.02, WEIGHT]), st.integers(0, 10_000))
+def test_clipos_reward_and_the_loss_of_its_head(
+    denominator: str, num: int, tau: float, weight: float, seed: int
+) -> None:
     z, keys = pool(num, seed)
-    options = CLIPO | {"temperature": tau, "consolidate_weight": weight}
+    options = CLIPO | {"temperature": tau, "consolidate_weight": weight, "denominator": denominator}
     ours = evaluate(z, keys, **options)
     leaf = z.clone().requires_grad_()
-    losses = clipo_losses(leaf, keys, tau)
+    losses = clipo_losses(leaf, keys, tau, denominator)
     assert ours.valid_consolidate_M.nonzero()[:, 0].tolist() == list(losses)
     expected = torch.zeros(num, dtype=torch.float64)
     for i, loss in losses.items():
@@ -154,15 +160,36 @@ def test_clipos_reward_and_the_loss_of_its_head(num: int, tau: float, weight: fl
     torch.testing.assert_close(ours.grad_z_MD, torch.autograd.grad(weight * mean, leaf)[0], **TIGHT)
 
 
-def test_with_two_right_ones_a_prompt_the_negatives_are_all_others_that_clipos_code_has() -> None:
-    # Its authors' program puts the other right ones of the prompt into the denominator, too, and draws one positive at
-    # random: with two right ones a prompt there is one to draw, and none besides.
-    z, _ = pool(10, seed=3)
-    prompt = torch.arange(2).repeat_interleave(5)
-    keys = Keys(domain_M=prompt, prompt_M=prompt, correct_M=torch.tensor([True, False, True, False, False] * 2))
-    ours = evaluate(z, keys, temperature=0.05, consolidate_weight=1.0, **CLIPO)
+def three_prompts() -> tuple[Tensor, Keys]:
+    """Three right ones and a wrong one; two right and two wrong ones; all right, which CLIPO leaves out."""
+    z, _ = pool(12, seed=3)
+    prompt = torch.arange(3).repeat_interleave(4)
+    right = [[True, False, True, True], [True, False, False, True], [True] * 4]
+    return z, Keys(domain_M=prompt % 2, prompt_M=prompt, correct_M=torch.tensor(right).flatten())
+
+
+def test_clipos_program_with_all_positives_is_supcon_in_each_prompt() -> None:
+    z, keys = three_prompts()
+    ours = evaluate(z, keys, temperature=TAU, consolidate_weight=1.0, denominator="all", **CLIPO)
+    right, prompt = keys.correct_M.tolist(), keys.prompt_M.tolist()
+    beside = [[j for j in range(12) if right[i] and j != i and prompt[j] == prompt[i] < 2] for i in range(12)]
+    positives = [[j for j in others if right[j]] for others in beside]
+    negatives = [[j for j in others if not right[j]] for others in beside]
     leaf = z.clone().requires_grad_()
-    logits = (leaf @ leaf.T / 0.05).masked_fill(~((prompt[:, None] == prompt) & ~torch.eye(10).bool()), -torch.inf)
-    partner = torch.tensor([2, 0, 0, 0, 0, 7, 0, 5, 0, 0])
-    cost = -logits.log_softmax(dim=1).gather(1, partner[:, None])[keys.correct_M]
-    assert_same(ours.loss_consolidate, ours.grad_z_MD, cost.mean(), leaf)
+    loss = SupConLoss(temperature=TAU, distance=DotProductSimilarity(normalize_embeddings=False))
+    theirs = loss(leaf, indices_tuple=as_indices(positives, negatives))
+    assert ours.valid_consolidate_M.nonzero()[:, 0].tolist() == [i for i in range(12) if positives[i]]
+    assert_same(ours.loss_consolidate, ours.grad_z_MD, theirs, leaf)
+
+
+def test_clipos_program_draws_one_positive_and_ours_is_its_expectation() -> None:
+    z, keys = three_prompts()
+    ours = evaluate(z, keys, temperature=TAU, consolidate_weight=1.0, denominator="all", **CLIPO)
+    leaf = z.clone().requires_grad_()
+    same = keys.prompt_M[:, None] == keys.prompt_M
+    log_share = (leaf @ leaf.T / TAU).masked_fill(~same | torch.eye(12).bool(), -torch.inf).log_softmax(dim=1)
+    drawable = {0: (2, 3), 2: (0, 3), 3: (0, 2), 4: (7,), 7: (4,)}
+    draws = [dict(zip(drawable, drawn, strict=True)) for drawn in product(*drawable.values())]
+    losses = [-torch.stack([log_share[i, j] for i, j in draw.items()]).mean() for draw in draws]
+    assert len(draws) == 8 and max(losses) > 1.1 * min(losses), "the draw matters"
+    assert_same(ours.loss_consolidate, ours.grad_z_MD, torch.stack(losses).mean(), leaf)

@@ -1,4 +1,4 @@
-"""Who is compared with whom, against loops written from the definition of C(i), S(i) and M(i).
+"""Who is compared with whom, against loops written from the definition of C(i), S(i), M(i) and the rivals.
 
 Not covered: ties that only differ by rounding of the similarities (every rank rounds alike, being handed the same z).
 """
@@ -31,11 +31,11 @@ def angles(*degrees: float) -> Tensor:
 
 
 def pairs_of(z: Tensor, keys: Keys, **options: Any) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """C(i), S(i) and M(i) of every rollout; those of a wrong rollout are empty."""
+    """C(i), S(i) and the rivals of every rollout; those of a wrong rollout are empty."""
     anchors = keys.correct_M.nonzero()[:, 0]
     pairs = Pairing(keys, ContrastiveConfig(**options)).find(z[anchors] @ z.T, anchors)
     found: tuple[list[list[int]], ...] = tuple([[] for _ in keys.domain_M] for _ in range(3))
-    for rows, mask in zip(found, (pairs.share_AM, pairs.consolidate_AM, pairs.negatives_AM), strict=True):
+    for rows, mask in zip(found, (pairs.share_AM, pairs.consolidate_AM, pairs.rivals_AM), strict=True):
         for anchor, row in zip(anchors.tolist(), mask, strict=True):
             rows[anchor] = row.nonzero()[:, 0].tolist()
     return found[0], found[1], found[2]
@@ -84,6 +84,18 @@ def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
     assert pairs_of(z, keys, negatives="prompt")[2][:4] == [[4], [4], [5], [6]]
 
 
+def test_rivals_may_be_all_others_of_the_pool_the_domain_or_the_prompt() -> None:
+    keys = keys_of([0, 0, 0, 1, 0], [1, 1, 1, 1, 0], prompts=[0, 0, 1, 2, 0])
+    z = angles(*range(5))
+
+    def rivals(scope: str) -> list[list[int]]:
+        return pairs_of(z, keys, negatives=scope, denominator="all")[2][:4]
+
+    assert rivals("pool") == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4]]
+    assert rivals("domain") == [[1, 2, 4], [0, 2, 4], [0, 1, 4], []]
+    assert rivals("prompt") == [[1, 4], [0, 4], [], []]
+
+
 def test_an_empty_step_has_no_pairs() -> None:
     assert pairs_of(torch.zeros(0, 3), keys_of([], [])) == ([], [], [])
 
@@ -99,10 +111,11 @@ def test_members_are_counted_by_group() -> None:
     st.integers(1, 5),
     st.sampled_from(["pool", "domain", "prompt"]),
     st.sampled_from(["domain", "prompt"]),
+    st.sampled_from(["negatives", "all"]),
     st.integers(0, 10_000),
 )
 def test_random_pools_against_the_definition(
-    rollouts: list[tuple[int, int, bool]], top_k: int, negatives: str, consolidate: str, seed: int
+    rollouts: list[tuple[int, int, bool]], top_k: int, negatives: str, consolidate: str, denominator: str, seed: int
 ) -> None:
     domains = [domain for domain, _, _ in rollouts]
     prompts = [10 * domain + prompt for domain, prompt, _ in rollouts]
@@ -110,7 +123,8 @@ def test_random_pools_against_the_definition(
     random = torch.Generator().manual_seed(seed)
     z = torch.nn.functional.normalize(torch.randn(len(rollouts), 5, generator=random, dtype=torch.float64), dim=1)
     keys = keys_of(domains, [int(i in right) for i in range(len(rollouts))], prompts)
-    found = pairs_of(z, keys, top_k=top_k, negatives=negatives, consolidate=consolidate)
+    options = {"negatives": negatives, "consolidate": consolidate, "denominator": denominator}
+    found = pairs_of(z, keys, top_k=top_k, **options)
     group = {"pool": [0] * len(rollouts), "domain": domains, "prompt": prompts}
     for i in range(len(rollouts)):
         share: list[int] = []
@@ -118,8 +132,9 @@ def test_random_pools_against_the_definition(
             candidates = [j for j in right if domains[j] == other]
             share += sorted(candidates, key=lambda j: (-(z[i] @ z[j]).item(), j))[:top_k]
         same = [j for j in right if j != i and group[consolidate][j] == group[consolidate][i]]
-        wrong = [j for j in range(len(rollouts)) if j not in right and group[negatives][j] == group[negatives][i]]
-        expected = (sorted(share), same, wrong) if i in right else ([], [], [])
+        scope = [j for j in range(len(rollouts)) if j != i and group[negatives][j] == group[negatives][i]]
+        rivals = scope if denominator == "all" else [j for j in scope if j not in right]
+        expected = (sorted(share), same, rivals) if i in right else ([], [], [])
         assert (found[0][i], found[1][i], found[2][i]) == expected
 
 

@@ -188,7 +188,8 @@ def test_without_a_wrong_rollout_there_are_no_anchors() -> None:
     found = step_figures([made], right, NAMES)
     for name in ("positives_share", "positives_consolidate", "anchors/red", "positives/red"):
         assert found[f"contrast/{name}"] == 0.0, name
-    left_out = ("contrast/negatives", "contrast/positives/red/green", "contrast/positives/green/red")
+    left_out = ["contrast/negatives", "contrast/positives/red/green", "contrast/positives/green/red"]
+    left_out += [f"contrast/negatives/{a}/{b}" for a in ("red", "green") for b in ("red", "green")]
     assert found.keys().isdisjoint(left_out)
     assert "contrast/similarity/red/red" in found, "what is similar is known without an anchor"
 
@@ -208,9 +209,10 @@ def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], opt
     def similarity(i: int, j: int) -> float:
         return (z[i] @ z[j]).item()
 
-    def against(i: int) -> int:
+    def against(i: int, *, of: Sequence[int] = range(3)) -> int:
         column = {"pool": None, "domain": 0, "prompt": 1}[options.negatives]
-        return sum(not row[2] and (column is None or row[column] == rows[i][column]) for row in rows)
+        wrong = [row for row in rows if not row[2] and row[0] in of]
+        return sum(column is None or row[column] == rows[i][column] for row in wrong)
 
     def lent(i: int, other: int) -> int:
         return min(options.top_k, sum(rows[j][0] == other for j in right)) if other != rows[i][0] else 0
@@ -219,14 +221,16 @@ def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], opt
     pulled = [i for i in right if against(i) and any(j != i and rows[j][0] == rows[i][0] for j in right)]
     same = [(i, j) for i in right for j in right if i != j and rows[i][0] == rows[j][0]]
     every = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+    anchors = sorted({*sharing, *pulled})
     figures = {
-        "contrast/negatives": mean([against(i) for i in sorted({*sharing, *pulled})]),
+        "contrast/negatives": mean([against(i) for i in anchors]),
         "contrast/alignment": mean([2 - 2 * similarity(i, j) for i, j in same]),
         "contrast/uniformity": math.log(mean([math.exp(4 * similarity(i, j) - 4) for i, j in every])),
     }
     for a in domains:
         for b in domains:
             names = f"{NAMES[a]}/{NAMES[b]}"
+            figures[f"contrast/negatives/{names}"] = mean([against(i, of=[b]) for i in anchors if rows[i][0] == a])
             if a != b:
                 figures[f"contrast/positives/{names}"] = mean([lent(i, b) for i in sharing if rows[i][0] == a])
             if a <= b:
@@ -258,7 +262,8 @@ def test_figures_of_pairs_are_what_loops_find_in_the_mean_over_minibatches(
         for name in {name for figures in loops for name in figures}
         if (known := [figures[name] for figures in loops if name in figures and not math.isnan(figures[name])])
     }
-    kinds = ("negatives", "alignment", "uniformity", "positives/[a-z]+/[a-z]+", "similarity/[a-z]+/[a-z]+")
+    kinds = ["negatives", "alignment", "uniformity"]
+    kinds += [f"{of_domains}/[a-z]+/[a-z]+" for of_domains in ("negatives", "positives", "similarity")]
     of_pairs = {name: v for name, v in found.items() if re.fullmatch(f"contrast/({'|'.join(kinds)})", name)}
     assert of_pairs == pytest.approx(expected, abs=1e-5)
 

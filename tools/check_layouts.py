@@ -97,19 +97,23 @@ VARIANTS = [
         shortest_prompt=17,
     ),
     Variant(
-        name="few rollouts, recomputed, sequence means, mlp head on the last token",
+        name="few rollouts, recomputed, sequence means, rloo, mlp head on the last token",
         sections={
             "batch": {"micro_batch_tokens": 64},
             "model": {"recompute": "full"},
             "rollout": {"temperature": 0.8},
-            "algorithm": {"aggregation": "seq_mean_token_mean"},
+            "algorithm": {"aggregation": "seq_mean_token_mean", "advantage": "rloo"},
             "contrastive": {"head": "mlp", "pool": "last"},
         },
         share_prompts=True,
     ),
     Variant(
-        name="all rollouts in one micro-batch",
-        sections={"batch": {"micro_batch_tokens": 4096}},
+        name="all rollouts in one micro-batch, per_domain, k1, all rivals of the domain",
+        sections={
+            "batch": {"micro_batch_tokens": 4096},
+            "algorithm": {"advantage": "per_domain", "kl_estimator": "k1"},
+            "contrastive": {"negatives": "domain", "denominator": "all"},
+        },
         share_prompts=True,
     ),
     Variant(
@@ -118,6 +122,7 @@ VARIANTS = [
             "batch": {"micro_batch_tokens": 64},
             "model": {"recompute": "full"},
             "algorithm": {
+                "advantage": "dr_grpo",
                 "aggregation": "dr_grpo",
                 "clip": "cispo",
                 "importance": "mask",

@@ -46,7 +46,7 @@ def gradients(
         old_logp,
         [torch.tensor(c.logprobs) for group in groups for c in group.completions],
         ref_logp,
-        _advantages(rewards_PG).flatten().tolist(),
+        _advantages(rewards_PG, [group.prompt.domain for group in groups], config.algorithm).flatten().tolist(),
         config.algorithm,
         longest=config.rollout.max_response_tokens,
     )
@@ -69,8 +69,7 @@ def policy_term(
 
     longest: most tokens that a response may have, the denominator of `dr_grpo`.
     """
-    assert settings.advantage == "grpo"
-    assert settings.importance != "off" and settings.kl_estimator != "k1"
+    assert settings.importance != "off"
     sums, means = [], []
     for new, old, engine, ref, advantage in zip(logp, old_logp, engine_logp, ref_logp, advantages, strict=True):
         ratio = (new - old.double()).exp()
@@ -85,10 +84,10 @@ def policy_term(
             weight = weight * ((weight >= settings.importance_floor) & (weight <= settings.importance_cap))
         weight = weight.clamp(max=settings.importance_cap)
         towards = ref.double() - new
-        kl = towards.square() / 2 if settings.kl_estimator == "k2" else towards.exp() - 1 - towards
+        kl = {"k1": -towards, "k2": towards.square() / 2, "k3": towards.exp() - 1 - towards}[settings.kl_estimator]
         token = -weight * gain + settings.kl_weight * kl
         sums.append(token.sum())
-        means.append(token.mean())
+        means.append(token.sum() / max(1, len(new)))
     total = torch.stack(sums).sum()
     if settings.aggregation == "token_mean":
         return total / sum(len(new) for new in logp)
@@ -139,14 +138,25 @@ def share_positives(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Te
 
 def negatives(keys: Keys, settings: ContrastiveConfig) -> Tensor:
     """M(i) as rows of a matrix [M, M]."""
-    wrong = (~keys.correct_M).expand(len(keys), -1)
+    return _scope(keys, settings) & ~keys.correct_M
+
+
+def rivals(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """Whom the positives of i compete with, as rows of a matrix [M, M]."""
+    if settings.denominator == "negatives":
+        return negatives(keys, settings)
+    return _scope(keys, settings).fill_diagonal_(False)
+
+
+def _scope(keys: Keys, settings: ContrastiveConfig) -> Tensor:
     if settings.negatives == "pool":
-        return wrong
-    return wrong & _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
+        return keys.correct_M.new_ones(len(keys), len(keys))
+    return _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
 
 
 def _share_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    return _info_nce(z_MD, share_positives(z_MD, keys, settings), keys, settings)
+    candidates = _correct_pairs(keys) & ~_same(keys.domain_M)
+    return _info_nce(z_MD, share_positives(z_MD, keys, settings), candidates, keys, settings)
 
 
 def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
@@ -154,21 +164,26 @@ def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) ->
     positives = same & _correct_pairs(keys)
     positives.fill_diagonal_(False)
     if settings.consolidation_loss == "infonce":
-        return _info_nce(z_MD, positives, keys, settings)
+        return _info_nce(z_MD, positives, positives, keys, settings)
     distances = ((1 - z_MD @ z_MD.T) * positives).sum(1) / positives.sum(1).clamp(min=1)
     return distances, positives.any(1)
 
 
-def _info_nce(z_MD: Tensor, positives: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """What every anchor costs [M], 0 for all others, and which rollouts are anchors."""
+def _info_nce(
+    z_MD: Tensor, positives: Tensor, candidates: Tensor, keys: Keys, settings: ContrastiveConfig
+) -> tuple[Tensor, Tensor]:
+    """What every anchor costs [M], 0 for all others, and which rollouts are anchors.
+
+    candidates: the pairs that the positives were chosen from; an anchor needs a rival besides them
+    """
     logits = z_MD @ z_MD.T / settings.temperature
-    against = negatives(keys, settings)
-    if settings.denominator == "all":
-        against = ~torch.eye(len(keys), dtype=torch.bool, device=z_MD.device)
-    anchors = positives.any(1) & against.any(1)
+    against = rivals(keys, settings)
+    anchors = positives.any(1) & (against & ~candidates).any(1)
     logits, positives, against = logits[anchors], positives[anchors], against[anchors]
-    rivals = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
-    whole = torch.logaddexp(rivals.expand_as(logits), logits) if settings.denominator == "negatives" else rivals
+    others = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
+    whole = torch.logaddexp(others.expand_as(logits), logits)
+    if settings.denominator == "all":
+        whole = torch.where(against, others, whole)  # a positive among the rivals is not counted twice
     costs = torch.where(positives, whole - logits, 0.0).sum(1) / positives.sum(1)
     return z_MD.new_zeros(len(keys)).masked_scatter(anchors, costs), anchors
 
@@ -196,7 +211,8 @@ def _evaluate(
     if not head:
         return logp_r, torch.zeros(0)
     hidden_rH = output.hidden_states[-1][0, start:]  # behind the final norm
-    features_H = hidden_rH[-1] if config.contrastive.pool == "last" else hidden_rH.mean(0)
+    pooled_rH = hidden_rH[-1:] if config.contrastive.pool == "last" else hidden_rH
+    features_H = pooled_rH.sum(0) / max(1, len(pooled_rH))  # 0 of an empty response
     if config.contrastive.mode == "reward":
         features_H = features_H.detach()
     if "hidden_weight" in head:
@@ -213,8 +229,17 @@ def _keys(groups: Sequence[RolloutGroup], pass_threshold: float) -> Keys:
     )
 
 
-def _advantages(rewards_PG: Tensor) -> Tensor:
-    """(reward - mean) / (sample deviation + 1e-6) by prompt, 0 where all rewards are equal: [P, G]."""
+def _advantages(rewards_PG: Tensor, domains: Sequence[int], settings: AlgorithmConfig) -> Tensor:
+    """Reward minus mean by prompt, by `settings.advantage` divided; 0 where all rewards are equal: [P, G]."""
     mixed_P1 = (rewards_PG != rewards_PG[:, :1]).any(1, keepdim=True)
-    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    return torch.where(mixed_P1, centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6), 0.0)
+    centred_PG = (rewards_PG - rewards_PG.mean(1, keepdim=True)).where(mixed_P1, 0.0)
+    if settings.advantage == "dr_grpo":
+        return centred_PG
+    if settings.advantage == "grpo":
+        return centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
+    if settings.advantage == "rloo":
+        others_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (rewards_PG.shape[1] - 1)
+        return (rewards_PG - others_PG).where(mixed_P1, 0.0)
+    domain_P = torch.tensor(domains)
+    deviations = [centred_PG[domain_P == domain].square().mean().sqrt() for domain in domains]
+    return centred_PG / (torch.stack(deviations)[:, None] + 1e-6)

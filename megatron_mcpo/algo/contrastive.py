@@ -7,12 +7,14 @@ out, not left to autograd, so that a tile of anchors is dropped as soon as it is
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, one_hot
 
-from megatron_mcpo.algo.pairing import Pairing, members
+from megatron_mcpo.algo.groups import group_sums
+from megatron_mcpo.algo.pairing import Pairing, Scope, members, scope_of
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
@@ -23,6 +25,7 @@ _BLOCKS = 64
 """A CPU goes over a tile in so many blocks of rows: what is computed element by element then stays in its cache."""
 
 _LISTED = 64
+_SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Contrast:
     grad_z_MD: gradient of share_weight * loss_share + consolidate_weight * loss_consolidate, in the dtype of z
     valid_share_M, valid_consolidate_M: bool, the anchors of each term
     positives_MK: int64, |C(i)| by the positives' domain; positives_consolidate_M: int64, |S(i)|
-    negatives_M: int64, |M(i)|; like the positives 0 for rollouts that are an anchor of neither term
+    negatives_MK: int64, |M(i)| by the negatives' domain; like the positives 0 for rollouts that are no anchor at all
     listed_ML: int64, positions of (the first 64 of) the cross-domain positives of every rollout, filled up with -1
     """
 
@@ -47,13 +50,18 @@ class Contrast:
     valid_consolidate_M: Tensor
     positives_MK: Tensor
     positives_consolidate_M: Tensor
-    negatives_M: Tensor
+    negatives_MK: Tensor
     listed_ML: Tensor
 
     @property
     def positives_share_M(self) -> Tensor:
         """|C(i)|."""
         return self.positives_MK.sum(dim=1)
+
+    @property
+    def negatives_M(self) -> Tensor:
+        """|M(i)|."""
+        return self.negatives_MK.sum(dim=1)
 
     @property
     def anchors_share(self) -> int:
@@ -70,9 +78,9 @@ _MOST_PENALTY = 0.5
 def reward_penalty(contrast: Contrast, settings: ContrastiveConfig) -> Tensor:
     """What `mode` "reward" adds to the reward of every rollout [M]: max(-weighted terms, -0.5), 0 for wrong ones.
 
-    With in-prompt consolidation and negatives, and no sharing, this is the reward of CLIPO (arXiv 2603.10101). Its
-    authors' program differs where a prompt has more than two correct rollouts: it draws one of the others as the only
-    positive and has all of them in the denominator.
+    With in-prompt consolidation and negatives, and no sharing, this is the reward of CLIPO (arXiv 2603.10101): of its
+    paper with `denominator` "negatives", of its authors' program with "all". By default that program draws one positive
+    an anchor; we take the mean over all of them, which is the expectation (its loss type supcon_loss_out).
     """
     terms_M = settings.share_weight * contrast.loss_share_M + settings.consolidate_weight * contrast.loss_consolidate_M
     return -terms_M.clamp(max=_MOST_PENALTY)
@@ -84,11 +92,11 @@ def contrastive(
 ) -> Contrast:
     """Both terms of MCPO (arXiv 2605.25443) on the representations of ALL rollouts of the step.
 
-    With s_ij = z_i z_j / tau, a positive j of anchor i costs -log(e^s_ij / (e^s_ij + sum_n e^s_in)), n over its
-    negatives. An anchor's cost is the mean over its positives, a term the mean over its valid anchors: those with a
-    positive and, where the form needs one, a negative. `settings.denominator` "all" puts every other rollout in the
-    denominator, which makes a term SupCon's L_out (arXiv 2004.11362); `consolidation_loss` "align" replaces the cost by
-    1 - z_i z_j, which needs no negatives.
+    With s_ij = z_i z_j / tau, a positive j of anchor i costs -log(e^s_ij / (e^s_ij + sum_n e^s_in)), n over its rivals
+    but j: the negatives or, with `settings.denominator` "all", all other rollouts of the scope that `negatives`
+    names (with the pool: SupCon's L_out, arXiv 2004.11362). An anchor's cost is the mean over its positives, a term the
+    mean over its valid anchors: those with a positive, and with a rival that could not be one, or nothing would keep
+    representations apart. `consolidation_loss` "align" replaces the cost by 1 - z_i z_j, which needs no rivals.
 
     z_MD: unit rows; a graph behind it is ignored. The gradient is that with respect to z itself: projecting out its
     radial part is the business of the head's own backward pass.
@@ -111,8 +119,10 @@ class _Sums:
         num, device = len(keys), z_MD.device
         tile_rows = max(1, tile_elements // max(1, num))
         self.block_rows = -(-tile_rows // _BLOCKS) if device.type == "cpu" else tile_rows
-        self._find_anchors(tile_rows)
         num_domains = int(keys.domain_M.max()) + 1 if num else 1
+        wrong_MK = one_hot(keys.domain_M, num_domains) * ~keys.correct_M[:, None]
+        self.negatives_MK = group_sums(wrong_MK, scope_of(keys, settings.negatives))
+        self._find_anchors(tile_rows)
         self.grad_z_MD = torch.zeros_like(z_MD)
         self.loss_share_M, self.loss_consolidate_M = z_MD.new_zeros(num), z_MD.new_zeros(num)
         self.positives_MK = torch.zeros(num, num_domains, dtype=torch.int64, device=device)
@@ -120,16 +130,21 @@ class _Sums:
 
     def _find_anchors(self, tile_rows: int) -> None:
         """The anchors of each term, what each counts in the total, and the tiles they are taken in."""
-        keys, settings, correct_M = self.keys, self.settings, self.keys.correct_M
-        groups = {"pool": torch.zeros_like(keys.domain_M), "domain": keys.domain_M, "prompt": keys.prompt_M}
-        self.negatives_M = members(groups[settings.negatives], ~correct_M)
-        self.positives_consolidate_M = members(groups[settings.consolidate], correct_M) - 1
-        abroad_M = members(groups["pool"], correct_M) - members(keys.domain_M, correct_M)
-        opposed_M = (self.negatives_M > 0) | (settings.denominator == "all")
-        self.valid_share_M = correct_M & opposed_M & (abroad_M > 0)
+        settings, correct_M = self.settings, self.keys.correct_M
+        right = {scope: members(scope_of(self.keys, scope), correct_M) for scope in _SCOPES}
+        self.positives_consolidate_M = right[settings.consolidate] - 1
+        opposed_share_M = opposed_consolidate_M = self.negatives_MK.any(dim=1)
+        if settings.denominator == "all":
+            # Right rollouts of the rivals' scope that are of the anchor's domain, or not of its consolidation.
+            scope = settings.negatives
+            opposed_share_M = opposed_share_M | (right[_narrower(scope, "domain")] > 1)
+            opposed_consolidate_M = opposed_consolidate_M | (
+                right[scope] > right[_narrower(scope, settings.consolidate)]
+            )
+        self.valid_share_M = correct_M & opposed_share_M & (right["pool"] > right["domain"])
         self.valid_consolidate_M = correct_M & (self.positives_consolidate_M > 0)
         if settings.consolidation_loss == "infonce":
-            self.valid_consolidate_M &= opposed_M
+            self.valid_consolidate_M &= opposed_consolidate_M
         anchors_A = (self.valid_share_M | self.valid_consolidate_M).nonzero()[:, 0]
         self.tiles = anchors_A.split(tile_rows) if len(anchors_A) else ()
         if settings.transfer == "threshold":
@@ -152,36 +167,34 @@ class _Sums:
     def _differentiate(self, similarity_AM: Tensor, anchors_A: Tensor) -> None:
         """Note the costs of these anchors, and overwrite their similarities by the gradient with respect to them.
 
-        The rivals of an anchor's positives are all others or, to each positive by itself, the negatives. With R the
-        logsumexp over the rivals, a positive costs R - s_ij in the one case and softplus(R - s_ij) in the other.
-        Nothing is exponentiated that could overflow.
+        With R the logsumexp over the rivals, a positive costs R - s_ij where it is one of them, and softplus(R - s_ij)
+        where it joins them in its own denominator. Nothing is exponentiated that could overflow.
         """
         settings, pairs, dtype = self.settings, self.pairing.find(similarity_AM, anchors_A), similarity_AM.dtype
         # Multiplied by, a mask of numbers is much faster than one of bools.
         share_AM, consolidate_AM = pairs.share_AM.to(dtype), pairs.consolidate_AM.to(dtype)
-        num_share_A, num_consolidate_A = share_AM.sum(dim=1), consolidate_AM.sum(dim=1)
+        part_share_A = self.valid_share_M[anchors_A] / share_AM.sum(dim=1).clamp(min=1)
+        part_consolidate_A = self.valid_consolidate_M[anchors_A] / consolidate_AM.sum(dim=1).clamp(min=1)
         self._count(pairs.share_AM, anchors_A)
         logits_AM = similarity_AM / settings.temperature
         nothing = torch.finfo(dtype).min  # and not -inf, which would make NaN of an anchor without a rival
-        if settings.denominator == "all":
-            rivals_AM = logits_AM.scatter(1, anchors_A[:, None], nothing)
-        else:
-            rivals_AM = logits_AM.masked_fill(~pairs.negatives_AM, nothing)
+        rivals_AM = logits_AM.masked_fill(~pairs.rivals_AM, nothing)
         push_AM = rivals_AM.softmax(dim=1)  # each rival by its share of the sum
         total_A1 = rivals_AM.amax(dim=1, keepdim=True) - push_AM.amax(dim=1, keepdim=True).log()
         logp_AM = logits_AM.sub_(total_A1)
-        if settings.denominator == "negatives":
-            logp_AM = logsigmoid(logp_AM)
-        self.loss_share_M[anchors_A] = -_mean(logp_AM, share_AM, num_share_A)
-        pull_AM = _spread(self.weight_share, share_AM, num_share_A)
-        spread_AM = _spread(self.weight_consolidate, consolidate_AM, num_consolidate_A)
+        logp_AM = torch.where(pairs.rivals_AM, logp_AM, logsigmoid(logp_AM))
+        self.loss_share_M[anchors_A] = -part_share_A * torch.linalg.vecdot(logp_AM, share_AM)
+        pull_AM = share_AM * (self.weight_share * part_share_A)[:, None]
+        spread_AM = consolidate_AM * (self.weight_consolidate * part_consolidate_A)[:, None]
         if settings.consolidation_loss == "infonce":
-            self.loss_consolidate_M[anchors_A] = -_mean(logp_AM, consolidate_AM, num_consolidate_A)
+            self.loss_consolidate_M[anchors_A] = -part_consolidate_A * torch.linalg.vecdot(logp_AM, consolidate_AM)
             pull_AM += spread_AM
         else:
-            self.loss_consolidate_M[anchors_A] = _mean(1 - similarity_AM, consolidate_AM, num_consolidate_A)
-        if settings.denominator == "negatives":
-            pull_AM *= logp_AM.expm1_().neg_()  # how much of a pair's cost the rivals are to blame for
+            self.loss_consolidate_M[anchors_A] = part_consolidate_A * torch.linalg.vecdot(
+                1 - similarity_AM, consolidate_AM
+            )
+        # How much of a pair's cost the rivals are to blame for; all of it where the positive is one of them.
+        pull_AM *= logp_AM.expm1_().neg_().masked_fill_(pairs.rivals_AM, 1.0)
         torch.sub(push_AM.mul_(pull_AM.sum(dim=1, keepdim=True)), pull_AM, out=similarity_AM)
         similarity_AM /= settings.temperature
         if settings.consolidation_loss == "align":
@@ -211,16 +224,10 @@ class _Sums:
             valid_consolidate_M=self.valid_consolidate_M,
             positives_MK=self.positives_MK,
             positives_consolidate_M=self.positives_consolidate_M.where(anchor_M, 0),
-            negatives_M=self.negatives_M.where(anchor_M, 0),
+            negatives_MK=self.negatives_MK * anchor_M[:, None],
             listed_ML=self.listed_ML,
         )
 
 
-def _mean(values_AM: Tensor, mask_AM: Tensor, count_A: Tensor) -> Tensor:
-    """Of the values under the mask, `count_A` in a row; 0 where there are none: [A]."""
-    return torch.linalg.vecdot(values_AM, mask_AM) / count_A.clamp(min=1)
-
-
-def _spread(weight: float, mask_AM: Tensor, count_A: Tensor) -> Tensor:
-    """The weight in equal parts over each row's places under the mask, of which there are `count_A`."""
-    return mask_AM * (weight / count_A.clamp(min=1))[:, None]
+def _narrower(one: Scope, other: Scope) -> Scope:
+    return max(one, other, key=_SCOPES.index)

@@ -4,6 +4,7 @@ Masks are made for a tile of anchors against all M rollouts at a time, so that n
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +13,17 @@ from megatron_mcpo.algo.groups import group_sums
 from megatron_mcpo.sections import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
+Scope = Literal["pool", "domain", "prompt"]
+"""Whose rollouts: the step's, a domain's, a prompt's; each holds the next."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """C(i), S(i) and M(i) of a tile's anchors as bool masks [A, M]. `negatives_AM` may be a view of one row."""
+    """C(i), S(i) and the rivals of a tile's anchors as bool masks [A, M]. `rivals_AM` may be a view of one row."""
 
     share_AM: Tensor
     consolidate_AM: Tensor
-    negatives_AM: Tensor
+    rivals_AM: Tensor
 
 
 class Pairing:
@@ -27,7 +31,9 @@ class Pairing:
 
     C(i), the cross-domain positives: by `transfer` correct rollouts of OTHER domains; top_k takes the most similar ones
     of each domain, so that no domain crowds out the rest. S(i), the in-domain positives: by `consolidate` the other
-    correct rollouts of the domain or the prompt. M(i), the negatives: by `negatives` incorrect rollouts.
+    correct rollouts of the domain or the prompt. M(i), the negatives: incorrect rollouts of the scope that `negatives`
+    names. The rivals, with whom a positive competes: by `denominator` the negatives, or all other rollouts of that
+    scope.
 
     Of equally similar rollouts the first ones in step order are taken, so that every rank picks the same.
     """
@@ -46,15 +52,10 @@ class Pairing:
         """The pairs of the rollouts `anchors_A` (int64, positions in the step's order), all of which are correct."""
         assert similarity_AM.shape == (len(anchors_A), len(self.keys)), (similarity_AM.shape, anchors_A.shape)
         consolidate_AM = self._same(self.settings.consolidate, anchors_A) & self.keys.correct_M
-        consolidate_AM.scatter_(1, anchors_A[:, None], False)
-        if self.settings.negatives == "pool":
-            negatives_AM = self.wrong_M.expand_as(consolidate_AM)
-        else:
-            negatives_AM = self._same(self.settings.negatives, anchors_A) & self.wrong_M
         return Pairs(
             share_AM=self.transferable(similarity_AM, anchors_A),
-            consolidate_AM=consolidate_AM,
-            negatives_AM=negatives_AM,
+            consolidate_AM=consolidate_AM.scatter_(1, anchors_A[:, None], False),
+            rivals_AM=self._rivals(anchors_A),
         )
 
     def transferable(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
@@ -66,9 +67,15 @@ class Pairing:
             others_AM &= similarity_AM >= self.settings.threshold
         return others_AM
 
-    def _same(self, group: str, anchors_A: Tensor) -> Tensor:
-        # Prompts are numbered over all domains: a prompt's rollouts are of one domain.
-        group_M = self.keys.domain_M if group == "domain" else self.keys.prompt_M
+    def _rivals(self, anchors_A: Tensor) -> Tensor:
+        if self.settings.denominator == "all":
+            return self._same(self.settings.negatives, anchors_A).scatter_(1, anchors_A[:, None], False)
+        if self.settings.negatives == "pool":
+            return self.wrong_M.expand(len(anchors_A), -1)
+        return self._same(self.settings.negatives, anchors_A) & self.wrong_M
+
+    def _same(self, scope: Scope, anchors_A: Tensor) -> Tensor:
+        group_M = scope_of(self.keys, scope)
         return group_M[anchors_A, None] == group_M
 
     def _most_similar(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
@@ -78,6 +85,17 @@ class Pairing:
             nearest = _largest(similarity_AM.index_select(1, columns), self.settings.top_k)
             chosen_AM.index_copy_(1, columns, nearest & (domain_A1 != domain))
         return chosen_AM
+
+
+def scope_of(keys: Keys, scope: Scope) -> Tensor:
+    """A number for every rollout, the same for all of one scope: int64 [M]. Prompts are numbered over all domains."""
+    match scope:
+        case "pool":
+            return torch.zeros_like(keys.domain_M)
+        case "domain":
+            return keys.domain_M
+        case "prompt":
+            return keys.prompt_M
 
 
 def members(group_M: Tensor, counted_M: Tensor) -> Tensor:
