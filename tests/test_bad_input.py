@@ -17,6 +17,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_mcpo.config import ConfigError, load
+from megatron_mcpo.data.domains import load_tokenizer
 from megatron_mcpo.model_config import vllm_on_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -199,8 +201,18 @@ def test_a_folder_without_what_prompts_need_is_refused(
     other = copy_of(model, tmp_path)
     for name in gone:
         (other / name).unlink()
-    message = refuse(CONFIG.replace("MODEL", str(other)), tmp_path, seconds=60)
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.replace("MODEL", str(other)))
+    with pytest.raises(ConfigError) as refused:
+        load_tokenizer(load(path, []))
+    [message] = refused.value.problems
     assert [word for word in [*words, str(other)] if word not in message] == [], message
+
+
+def test_what_a_rank_refuses_is_what_the_program_prints(model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path)
+    (other / "chat_template.jinja").unlink()
+    assert "instruction-tuned" in refuse(CONFIG.replace("MODEL", str(other)), tmp_path, seconds=60)
 
 
 def dry_run(config: str, folder: Path, *overrides: str) -> str:
