@@ -17,6 +17,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_mcpo.config import ConfigError, load
+from megatron_mcpo.data.domains import load_tokenizer
 from megatron_mcpo.model_config import vllm_on_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -195,11 +197,15 @@ def test_weight_files_that_are_missing_or_cut_are_refused(model: Path, tmp_path:
 def test_a_folder_without_what_prompts_need_is_refused(
     model: Path, tmp_path: Path, gone: tuple[str, ...], words: list[str]
 ) -> None:
-    """Only a rank can tell, once it has imported transformers."""
+    """Only a rank can tell, once it has imported transformers; how it says so is in test_end_to_end."""
     other = copy_of(model, tmp_path)
     for name in gone:
         (other / name).unlink()
-    message = refuse(CONFIG.replace("MODEL", str(other)), tmp_path, seconds=60)
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.replace("MODEL", str(other)))
+    with pytest.raises(ConfigError) as refused:
+        load_tokenizer(load(path, []))
+    [message] = refused.value.problems
     assert [word for word in [*words, str(other)] if word not in message] == [], message
 
 

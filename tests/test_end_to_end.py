@@ -5,73 +5,20 @@ Not covered here: the quick start's own model (its figures are in benchmarks/), 
 
 import json
 import math
-import re
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import tiny
+from program import ROOT, command, lasting, metrics, train, train_forked, write_config
+from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-CONFIG = """
-[run]
-name = "tiny"
-dir = "{runs}"
-steps = 6
-checkpoint_every = 2
-[model]
-path = "{model}"
-dtype = "fp32"
-[batch]
-prompts = 8
-samples = 4
-micro_batch_tokens = 1024
-[rollout]
-max_prompt_tokens = 200
-max_response_tokens = 4
-[engine]
-kv_cache_gib = 0.1
-canary_every = 3
-[contrastive]
-dim = 16
-[optimizer]
-lr = 2e-3
-[evaluation]
-every = 6
-items = 8
-[[domain]]
-name = "divisors"
-shots = 0
-items = 60
-sources = [{{ generator = "gcd" }}]
-[[domain]]
-name = "letters"
-shots = 0
-items = 60
-sources = [{{ generator = "letter_counting", options = {{ min_words = 3, max_words = 5 }} }}]
-"""
-SWAPPING_TRAINER = """
-import sys
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.train import main
 
-NAMES = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
-honest, pushes = Policy.weights, []
-
-def swapped(self):
-    pushes.append(1)
-    other = dict(zip(NAMES, reversed(NAMES))) if len(pushes) == 1 else {}
-    for name, tensor in honest(self):
-        yield other.get(name, name), tensor
-
-Policy.weights = swapped
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-"""
 FIXED_NAMES = {
     "step", "reward/mean", "reward/divisors", "reward/letters", "signal/divisors", "signal/letters",
     "loss/policy", "loss/kl", "loss/share", "loss/consolidate", "contrast/anchors_share",
@@ -80,7 +27,7 @@ FIXED_NAMES = {
     "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/score", "time/update", "time/step",
     "tokens/trained", "memory/peak_gib",
 }  # fmt: skip
-VARYING = re.compile(r"time/|sync/seconds|memory/")
+O_PROJ = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -99,32 +46,9 @@ def config(model: Path, tmp_path: Path) -> Path:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Figures of an uninterrupted run on one rank."""
     folder = tmp_path_factory.mktemp("whole")
-    finished = train(write_config(model, folder))
+    finished = train_forked(write_config(model, folder))
     assert finished.returncode == 0, finished.stderr[-3000:]
     return metrics(folder / "runs" / "tiny")
-
-
-def write_config(model: Path, folder: Path) -> Path:
-    path = folder / "config.toml"
-    path.write_text(CONFIG.format(runs=folder / "runs", model=model))
-    return path
-
-
-def command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_mcpo.train", str(config), *overrides]
-
-
-def train(config: Path, *overrides: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def lasting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Figures that two equal runs agree on."""
-    return [{key: value for key, value in row.items() if not VARYING.match(key)} for row in rows]
 
 
 def test_it_learns_and_leaves_what_it_promises(config: Path, tmp_path: Path) -> None:
@@ -169,26 +93,29 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(
     for victim in [process, *process.children(recursive=True)]:
         victim.kill()
     process.wait()
-    resumed = train(config)
+    resumed = train_forked(config)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "going on after step 2" in resumed.stdout
     assert lasting(metrics(tmp_path / "runs" / "tiny")) == lasting(whole)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("--parallel.data", "2"),
-        ("--parallel.tensor", "2", "--engine.tensor_parallel", "2"),
-        ("--parallel.pipeline", "2", "--batch.minibatches", "2"),
-    ],
-    ids=["data", "tensor", "pipeline"],
-)
+TWO_RANKS = {
+    "data": ("--parallel.data", "2"),
+    "tensor": ("--parallel.tensor", "2", "--engine.tensor_parallel", "2"),
+    "pipeline": ("--parallel.pipeline", "2", "--batch.minibatches", "2"),
+}
+
+
+@pytest.mark.parametrize("layout", TWO_RANKS)
 def test_two_ranks_start_where_one_starts(
-    config: Path, tmp_path: Path, whole: list[dict[str, Any]], overrides: tuple[str, ...]
+    config: Path, tmp_path: Path, whole: list[dict[str, Any]], layout: str
 ) -> None:
-    """Two ranks sample the same tokens, so that before the first update all figures of the rollouts agree."""
-    two = train(config, "--run.steps", "2", *overrides)
+    """Two ranks sample the same tokens, so that before the first update all figures of the rollouts agree.
+
+    What torchrun starts as two ranks of data or pipeline parallelism is below and in test_resume.
+    """
+    overrides = ("--run.steps", "2", *TWO_RANKS[layout])
+    two = train(config, *overrides) if layout == "tensor" else train_forked(config, *overrides, ranks=2)
     assert two.returncode == 0, two.stderr[-3000:]
     expected, found = whole[0], metrics(tmp_path / "runs" / "tiny")[0]
     for name in ("reward/mean", "reward/divisors", "response_tokens", "signal/letters", "tokens/trained"):
@@ -199,16 +126,25 @@ def test_two_ranks_start_where_one_starts(
         assert found["loss/share"] == pytest.approx(expected["loss/share"], rel=1e-3)
 
 
+def swap_tensors() -> None:
+    """The policy's first push sends two tensors in each other's place."""
+    honest, pushes = Policy.weights, []
+
+    def swapped(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+        pushes.append(1)
+        other = dict(zip(O_PROJ, reversed(O_PROJ), strict=True)) if len(pushes) == 1 else {}
+        for name, tensor in honest(policy):
+            yield other.get(name, name), tensor
+
+    Policy.weights = swapped
+
+
 def test_the_canary_names_what_differs(config: Path, tmp_path: Path) -> None:
     """A trainer that sends two tensors in each other's place stops before it trains."""
-    broken = tmp_path / "broken.py"
-    broken.write_text(SWAPPING_TRAINER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(broken)]
-    stopped = subprocess.run([*torchrun, str(config)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert stopped.returncode != 0
+    stopped = train_forked(config, prepare=swap_tensors)
+    assert stopped.returncode == 1
     assert "CanaryError" in stopped.stderr
-    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
-        assert name in stopped.stderr
+    assert [name for name in O_PROJ if name not in stopped.stderr] == [], stopped.stderr[-3000:]
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
 
 
@@ -224,7 +160,10 @@ def test_what_only_the_ranks_can_see_is_refused_too(
     config: Path, tmp_path: Path, overrides: list[str], words: list[str]
 ) -> None:
     overrides = [str(config) if text == "CONFIG" else text for text in overrides]
-    refused = train(config, "--parallel.data", "2", *overrides)
+    if "--run.dir" in overrides:
+        refused = train_forked(config, "--parallel.data", "2", *overrides, ranks=2)
+    else:
+        refused = train(config, "--parallel.data", "2", *overrides)
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "Traceback" not in refused.stderr
     assert [word for word in words if word not in refused.stderr] == [], refused.stderr
@@ -238,7 +177,7 @@ def ruinous(lr: float) -> list[str]:
 
 def test_a_run_whose_updates_are_never_finite_stops(config: Path, tmp_path: Path) -> None:
     off = ["--contrastive.share_weight", "0", "--contrastive.consolidate_weight", "0"]
-    lost = train(config, *ruinous(1e30), *off)
+    lost = train_forked(config, *ruinous(1e30), *off)
     assert lost.returncode == 1, lost.stderr[-3000:]
     assert "step 6: the last 5 updates were left out" in lost.stderr
     assert len(metrics(tmp_path / "runs" / "tiny")) == 6, "they are on file"
@@ -277,7 +216,7 @@ def test_other_methods_go_the_whole_road(
     config: Path, tmp_path: Path, whole: list[dict[str, Any]], method: str
 ) -> None:
     """That each computes what it should is for the tests of its parts; here all of it is put together."""
-    finished = train(config, "--run.steps", "2", "--evaluation.every", "99", *METHODS[method])
+    finished = train_forked(config, "--run.steps", "2", "--evaluation.every", "99", *METHODS[method])
     assert finished.returncode == 0, finished.stderr[-3000:]
     rows = metrics(tmp_path / "runs" / "tiny")
     assert len(rows) == 2

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny
-from test_end_to_end import ROOT, command, lasting, metrics, train, write_config
+from program import ROOT, command, lasting, metrics, train, train_forked, write_config
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_figures(
 ) -> None:
     overrides = ("--parallel.pipeline", "2", "--model.dtype", "bf16")
     whole, broken = (write_config(model, tmp_path_factory.mktemp(name)) for name in ("whole", "broken"))
-    finished = train(whole, *overrides)
+    finished = train_forked(whole, *overrides, ranks=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     press_ctrl_c(broken, *overrides)
     resumed = train(broken, *overrides)

@@ -28,7 +28,7 @@ JOB_TAG = "mcpo-test"
 PROMPTS = [[1, 2, 3, 4], [7] * 40 + [9], list(range(20, 45)), [500, 3]]
 _SERVER = mp.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3", "transformers"]
+    ["megatron_mcpo.run", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3"]
 )
 
 
