@@ -126,6 +126,24 @@ def test_two_ranks_start_where_one_starts(
         assert found["loss/share"] == pytest.approx(expected["loss/share"], rel=1e-3)
 
 
+def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
+    """And hand the engine every expert, or the canary would stop the second run."""
+    folders = [tmp_path / name for name in ("model", "one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    tiny.save_chat_model(folders[0], experts=True, warm_steps=40)
+    rows = []
+    for folder, ranks in ((folders[1], 1), (folders[2], 2)):
+        overrides = ("--run.steps", "2", "--engine.canary_every", "1", "--parallel.expert", str(ranks))
+        finished = train_forked(write_config(folders[0], folder), *overrides, ranks=ranks)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        rows.append(metrics(folder / "runs" / "tiny")[0])
+    for name in ("reward/mean", "response_tokens", "tokens/trained"):
+        assert rows[0][name] == rows[1][name], name
+    for name in ("entropy", "grad_norm", "loss/share"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3), name
+
+
 def swap_tensors() -> None:
     """The policy's first push sends two tensors in each other's place."""
     honest, pushes = Policy.weights, []
