@@ -37,6 +37,8 @@ NEUTRAL_KEYS = frozenset(
         "run.resume",
         "run.trackers",
         "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "run.keep_every",
         "engine.canary_every",
         "contrastive.diagnose_every",
         "rewards.workers",
