@@ -62,10 +62,11 @@ def publish(draft: Path, final: Path, measured: Mapping[str, Fingerprint]) -> No
     write_atomically(draft / MANIFEST, json.dumps({"files": table}, indent=1).encode())
     for path in [*draft.iterdir(), draft]:
         _sync(path)
-    if final.exists():
-        remove(final)
+    replaced = _unname(final) if final.exists() else None
     draft.rename(final)
     _sync(final.parent)
+    if replaced:
+        shutil.rmtree(replaced)
 
 
 def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:
@@ -99,16 +100,14 @@ def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> None:
     kept = {newest, *steps[-keep:]} | {step for step in steps if keep_every and step % keep_every == 0}
     for step, path in step_files(folder):
         if step not in kept:
-            remove(path)
+            shutil.rmtree(_unname(path))
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint that has a name; when this is interrupted, it has none."""
-    gone = draft_of(path)
-    if gone.exists():
-        shutil.rmtree(gone)
-    path.rename(gone)
-    shutil.rmtree(gone)
+def _unname(path: Path) -> Path:
+    """Take a checkpoint's name away, so that no half of it has one while it is deleted; returns where it is."""
+    gone = draft_of(path).with_suffix(".old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    return path.rename(gone)
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:

@@ -16,7 +16,7 @@ from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.journal import Journal
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore.checkpoint import Checkpoints
+from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.memory import trim
 from megatron_mcpo.model_config import ModelConfig
@@ -48,12 +48,16 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
             keep=config.run.keep_checkpoints,
             keep_every=config.run.keep_every,
         )
-        resumed, passed_over = _resume(checkpoints, stream)
-        journal = _open_journal(config, folder, tokenizer, groups, resumed=resumed)
+        loaded = checkpoints.load()
+        if loaded is not None:
+            stream.load_state_dict(loaded.state["stream"])
+        journal = _open_journal(config, folder, tokenizer, groups, resumed=loaded.step if loaded else None)
         closing.callback(journal.close)
-        for damaged in passed_over:
-            journal.note(f"WARNING: {damaged}; going on from an older checkpoint, steps after it are run again")
-        for note in [*empty_terms(config), *(note for domain in domains for note in domain.notes)]:
+        for note in [
+            *(_loading_notes(loaded, layout) if loaded else ()),
+            *empty_terms(config),
+            *(note for domain in domains for note in domain.notes),
+        ]:
             journal.note(note)
         engine = _engine(config, groups)
         with parallel.together(groups):
@@ -79,7 +83,7 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
             domains=domains,
             journal=journal,
             save=lambda step: _save(checkpoints, stream, step),
-            first_step=resumed or 0,
+            first_step=loaded.step if loaded else 0,
         )
         trainer.run()
         journal.finish()
@@ -109,13 +113,15 @@ def _start_scorer(config: Config, groups: Groups, closing: ExitStack) -> Scorer 
     return scorer
 
 
-def _resume(checkpoints: Checkpoints, stream: PromptStream) -> tuple[int | None, tuple[str, ...]]:
-    """Load the newest whole checkpoint; returns its step, None where there is none, and the damaged ones after it."""
-    loaded = checkpoints.load()
-    if loaded is None:
-        return None, ()
-    stream.load_state_dict(loaded.state["stream"])
-    return loaded.step, loaded.passed_over
+def _loading_notes(loaded: Loaded, layout: Layout) -> list[str]:
+    """What a user should know of the checkpoint that the run goes on from."""
+    notes = [f"WARNING: {damaged}; passed over, its steps are run again" for damaged in loaded.passed_over]
+    if loaded.layout != str(layout):
+        notes.append(
+            f"WARNING: the run was {loaded.layout}, it goes on as {layout}: the same prompts in the same order, but "
+            "figures that agree up to rounding, not bit for bit"
+        )
+    return notes
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -5,6 +5,7 @@ Not covered here: one rank, kill -9 (test_end_to_end), another number of ranks (
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -24,7 +25,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def figures(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+Figures = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]
+
+
+def figures(run: Path) -> Figures:
     """What two equal runs agree on: metrics, held-out accuracies, every rollout."""
     evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     rollouts = {path.name: path.read_text() for path in (run / "rollouts").iterdir()}
@@ -48,16 +52,45 @@ def press_ctrl_c(config: Path, *overrides: str) -> None:
     assert not alive, "processes that outlive the run"
 
 
+def damage(checkpoint: Path) -> None:
+    largest = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
 def test_stopped_and_started_again_it_ends_with_the_same_figures(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    overrides = ("--parallel.pipeline", "2", "--model.dtype", "bf16")
-    whole, broken = (write_config(model, tmp_path_factory.mktemp(name)) for name in ("whole", "broken"))
+    """Also where the newest checkpoint is damaged meanwhile, and, but for rounding, under another layout."""
+    overrides = ("--parallel.pipeline", "2", "--model.dtype", "bf16", "--run.checkpoint_every", "1")
+    whole, broken, other = (write_config(model, tmp_path_factory.mktemp(name)) for name in ("whole", "broken", "other"))
     finished = train(whole, *overrides)
     assert finished.returncode == 0, finished.stderr[-3000:]
     press_ctrl_c(broken, *overrides)
+    shutil.copytree(broken.parent / "runs", other.parent / "runs", symlinks=True)
+    *_, before, newest = sorted((broken.parent / "runs" / "tiny" / "checkpoints").glob("step_*"))
+    damage(newest)
     resumed = train(broken, *overrides)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "going on after step 2" in resumed.stdout
+    assert f"WARNING: {newest} is damaged: " in resumed.stdout
+    assert f"going on after step {int(before.name[-6:])}" in resumed.stdout
     expected, found = (figures(config.parent / "runs" / "tiny") for config in (whole, broken))
     assert found == expected
+    resumed = train(other, *overrides[2:], "--parallel.data", "2")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "the run was tensor 1 x pipeline 2" in resumed.stdout and "but figures that agree up to" in resumed.stdout
+    assert_up_to_rounding(other.parent / "runs" / "tiny", expected, first_step=int(newest.name[-6:]) + 1)
+
+
+def assert_up_to_rounding(run: Path, expected: Figures, *, first_step: int) -> None:
+    """The same prompts to the end, and in the first step figures that differ as those of two layouts do."""
+    rows, _, rollouts = figures(run)
+    assert set(rollouts) == set(expected[2])
+    for name, text in rollouts.items():
+        found, wanted = (
+            [json.loads(line)["prompt"] for line in each.splitlines()] for each in (text, expected[2][name])
+        )
+        assert found == wanted, name
+    for key in ("entropy", "loss/share", "grad_norm"):
+        assert rows[first_step - 1][key] == pytest.approx(expected[0][first_step - 1][key], rel=0.1), key

@@ -34,9 +34,10 @@ _NEW_RUN = "or start a new run with --run.resume never"
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """state: what `save` was given; passed_over: newer checkpoints that are damaged, and how"""
+    """state: what `save` was given; layout: of the run that wrote it; passed_over: newer ones, and their damage"""
 
     step: int
+    layout: str
     state: dict[str, Any]
     passed_over: tuple[str, ...]
 
@@ -68,7 +69,7 @@ class Checkpoints:
             if groups.rank == 0:
                 checkpoint_files.remove_drafts(self.folder)
                 draft.mkdir(parents=True)
-        with _ordinary_errors(f"{final}: can't be written"):
+        with _ordinary_errors(f"{final}: can't be written; is there room on the disk?"):
             sharded = {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(groups)}
             dist_checkpointing.save(sharded, str(draft))
         with together(groups):
@@ -131,7 +132,7 @@ class Checkpoints:
             torch.set_rng_state(loaded["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
         policy.version = header["version"]
-        return Loaded(step=header["step"], state=header["state"], passed_over=passed_over)
+        return Loaded(step=header["step"], layout=header["layout"], state=header["state"], passed_over=passed_over)
 
     def _header(self, step: int) -> dict[str, Any]:
         """What state.json says besides the loop's state."""
@@ -140,6 +141,7 @@ class Checkpoints:
             "step": step,
             "version": self.policy.version,
             "ranks": self.policy.groups.world_size,
+            "layout": str(self.policy.groups.layout),
             "model": json.loads(json.dumps(asdict(self.policy.model_config))),
             "vocabulary": self.vocabulary,
         }
@@ -213,7 +215,7 @@ def _ordinary_errors(text: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         reasons = {f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()}
-        raise RuntimeError(f"{text} ({'; '.join(sorted(reasons))})") from error
+        raise RuntimeError(f"{text} ({'; '.join(sorted(reasons)) or 'another rank failed'})") from error
     except Exception as error:
         raise RuntimeError(f"{text} ({type(error).__name__}: {error})") from error
 
@@ -222,6 +224,8 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     """What is saved, described so that another layout can load it."""
     buffers = [buffer for chunk in policy.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     megatron_fixes.count_padding(buffers)
+    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        part.init_state_fn(part.optimizer, part.config)  # what the first update would do; it may not have been yet
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
