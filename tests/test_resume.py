@@ -1,6 +1,6 @@
 """The whole program on two ranks in bf16, interrupted and started again: all figures equal an uninterrupted run's.
 
-Not covered here: one rank, kill -9 (test_end_to_end), another number of ranks (test_checkpoint), GPUs, several hosts.
+Not covered here: one rank, kill -9 (test_end_to_end), other layouts than one (test_checkpoint), GPUs, several hosts.
 """
 
 import json
@@ -17,6 +17,8 @@ import pytest
 import tiny
 from test_end_to_end import ROOT, command, lasting, metrics, train, write_config
 
+from megatron_mcpo.run_folder import step_files
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,6 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PIPELINE = ("--parallel.pipeline", "2", "--model.dtype", "bf16", "--run.checkpoint_every", "1")
 Figures = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]
 
 
@@ -59,38 +62,59 @@ def damage(checkpoint: Path) -> None:
     largest.write_bytes(content)
 
 
-def test_stopped_and_started_again_it_ends_with_the_same_figures(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Also where the newest checkpoint is damaged meanwhile, and, but for rounding, under another layout."""
-    overrides = ("--parallel.pipeline", "2", "--model.dtype", "bf16", "--run.checkpoint_every", "1")
-    whole, broken, other = (write_config(model, tmp_path_factory.mktemp(name)) for name in ("whole", "broken", "other"))
-    finished = train(whole, *overrides)
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Figures:
+    """Of an uninterrupted run."""
+    config = write_config(model, tmp_path_factory.mktemp("whole"))
+    finished = train(config, *PIPELINE)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    press_ctrl_c(broken, *overrides)
-    shutil.copytree(broken.parent / "runs", other.parent / "runs", symlinks=True)
-    *_, before, newest = sorted((broken.parent / "runs" / "tiny" / "checkpoints").glob("step_*"))
-    damage(newest)
-    resumed = train(broken, *overrides)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert f"WARNING: {newest} is damaged: " in resumed.stdout
-    assert f"going on after step {int(before.name[-6:])}" in resumed.stdout
-    expected, found = (figures(config.parent / "runs" / "tiny") for config in (whole, broken))
-    assert found == expected
-    resumed = train(other, *overrides[2:], "--parallel.data", "2")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "the run was tensor 1 x pipeline 2" in resumed.stdout and "but figures that agree up to" in resumed.stdout
-    assert_up_to_rounding(other.parent / "runs" / "tiny", expected, first_step=int(newest.name[-6:]) + 1)
+    return figures(config.parent / "runs" / "tiny")
 
 
-def assert_up_to_rounding(run: Path, expected: Figures, *, first_step: int) -> None:
-    """The same prompts to the end, and in the first step figures that differ as those of two layouts do."""
+@pytest.fixture(scope="module")
+def stopped(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `runs` of a run that was stopped after a few steps."""
+    config = write_config(model, tmp_path_factory.mktemp("stopped"))
+    press_ctrl_c(config, *PIPELINE)
+    return config.parent / "runs"
+
+
+def go_on(model: Path, folder: Path, *overrides: str) -> str:
+    """Start the run in `folder` again, to its end; returns what it printed."""
+    resumed = train(write_config(model, folder), *overrides)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    return resumed.stdout
+
+
+def test_stopped_and_started_again_it_ends_with_the_same_figures(
+    model: Path, tmp_path: Path, stopped: Path, whole: Figures
+) -> None:
+    """Also where the newest checkpoint was damaged meanwhile: it goes on from the one before."""
+    run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
+    *_, before, newest = step_files(run / "checkpoints")
+    damage(newest[1])
+    output = go_on(model, tmp_path, *PIPELINE)
+    assert f"WARNING: {newest[1]} is damaged: " in output
+    assert f"going on after step {before[0]}" in output
+    assert figures(run) == whole
+
+
+def test_under_another_layout_it_goes_on_with_the_same_prompts(
+    model: Path, tmp_path: Path, stopped: Path, whole: Figures
+) -> None:
+    """And, in the first step, figures that differ as those of two layouts do in bf16."""
+    run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
+    first = step_files(run / "checkpoints")[-1][0] + 1
+    output = go_on(model, tmp_path, *PIPELINE[2:], "--parallel.data", "2")
+    assert "the run was tensor 1 x pipeline 2" in output and "but figures that agree up to rounding" in output
     rows, _, rollouts = figures(run)
-    assert set(rollouts) == set(expected[2])
-    for name, text in rollouts.items():
-        found, wanted = (
-            [json.loads(line)["prompt"] for line in each.splitlines()] for each in (text, expected[2][name])
-        )
-        assert found == wanted, name
+    expected_rows, _, expected_rollouts = whole
     for key in ("entropy", "loss/share", "grad_norm"):
-        assert rows[first_step - 1][key] == pytest.approx(expected[0][first_step - 1][key], rel=0.1), key
+        assert rows[first - 1][key] == pytest.approx(expected_rows[first - 1][key], rel=0.1), key
+    assert {name: prompts(text) for name, text in rollouts.items()} == {
+        name: prompts(text) for name, text in expected_rollouts.items()
+    }
+
+
+def prompts(rollouts: str) -> list[str]:
+    return [json.loads(line)["prompt"] for line in rollouts.splitlines()]
