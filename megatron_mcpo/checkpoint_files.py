@@ -6,13 +6,17 @@ it is called .step_NNNNNN.tmp, which nobody takes for one. Its manifest.json hol
   {"files": {"state.json": {"bytes": 812, "sha256": "9f86..."}, ...}}
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
+
 
 from megatron_mcpo.run_folder import step_files, write_atomically
 
@@ -48,9 +52,7 @@ def measure(folder: Path, files: Collection[str]) -> dict[str, Fingerprint]:
     """Read the files. Raises OSError, also for what is no regular file."""
     found = {}
     for name in files:
-        if (folder / name).is_symlink():
-            raise OSError(f"{folder / name}: is a link, not a file")
-        with (folder / name).open("rb") as file:
+        with _open_regular(folder / name) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             found[name] = Fingerprint(bytes=file.tell(), sha256=digest)
     return found
@@ -79,7 +81,7 @@ def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:
         expected = _read_manifest(folder / MANIFEST)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} is no manifest ({type(error).__name__})"]
     present = names(folder)
     missing = sorted(expected.keys() - set(present))
@@ -111,16 +113,27 @@ def _unname(path: Path) -> Path:
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
-    """Raises ValueError, TypeError, AttributeError or RecursionError for what is no manifest."""
-    files = json.loads(path.read_bytes())["files"]
-    return {name: Fingerprint(**entry) for name, entry in files.items()}
+    """Raises OSError, KeyError, ValueError, TypeError, AttributeError or RecursionError for what is no manifest."""
+    with _open_regular(path) as file:
+        files = json.load(file)["files"]
+    found = {name: Fingerprint(**entry) for name, entry in files.items()}
+    if not all(type(each.bytes) is int and type(each.sha256) is str for each in found.values()):
+        raise TypeError
+    return found
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Raises OSError for links, which lead elsewhere, and for pipes and the like, which may never end."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path.open("rb")
 
 
 def _content_problems(folder: Path, name: str, expected: Fingerprint) -> list[str]:
     try:
         found = measure(folder, [name])[name]
     except OSError as error:
-        return [f"{name} can't be read ({error.strerror or error})"]
+        return [f"{name} can't be read ({error.strerror})"]
     if found.bytes != expected.bytes:
         return [f"{name} has {found.bytes} bytes, {MANIFEST} says {expected.bytes}"]
     if found.sha256 != expected.sha256:

@@ -91,6 +91,11 @@ def replace_by_link(path: Path) -> None:
     path.symlink_to(elsewhere)
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
@@ -102,9 +107,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
     "missing state": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "another's file": (lambda path: (path / "common.pt").touch(), f"common.pt is not in {MANIFEST}"),
-    "link": (lambda path: replace_by_link(path / SHARD), "is a link, not a file"),
+    "link": (lambda path: replace_by_link(path / SHARD), f"{SHARD} can't be read (is no regular file)"),
+    "pipe": (lambda path: replace_by_pipe(path / MANIFEST), f"{MANIFEST} is no manifest"),
     "missing manifest": (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
     "half a manifest": (lambda path: os.truncate(path / MANIFEST, 100), f"{MANIFEST} is no manifest"),
+    "manifest of other types": (
+        lambda path: (path / MANIFEST).write_text(f'{{"files": {{"{SHARD}": {{"bytes": 1, "sha256": 2}}}}}}'),
+        f"{MANIFEST} is no manifest",
+    ),
     "wrong manifest": (lambda path: (path / MANIFEST).write_text('{"files": 3}'), f"{MANIFEST} is no manifest"),
     "empty": (lambda path: [file.unlink() for file in path.iterdir()], f"{MANIFEST} is missing"),
 }

@@ -192,7 +192,7 @@ def _check_contents(path: Path) -> None:
         metadata = pickles.read_metadata(path)
     except ValueError as error:
         raise ConfigError([f"{path}: {error}; it was not opened: delete it, {_NEW_RUN}"]) from error
-    shards = {info.relative_path for info in metadata.storage_data.values()}
+    shards = {str(getattr(info, "relative_path", info)) for info in metadata.storage_data.values()}
     lost = sorted(shards - set(checkpoint_files.names(path)))
     if lost:
         raise ConfigError([f"{path}: shard {lost[0]} is missing; put it back, {_NEW_RUN}"])
@@ -225,7 +225,8 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     buffers = [buffer for chunk in policy.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     megatron_fixes.count_padding(buffers)
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
-        part.init_state_fn(part.optimizer, part.config)  # what the first update would do; it may not have been yet
+        if part.optimizer is not None:  # as where a rank has no parameters of its kind
+            part.init_state_fn(part.optimizer, part.config)  # what the first update does; it may not have been yet
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
