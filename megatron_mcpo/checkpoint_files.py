@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
 
-
 from megatron_mcpo.run_folder import step_files, write_atomically
 
 MANIFEST = "manifest.json"
