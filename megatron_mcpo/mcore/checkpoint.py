@@ -124,10 +124,10 @@ class Checkpoints:
             wanted["rng"] = _random_states(groups)
         with together(groups), _opening(path):
             loaded = dist_checkpointing.load(wanted, str(path))
-        for number, chunk in enumerate(policy.chunks):
-            unwrap(chunk).load_state_dict(loaded[f"model{number}"])
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-        policy.lr_schedule.load_state_dict(loaded["lr_schedule"])
+            for number, chunk in enumerate(policy.chunks):
+                unwrap(chunk).load_state_dict(loaded[f"model{number}"])
+            policy.optimizer.load_state_dict(loaded["optimizer"])
+            policy.lr_schedule.load_state_dict(loaded["lr_schedule"])
         if "rng" in loaded:
             torch.set_rng_state(loaded["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
@@ -205,7 +205,8 @@ def _opening(path: Path) -> Iterator[None]:
         with _ordinary_errors(f"{path}: can't be loaded"), pickles.no_code():
             yield
     except RuntimeError as error:
-        raise ConfigError([f"{error}; delete it to go on from the one before, {_NEW_RUN}"]) from error
+        fix = f"go back to the layout it was written under, or delete it to go on from the one before, {_NEW_RUN}"
+        raise ConfigError([f"{error}; {fix}"]) from error
 
 
 @contextmanager
