@@ -163,6 +163,16 @@ def _run_name(config: Config) -> list[str]:
     return [f"run.name = {RESERVED_RUN!r}: is the link to the newest run; choose another name"]
 
 
+def _kept_checkpoints(config: Config) -> list[str]:
+    r = config.run
+    if r.keep_every % r.checkpoint_every == 0:
+        return []
+    return [
+        f"run.keep_every = {r.keep_every}: must be a multiple of run.checkpoint_every = {r.checkpoint_every}, other "
+        "steps have no checkpoint to keep; change one of them"
+    ]
+
+
 def _virtual_pipeline(config: Config) -> list[str]:
     p = config.parallel
     if p.virtual_pipeline == 1 or p.pipeline > 1:
@@ -237,6 +247,7 @@ def _learning_rates(config: Config) -> list[str]:
 # Each with the sections it reads: where one of them is broken already, the rule would judge a value nobody wrote.
 _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("run",), _run_name),
+    (("run",), _kept_checkpoints),
     (("domain",), _names),
     (("parallel",), _virtual_pipeline),
     (("batch", "rollout"), _longest_rollout),

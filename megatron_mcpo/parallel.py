@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,20 @@ def together(groups: Groups) -> Iterator[None]:
     except Exception as failure:
         error = failure
     raise_together(error, groups)
+
+
+def agree[T](value: T, groups: Groups) -> T:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=groups.host)
+    return box[0]
+
+
+def gather_objects[T](value: T, groups: Groups) -> list[T]:
+    """Every rank's value, in order of rank, on every rank."""
+    found: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(found, value, group=groups.host)
+    return found
 
 
 def _start(timeout: timedelta) -> None:

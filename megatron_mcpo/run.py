@@ -1,10 +1,11 @@
 """One rank of a run: builds the parts, trains, takes them down."""
 
+import hashlib
+import json
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_mcpo import parallel
@@ -15,11 +16,11 @@ from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.journal import Journal
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import checkpoint
+from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.memory import trim
 from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups
+from megatron_mcpo.parallel import Groups, agree
 from megatron_mcpo.plan import empty_terms
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
@@ -40,11 +41,23 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
         stream = PromptStream(domains, weights=[d.weight for d in config.domain], seed=config.run.seed)
         policy = Policy(config, model, groups)
         reference = Reference(config, model, groups) if config.algorithm.kl_weight > 0 else None
-        checkpoints = Path(_agree(str(folder.path / "checkpoints") if folder else "", groups))
-        resumed = _resume(policy, stream, checkpoints, groups)
-        journal = _open_journal(config, folder, tokenizer, groups, resumed=resumed)
+        checkpoints = Checkpoints(
+            policy=policy,
+            folder=Path(agree(str(folder.path / "checkpoints") if folder else "", groups)),
+            vocabulary=_vocabulary(tokenizer),
+            keep=config.run.keep_checkpoints,
+            keep_every=config.run.keep_every,
+        )
+        loaded = checkpoints.load()
+        if loaded is not None:
+            stream.load_state_dict(loaded.state["stream"])
+        journal = _open_journal(config, folder, tokenizer, groups, resumed=loaded.step if loaded else None)
         closing.callback(journal.close)
-        for note in [*empty_terms(config), *(note for domain in domains for note in domain.notes)]:
+        for note in [
+            *(_loading_notes(loaded, layout) if loaded else ()),
+            *empty_terms(config),
+            *(note for domain in domains for note in domain.notes),
+        ]:
             journal.note(note)
         engine = _engine(config, groups)
         with parallel.together(groups):
@@ -69,8 +82,8 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
             stream=stream,
             domains=domains,
             journal=journal,
-            save=lambda step: _save(policy, stream, checkpoints, step),
-            first_step=resumed or 0,
+            save=lambda step: _save(checkpoints, stream, step),
+            first_step=loaded.step if loaded else 0,
         )
         trainer.run()
         journal.finish()
@@ -100,14 +113,20 @@ def _start_scorer(config: Config, groups: Groups, closing: ExitStack) -> Scorer 
     return scorer
 
 
-def _resume(policy: Policy, stream: PromptStream, checkpoints: Path, groups: Groups) -> int | None:
-    """Load the newest checkpoint; returns its step, None where there is none."""
-    found = _agree(checkpoint.latest(checkpoints), groups)
-    if found is None:
-        return None
-    state = checkpoint.load(policy, found)
-    stream.load_state_dict(state["stream"])
-    return int(state["step"])
+def _loading_notes(loaded: Loaded, layout: Layout) -> list[str]:
+    """What a user should know of the checkpoint that the run goes on from."""
+    notes = [f"WARNING: {damaged}; passed over, its steps are run again" for damaged in loaded.passed_over]
+    if loaded.layout != str(layout):
+        notes.append(
+            f"WARNING: the run was {loaded.layout}, it goes on as {layout}: the same prompts in the same order, but "
+            "figures that agree up to rounding, not bit for bit"
+        )
+    return notes
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all tokens with their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _engine(config: Config, groups: Groups) -> VllmEngine:
@@ -120,12 +139,12 @@ def _engine(config: Config, groups: Groups) -> VllmEngine:
         kv_cache_gib=config.engine.kv_cache_gib,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
         distributed=True,
-        job_tag=_agree(uuid.uuid4().hex[:12], groups),
+        job_tag=agree(uuid.uuid4().hex[:12], groups),
     )
 
 
-def _save(policy: Policy, stream: PromptStream, checkpoints: Path, step: int) -> None:
-    checkpoint.save(policy, checkpoints, step, {"stream": stream.state_dict()})
+def _save(checkpoints: Checkpoints, stream: PromptStream, step: int) -> None:
+    checkpoints.save(step, {"stream": stream.state_dict()})
     trim()
 
 
@@ -152,7 +171,7 @@ def _open_journal(
     if folder is not None:
         folder.truncate_after(-1 if resumed is None else resumed)
         evaluated = folder.evaluated(first_step)
-    evaluated = _agree(evaluated, groups)
+    evaluated = agree(evaluated, groups)
     with parallel.together(groups):
         journal = Journal(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
     for note in folder.notes if folder else ():
@@ -160,10 +179,3 @@ def _open_journal(
     if resumed is not None:
         journal.note(f"going on after step {first_step}")
     return journal
-
-
-def _agree[T](value: T, groups: Groups) -> T:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=groups.host)
-    return box[0]

@@ -37,6 +37,8 @@ NEUTRAL_KEYS = frozenset(
         "run.resume",
         "run.trackers",
         "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "run.keep_every",
         "engine.canary_every",
         "contrastive.diagnose_every",
         "rewards.workers",
@@ -62,7 +64,7 @@ class RunFolder:
         """Create or reuse the folder of a run; called by one rank.
 
         The first of NAME, NAME-2, NAME-3, ... that does not exist, or (run.resume = "auto") that holds an unfinished
-        run whose configuration differs in NEUTRAL_KEYS only. Nothing that exists is overwritten.
+        run whose configuration differs in NEUTRAL_KEYS and [parallel] only. Nothing that exists is overwritten.
         Raises ConfigError when run.dir can't be written, run.name can't be used, or another process holds the folder.
         """
         parent, name = Path(config.run.dir), config.run.name
@@ -207,9 +209,12 @@ def _why_not_resumed(path: Path, config: Config) -> str | None:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """Values by dotted key, without the neutral ones; a list counts as one value."""
+    """Values by dotted key, without the neutral ones and the layout; a list counts as one value.
+
+    A checkpoint can be loaded under any layout. The figures are then the same up to rounding, and the console says so.
+    """
     values: dict[str, Any] = {"domain": config.model_dump()["domain"]}
-    for section, table in config.model_dump(exclude={"domain"}).items():
+    for section, table in config.model_dump(exclude={"domain", "parallel"}).items():
         values |= {f"{section}.{key}": value for key, value in table.items()}
     return {key: value for key, value in values.items() if key not in NEUTRAL_KEYS}
 

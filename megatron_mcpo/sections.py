@@ -28,6 +28,12 @@ class RunConfig(Section):
     seed: NonNegativeInt = Field(0, description="of everything random: sampling, order of the data, the new head")
     steps: PositiveInt = Field(description="rollout-and-update steps")
     checkpoint_every: PositiveInt = Field(5, description="steps between checkpoints; the last step always has one")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="newest checkpoints that are kept; with 2, one is left to go on from when the newest is damaged"
+    )
+    keep_every: NonNegativeInt = Field(
+        0, description="checkpoints of steps divisible by this are kept for good, besides the newest; 0: none"
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: go on with an unfinished run of the same name and settings; never: a new folder"
     )

@@ -19,7 +19,8 @@ PACKAGE = "megatron_mcpo"
 
 # Imports go down, or stay on a level without ever closing a circle. A folder speaks for all modules in it.
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("sections", "config", "config_io", "layout", "types", "hf_files", "hf_config", "model_config", "run_folder"),
+    0: ("sections", "config", "config_io", "layout", "types", "hf_files", "hf_config", "model_config", "run_folder",
+        "checkpoint_files"),
     1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan"),
     2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "rollout.engine", "rewards", "data"),
     3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "rollout.vllm_engine", "rollout.vllm_cpu_fixes",
@@ -50,6 +51,7 @@ WITHOUT_TORCH = (
     "hf_config",
     "model_config",
     "run_folder",
+    "checkpoint_files",
     "plan",
     "rewards.allowlist",
     "train",

@@ -1,6 +1,7 @@
 """Checkpoints of the real model: written under one parallel layout, loaded under another, and trained on.
 
-Not covered here: the whole program (test_resume), checkpoints of Transformer Engine's or apex's optimizer, GPUs.
+Not covered here: damaged and foreign checkpoints (test_checkpoint_refusals), the whole program (test_resume),
+checkpoints of Transformer Engine's or apex's optimizer, GPUs.
 """
 
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import Tensor
 from megatron_mcpo import parallel
 from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config
+from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import checkpoint
+from megatron_mcpo.mcore import megatron_fixes
+from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy
 from megatron_mcpo.types import Update
@@ -29,16 +31,23 @@ CHANGES = [
     ("tied", Layout(data=2), Layout()),
     ("untied", Layout(data=2), Layout(data=4)),
     ("tied", Layout(data=2), Layout(tensor=2, sequence=True)),
-    ("untied", Layout(tensor=2, sequence=True), Layout(data=2)),
+    ("untied", Layout(tensor=2, sequence=True), Layout()),
     ("tied", Layout(pipeline=2), Layout()),
     ("tied", Layout(pipeline=2, virtual_pipeline=2), Layout(pipeline=2, data=2)),
     ("untied", Layout(context=2), Layout(tensor=2, pipeline=2, sequence=True)),
+    ("tied", Layout(tensor=2, pipeline=2, sequence=True), Layout(data=4)),
+    ("experts", Layout(data=2, expert=2), Layout(tensor=2, data=2, expert=4, sequence=True)),
+    ("experts", Layout(), Layout(pipeline=2)),
 ]
 
 
 def build(config: Config, layout: Layout) -> Policy:
     ranks = parallel.init(layout, seed=0, timeout_seconds=60)
     return Policy(config, from_folder(Path(config.model.path)), ranks)
+
+
+def checkpoints_of(policy: Policy, folder: Path, *, keep: int = 2) -> Checkpoints:
+    return Checkpoints(policy=policy, folder=folder, vocabulary="tokens", keep=keep, keep_every=0)
 
 
 def learn(policy: Policy, seed: int) -> Update:
@@ -83,7 +92,7 @@ def train_save_train(config: Config, layout: Layout, folder: Path) -> tuple[dict
         learn(policy, seed)
     torch.rand(1 + policy.groups.rank)  # no longer what a new process has
     saved, states = weights(policy), random_states(policy)
-    checkpoint.save(policy, folder, UPDATES, {"loop": [1, 2]})
+    checkpoints_of(policy, folder).save(UPDATES, {"loop": [1, 2]})
     update = learn(policy, UPDATES)
     return saved, weights(policy), update.grad_norm, states
 
@@ -91,10 +100,9 @@ def train_save_train(config: Config, layout: Layout, folder: Path) -> tuple[dict
 def load_train(config: Config, layout: Layout, folder: Path) -> tuple[dict, dict, float, list[Tensor]]:
     """The same, after loading; no update before it."""
     policy = build(config, layout)
-    path = checkpoint.latest(folder)
-    assert path is not None
-    state = checkpoint.load(policy, path)
-    assert (state["step"], state["loop"], policy.version) == (UPDATES, [1, 2], UPDATES)
+    found = checkpoints_of(policy, folder).load()
+    assert found is not None
+    assert (found.step, found.state, found.passed_over, policy.version) == (UPDATES, {"loop": [1, 2]}, (), UPDATES)
     loaded, states = weights(policy), random_states(policy)
     update = learn(policy, UPDATES)
     assert update.lr == pytest.approx(config.optimizer.lr * (1 - (UPDATES + 1) / (config.run.steps + 1)))
@@ -125,7 +133,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[flo
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tied", "untied")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tied", "untied", "experts")}
     for kind, folder in folders.items():
         tiny_model.save_model(folder, kind)
     return folders
@@ -149,8 +157,8 @@ def test_another_layout_goes_on_as_the_first_would_have(
 def test_megatron_still_loses_count_of_padding(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once this fails, checkpoint._count_padding has nothing left to do."""
-    monkeypatch.setattr(checkpoint, "_count_padding", lambda policy: None)
+    """Once this fails, megatron_fixes.count_padding has nothing left to do."""
+    monkeypatch.setattr(megatron_fixes, "count_padding", lambda buffers: None)
     config, layout = settings(models["tied"], "fp32"), Layout(pipeline=2)
     saved = [result[0] for result in run_ranks(2, train_save_train, config, layout, tmp_path)]
     loaded = [result[0] for result in run_ranks(2, load_train, config, layout, tmp_path)]
@@ -170,25 +178,19 @@ def test_the_same_layout_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: 
         assert all(torch.equal(a, b) for a, b in zip(states, other_states, strict=True))
 
 
-def test_the_newest_complete_checkpoint_is_the_only_one_kept(models: dict[str, Path], tmp_path: Path) -> None:
-    def save_some(config: Config) -> list[str]:
-        policy = build(config, Layout())
-        learn(policy, seed=0)
-        leftover = tmp_path / ".step_000013.tmp"
-        leftover.mkdir()
-        (leftover / "half").write_text("of a run that was killed while it saved")
-        for step in (9, 12, 13, 13):
-            checkpoint.save(policy, tmp_path, step, {"saved": step})
-        return sorted(path.name for path in tmp_path.iterdir())
+@pytest.mark.parametrize(("written", "read"), [(2, 1), (1, 2)])
+def test_whole_experts_do_not_go_on_from_divided_ones(
+    models: dict[str, Path], tmp_path: Path, written: int, read: int
+) -> None:
+    def refused(config: Config) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load_train(config, Layout(data=2, expert=read), tmp_path)
+        return str(caught.value)
 
-    assert run_ranks(1, save_some, settings(models["tied"], "fp32")) == [["step_000013"]]
-    newest = tmp_path / "step_000013"
-    assert not (newest / "half").exists()
-    (tmp_path / "step_000014").mkdir()
-    older = tmp_path / "step_000009"
-    older.mkdir()
-    (older / "state.json").write_text("{}")
-    assert checkpoint.latest(tmp_path) == newest
+    config = settings(models["experts"], "fp32")
+    run_ranks(2, train_save_train, config, Layout(data=2, expert=written), tmp_path)
+    for message in run_ranks(2, refused, config):
+        assert f"parallel.expert = {read}" in message and f"was written with {written}" in message
 
 
 def test_an_update_draws_from_no_random_state(models: dict[str, Path]) -> None:

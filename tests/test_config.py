@@ -168,6 +168,7 @@ def test_bad_overrides(tmp_path, overrides, expected):
         ("contrastive", 'transfer = "nearest"', "must be 'top_k', 'threshold' or 'all'"),
         ("contrastive", "share_weight = -0.1", "must be greater than or equal to 0; lambda"),
         ("parallel", "virtual_pipeline = 2", "needs at least 2 pipeline stages; set parallel.pipeline"),
+        ("run", "steps = 5\nkeep_every = 7", "run.keep_every = 7: must be a multiple of run.checkpoint_every = 5"),
         ("rollout", "temperature = 0.0", "rollout.temperature = 0.0: must be greater than 0"),
         ("new", "x = 1", "new: unknown key; known: run, model"),
     ],

@@ -1,80 +1,242 @@
 """Saving and loading what a run needs to go on: model, head, optimizer, schedule, random states, and the loop's state.
 
-A checkpoint is a folder step_NNNNNN with Megatron's sharded files and state.json. It is written under another name
-and renamed when it is complete: what has the name can be loaded, under the same parallel layout or any other.
+A checkpoint holds Megatron's sharded files, which can be loaded under any parallel layout, state.json, and the manifest
+of megatron_mcpo.checkpoint_files. The manifest shows damage, not malice: who can write a checkpoint can write its
+manifest. That is why no checkpoint is trusted: nothing in one can run code, whoever wrote it (mcore.pickles).
 """
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mcpo import checkpoint_files
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.mcore import megatron_fixes, pickles
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.run_folder import step_files, write_atomically
+
+FORMAT = 1
+"""Of state.json and what stands in the sharded files. The manifest has no version: it is read before this is known."""
 
 _STATE = "state.json"
+_NEW_RUN = "or start a new run with --run.resume never"
 
 
-def save(policy: Policy, folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step` into `folder` and drop the ones before it; collective over all ranks.
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """state: what `save` was given; layout: of the run that wrote it; passed_over: newer ones, and their damage"""
 
-    state: JSON-able, the same on every rank
+    step: int
+    layout: str
+    state: dict[str, Any]
+    passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one run. Every method is collective over all ranks, and fails on all or on none.
+
+    vocabulary: fingerprint of the tokenizer, which a checkpoint's must equal
+    keep, keep_every: the newest `keep` stay, and besides them those of every keep_every-th step (0: none)
     """
-    final = folder / f"step_{step:06d}"
-    draft = folder / f".{final.name}.tmp"
-    if policy.groups.rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    dist.barrier(group=policy.groups.world)
-    dist_checkpointing.save({**_sharded_state(policy, is_loading=False), "rng": _random_states(policy)}, str(draft))
-    dist.barrier(group=policy.groups.world)
-    if policy.groups.rank == 0:
-        own = {"step": step, "version": policy.version, "ranks": policy.groups.world_size}
-        (draft / _STATE).write_text(json.dumps({**own, **state}))
-        shutil.rmtree(final, ignore_errors=True)
-        draft.rename(final)
-        for other in folder.glob("step_*"):
-            if other != final:
-                shutil.rmtree(other)
-    dist.barrier(group=policy.groups.world)
-    return final
+
+    policy: Policy
+    folder: Path
+    vocabulary: str
+    keep: int
+    keep_every: int
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step`, then delete those that are not kept any more.
+
+        state: JSON-able, the same on every rank
+        Raises OSError or RuntimeError where it can't be written; the others are untouched then.
+        """
+        groups = self.policy.groups
+        final = self.folder / f"step_{step:06d}"
+        draft = checkpoint_files.draft_of(final)
+        with together(groups):
+            if groups.rank == 0:
+                checkpoint_files.remove_drafts(self.folder)
+                draft.mkdir(parents=True)
+        with _ordinary_errors(f"{final}: can't be written; is there room on the disk?"):
+            sharded = {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(groups)}
+            dist_checkpointing.save(sharded, str(draft))
+        with together(groups):
+            if groups.rank == 0:
+                write_atomically(draft / _STATE, json.dumps({**self._header(step), "state": state}).encode())
+        files = agree(checkpoint_files.names(draft) if groups.rank == 0 else [], groups)
+        with together(groups):
+            own = checkpoint_files.measure(draft, files[groups.rank :: groups.world_size])
+        measured = {name: each for part in gather_objects(own, groups) for name, each in part.items()}
+        with together(groups):
+            if groups.rank == 0:
+                checkpoint_files.publish(draft, final, measured)
+                checkpoint_files.prune(self.folder, newest=step, keep=self.keep, keep_every=self.keep_every)
+        return final
+
+    def load(self) -> Loaded | None:
+        """Put the newest checkpoint whose files are whole into a policy that was just built; None where there is none.
+
+        Every rank gets its random states back where the checkpoint was written by as many ranks; there is no telling
+        which of them others should have.
+        Raises ConfigError where there are checkpoints but none is whole, and where the newest whole one is not this
+        run's: of another format, model or vocabulary, or with contents that are none of a checkpoint.
+        """
+        groups = self.policy.groups
+        passed_over: list[str] = []
+        for path in reversed(agree([path for _, path in step_files(self.folder)], groups)):
+            damage = self._damage(path)
+            if not damage:
+                return self._load(path, tuple(passed_over))
+            passed_over.append(f"{path} is damaged: {'; '.join(damage)}")
+        if passed_over:
+            raise ConfigError([*passed_over, f"no checkpoint is left to go on from; put one back, {_NEW_RUN}"])
+        return None
+
+    def _damage(self, path: Path) -> list[str]:
+        """What is wrong with the files; every rank reads its share of them."""
+        groups = self.policy.groups
+        with together(groups):
+            own = checkpoint_files.problems(path, part=groups.rank, num_parts=groups.world_size)
+        return sorted({problem for part in gather_objects(own, groups) for problem in part})
+
+    def _load(self, path: Path, passed_over: tuple[str, ...]) -> Loaded:
+        policy, groups = self.policy, self.policy.groups
+        with together(groups):
+            header = self._read_header(path)
+            _check_contents(path)
+        with together(groups), _opening(path):
+            # Also the first thing that Megatron loads, before its ranks wait for each other: there none fails alone.
+            dist_checkpointing.load_common_state_dict(str(path))
+        wanted = _sharded_state(policy, is_loading=True)
+        if header["ranks"] == groups.world_size:
+            wanted["rng"] = _random_states(groups)
+        with together(groups), _opening(path):
+            loaded = dist_checkpointing.load(wanted, str(path))
+            for number, chunk in enumerate(policy.chunks):
+                unwrap(chunk).load_state_dict(loaded[f"model{number}"])
+            policy.optimizer.load_state_dict(loaded["optimizer"])
+            policy.lr_schedule.load_state_dict(loaded["lr_schedule"])
+        if "rng" in loaded:
+            torch.set_rng_state(loaded["rng"]["torch"])
+            tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+        policy.version = header["version"]
+        return Loaded(step=header["step"], layout=header["layout"], state=header["state"], passed_over=passed_over)
+
+    def _header(self, step: int) -> dict[str, Any]:
+        """What state.json says besides the loop's state."""
+        return {
+            "format": FORMAT,
+            "step": step,
+            "version": self.policy.version,
+            "ranks": self.policy.groups.world_size,
+            "layout": str(self.policy.groups.layout),
+            "expert_ranks": self.policy.groups.layout.expert,
+            "model": json.loads(json.dumps(asdict(self.policy.model_config))),
+            "vocabulary": self.vocabulary,
+        }
+
+    def _read_header(self, path: Path) -> dict[str, Any]:
+        """state.json, of this format, model and vocabulary. Raises ConfigError with all that differs."""
+        own = self._header(0)
+        try:
+            found = json.loads((path / _STATE).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError([f"{path / _STATE}: can't be read ({error}); put it back, {_NEW_RUN}"]) from error
+        if not isinstance(found, dict) or type(found.get("format")) is not int or not 1 <= found["format"] <= FORMAT:
+            value = found.get("format") if isinstance(found, dict) else None
+            raise ConfigError(
+                [
+                    f"{path / _STATE}: format = {value!r}: this version reads {FORMAT}; go on with the version that "
+                    f"wrote it, {_NEW_RUN}"
+                ]
+            )
+        wrong = [key for key in (*own, "state") if type(found.get(key)) is not type(own.get(key, {}))]
+        if wrong:
+            raise ConfigError(
+                [f"{path / _STATE}: {wrong[0]} = {found.get(wrong[0])!r}: no value of it; {_NEW_RUN[3:]}"]
+            )
+        if (found["expert_ranks"] > 1) != (own["expert_ranks"] > 1):
+            rule = "Megatron-Core keeps the optimizer's state of divided and of whole experts in two forms"
+            fix = "a number above 1" if found["expert_ranks"] > 1 else "1"
+            raise ConfigError(
+                [
+                    f"parallel.expert = {own['expert_ranks']}: {path} was written with {found['expert_ranks']}, and "
+                    f"{rule}; set it to {fix}, {_NEW_RUN}"
+                ]
+            )
+        problems = _differences(found["model"], own["model"])
+        if found["vocabulary"] != self.vocabulary:
+            problems.append(
+                f"vocabulary = {found['vocabulary'][:12]!r}, the tokenizer of model.path has {self.vocabulary[:12]!r}"
+            )
+        if problems:
+            fix = f"set model.path to the model that the run began with, {_NEW_RUN}"
+            raise ConfigError([f"{path / _STATE}: {problem}; {fix}" for problem in problems])
+        return found
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    return max((path for path in folder.glob("step_*") if (path / _STATE).exists()), default=None)
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Fields of the model that are not the same."""
+    return [
+        f"model.{key} = {theirs.get(key)!r}, that of model.path has {ours.get(key)!r}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if key not in theirs or key not in ours or theirs[key] != ours[key]
+    ]
 
 
-def load(policy: Policy, path: Path) -> dict[str, Any]:
-    """Put the checkpoint into a policy that was just built; returns the state that `save` was given, with `step`.
+def _check_contents(path: Path) -> None:
+    """Raises ConfigError where the table of contents could run code or names files that are not the checkpoint's."""
+    try:
+        metadata = pickles.read_metadata(path)
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}; it was not opened: delete it, {_NEW_RUN}"]) from error
+    shards = {str(getattr(info, "relative_path", info)) for info in metadata.storage_data.values()}
+    lost = sorted(shards - set(checkpoint_files.names(path)))
+    if lost:
+        raise ConfigError([f"{path}: shard {lost[0]} is missing; put it back, {_NEW_RUN}"])
 
-    Collective. Every rank gets its random states back where the checkpoint was written by as many ranks; there is no
-    telling which of them others should have.
-    """
-    state: dict[str, Any] = json.loads((path / _STATE).read_text())
-    wanted = _sharded_state(policy, is_loading=True)
-    if state["ranks"] == policy.groups.world_size:
-        wanted["rng"] = _random_states(policy)
-    loaded = dist_checkpointing.load(wanted, str(path))
-    for number, chunk in enumerate(policy.chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{number}"])
-    policy.optimizer.load_state_dict(loaded["optimizer"])
-    policy.lr_schedule.load_state_dict(loaded["lr_schedule"])
-    if "rng" in loaded:
-        torch.set_rng_state(loaded["rng"]["torch"])
-        tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
-    policy.version = state["version"]
-    return state
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """A block that opens sharded files. Raises ConfigError for whatever is wrong with them, code in them too."""
+    try:
+        with _ordinary_errors(f"{path}: can't be loaded"), pickles.no_code():
+            yield
+    except RuntimeError as error:
+        fix = f"go back to the layout it was written under, or delete it to go on from the one before, {_NEW_RUN}"
+        raise ConfigError([f"{error}; {fix}"]) from error
+
+
+@contextmanager
+def _ordinary_errors(text: str) -> Iterator[None]:
+    """Raise RuntimeError for whatever goes wrong in the block; torch's own error is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = {f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()}
+        raise RuntimeError(f"{text} ({'; '.join(sorted(reasons)) or 'another rank failed'})") from error
+    except Exception as error:
+        raise RuntimeError(f"{text} ({type(error).__name__}: {error})") from error
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     """What is saved, described so that another layout can load it."""
-    _count_padding(policy)
+    megatron_fixes.count_padding(policy.gradient_buffers)
+    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        if part.optimizer is not None:  # as where a rank has no parameters of its kind
+            part.init_state_fn(part.optimizer, part.config)  # what the first update does; it may not have been yet
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -89,20 +251,7 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     return {**models, "optimizer": optimizer, "lr_schedule": policy.lr_schedule.state_dict()}
 
 
-def _count_padding(policy: Policy) -> None:
-    """Make Megatron-Core find the optimizer's state where a buffer has several buckets (tied embeddings in a pipeline).
-
-    Up to 0.19.2 it strips the padding at a bucket's end from what it saves, but looks parameters up where they stand
-    with it: those in later buckets get their neighbours' weights and moments (NVIDIA/Megatron-LM#5077). Padding that
-    counts as content stays; checkpoints are the same as with a Megatron-Core that has the repair.
-    """
-    for buffer in policy.gradient_buffers:
-        for bucket in buffer.buckets[:-1]:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
-
-
-def _random_states(policy: Policy) -> ShardedObject:
+def _random_states(groups: Groups) -> ShardedObject:
     """This rank's random states. Nothing draws from them today: no layer drops out, and every rollout has a seed."""
     states = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    return ShardedObject("rng", states, (policy.groups.world_size,), (policy.groups.rank,), replica_id=0)
+    return ShardedObject("rng", states, (groups.world_size,), (groups.rank,), replica_id=0)

@@ -1,0 +1,22 @@
+"""Defects of Megatron-Core on any device, repaired for the versions that have them. (The CPU's own: platform.)"""
+
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+_LOSES_PADDING = ("0.19.2",)
+
+
+def count_padding(buffers: Iterable[Any]) -> None:
+    """Make Megatron-Core find the optimizer's state where a buffer has several buckets (tied embeddings in a pipeline).
+
+    Up to 0.19.2 it strips the padding at a bucket's end from what it saves, but looks parameters up where they stand
+    with it: those in later buckets get their neighbours' weights and moments (NVIDIA/Megatron-LM#5077). Padding that
+    counts as content stays; checkpoints are the same as with a Megatron-Core that has the repair.
+    """
+    if version("megatron-core") not in _LOSES_PADDING:
+        return
+    for buffer in buffers:
+        for bucket in buffer.buckets[:-1]:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
