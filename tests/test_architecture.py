@@ -21,7 +21,8 @@ PACKAGE = "megatron_mcpo"
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("sections", "config", "config_io", "layout", "types", "hf_files", "hf_config", "model_config", "run_folder"),
     1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan"),
-    2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "rollout.engine", "rewards", "data"),
+    2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "weights.engine_layout",
+        "weights.reshard", "rollout.engine", "rewards", "data"),
     3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "rollout.vllm_engine", "rollout.vllm_cpu_fixes",
         "rollout.vllm_probe", "report"),
     4: ("collect", "evaluate", "canary", "journal", "objective", "diagnose", "trainer"),
@@ -51,6 +52,7 @@ WITHOUT_TORCH = (
     "model_config",
     "run_folder",
     "plan",
+    "weights.reshard",
     "rewards.allowlist",
     "train",
 )
