@@ -23,8 +23,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan"),
     2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "weights.engine_layout",
         "weights.reshard", "rollout.engine", "rewards", "data"),
-    3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "rollout.vllm_engine", "rollout.vllm_cpu_fixes",
-        "rollout.vllm_probe", "report"),
+    3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "weights.transfer", "rollout.vllm_engine",
+        "rollout.vllm_cpu_fixes", "rollout.vllm_probe", "report"),
     4: ("collect", "evaluate", "canary", "journal", "objective", "diagnose", "trainer"),
     5: ("run", "train"),
 }  # fmt: skip
