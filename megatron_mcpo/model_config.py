@@ -69,7 +69,7 @@ class ModelConfig:
 def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: int) -> list[str]:
     """Why this model can't be divided like this: value, rule, and the values that would do. Empty: it can.
 
-    The vocabulary is no obstacle: it is padded to a multiple of the tensor-parallel ranks.
+    The vocabulary is no obstacle to the trainer, which pads it to a multiple of the tensor-parallel ranks.
     """
     problems = [
         f"parallel.tensor = {layout.tensor}: {problem}; possible: {_listed(_possible_tensor(model))}"
@@ -89,7 +89,7 @@ def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: 
         )
     problems += _expert_problems(model, layout)
     possible_engine = [n for n in _possible_tensor(model, in_engine=True) if layout.world_size % n == 0]
-    engine = _tensor_problems(model, engine_tensor_parallel, expert_tensor=engine_tensor_parallel)
+    engine = _tensor_problems(model, engine_tensor_parallel, in_engine=True)
     if layout.world_size % engine_tensor_parallel:
         engine.append(f"must divide the {layout.world_size} ranks of the run")
     problems += [
@@ -117,6 +117,11 @@ def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_
             "choose another model"
         )
     return problems
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of vLLM's embeddings over all ranks of an engine: VocabParallelEmbedding's default padding (0.30.0)."""
+    return -(-vocab_size // 64) * 64
 
 
 def vllm_on_cpu() -> bool:
@@ -156,11 +161,8 @@ def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
     return problems
 
 
-def _tensor_problems(model: ModelConfig, tensor: int, *, expert_tensor: int = 1) -> list[str]:
-    """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too.
-
-    expert_tensor: ranks that share an expert: the trainer keeps experts whole, the engine divides them
-    """
+def _tensor_problems(model: ModelConfig, tensor: int, *, in_engine: bool = False) -> list[str]:
+    """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too; in the engine also vLLM's own."""
     problems = []
     if model.num_heads % tensor:
         problems.append(f"must divide the {model.num_heads} attention heads")
@@ -168,8 +170,10 @@ def _tensor_problems(model: ModelConfig, tensor: int, *, expert_tensor: int = 1)
         problems.append(f"must divide the {model.num_kv_heads} key-value heads or be a multiple of them")
     if model.experts is None and model.ffn_hidden_size % tensor:
         problems.append(f"must divide the MLP's {model.ffn_hidden_size} hidden units")
-    if model.experts is not None and model.experts.ffn_hidden_size % expert_tensor:
+    if in_engine and model.experts is not None and model.experts.ffn_hidden_size % tensor:
         problems.append(f"must divide the {model.experts.ffn_hidden_size} hidden units of an expert")
+    if in_engine and padded_vocabulary(model.vocab_size) % tensor:
+        problems.append(f"must divide the vocabulary's {padded_vocabulary(model.vocab_size)} padded rows")
     if not problems and model.qkv_rows % tensor:
         problems.append(f"must divide the {model.qkv_rows} rows of the fused query-key-value matrix")
     return problems
@@ -177,7 +181,7 @@ def _tensor_problems(model: ModelConfig, tensor: int, *, expert_tensor: int = 1)
 
 def _possible_tensor(model: ModelConfig, *, in_engine: bool = False) -> list[int]:
     sizes = range(1, model.num_heads + 1)
-    return [n for n in sizes if not _tensor_problems(model, n, expert_tensor=n if in_engine else 1)]
+    return [n for n in sizes if not _tensor_problems(model, n, in_engine=in_engine)]
 
 
 def _listed(numbers: Sequence[int]) -> str:

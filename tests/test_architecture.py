@@ -22,9 +22,10 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("sections", "config", "config_io", "layout", "types", "hf_files", "hf_config", "model_config", "run_folder",
         "checkpoint_files"),
     1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan"),
-    2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "rollout.engine", "rewards", "data"),
-    3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "rollout.vllm_engine", "rollout.vllm_cpu_fixes",
-        "rollout.vllm_probe", "report"),
+    2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "weights.engine_layout",
+        "weights.reshard", "rollout.engine", "rewards", "data"),
+    3: ("mcore", "weights.bind", "weights.hf_io", "weights.sync", "weights.transfer", "rollout.vllm_engine",
+        "rollout.vllm_cpu_fixes", "rollout.vllm_probe", "report"),
     4: ("collect", "evaluate", "canary", "journal", "objective", "diagnose", "trainer"),
     5: ("run", "train"),
 }  # fmt: skip
@@ -53,6 +54,7 @@ WITHOUT_TORCH = (
     "run_folder",
     "checkpoint_files",
     "plan",
+    "weights.reshard",
     "rewards.allowlist",
     "train",
 )

@@ -7,7 +7,9 @@ forks of a server that has imported vLLM, except `fresh` ones, which see the imp
 import multiprocessing as mp
 import multiprocessing.connection
 import os
+import shutil
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -37,10 +39,13 @@ def run(function: Callable[..., Any], *args: Any, ranks: int = 1, fresh: bool = 
     context: Any = mp.get_context("spawn") if fresh else _SERVER
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    # The ranks meet at a file: a port found free might be taken when rank 0 binds it.
+    meeting = Path(tempfile.mkdtemp(prefix="vllm-ranks-")) / "store"
     processes, pipes = [], []
     for rank in range(ranks):
         ours, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_rank_main, args=(theirs, rank, ranks, port, function, args)))
+        where = (rank, ranks, port, meeting)
+        processes.append(context.Process(target=_rank_main, args=(theirs, where, function, args)))
         processes[-1].start()
         theirs.close()
         pipes.append(ours)
@@ -50,6 +55,7 @@ def run(function: Callable[..., Any], *args: Any, ranks: int = 1, fresh: bool = 
         for process in processes:
             process.kill()
             process.join()
+        shutil.rmtree(meeting.parent)
     return results if ranks > 1 else results[0]
 
 
@@ -67,13 +73,14 @@ def _collect(pipes: list[Any], *, deadline: float) -> list[Any]:
 
 
 def _rank_main(
-    pipe: Any, rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Any, where: tuple[int, int, int, Path], function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    rank, ranks, port, meeting = where
     try:
         if ranks > 1:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
             os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
         pipe.send((True, function(*args)))
         if ranks > 1:
             dist.barrier()

@@ -1,8 +1,9 @@
-"""What the contrastive terms cost: by themselves, against the plain N x N form, and in a training step.
+"""What the contrastive terms cost (by themselves, against the plain N x N form, and in a training step), and a push.
 
 `.venv/bin/python tools/bench.py contrastive [--large] [--json] [--out benchmarks/NAME.json]`
 `.venv/bin/python tools/bench.py step [--json] [--out benchmarks/NAME.json]` (needs the model of `make model`)
---json prints one object a row; --out also puts the rows into a file, beside those of the other command.
+`.venv/bin/python tools/bench.py sync [--json] [--out benchmarks/NAME.json]`
+--json prints one object a row; --out also puts the rows into a file, beside those of the other commands.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from megatron_mcpo.report import BatchReport, rollout_stats, step_figures  # noq
 from megatron_mcpo.sections import ContrastiveConfig  # noqa: E402
 from megatron_mcpo.types import Completion, Keys, Prompt, RolloutGroup, StopReason  # noqa: E402
 from tools import reference  # noqa: E402
+from tools.measure import forget_peak, memory, timed  # noqa: E402
 from tools.seeds import machine  # noqa: E402
 
 if TYPE_CHECKING:  # Megatron-Core takes seconds to import, and every row of `contrastive` is a process
@@ -48,7 +50,7 @@ STEPS = 10
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("contrastive", "step"):
+    for name in ("contrastive", "step", "sync"):
         command = commands.add_parser(name)
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(cost(known.impl, known.n, known.transfer)))
         return 0
     rows = []
-    for row in contrastive_rows(large=known.large) if known.command == "contrastive" else [step_row()]:
+    for row in measured_rows(known):
         rows.append(row)
         print(json.dumps(row) if known.json else "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if known.out:
@@ -70,6 +72,17 @@ def main(arguments: Sequence[str]) -> int:
         report |= {"machine": machine(), known.command: rows}
         known.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def measured_rows(known: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if known.command == "contrastive":
+        yield from contrastive_rows(large=known.large)
+    elif known.command == "step":
+        yield step_row()
+    else:
+        from tools.bench_sync import sync_rows
+
+        yield from sync_rows()
 
 
 def contrastive_rows(*, large: bool) -> Iterator[dict[str, Any]]:
@@ -94,7 +107,7 @@ def cost(impl: str, n: int, transfer: Any) -> dict[str, Any]:
     }
     run[impl](*rollouts(256))
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    forget_peak()
     seconds = [timed(lambda: run[impl](z_MD, keys))]
     peak = memory("VmHWM")
     while len(seconds) < 5 and sum(seconds) < LONG_ENOUGH:
@@ -125,18 +138,6 @@ def rollouts(n: int) -> tuple[Tensor, Keys]:
     z_MD = normalize(torch.randn(n, DIM, generator=random), dim=1)
     prompt_M = torch.arange(n) // SAMPLES
     return z_MD, Keys(domain_M=prompt_M % DOMAINS, prompt_M=prompt_M, correct_M=torch.rand(n, generator=random) < 0.5)
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def memory(field: str) -> int:
-    """Bytes that this process holds (VmRSS), or has held at the highest (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def step_row() -> dict[str, Any]:

@@ -6,10 +6,12 @@ tensors and puts full tensors together from shards, so that one direction can't 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_mcpo.weights.mapping import Row, Split
+
+if TYPE_CHECKING:  # plans are made and printed without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
     return found
 
 
-def fill(row: Row, shard: Tensor, read: Callable[[Slice], Tensor], *, rank: int, num_ranks: int) -> None:
+def fill(row: Row, shard: "Tensor", read: "Callable[[Slice], Tensor]", *, rank: int, num_ranks: int) -> None:
     """Write shard `rank` of `num_ranks` into `shard`, in its dtype and on its device; what pads it becomes zero.
 
     `read` gives one slice of one Hugging Face tensor; it is called for no more than the shard needs.
@@ -68,7 +70,7 @@ def fill(row: Row, shard: Tensor, read: Callable[[Slice], Tensor], *, rank: int,
     shard.narrow(dim, position, shard.shape[dim] - position).zero_()
 
 
-def join(row: Row, shards: Sequence[Tensor]) -> list[Tensor]:
+def join(row: Row, shards: "Sequence[Tensor]") -> "list[Tensor]":
     """The full Hugging Face tensors, newly allocated, from the shards of all ranks in rank order."""
     dim = cut_dim(row)
     full = [shards[0].new_empty(shape) for shape in row.shapes]

@@ -1,0 +1,66 @@
+"""What a tensor-parallel rank of a vLLM engine holds of a parameter, in the terms of weights/layout.py.
+
+As vLLM (0.30.0) lays weights out before it packs or quantises them: QKVParallelLinear, MergedColumnParallelLinear,
+RowParallelLinear, VocabParallelEmbedding, and w13 and w2 of its fused experts. Pure: imports neither torch nor vllm.
+"""
+
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.model_config import ModelConfig, padded_vocabulary
+from megatron_mcpo.weights.layout import Slice, cut_dim
+from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
+
+
+def engine_name(parameter: Parameter) -> tuple[str, int | None]:
+    """The engine's parameter, and for one of its experts the index along dimension 0; None: it is the whole of it."""
+    first = parameter.hugging_face[0]
+    if parameter.row.expert:
+        module, _, rest = first.partition(".experts.")
+        part = "w13" if parameter.row.split is Split.RANKS else "w2"
+        return f"{module}.experts.routed_experts.{part}_weight", int(rest.partition(".")[0])
+    fused = {Split.GROUPS: ("q_proj", "qkv_proj"), Split.RANKS: ("gate_proj", "gate_up_proj")}.get(parameter.row.split)
+    return (first.replace(*fused) if fused else first), None
+
+
+def engine_slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
+    """What rank `rank` of an engine holds of a parameter, in order; the vocabulary ends with zeros that aren't listed.
+
+    An engine of more ranks than there are key-value heads gives the same head to several neighbours.
+    """
+    sizes = [shape[cut_dim(row)] for shape in row.shapes]
+    if row.split is Split.REPLICATED:
+        return [Slice(tensor=number, start=0, stop=size) for number, size in enumerate(sizes)]
+    if row.split is Split.ROWS:
+        (vocabulary,) = sizes
+        size = padded_vocabulary(vocabulary) // num_ranks
+        start, stop = min(rank * size, vocabulary), min((rank + 1) * size, vocabulary)
+        return [Slice(tensor=0, start=start, stop=stop)] if start < stop else []
+    found = []
+    for number, size in enumerate(sizes):
+        heads = row.groups if row.split is Split.GROUPS and number > 0 else num_ranks
+        parts = min(num_ranks, heads)
+        assert size % parts == num_ranks % parts == 0, "layout_problems() refuses sizes that don't divide"
+        part = rank // (num_ranks // parts)
+        found.append(Slice(tensor=number, start=part * size // parts, stop=(part + 1) * size // parts))
+    return found
+
+
+def engine_shard_shape(row: Row, num_ranks: int) -> tuple[int, ...]:
+    """Shape of a rank's parameter, padding included, or of one expert in it: the same on every rank of an engine."""
+    dim = cut_dim(row)
+    shape = list(row.shapes[0])
+    if row.split is Split.ROWS:
+        shape[dim] = padded_vocabulary(shape[dim]) // num_ranks
+    else:
+        shape[dim] = sum(map(len, engine_slices(row, rank=0, num_ranks=num_ranks)))
+    return tuple(shape)
+
+
+def engine_shapes(model: ModelConfig, num_ranks: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an engine rank's parameters; a tied output embedding is absent, experts are one tensor."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter in parameters(model, Layout()):
+        if not parameter.row.tied:
+            name, expert = engine_name(parameter)
+            shape = engine_shard_shape(parameter.row, num_ranks)
+            shapes[name] = shape if expert is None else (expert + 1, *shape)
+    return shapes

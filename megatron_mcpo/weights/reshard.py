@@ -1,0 +1,168 @@
+"""The plan of a push: which indices of which trainer rank's shard go where in which engine rank's parameter. Pure data.
+
+A trainer rank and the engine rank in the same process have the same number; `engine_ranks` neighbours form an engine.
+An engine rank takes what its own process holds from there, and everything else once, from one of the ranks that hold
+it: so what travels is the least that can.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import prod
+
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.weights.engine_layout import engine_slices
+from megatron_mcpo.weights.layout import Slice, cut_dim, slices
+from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Indices start..stop-1, along the row's cut dimension, of its Hugging Face tensor number `tensor`.
+
+    source_start, target_start: where they begin along that dimension in the trainer's shard and in the engine's (of an
+    expert: in its part of the engine's parameter)
+    """
+
+    tensor: int
+    start: int
+    stop: int
+    source_start: int
+    target_start: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """What rank `target` takes of one parameter from rank `source`; where they are the same, nothing travels."""
+
+    source: int
+    target: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Everything that moves of one parameter, in order of target and source.
+
+    copy: a tied output embedding, of which sources on its own stage take their shard
+    """
+
+    parameter: Parameter
+    copy: Parameter | None
+    moves: tuple[Move, ...]
+
+    def elements(self, move: Move) -> int:
+        """How many numbers a move carries."""
+        shape, dim = self.parameter.row.shapes[0], cut_dim(self.parameter.row)
+        return sum(map(len, move.pieces)) * prod(shape[:dim] + shape[dim + 1 :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Elements by rank: received from other ranks, sent to them, and taken from the rank's own shard."""
+
+    received: tuple[int, ...]
+    sent: tuple[int, ...]
+    local: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A push of `model` from trainer ranks laid out as `layout` to engines of `engine_ranks` ranks each.
+
+    Expects what model_config.layout_problems accepts.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    engine_ranks: int
+
+    def steps(self) -> Iterator[Step]:
+        """In the order of export, the same on every rank. Of several holders the one that sent least is the source."""
+        assert self.layout.world_size % self.engine_ranks == 0, "layout_problems() refuses it"
+        everything = list(parameters(self.model, self.layout))
+        # Without a pipeline Megatron keeps one embedding for both ends.
+        copies = [p for p in everything if p.row.tied and self.layout.pipeline > 1]
+        sent = [0] * self.layout.world_size
+        for parameter in everything:
+            if not parameter.row.tied:
+                copy = next((each for each in copies if each.hugging_face == parameter.hugging_face), None)
+                yield self._step(parameter, copy, sent)
+
+    def totals(self) -> Totals:
+        received, sent, local = ([0] * self.layout.world_size for _ in range(3))
+        for step in self.steps():
+            for move in step.moves:
+                elements = step.elements(move)
+                if move.source == move.target:
+                    local[move.target] += elements
+                else:
+                    received[move.target] += elements
+                    sent[move.source] += elements
+        return Totals(received=tuple(received), sent=tuple(sent), local=tuple(local))
+
+    def _step(self, parameter: Parameter, copy: Parameter | None, sent: list[int]) -> Step:
+        row, num_shards = parameter.row, parameter.row.num_shards(self.layout)
+        shards = range(1 if row.split is Split.REPLICATED else num_shards)
+        places = [parameter] if copy is None else [parameter, copy]
+        holders = [[rank for place in places for rank in _holders(place, self.layout, shard)] for shard in shards]
+        owners = [set(ranks) for ranks in holders]
+        step = Step(parameter=parameter, copy=copy, moves=())
+        moves = []
+        for target, shard in product(range(self.layout.world_size), shards):
+            pieces = _overlap(row, shard, num_shards, target % self.engine_ranks, self.engine_ranks)
+            if pieces:
+                local = target in owners[shard]
+                source = target if local else min(holders[shard], key=lambda rank: (sent[rank], rank))
+                moves.append(Move(source=source, target=target, pieces=pieces))
+                sent[source] += 0 if local else step.elements(moves[-1])
+        moves.sort(key=lambda move: (move.target, move.source))
+        return Step(parameter=parameter, copy=copy, moves=tuple(moves))
+
+
+def _holders(parameter: Parameter, layout: Layout, shard: int) -> range:
+    """The ranks that hold a shard. Megatron numbers ranks by tensor, context, data, and last by pipeline stage.
+
+    Where experts are divided, it numbers the ranks of a stage by expert rank first.
+    """
+    stage_ranks = layout.world_size // layout.pipeline
+    first, stop = parameter.stage * stage_ranks, (parameter.stage + 1) * stage_ranks
+    if parameter.expert_rank is not None:
+        return range(first + parameter.expert_rank, stop, layout.expert)
+    if parameter.row.split is Split.REPLICATED:
+        return range(first, stop)
+    return range(first + shard, stop, layout.tensor)
+
+
+@cache
+def _overlap(row: Row, shard: int, num_shards: int, engine_rank: int, engine_ranks: int) -> tuple[Piece, ...]:
+    """What an engine rank needs of a trainer's shard, in the order in which the engine rank has it."""
+    held = list(_placed(slices(row, rank=shard, num_ranks=num_shards)))
+    needed = _placed(engine_slices(row, rank=engine_rank, num_ranks=engine_ranks))
+    found = []
+    for (want, target), (have, source) in product(needed, held):
+        start, stop = max(want.start, have.start), min(want.stop, have.stop)
+        if want.tensor == have.tensor and start < stop:
+            found.append(
+                Piece(
+                    tensor=want.tensor,
+                    start=start,
+                    stop=stop,
+                    source_start=source + start - have.start,
+                    target_start=target + start - want.start,
+                )
+            )
+    return tuple(found)
+
+
+def _placed(held: list[Slice]) -> Iterator[tuple[Slice, int]]:
+    """Every slice with the position it begins at: slices lie end to end."""
+    position = 0
+    for each in held:
+        yield each, position
+        position += len(each)

@@ -1,0 +1,263 @@
+"""Two ways to bring the policy's weights into the engines, behind one interface.
+
+Gather: every rank puts together every full tensor and its engine takes what it needs: works with every engine.
+Direct: every engine rank gets the slices that it lacks, and they are written into the engine's own parameters.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.parallel import Groups
+from megatron_mcpo.weights.bind import bind
+from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
+from megatron_mcpo.weights.layout import cut_dim
+from megatron_mcpo.weights.mapping import Row, Split
+from megatron_mcpo.weights.reshard import Piece, Plan, Step
+from megatron_mcpo.weights.sync import BUCKET_BYTES, Meter, export
+
+
+class Receiver(Protocol):
+    """The engine rank in this process, as seen by an executor."""
+
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
+        """Consume all full tensors under their Hugging Face names."""
+
+    def parameters(self) -> Mapping[str, Tensor] | None:
+        """The engine's own tensors, to be written into; None: it keeps them otherwise than its loaders leave them."""
+
+
+class Executor(Protocol):
+    """A way to push. All ranks push together."""
+
+    @property
+    def name(self) -> str:
+        """gather or direct."""
+
+    def push(self, receiver: Receiver) -> Meter:
+        """Bring the whole policy into the receivers of all ranks; returns what it took of this rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Full tensors in layer order, in buckets (see sync.export)."""
+
+    chunks: Sequence[nn.Module]
+    model: ModelConfig
+    groups: Groups
+    bucket_bytes: int = BUCKET_BYTES
+    name: ClassVar[str] = "gather"
+
+    def push(self, receiver: Receiver) -> Meter:
+        meter = Meter()
+        receiver.load(
+            export(self.chunks, self.model, self.groups, bucket_bytes=self.bucket_bytes, meter=meter),
+        )
+        return meter
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A piece of a parameter that this rank sends, gets or keeps. shard: where it takes it from; None: it arrives."""
+
+    row: Row
+    piece: Piece
+    shard: nn.Parameter | None
+    target: str
+    expert: int | None
+
+    @property
+    def shape(self) -> list[int]:
+        shape = list(self.row.shapes[0])
+        shape[cut_dim(self.row)] = len(self.piece)
+        return shape
+
+    def read(self) -> Tensor:
+        assert self.shard is not None
+        return self.shard.detach().narrow(cut_dim(self.row), self.piece.source_start, len(self.piece))
+
+    def write(self, parameters: Mapping[str, Tensor], values: Tensor) -> None:
+        parameter = parameters[self.target]
+        mine = parameter if self.expert is None else parameter[self.expert]
+        mine.narrow(cut_dim(self.row), self.piece.target_start, len(self.piece)).copy_(values)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What this rank sends and gets at one time, by peer."""
+
+    sends: dict[int, list[_Part]]
+    receives: dict[int, list[_Part]]
+
+
+class Direct:
+    """Exactly the slices of a plan, from rank to rank, in buckets; what a process holds itself is copied in place.
+
+    At most `bucket_bytes` of slices are staged on a rank, sent and received together.
+    """
+
+    name: ClassVar[str] = "direct"
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        model: ModelConfig,
+        groups: Groups,
+        *,
+        engine_ranks: int,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        """Makes the plan; later pushes of the same parameters only carry it out."""
+        self._groups = groups
+        self._some_parameter = next(chunks[0].parameters())
+        self._mine = {(p.chunk, p.megatron): mine for p, mine in bind(chunks, model, groups) if mine is not None}
+        self._stays: list[_Part] = []
+        self._buckets: list[_Bucket] = []
+        self._padding: list[tuple[str, int]] = []
+        plan = Plan(model=model, layout=groups.layout, engine_ranks=engine_ranks)
+        for bucket in _buckets(plan, bucket_bytes // self._some_parameter.element_size()):
+            self._buckets.append(_Bucket({}, {}))
+            for step, portion, num_portions in bucket:
+                self._add(step, portion, num_portions)
+                if step.parameter.row.split is Split.ROWS and portion == 0:
+                    held = engine_slices(step.parameter.row, rank=groups.rank % engine_ranks, num_ranks=engine_ranks)
+                    self._padding.append((engine_name(step.parameter)[0], sum(map(len, held))))
+
+    @torch.no_grad()
+    def push(self, receiver: Receiver) -> Meter:
+        """See Executor. Asserts that the receiver keeps the parameters of the plan (see `choose`)."""
+        parameters = receiver.parameters()
+        assert parameters is not None
+        meter = Meter()
+        for name, num_rows in self._padding:
+            parameters[name][num_rows:].zero_()
+        for part in self._stays:
+            part.write(parameters, part.read())
+        for bucket in self._buckets:
+            self._exchange(bucket, parameters, meter)
+        return meter
+
+    def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], meter: Meter) -> None:
+        outgoing = {peer: self._staged(parts) for peer, parts in bucket.sends.items()}
+        incoming = {peer: self._staged(parts) for peer, parts in bucket.receives.items()}
+        for peer, parts in bucket.sends.items():
+            for part, values in _views(parts, outgoing[peer]):
+                values.copy_(part.read())
+        world = self._groups.world
+        operations = [dist.P2POp(dist.isend, flat, peer, world) for peer, flat in outgoing.items()]
+        operations += [dist.P2POp(dist.irecv, flat, peer, world) for peer, flat in incoming.items()]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        for peer, parts in bucket.receives.items():
+            for part, values in _views(parts, incoming[peer]):
+                part.write(parameters, values)
+        received = sum(flat.nbytes for flat in incoming.values())
+        meter.received += received
+        meter.staged = max(meter.staged, received + sum(flat.nbytes for flat in outgoing.values()))
+
+    def _staged(self, parts: Sequence[_Part]) -> Tensor:
+        return self._some_parameter.new_empty(sum(prod(part.shape) for part in parts), requires_grad=False)
+
+    def _add(self, step: Step, portion: int, num_portions: int) -> None:
+        """File this rank's share of a step; what stays in the process is no matter of portions."""
+        rank, bucket = self._groups.rank, self._buckets[-1]
+        places = [place for place in (step.parameter, step.copy) if place]
+        keys = [(place.chunk, place.megatron) for place in places if place.stage == self._groups.pipeline_rank]
+        shard = self._mine.get(keys[0]) if keys else None
+        name, expert = engine_name(step.parameter)
+        for move in step.moves:
+            stays = move.source == move.target
+            if rank not in (move.source, move.target) or (stays and portion > 0):
+                continue
+            pieces = move.pieces if stays else [_portion(piece, portion, num_portions) for piece in move.pieces]
+            is_source = move.source == rank
+            parts = [
+                _Part(
+                    row=step.parameter.row, piece=piece, shard=shard if is_source else None, target=name, expert=expert
+                )
+                for piece in pieces
+                if len(piece)
+            ]
+            if stays:
+                self._stays += parts
+            elif is_source:
+                bucket.sends.setdefault(move.target, []).extend(parts)
+            else:
+                bucket.receives.setdefault(move.source, []).extend(parts)
+
+
+def choose(
+    chunks: Sequence[nn.Module],
+    model: ModelConfig,
+    groups: Groups,
+    receiver: Receiver,
+    *,
+    engine_ranks: int,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> tuple[Executor, str | None]:
+    """Direct where every rank's receiver can be written into, else gather and why. Collective over all ranks."""
+    problems: list[str | None] = [None] * groups.world_size
+    dist.all_gather_object(problems, _problem(receiver, model, engine_ranks), group=groups.host)
+    problem = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
+    if problem:
+        return Gather(chunks=chunks, model=model, groups=groups, bucket_bytes=bucket_bytes), problem
+    return Direct(chunks, model, groups, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
+
+
+def _problem(receiver: Receiver, model: ModelConfig, engine_ranks: int) -> str | None:
+    if model.experts is not None:
+        return "some of vLLM's kernels rearrange experts after loading"
+    parameters, shapes = receiver.parameters(), engine_shapes(model, engine_ranks)
+    if parameters is None:
+        return "the engine keeps its weights packed or quantised"
+    for name in sorted(set(parameters) ^ set(shapes)):
+        return f"{name}: only {'the engine' if name in parameters else 'the plan'} has it"
+    for name, shape in shapes.items():
+        tensor = parameters[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name}: the engine has {tuple(tensor.shape)} in {tensor.dtype}, the plan {shape} in bf16 or fp32"
+    return None
+
+
+def _buckets(plan: Plan, most_elements: int) -> Iterator[list[tuple[Step, int, int]]]:
+    """The steps, each cut into portions (step, number, how many) that fit a bucket; the same on every rank."""
+    bucket: list[tuple[Step, int, int]] = []
+    staged = [0] * plan.layout.world_size
+    for step in plan.steps():
+        elements = [0] * plan.layout.world_size
+        for move in step.moves:
+            if move.source != move.target:
+                elements[move.source] += step.elements(move)
+                elements[move.target] += step.elements(move)
+        num_portions = max(1, -(-max(elements) // most_elements))
+        share = [-(-each // num_portions) for each in elements]
+        for portion in range(num_portions):
+            if bucket and max(map(sum, zip(staged, share, strict=True))) > most_elements:
+                yield bucket
+                bucket, staged = [], [0] * plan.layout.world_size
+            bucket.append((step, portion, num_portions))
+            staged = list(map(sum, zip(staged, share, strict=True)))
+    yield bucket
+
+
+def _portion(piece: Piece, number: int, num_portions: int) -> Piece:
+    begin, end = (len(piece) * each // num_portions for each in (number, number + 1))
+    return Piece(
+        tensor=piece.tensor,
+        start=piece.start + begin,
+        stop=piece.start + end,
+        source_start=piece.source_start + begin,
+        target_start=piece.target_start + begin,
+    )
+
+
+def _views(parts: Sequence[_Part], flat: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+    """Every part with its place in a message."""
+    for part, values in zip(parts, flat.split([prod(part.shape) for part in parts]), strict=True):
+        yield part, values.view(part.shape)
