@@ -88,9 +88,10 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_
 """Written into Megatron-Core's RotaryEmbedding (0.19.2); only the factor can be chosen."""
 
 
-def from_folder(path: Path) -> ModelConfig:
+def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     """Read a Hugging Face folder: config.json, generation_config.json, and whether the weight files can be read.
 
+    with_weights: false for a folder that needs none
     Raises ConfigError with all problems at once: field, value, rule and fix.
     """
     if not path.is_dir():
@@ -102,7 +103,8 @@ def from_folder(path: Path) -> ModelConfig:
     asks = path / "generation_config.json"
     generation = read_json(asks, files) if asks.is_file() else {}
     try:
-        read_headers(path)
+        if with_weights:
+            read_headers(path)
     except ConfigError as error:
         files += error.problems
     problems: list[str] = []

@@ -1,0 +1,84 @@
+"""The pickles in a sharded checkpoint, read so that they can't run code, whoever wrote them.
+
+torch.distributed.checkpoint keeps its table of contents (.metadata) and everything that is no tensor as pickles, and
+reads both with the unpickler that calls what it is told to call.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+METADATA = ".metadata"
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_PLAIN_DATA = {
+    (f"{_CHECKPOINT}.metadata", "BytesStorageMetadata"),
+    (f"{_CHECKPOINT}.metadata", "ChunkStorageMetadata"),
+    (f"{_CHECKPOINT}.metadata", "Metadata"),
+    (f"{_CHECKPOINT}.metadata", "MetadataIndex"),
+    (f"{_CHECKPOINT}.metadata", "StorageMeta"),
+    (f"{_CHECKPOINT}.metadata", "TensorProperties"),
+    (f"{_CHECKPOINT}.metadata", "TensorStorageMetadata"),
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    (f"{_CHECKPOINT}.planner", "SavePlan"),
+    (f"{_CHECKPOINT}.planner", "TensorWriteData"),
+    (f"{_CHECKPOINT}.planner", "WriteItem"),
+    (f"{_CHECKPOINT}.planner", "WriteItemType"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+"""All that a table of contents is made of: dataclasses, enumerations, and a look-up among torch's layouts."""
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The table of contents. Raises ValueError where it is none, and where it names anything that is not plain data.
+
+    Who reads the same bytes afterwards with the ordinary unpickler calls the same names, and no others.
+    """
+    with (folder / METADATA).open("rb") as file:
+        try:
+            found = _PlainUnpickler(file).load()
+        except _NotPlainError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{METADATA} is no table of contents ({type(error).__name__}: {error})") from error
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        raise ValueError(f"{METADATA} is no table of contents")
+    return found
+
+
+@contextmanager
+def no_code() -> Iterator[None]:
+    """Whatever asks torch for an unrestricted unpickler inside this block gets the one for tensors and plain values."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+class _NotPlainError(ValueError):
+    pass
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _PLAIN_DATA:
+            return super().find_class(module, name)
+        raise _NotPlainError(
+            f"{METADATA} names {module}.{name}, which no table of contents needs and which may run code"
+        )
