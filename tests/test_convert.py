@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_mcpo import parallel
-from megatron_mcpo.config import ConfigError
+from megatron_mcpo.batch import make_batch
+from megatron_mcpo.config import Config, ConfigError, dump
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore import checkpoint
 from megatron_mcpo.mcore.compare_logits import TOLERANCE, logits_error
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks, unwrap
+from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.model_config import layout_problems
 from megatron_mcpo.weights import convert
 from megatron_mcpo.weights.convert import compare, hf_to_megatron, layout_of, megatron_to_hf
@@ -39,6 +42,7 @@ from megatron_mcpo.weights.stored import MegatronFolder
 from megatron_mcpo.weights.sync import export
 from tools import hf_to_megatron as to_megatron
 from tools import megatron_to_hf as to_hf
+from tools import tiny_model
 
 ROOT = Path(__file__).parent.parent
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -184,6 +188,43 @@ def test_what_ranks_have_saved_is_exported_with_its_head(tmp_path: Path, family:
     assert same(load_file(tmp_path / "out" / "contrastive_head.safetensors"), head)
     hf_to_megatron(tmp_path / "out", tmp_path / "again", sizes(), verify_forward=False, say=quiet)
     assert same(MegatronFolder(tmp_path / "again", from_folder(source)).head(), head)
+
+
+def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Tensor]:
+    """The weights after an update, saved with optimizer, schedule and all."""
+    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    policy = Policy(config, from_folder(Path(config.model.path)), groups)
+    batch = make_batch(
+        tiny_model.rollout_groups(num_prompts=4, num_samples=3, seed=0),
+        pass_threshold=1.0,
+        num_data_ranks=layout.data,
+        data_rank=groups.data_rank,
+        share_prompts=policy.shares_prompts,
+    )
+    policy.update(batch, lambda x: (-x.logp_r.sum() / 100, {}))
+    if groups.rank == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(checkpoint._sharded_state(policy, is_loading=False), str(folder))
+    return {name: tensor.clone() for name, tensor in policy.weights()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("tied", Layout(pipeline=2, data=2)), ("experts", Layout(tensor=2, expert=2, sequence=True))],
+    ids=str,
+)
+def test_a_runs_checkpoint_is_exported_by_itself(tmp_path: Path, kind: Any, layout: Layout) -> None:
+    """The run's config.toml leads to the model's configuration."""
+    tiny_model.save_model(tmp_path / "model", kind)
+    config = tiny_model.config(tmp_path / "model", run={"steps": 3}, model={"dtype": "bf16"})
+    saved = tmp_path / "run" / "checkpoints" / "step_000001"
+    results = run_ranks(layout.world_size, train_and_save, config, layout, saved)
+    (tmp_path / "run" / "config.toml").write_text(dump(config))
+    megatron_to_hf(saved, tmp_path / "out", verify_forward=False, say=quiet)
+    assert same(tensors(tmp_path / "out"), results[0])
+    before = {name: values.bfloat16() for name, values in tensors(tmp_path / "model").items()}
+    assert not same(tensors(tmp_path / "out"), before), "an update that changes nothing shows nothing"
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     parser.add_argument("final", type=Path, metavar="DST", help="must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; left out: the source's")
     parser.add_argument(
-        "--verify-forward", action="store_true", help="compare logits with transformers whatever the size"
+        "--verify-forward",
+        action=argparse.BooleanOptionalAction,
+        help="compare logits with transformers; left out: those of small models",
     )
     known = parser.parse_args(arguments)
     known.dtype = DTYPES.get(known.dtype)

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         layout = layout_of(tensor=known.tp, pipeline=known.pp, virtual_pipeline=known.vpp, expert=known.ep)
         compared = hf_to_megatron(
-            known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward or None, say=say
+            known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward, say=say
         )
         say(
             f"{known.final}: {compared.num_tensors} tensors, read back from the disk: every bit is as in {known.source}"

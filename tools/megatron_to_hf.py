@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
             assets=known.hf,
             dtype=known.dtype,
             max_file_bytes=known.max_file_bytes,
-            verify_forward=known.verify_forward or None,
+            verify_forward=known.verify_forward,
             say=say,
         )
         say(
