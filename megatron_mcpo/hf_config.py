@@ -86,6 +86,12 @@ _HARMLESS = {
 }
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """Written into Megatron-Core's RotaryEmbedding (0.19.2); only the factor can be chosen."""
+_YARN_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_factor": (None,),
+    "mscale": (None,),
+    "mscale_all_dim": (None,),
+    "truncate": (None, True),
+}
 
 
 def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
@@ -282,8 +288,11 @@ def _rope(values: dict[str, Any], family: Family, problems: list[str]) -> tuple[
     elif kind == "llama3":
         known |= {"factor", *_LLAMA3_CONSTANTS}
         scaling = _llama3_scaling(rope, problems)
+    elif kind == "yarn":
+        known |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", *_YARN_FIXED}
+        scaling = _yarn_scaling(rope, problems)
     elif kind != "default":
-        problems.append(f"rope_type = {kind!r}: only default, linear and llama3 are built; choose another model")
+        problems.append(f"rope_type = {kind!r}: only default, linear, llama3 and yarn are built; choose another model")
         return theta, None
     for key in sorted(set(rope) - known):
         problems.append(f"rope: {key} = {rope[key]!r}: not used by rope_type {kind!r}; remove it from config.json")
@@ -303,6 +312,23 @@ def _llama3_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling:
         low_freq_factor=_LLAMA3_CONSTANTS["low_freq_factor"],
         high_freq_factor=_LLAMA3_CONSTANTS["high_freq_factor"],
         original_max_positions=_LLAMA3_CONSTANTS["original_max_position_embeddings"],
+    )
+
+
+def _yarn_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling:
+    for key, allowed in _YARN_FIXED.items():
+        if rope.get(key) not in allowed:
+            problems.append(
+                f"rope: {key} = {rope[key]!r}: must be absent: vLLM takes yarn's attention factor from factor alone and "
+                "rounds its range; choose another model"
+            )
+    betas = {key: rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)}  # as transformers: 0 is absent
+    return RopeScaling(
+        kind="yarn",
+        factor=_positive_float(rope, "factor", problems),
+        original_max_positions=_positive_int(rope, "original_max_position_embeddings", problems),
+        beta_fast=_positive_float({"beta_fast": 32.0} | betas, "beta_fast", problems),
+        beta_slow=_positive_float({"beta_slow": 1.0} | betas, "beta_slow", problems),
     )
 
 

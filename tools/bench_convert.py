@@ -20,6 +20,7 @@ from megatron_mcpo.weights.mapping import hf_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+_WORK = ROOT / ".cache"
 LAYOUT = ("--tp", "4", "--pp", "2")
 MAX_FILE_BYTES = 2 * 10**9
 SHAPES_OF_32B = {
@@ -47,11 +48,12 @@ def rows(*, small_only: bool) -> Iterator[dict[str, Any]]:
 
     Only what a conversion always does is measured, not the comparison of logits. Needs four times the model on disk.
     """
+    _WORK.mkdir(exist_ok=True)
     if SMALL.is_dir():
         yield from _both_ways("135M", SMALL)
     if small_only:
         return
-    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=ROOT) as name:
+    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=_WORK) as name:
         folder = Path(name) / "source"
         make_large(folder)
         yield from _both_ways("32B shapes, 4 layers", folder)
@@ -83,7 +85,7 @@ def _noise(shape: tuple[int, ...]) -> Tensor:
 
 
 def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=ROOT) as name:
+    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=_WORK) as name:
         megatron, back, copied = (Path(name) / part for part in ("megatron", "hf", "copy"))
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         seconds_cp = _copy(source, copied)
@@ -119,7 +121,7 @@ def measure(direction: str, given: Path, made: Path, *options: str) -> tuple[flo
 def _copy(source: Path, target: Path) -> float:
     """cp -r and onto the disk, as the tools do."""
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    subprocess.run(["cp", "-rL", str(source), str(target)], check=True)
     for path in target.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
