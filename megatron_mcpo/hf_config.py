@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import read_headers, read_json
+from megatron_mcpo.hf_files import is_sharded, read_headers, read_json
 from megatron_mcpo.model_config import Experts, Family, ModelConfig, RopeScaling
 
 _FAMILIES: dict[str, Family] = {
@@ -97,7 +97,7 @@ _YARN_FIXED: dict[str, tuple[Any, ...]] = {
 def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     """Read a Hugging Face folder: config.json, generation_config.json, and whether the weight files can be read.
 
-    with_weights: false for a folder that needs none
+    with_weights: false for a folder that needs none. A sharded checkpoint's are checked when they are loaded.
     Raises ConfigError with all problems at once: field, value, rule and fix.
     """
     if not path.is_dir():
@@ -109,7 +109,7 @@ def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     asks = path / "generation_config.json"
     generation = read_json(asks, files) if asks.is_file() else {}
     try:
-        if with_weights:
+        if with_weights and not is_sharded(path):
             read_headers(path)
     except ConfigError as error:
         files += error.problems
@@ -319,8 +319,8 @@ def _yarn_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling:
     for key, allowed in _YARN_FIXED.items():
         if rope.get(key) not in allowed:
             problems.append(
-                f"rope: {key} = {rope[key]!r}: must be absent: vLLM takes yarn's attention factor from factor alone and "
-                "rounds its range; choose another model"
+                f"rope: {key} = {rope[key]!r}: must be absent: vLLM takes yarn's attention factor from factor alone "
+                "and rounds its range; choose another model"
             )
     betas = {key: rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)}  # as transformers: 0 is absent
     return RopeScaling(

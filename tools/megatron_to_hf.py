@@ -1,7 +1,7 @@
 """Makes a Hugging Face folder of a Megatron checkpoint: a run's checkpoints/step_NNNNNN, or a converted folder.
 
 `.venv/bin/python tools/megatron_to_hf.py SRC DST [--hf FOLDER] [--dtype bf16]`
-config.json and tokenizer come from --hf, from the checkpoint's own folder hf/, or from model.path of the run that the
+config.json and tokenizer come from --hf, from SRC itself, or from model.path of the run that the
 checkpoint belongs to. Nothing in SRC can run code, whoever wrote it. Otherwise as hf_to_megatron.py.
 """
 

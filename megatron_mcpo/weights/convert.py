@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_mcpo.config import ConfigError, load
 from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.hf_files import is_sharded
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore.pickles import METADATA
 from megatron_mcpo.model_config import ModelConfig, layout_problems
 from megatron_mcpo.weights.draft import Draft, sync
 from megatron_mcpo.weights.hf_io import HfFolder, Source, byte_view
@@ -38,8 +38,6 @@ from megatron_mcpo.weights.torch_dist import Entry, write_contents, write_object
 
 RECORD = "conversion.json"
 """What a converted folder was made from, and the SHA-256 of every tensor."""
-ASSETS_FOLDER = "hf"
-"""Configuration and tokenizer in a Megatron folder: what it takes to make a Hugging Face folder of it."""
 PART_BYTES = 1 << 30
 SMALL_BYTES = 1 << 30
 """Up to this size in fp32, logits are compared without being asked for: a minute and four times the size in memory."""
@@ -84,14 +82,14 @@ def hf_to_megatron(
     verify_forward: bool | None = None,
     say: Say,
 ) -> Comparison:
-    """Write the model in `source` as the ranks of `layout` would save it.
+    """Write the model in `source` as the ranks of `layout` would save it, with configuration and tokenizer beside it.
 
     dtype: None keeps the source's
     verify_forward: compare logits with transformers; None: those of small models
     Peak memory is a few pieces of one tensor. An interrupted call goes on where it stopped when it is repeated.
     Raises ConfigError for what the user has to mend, VerificationError where the result is not the source.
     """
-    if (source / METADATA).is_file():
+    if is_sharded(source):
         raise ConfigError([f"{source}: is a Megatron checkpoint; megatron_to_hf.py converts these"])
     model = from_folder(source)
     folder = HfFolder(source, model)
@@ -113,8 +111,8 @@ def hf_to_megatron(
     with (draft.path / _OBJECTS).open("wb") as file:
         entries += _write_rest(file, model, wanted, {name: values.to(dtype) for name, values in head.items()})
     write_contents(draft.path, shapes, dtype, entries)
-    copy_assets(source, draft.path / ASSETS_FOLDER)
-    _set_dtype(draft.path / ASSETS_FOLDER / "config.json", dtype)
+    copy_assets(source, draft.path)
+    _set_dtype(draft.path / "config.json", dtype)
     sync(draft.path / _OBJECTS)
     found = MegatronFolder(draft.path, model)
     compared = compare(folder, found, dtype=dtype)
@@ -139,8 +137,8 @@ def megatron_to_hf(
     assets: folder with config.json and tokenizer; None: the checkpoint's own, or model.path of the run it belongs to
     The contrastive head goes into a file of its own. Otherwise as `hf_to_megatron`.
     """
-    if not (source / METADATA).is_file():
-        raise ConfigError([f"{source}: no Megatron checkpoint (it has no {METADATA}); {_hint(source)}"])
+    if not is_sharded(source):
+        raise ConfigError([f"{source}: no Megatron checkpoint (it has no .metadata); {_hint(source)}"])
     assets = assets or assets_of(source)
     model = from_folder(assets, with_weights=False)
     folder = MegatronFolder(source, model)
@@ -203,16 +201,14 @@ def assets_of(checkpoint: Path) -> Path:
 
     Raises ConfigError where neither is there.
     """
-    if (checkpoint / ASSETS_FOLDER / "config.json").is_file():
-        return checkpoint / ASSETS_FOLDER
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
     settings = checkpoint.resolve().parent.parent / "config.toml"  # runs/NAME/checkpoints/step_N
     if settings.is_file():
         path = Path(load(settings).model.path)
         if (path / "config.json").is_file():
             return path
-    raise ConfigError(
-        [f"{checkpoint}: no {ASSETS_FOLDER}/config.json in it, and no run's config.toml names one; give --hf FOLDER"]
-    )
+    raise ConfigError([f"{checkpoint}: no config.json in it, and no run's config.toml names one; give --hf FOLDER"])
 
 
 def _parts(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> Iterator[list[tuple[Parameter, Stored]]]:

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder, any part of any tensor, and fills this rank's parameters from one."""
+"""Reads a Hugging Face folder, any part of any tensor, and fills this rank's parameters from a folder of any kind."""
 
 import json
 import mmap
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import read_headers
+from megatron_mcpo.hf_files import is_sharded, read_headers
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups, together
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import Slice, cut_dim, fill
 from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
+from megatron_mcpo.weights.stored import MegatronFolder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """How safetensors spells them."""
@@ -94,14 +95,14 @@ class HfFolder:
 
 
 def load_hf(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, groups: Groups) -> None:
-    """Fill every parameter of `chunks` but the contrastive head's from the safetensors in `folder`.
+    """Fill every parameter of `chunks` but the contrastive head's from the safetensors or the shards in `folder`.
 
     As `load_source`. Raises ConfigError for files that can't be read or don't hold this model, before any parameter is
     changed.
     """
-    source: HfFolder | None = None
+    source: Source | None = None
     with together(groups):
-        source = HfFolder(folder, model)
+        source = MegatronFolder(folder, model) if is_sharded(folder) else HfFolder(folder, model)
     assert source is not None
     load_source(chunks, model, source, groups)
 
