@@ -190,8 +190,9 @@ def compare(expected: Source, found: Source, *, dtype: torch.dtype | None = None
 
 def bits_different(a: Tensor, b: Tensor) -> int:
     """How many bits of the memory of two tensors of one shape and type differ."""
-    a, b = (x.contiguous().view(torch.uint8).flatten() for x in (a, b))
-    if torch.equal(a, b):
+    a, b = (x.contiguous().flatten().view(torch.uint8) for x in (a, b))
+    whole = len(a) - len(a) % 8  # eight at a time is eight times as fast
+    if torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64)) and torch.equal(a[whole:], b[whole:]):
         return 0
     return int(sum(((a ^ b) >> bit & 1).sum() for bit in range(8)))
 

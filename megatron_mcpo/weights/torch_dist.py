@@ -177,7 +177,12 @@ def write_tensor(file: BinaryIO, key: str, offsets: tuple[int, ...], values: Ten
     """Append a chunk to an open file, as torch.distributed.checkpoint does."""
     assert values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes, "the storage is what is saved"
     start = file.tell()
-    torch.save(values, file)
+    with_sums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # nothing that reads the file looks at them, and they take most time
+    try:
+        torch.save(values, file)
+    finally:
+        torch.serialization.set_crc32_options(with_sums)
     return Entry(
         key=key,
         file=Path(file.name).name,
