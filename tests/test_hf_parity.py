@@ -51,6 +51,8 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_BOUNDS = {"original_max_position_embeddings": 2048, "beta_fast": 4.0, "beta_slow": 0.5}
+"""Bounds for which the frequencies of these small heads are others than for the default ones."""
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, untied, linear rope": (
@@ -66,7 +68,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, untied, yarn rope": ("qwen3", {"head_dim": 24, "rope_parameters": YARN_ROPE}),
     "qwen2, tied, yarn rope with other bounds": (
         "qwen2",
-        {"tie_word_embeddings": True, "rope_parameters": {**YARN_ROPE, "beta_fast": 12.0, "beta_slow": 3.0}},
+        {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE | YARN_BOUNDS},
     ),
     "qwen3, untied, wide heads": ("qwen3", {"head_dim": 24}),
     "mistral, untied": ("mistral", {"sliding_window": None}),
