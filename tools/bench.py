@@ -1,7 +1,8 @@
-"""What the contrastive terms cost: by themselves, against the plain N x N form, and in a training step.
+"""What the contrastive terms cost (by themselves, against the plain N x N form, in a training step), and conversions.
 
 `.venv/bin/python tools/bench.py contrastive [--large] [--json] [--out benchmarks/NAME.json]`
 `.venv/bin/python tools/bench.py step [--json] [--out benchmarks/NAME.json]` (needs the model of `make model`)
+`.venv/bin/python tools/bench.py convert [--small] [--json] [--out ...]` (the tools that convert weights; 28 GB of disk)
 --json prints one object a row; --out also puts the rows into a file, beside those of the other command.
 """
 
@@ -28,7 +29,7 @@ from megatron_mcpo.config import Config, load  # noqa: E402
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures  # noqa: E402
 from megatron_mcpo.sections import ContrastiveConfig  # noqa: E402
 from megatron_mcpo.types import Completion, Keys, Prompt, RolloutGroup, StopReason  # noqa: E402
-from tools import reference  # noqa: E402
+from tools import bench_convert, reference  # noqa: E402
 from tools.seeds import machine  # noqa: E402
 
 if TYPE_CHECKING:  # Megatron-Core takes seconds to import, and every row of `contrastive` is a process
@@ -48,11 +49,12 @@ STEPS = 10
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("contrastive", "step"):
+    for name in ("contrastive", "step", "convert"):
         command = commands.add_parser(name)
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
     commands.choices["contrastive"].add_argument("--large", action="store_true", help="the tiles alone, to N = 65536")
+    commands.choices["convert"].add_argument("--small", action="store_true", help="the 135M model alone")
     measure = commands.add_parser("measure", help="one row, in this process")
     measure.add_argument("impl", choices=["naive", "tiled"])
     measure.add_argument("n", type=int)
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(cost(known.impl, known.n, known.transfer)))
         return 0
     rows = []
-    for row in contrastive_rows(large=known.large) if known.command == "contrastive" else [step_row()]:
+    for row in _rows(known):
         rows.append(row)
         print(json.dumps(row) if known.json else "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if known.out:
@@ -70,6 +72,15 @@ def main(arguments: Sequence[str]) -> int:
         report |= {"machine": machine(), known.command: rows}
         known.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _rows(known: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if known.command == "contrastive":
+        yield from contrastive_rows(large=known.large)
+    elif known.command == "step":
+        yield step_row()
+    else:
+        yield from bench_convert.rows(small_only=known.small)
 
 
 def contrastive_rows(*, large: bool) -> Iterator[dict[str, Any]]:
