@@ -59,8 +59,7 @@ def measure(folder: Path, files: Collection[str]) -> dict[str, Fingerprint]:
 
 def publish(draft: Path, final: Path, measured: Mapping[str, Fingerprint]) -> None:
     """Add the manifest, have everything reach the disk, and only then give the checkpoint its name."""
-    table = {name: asdict(measured[name]) for name in sorted(measured)}
-    write_atomically(draft / MANIFEST, json.dumps({"files": table}, indent=1).encode())
+    write_manifest(draft, measured)
     for path in [*draft.iterdir(), draft]:
         _sync(path)
     replaced = _unname(final) if final.exists() else None
@@ -68,6 +67,12 @@ def publish(draft: Path, final: Path, measured: Mapping[str, Fingerprint]) -> No
     _sync(final.parent)
     if replaced:
         shutil.rmtree(replaced)
+
+
+def write_manifest(folder: Path, measured: Mapping[str, Fingerprint]) -> None:
+    """Say what every file has to be."""
+    table = {name: asdict(measured[name]) for name in sorted(measured)}
+    write_atomically(folder / MANIFEST, json.dumps({"files": table}, indent=1).encode())
 
 
 def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:

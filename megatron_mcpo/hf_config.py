@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import read_headers, read_json
+from megatron_mcpo.hf_files import is_sharded, read_headers, read_json
 from megatron_mcpo.model_config import Experts, Family, ModelConfig, RopeScaling
 
 _FAMILIES: dict[str, Family] = {
@@ -86,11 +86,18 @@ _HARMLESS = {
 }
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """Written into Megatron-Core's RotaryEmbedding (0.19.2); only the factor can be chosen."""
+_YARN_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_factor": (None,),
+    "mscale": (None,),
+    "mscale_all_dim": (None,),
+    "truncate": (None, True),
+}
 
 
-def from_folder(path: Path) -> ModelConfig:
+def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     """Read a Hugging Face folder: config.json, generation_config.json, and whether the weight files can be read.
 
+    with_weights: false for a folder that needs none. A sharded checkpoint's are checked when they are loaded.
     Raises ConfigError with all problems at once: field, value, rule and fix.
     """
     if not path.is_dir():
@@ -102,7 +109,8 @@ def from_folder(path: Path) -> ModelConfig:
     asks = path / "generation_config.json"
     generation = read_json(asks, files) if asks.is_file() else {}
     try:
-        read_headers(path)
+        if with_weights and not is_sharded(path):
+            read_headers(path)
     except ConfigError as error:
         files += error.problems
     problems: list[str] = []
@@ -280,8 +288,11 @@ def _rope(values: dict[str, Any], family: Family, problems: list[str]) -> tuple[
     elif kind == "llama3":
         known |= {"factor", *_LLAMA3_CONSTANTS}
         scaling = _llama3_scaling(rope, problems)
+    elif kind == "yarn":
+        known |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", *_YARN_FIXED}
+        scaling = _yarn_scaling(rope, problems)
     elif kind != "default":
-        problems.append(f"rope_type = {kind!r}: only default, linear and llama3 are built; choose another model")
+        problems.append(f"rope_type = {kind!r}: only default, linear, llama3 and yarn are built; choose another model")
         return theta, None
     for key in sorted(set(rope) - known):
         problems.append(f"rope: {key} = {rope[key]!r}: not used by rope_type {kind!r}; remove it from config.json")
@@ -301,6 +312,23 @@ def _llama3_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling:
         low_freq_factor=_LLAMA3_CONSTANTS["low_freq_factor"],
         high_freq_factor=_LLAMA3_CONSTANTS["high_freq_factor"],
         original_max_positions=_LLAMA3_CONSTANTS["original_max_position_embeddings"],
+    )
+
+
+def _yarn_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling:
+    for key, allowed in _YARN_FIXED.items():
+        if rope.get(key) not in allowed:
+            problems.append(
+                f"rope: {key} = {rope[key]!r}: must be absent: vLLM takes yarn's attention factor from factor alone "
+                "and rounds its range; choose another model"
+            )
+    betas = {key: rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)}  # as transformers: 0 is absent
+    return RopeScaling(
+        kind="yarn",
+        factor=_positive_float(rope, "factor", problems),
+        original_max_positions=_positive_int(rope, "original_max_position_embeddings", problems),
+        beta_fast=_positive_float({"beta_fast": 32.0} | betas, "beta_fast", problems),
+        beta_slow=_positive_float({"beta_slow": 1.0} | betas, "beta_slow", problems),
     )
 
 

@@ -38,6 +38,11 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     return values
 
 
+def is_sharded(folder: Path) -> bool:
+    """Whether the weights in a folder are a sharded checkpoint of Megatron-Core's, not safetensors."""
+    return (folder / ".metadata").is_file()
+
+
 def read_headers(folder: Path) -> dict[str, Header]:
     """Name -> header of every tensor, but for the rotary frequencies of old checkpoints, which are computed.
 

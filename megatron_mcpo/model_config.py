@@ -15,13 +15,18 @@ _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; the last three are those of kind llama3 and None for linear."""
+    """How rotary frequencies are stretched; what a kind doesn't have is None.
 
-    kind: Literal["linear", "llama3"]
+    low_freq_factor, high_freq_factor: of llama3; beta_fast, beta_slow: of yarn; original_max_positions: of both
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_positions: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

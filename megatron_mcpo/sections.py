@@ -45,7 +45,9 @@ class RunConfig(Section):
 class ModelSection(Section):
     """The policy, and the reference that starts as its copy."""
 
-    path: PathText = Field(description="Hugging Face folder with config.json, tokenizer and safetensors")
+    path: PathText = Field(
+        description="folder with config.json, tokenizer and safetensors, or what hf_to_megatron.py made of one"
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations, in trainer and engine")
     recompute: Literal["none", "full"] = Field(
         "none",

@@ -45,6 +45,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_BOUNDS = {"original_max_position_embeddings": 2048, "beta_fast": 4.0, "beta_slow": 0.5}
+"""Bounds for which the frequencies of these small heads are others than for the default ones."""
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, untied, linear rope": (
@@ -57,6 +65,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2, tied, one kv head": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen2, untied": ("qwen2", {}),
+    "qwen3, untied, yarn rope": ("qwen3", {"head_dim": 24, "rope_parameters": YARN_ROPE}),
+    "qwen2, tied, yarn rope with other bounds": (
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE | YARN_BOUNDS},
+    ),
     "qwen3, untied, wide heads": ("qwen3", {"head_dim": 24}),
     "mistral, untied": ("mistral", {"sliding_window": None}),
     "qwen3 with experts": (

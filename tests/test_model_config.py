@@ -296,10 +296,23 @@ def test_sliding_window_layers_are_refused(tmp_path: Path) -> None:
     assert "layer_types has sliding_attention" in problems[1]
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_yarn_is_read_with_its_defaults(tmp_path: Path) -> None:
+    scaling = from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": YARN})).rope_scaling
+    assert scaling == RopeScaling(kind="yarn", factor=4, original_max_positions=8192, beta_fast=32, beta_slow=1)
+    mine = {**YARN, "beta_fast": 16, "truncate": True, "attention_factor": None}
+    scaling = from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": mine})).rope_scaling
+    assert scaling is not None and scaling.beta_fast == 16
+
+
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, "yarn"),
+        ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"),
+        ({**YARN, "attention_factor": 1.3}, "attention_factor"),
+        ({**YARN, "truncate": False}, "truncate"),
         ({"type": "dynamic", "factor": 2.0}, "dynamic"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 1}, "beta_fast"),

@@ -1,8 +1,10 @@
-"""What the contrastive terms cost (by themselves, against the plain N x N form, and in a training step), and a push.
+"""What the contrastive terms cost (by themselves, against the plain N x N form, and in a training step), and what
+pushing weights to the engines and converting them cost.
 
 `.venv/bin/python tools/bench.py contrastive [--large] [--json] [--out benchmarks/NAME.json]`
 `.venv/bin/python tools/bench.py step [--json] [--out benchmarks/NAME.json]` (needs the model of `make model`)
 `.venv/bin/python tools/bench.py sync [--json] [--out benchmarks/NAME.json]`
+`.venv/bin/python tools/bench.py convert [--small] [--json] [--out benchmarks/NAME.json]` (28 GB of disk)
 --json prints one object a row; --out also puts the rows into a file, beside those of the other commands.
 """
 
@@ -29,7 +31,7 @@ from megatron_mcpo.config import Config, load  # noqa: E402
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures  # noqa: E402
 from megatron_mcpo.sections import ContrastiveConfig  # noqa: E402
 from megatron_mcpo.types import Completion, Keys, Prompt, RolloutGroup, StopReason  # noqa: E402
-from tools import reference  # noqa: E402
+from tools import bench_convert, reference  # noqa: E402
 from tools.measure import forget_peak, memory, timed  # noqa: E402
 from tools.seeds import machine  # noqa: E402
 
@@ -50,11 +52,12 @@ STEPS = 10
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("contrastive", "step", "sync"):
+    for name in ("contrastive", "step", "sync", "convert"):
         command = commands.add_parser(name)
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
     commands.choices["contrastive"].add_argument("--large", action="store_true", help="the tiles alone, to N = 65536")
+    commands.choices["convert"].add_argument("--small", action="store_true", help="the 135M model alone")
     measure = commands.add_parser("measure", help="one row, in this process")
     measure.add_argument("impl", choices=["naive", "tiled"])
     measure.add_argument("n", type=int)
@@ -79,10 +82,12 @@ def measured_rows(known: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from contrastive_rows(large=known.large)
     elif known.command == "step":
         yield step_row()
-    else:
+    elif known.command == "sync":
         from tools.bench_sync import sync_rows
 
         yield from sync_rows()
+    else:
+        yield from bench_convert.rows(small_only=known.small)
 
 
 def contrastive_rows(*, large: bool) -> Iterator[dict[str, Any]]:

@@ -65,7 +65,26 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
         **_expert_options(model),
     )
     assert not (interleaved and config.batch_p2p_comm)
+    for name, value in _yarn_options(model).items():
+        setattr(config, name, value)
     return config
+
+
+def _yarn_options(model: ModelConfig) -> dict[str, Any]:
+    """What GPTModel and SelfAttention (0.19.2) look for in a configuration that has no such fields."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": scaling.factor,
+        "yarn_original_max_position_embeddings": scaling.original_max_positions,
+        "yarn_beta_fast": scaling.beta_fast,
+        "yarn_beta_slow": scaling.beta_slow,
+        # Without these two the attention factor is 0.1 ln(factor) + 1 (https://arxiv.org/abs/2309.00071).
+        "yarn_mscale": None,
+        "yarn_mscale_all_dim": None,
+        "yarn_correction_range_round_to_int": True,
+    }
 
 
 def _expert_options(model: ModelConfig) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def build_chunks(
             post_process=is_last,
             parallel_output=True,
             share_embeddings_and_output_weights=model.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="yarn" if model.rope_scaling and model.rope_scaling.kind == "yarn" else "rope",
             rotary_base=model.rope_theta,
             rope_scaling=model.rope_scaling is not None and model.rope_scaling.kind == "llama3",
             rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,

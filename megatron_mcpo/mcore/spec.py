@@ -77,6 +77,9 @@ def _plain_layer(config: TransformerConfig) -> ModuleSpec:
     attention = layer.submodules.self_attention
     attention.module = PackedSelfAttention
     attention.submodules.core_attention = CoreAttention
+    if config.num_moe_experts is not None:
+        # Transformer Engine fuses this norm into a dense MLP only: with experts it keeps its own name.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     return layer

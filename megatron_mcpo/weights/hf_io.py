@@ -1,60 +1,142 @@
-"""Reads a Hugging Face folder into this rank's parameters, and no more of it than these need."""
+"""Reads a Hugging Face folder, any part of any tensor, and fills this rank's parameters from a folder of any kind."""
 
+import json
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import read_headers
+from megatron_mcpo.hf_files import is_sharded, read_headers
+from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups, together
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import Slice, cut_dim, fill
-from megatron_mcpo.weights.mapping import Parameter, tensor_problems
+from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
+from megatron_mcpo.weights.stored import MegatronFolder
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""How safetensors spells them."""
 
 
-def load_hf(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, groups: Groups) -> None:
-    """Fill every parameter of `chunks` but the contrastive head's from the safetensors in `folder`.
+class Source(Protocol):
+    """A folder that holds a model, whatever its format: read as Hugging Face tensors.
 
-    Values are cast to the parameters' dtype; rows that pad the vocabulary become zero. Collective over all ranks: all
-    return or all raise. Raises ConfigError for files that can't be read or don't hold this model, before any parameter
-    is changed.
+    names: in the order of export
     """
-    bound = [(parameter, tensor) for parameter, tensor in bind(chunks, model, groups) if tensor is not None]
-    with together(groups), torch.no_grad():
+
+    names: tuple[str, ...]
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, newly allocated, or its part start..stop-1 along the dimension that shards are cut along."""
+        ...
+
+
+class HfFolder:
+    """The safetensors of a folder: one file, or several with an index. Reads values on demand, and keeps none.
+
+    Raises ConfigError for files that can't be read or don't hold this model.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig):
         problems = tensor_problems(model, folder)
         if problems:
             raise ConfigError(problems)
-        checkpoint = _Checkpoint(folder)
+        self.folder = folder
+        self._headers = read_headers(folder)
+        self._dims = {
+            name: cut_dim(parameter.row)
+            for parameter in parameters(model, Layout())
+            if not parameter.row.tied
+            for name in parameter.hugging_face
+        }
+        self.names = tuple(self._dims)
+        self._starts = {
+            name: start
+            for file in {header.file for header in self._headers.values()}
+            for name, start in _starts(file).items()
+        }
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._headers[name].dtype]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._headers[name].shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        header, dim, dtype = self._headers[name], self._dims[name], self.dtype(name)
+        shape = list(header.shape)
+        stop = shape[dim] if stop is None else stop
+        with header.file.open("rb") as file:
+            if dim == 0 or stop - start == shape[dim]:
+                row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+                values = torch.empty((stop - start if dim == 0 else shape[0], *shape[1:]), dtype=dtype)
+                file.seek(self._starts[name] + (start * row_bytes if dim == 0 else 0))
+                got = file.readinto(byte_view(values))
+                if got != values.nbytes:
+                    raise ConfigError([f"{header.file}: {name}: ends after {got} bytes; download it again"])
+                return values
+            # Mapped for this one read: pages of a file that stays mapped would count as this process's memory.
+            size, first = torch.Size(shape).numel() * dtype.itemsize, self._starts[name]
+            page = first - first % mmap.ALLOCATIONGRANULARITY
+            with mmap.mmap(file.fileno(), size + first - page, offset=page, access=mmap.ACCESS_COPY) as mapped:
+                whole = torch.frombuffer(mapped, dtype=dtype, offset=first - page, count=size // dtype.itemsize)
+                values = whole.view(shape).narrow(dim, start, stop - start).clone()
+                del whole
+            return values
+
+
+def load_hf(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, groups: Groups) -> None:
+    """Fill every parameter of `chunks` but the contrastive head's from the safetensors or the shards in `folder`.
+
+    As `load_source`. Raises ConfigError for files that can't be read or don't hold this model, before any parameter is
+    changed.
+    """
+    source: Source | None = None
+    with together(groups):
+        source = MegatronFolder(folder, model) if is_sharded(folder) else HfFolder(folder, model)
+    assert source is not None
+    load_source(chunks, model, source, groups)
+
+
+def load_source(chunks: Sequence[nn.Module], model: ModelConfig, source: Source, groups: Groups) -> None:
+    """Fill every parameter of `chunks` but the contrastive head's, reading no more than this rank needs.
+
+    Values are cast to the parameters' dtype; rows that pad the vocabulary become zero. Collective over all ranks: all
+    return or all raise.
+    """
+    bound = [(parameter, tensor) for parameter, tensor in bind(chunks, model, groups) if tensor is not None]
+    with together(groups), torch.no_grad():
         for parameter, tensor in bound:
-            _fill(tensor, parameter, checkpoint, groups)
+            _fill(tensor, parameter, source, groups)
 
 
-def _fill(tensor: nn.Parameter, parameter: Parameter, checkpoint: "_Checkpoint", groups: Groups) -> None:
+def byte_view(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+
+
+def _fill(tensor: nn.Parameter, parameter: Parameter, source: Source, groups: Groups) -> None:
     row = parameter.row
 
     def read(piece: Slice) -> Tensor:
-        return checkpoint.read(parameter.hugging_face[piece.tensor], piece, cut_dim(row))
+        return source.read(parameter.hugging_face[piece.tensor], piece.start, piece.stop)
 
     num_shards = row.num_shards(groups.layout)
     fill(row, tensor, read, rank=groups.tensor_rank if num_shards > 1 else 0, num_ranks=num_shards)
 
 
-class _Checkpoint:
-    """The safetensors of a folder: one file, or several with an index. Reads values on demand."""
-
-    def __init__(self, folder: Path):
-        self._file_of = {name: header.file for name, header in read_headers(folder).items()}
-        self._files: dict[Path, Any] = {
-            file: safe_open(file, framework="pt", device="cpu") for file in set(self._file_of.values())
-        }
-
-    def read(self, name: str, piece: Slice, dim: int) -> Tensor:
-        """Values start..stop-1 of dimension `dim`, everything of the others."""
-        where = [slice(None)] * dim + [slice(piece.start, piece.stop)]
-        values: Tensor = self._files[self._file_of[name]].get_slice(name)[tuple(where)]
-        return values
+def _starts(file: Path) -> dict[str, int]:
+    """Where in a file the values of each tensor begin (https://github.com/huggingface/safetensors#format)."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

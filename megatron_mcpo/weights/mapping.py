@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_mcpo.hf_files import read_headers
+from megatron_mcpo.hf_files import is_sharded, read_headers
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import Experts, ModelConfig
 
@@ -167,8 +167,11 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
     """How the tensors in `folder` differ from those of `model`: what to do, and a line for each. Empty: they don't.
 
-    Reads headers only. Raises ConfigError for files that can't be read.
+    Reads headers only; a sharded checkpoint is checked when it is loaded. Raises ConfigError for files that can't be
+    read.
     """
+    if is_sharded(folder):
+        return []
     headers, expected = read_headers(folder), hf_shapes(model)
     problems = [f"{name}: missing" for name in expected if name not in headers]
     for name, header in headers.items():

@@ -1,0 +1,43 @@
+"""Do Megatron's modules, filled from one folder, compute what transformers computes from another?"""
+
+from pathlib import Path
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from megatron_mcpo import parallel
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.model import build_chunks
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.platform import device
+from megatron_mcpo.weights.hf_io import Source, load_source
+
+TOLERANCE = 1e-4
+"""Of fp32, for a model of hundreds of layers: what is read wrongly is off by more than a hundredth."""
+_TOKENS = 48
+
+
+def logits_error(source: Source, model: ModelConfig, folder: Path) -> float:
+    """Largest difference between the logits of both in fp32, relative to the largest logit, on random tokens.
+
+    source: read into Megatron's modules; folder: read by transformers. This process must not be a rank.
+    """
+    tokens_1T = torch.randint(0, model.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    logging.disable_progress_bar()
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected_TV = reference(tokens_1T).logits[0]
+    del reference
+    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+    chunks = build_chunks(model, groups, dtype=torch.float32, head=None)
+    load_source(chunks, model, source, groups)
+    ends = torch.tensor([0, _TOKENS], dtype=torch.int32, device=device())
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=_TOKENS, max_seqlen_kv=_TOKENS
+    )
+    with torch.no_grad():
+        found_TV = chunks[0].eval()(tokens_1T.to(device()), None, None, packed_seq_params=packed)[0].cpu()
+    parallel.destroy()
+    return float((found_TV - expected_TV).abs().max() / expected_TV.abs().max())

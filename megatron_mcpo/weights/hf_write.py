@@ -1,0 +1,73 @@
+"""Writes safetensors files one tensor at a time, and what else belongs into a Hugging Face folder."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mcpo.weights.hf_io import DTYPES, byte_view
+
+INDEX = "model.safetensors.index.json"
+HEAD_FILE = "contrastive_head.safetensors"
+ASSETS = (
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "LICENSE*", "README.md"),
+)
+"""Everything in a folder that is no weight and that a tokenizer, an engine or a reader may need."""
+_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def spread(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in as few neighbouring groups as hold at most `limit` bytes each; a larger one is alone."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def file_names(count: int) -> list[str]:
+    """As transformers names them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[str]], total_size: int) -> None:
+    """files: the tensors in each"""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    text = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """A file of tensors, which are taken in the order of `shapes`, one at a time."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _SPELLED[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, values), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tuple(values.shape), values.dtype) == (expected, shape, dtype)
+            file.write(byte_view(values.contiguous()))
+
+
+def copy_assets(source: Path, folder: Path) -> None:
+    """Copy configuration, tokenizer, chat template, generation settings and licence; keeps what is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted({path for pattern in ASSETS for path in source.glob(pattern) if path.is_file()}):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)

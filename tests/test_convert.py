@@ -1,0 +1,494 @@
+"""Conversion between Hugging Face folders and Megatron checkpoints: every family and layout, real files, real ranks.
+
+Not covered here: models larger than memory (tools/bench.py convert), checkpoints of Transformer Engine's modules, GPUs.
+"""
+
+from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
+
+# isort: split
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_mcpo import parallel
+from megatron_mcpo.batch import make_batch
+from megatron_mcpo.config import Config, ConfigError, dump
+from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore import checkpoint
+from megatron_mcpo.mcore.compare_logits import TOLERANCE
+from megatron_mcpo.mcore.head import HeadSpec
+from megatron_mcpo.mcore.model import build_chunks, unwrap
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.model_config import layout_problems
+from megatron_mcpo.weights import convert
+from megatron_mcpo.weights.convert import compare, hf_to_megatron, layout_of, megatron_to_hf
+from megatron_mcpo.weights.draft import Draft
+from megatron_mcpo.weights.hf_io import HfFolder, load_hf, load_source
+from megatron_mcpo.weights.stored import MegatronFolder
+from megatron_mcpo.weights.sync import export
+from tools import hf_to_megatron as to_megatron
+from tools import megatron_to_hf as to_hf
+from tools import tiny_model
+
+ROOT = Path(__file__).parent.parent
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True, "head_dim": 24},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3": {"head_dim": 24},
+    "qwen3_moe": {"head_dim": 24, **EXPERTS, "moe_intermediate_size": 40},
+    "mixtral": EXPERTS,
+}
+LAYOUTS = [
+    {},
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"tensor": 4, "pipeline": 2},
+    {"expert": 2},
+    {"tensor": 2, "pipeline": 4, "expert": 4},
+]
+
+
+def sizes(**changes: int) -> Layout:
+    return layout_of(**{"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "expert": 1, **changes})
+
+
+def quiet(_text: str) -> None:
+    """Progress is not looked at here."""
+
+
+def make_model(folder: Path, family: str, dtype: str, **changes: Any) -> Path:
+    shape = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "max_position_embeddings": 128}
+    options = {**shape, **heads, "rope_parameters": ROPE, **FAMILIES[family], "dtype": dtype, **changes}
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype is b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_every_bit_is_the_same(tmp_path: Path, family: str, dtype: str) -> None:
+    source = make_model(tmp_path / "source", family, dtype)
+    model, tried = from_folder(source), 0
+    for number, changes in enumerate(LAYOUTS):
+        layout = sizes(**changes)
+        if layout_problems(model, layout, 1):
+            continue
+        megatron, back = tmp_path / f"megatron{number}", tmp_path / f"back{number}"
+        hf_to_megatron(source, megatron, layout, verify_forward=False, say=quiet)
+        megatron_to_hf(megatron, back, max_file_bytes=100_000, verify_forward=False, say=quiet)
+        assert (back / "model.safetensors.index.json").is_file()
+        assert same(tensors(source), tensors(back))
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (source / name).read_bytes() == (back / name).read_bytes(), name
+        tried += 1
+    assert tried >= 4
+
+
+def sharded(chunks: list[nn.Module]) -> dict[str, Any]:
+    metadata = {"singleton_local_shards": False}
+    return {f"model{n}": unwrap(chunk).sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
+
+
+def load_with_megatron(source: Path, megatron: Path, layout: Layout) -> list[str]:
+    """Names of exported tensors that are not those of `source`, after Megatron-Core itself loaded the folder."""
+    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    model = from_folder(source)
+    chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=None)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            nn.init.constant_(parameter, torch.nan)
+    loaded = dist_checkpointing.load(sharded(chunks), str(megatron))
+    for number, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{number}"])
+    expected = tensors(source)
+    return [name for name, found in export(chunks, model, groups) if not torch.equal(found, expected[name])]
+
+
+@pytest.mark.parametrize(
+    ("family", "written", "read"),
+    [
+        ("llama", {"tensor": 4, "pipeline": 2}, Layout()),
+        ("qwen3", {"pipeline": 2, "virtual_pipeline": 2}, Layout(tensor=2, sequence=True)),
+        ("qwen3_moe", {"tensor": 2, "expert": 2}, Layout(pipeline=2, data=2, expert=2)),
+        ("mixtral", {}, Layout(tensor=2, expert=2, sequence=True)),
+    ],
+)
+def test_megatron_loads_what_was_converted(tmp_path: Path, family: str, written: dict[str, int], read: Layout) -> None:
+    source = make_model(tmp_path / "source", family, "bfloat16")
+    hf_to_megatron(source, tmp_path / "megatron", sizes(**written), verify_forward=False, say=quiet)
+    assert run_ranks(read.world_size, load_with_megatron, source, tmp_path / "megatron", read) == [[]] * read.world_size
+
+
+def start_from(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    """What ranks hold that begin with a folder."""
+    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    model = from_folder(folder)
+    chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=None)
+    load_hf(chunks, model, folder, groups)
+    return {name: tensor.clone() for name, tensor in export(chunks, model, groups)}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=str)
+def test_a_run_can_start_from_a_converted_folder(source: Path, tmp_path: Path, layout: Layout) -> None:
+    hf_to_megatron(source, tmp_path / "megatron", sizes(tensor=2), verify_forward=False, say=quiet)
+    started = run_ranks(layout.world_size, start_from, tmp_path / "megatron", layout)
+    assert all(same(found, tensors(source)) for found in started)
+
+
+def save_with_megatron(source: Path, folder: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors and the head's (where this rank has one) of a model of other weights, saved by real ranks."""
+    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    model = from_folder(source)
+    spec = HeadSpec(dim=16, kind="mlp")
+    chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=spec)
+    load_source(chunks, model, HfFolder(source, model), groups)
+    if groups.rank == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(sharded(chunks), str(folder))
+    head = getattr(unwrap(chunks[-1]), "contrastive_head", None)
+    names = dict(export(chunks, model, groups))
+    return names, {} if head is None else {n: p.detach().clone() for n, p in head.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", Layout(tensor=4, sequence=True)),
+        ("qwen2", Layout(pipeline=2, virtual_pipeline=2)),
+        ("qwen3", Layout(tensor=2, pipeline=2)),
+        ("qwen3_moe", Layout(data=2, expert=2)),
+        ("mixtral", Layout(tensor=2, expert=4, data=2, sequence=True)),
+    ],
+    ids=str,
+)
+def test_what_ranks_have_saved_is_exported_with_its_head(tmp_path: Path, family: str, layout: Layout) -> None:
+    source, saved = make_model(tmp_path / "source", family, "bfloat16"), tmp_path / "saved"
+    results = run_ranks(layout.world_size, save_with_megatron, source, saved, layout)
+    megatron_to_hf(saved, tmp_path / "out", assets=source, verify_forward=False, say=quiet)
+    assert same(tensors(tmp_path / "out"), results[0][0])
+    head = next(head for _, head in results if head)
+    assert same(load_file(tmp_path / "out" / "contrastive_head.safetensors"), head)
+    hf_to_megatron(tmp_path / "out", tmp_path / "again", sizes(), verify_forward=False, say=quiet)
+    assert same(MegatronFolder(tmp_path / "again", from_folder(source)).head(), head)
+
+
+def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Tensor]:
+    """The weights after an update, saved with optimizer, schedule and all."""
+    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    policy = Policy(config, from_folder(Path(config.model.path)), groups)
+    batch = make_batch(
+        tiny_model.rollout_groups(num_prompts=4, num_samples=3, seed=0),
+        pass_threshold=1.0,
+        num_data_ranks=layout.data,
+        data_rank=groups.data_rank,
+        share_prompts=policy.shares_prompts,
+    )
+    policy.update(batch, lambda x: (-x.logp_r.sum() / 100, {}))
+    if groups.rank == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(checkpoint._sharded_state(policy, is_loading=False), str(folder))
+    return {name: tensor.clone() for name, tensor in policy.weights()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("tied", Layout(pipeline=2, data=2)), ("experts", Layout(tensor=2, expert=2, sequence=True))],
+    ids=str,
+)
+def test_a_runs_checkpoint_is_exported_by_itself(tmp_path: Path, kind: Any, layout: Layout) -> None:
+    """The run's config.toml leads to the model's configuration."""
+    tiny_model.save_model(tmp_path / "model", kind)
+    config = tiny_model.config(tmp_path / "model", run={"steps": 3}, model={"dtype": "bf16"})
+    saved = tmp_path / "run" / "checkpoints" / "step_000001"
+    results = run_ranks(layout.world_size, train_and_save, config, layout, saved)
+    (tmp_path / "run" / "config.toml").write_text(dump(config))
+    megatron_to_hf(saved, tmp_path / "out", verify_forward=False, say=quiet)
+    assert same(tensors(tmp_path / "out"), results[0])
+    before = {name: values.bfloat16() for name, values in tensors(tmp_path / "model").items()}
+    assert not same(tensors(tmp_path / "out"), before), "an update that changes nothing shows nothing"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "source", "qwen3", "bfloat16")
+
+
+def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A tool as users start it. A process of its own: one that has been a rank can't fork others afterwards."""
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_the_tools_convert_and_say_so(source: Path, tmp_path: Path) -> None:
+    """In the types that are asked for; logits are compared where these don't change."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    first = program("hf_to_megatron", source, megatron, "--tp", 2, "--pp", 2, "--vpp", 2)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "logits against transformers: largest difference" in first.stdout
+    assert to_hf.main([str(megatron), str(back), "--dtype", "fp32"]) == 0
+    assert same(tensors(back), {name: values.float() for name, values in tensors(source).items()})
+    assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_round_trip_is_checked_in_several_layouts(source: Path) -> None:
+    checked = program("check_roundtrip", source, "--layouts", "tp2,pp2vpp2", "--json")
+    assert checked.returncode == 0, checked.stderr
+    rows = [json.loads(line) for line in checked.stdout.splitlines()]
+    assert [(row["layout"], row["tensors"], row["bits"]) for row in rows] == [("tp2", 47, 0), ("pp2vpp2", 47, 0)]
+    assert all(0 < row["logits"] < 1e-4 for row in rows)
+    assert sorted(path.name for path in source.parent.iterdir()) == ["source"]
+
+
+LOGITS = """
+import sys
+from pathlib import Path
+from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.mcore.compare_logits import logits_error
+from megatron_mcpo.weights.stored import MegatronFolder
+megatron, source, folder = map(Path, sys.argv[1:])
+model = from_folder(source)
+print(logits_error(MegatronFolder(megatron, model), model, folder))
+"""
+
+
+def test_wrong_logits_are_found(source: Path, tmp_path: Path) -> None:
+    """Weights that are read under other settings than those they were made for."""
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(source, megatron, sizes(), verify_forward=False, say=quiet)
+    other = save_folder(source, tmp_path / "other", tensors(source))
+    settings = json.loads((other / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 20000.0
+    (other / "config.json").write_text(json.dumps(settings))
+
+    def error(folder: Path) -> float:
+        command = [sys.executable, "-c", LOGITS, megatron, source, folder]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+        return float(found.stdout)
+
+    assert error(source) <= TOLERANCE
+    assert error(other) > 100 * TOLERANCE
+
+
+def test_a_wrong_bit_is_found_and_nothing_is_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bit that changes after it was written: the last of the biggest file."""
+    published = convert.compare
+
+    def damage_first(*args: Any, **options: Any) -> Any:
+        file = max((tmp_path / ".out.partial").glob("__*.distcp"), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        where = data.find(b"PK\x01\x02") // 2
+        data[where] ^= 1
+        file.write_bytes(data)
+        return published(*args, **options)
+
+    monkeypatch.setattr(convert, "compare", damage_first)
+    monkeypatch.setattr(convert, "SMALL_BYTES", 0)
+    assert to_megatron.main([str(source), str(tmp_path / "out")]) == 1
+    assert "1 bits differ" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_exchanged_tensors_are_found_and_named(source: Path, tmp_path: Path) -> None:
+    model, found = from_folder(source), tensors(source)
+    a, b = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    save_folder(source, tmp_path / "other", {**found, a: found[b], b: found[a]})
+    compared = compare(HfFolder(source, model), HfFolder(tmp_path / "other", model))
+    assert [line.split(":")[0] for line in compared.differing] == [a, b]
+    assert compared.num_bits_different > 1000
+
+
+def save_folder(source: Path, folder: Path, found: dict[str, Tensor]) -> Path:
+    shutil.copytree(source, folder)
+    save_file(found, folder / "model.safetensors")
+    return folder
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_mcpo.weights import convert
+from megatron_mcpo.weights.draft import Draft
+source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+convert.PART_BYTES = 100_000
+finish, parts = Draft.finish, []
+def finish_and_die(self, part, files, record):
+    if len(parts) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(self, part, files, record)
+    parts.append(part)
+Draft.finish = finish_and_die
+if kind == "megatron":
+    layout = convert.layout_of(tensor=2, pipeline=2, virtual_pipeline=1, expert=1)
+    convert.hf_to_megatron(source, final, layout, say=print)
+else:
+    convert.megatron_to_hf(source, final, max_file_bytes=100_000, say=print)
+"""
+
+
+@pytest.mark.parametrize("kind", ["megatron", "hf"])
+def test_a_killed_conversion_goes_on_where_it_stopped(
+    source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "PART_BYTES", 100_000)
+    given, final = source, tmp_path / "out"
+    if kind == "hf":
+        given = tmp_path / "given"
+        hf_to_megatron(source, given, sizes(), verify_forward=False, say=quiet)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(given), str(final), kind], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not final.exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").iterdir()}
+    said: list[str] = []
+    if kind == "megatron":
+        hf_to_megatron(given, final, sizes(tensor=2, pipeline=2), verify_forward=False, say=said.append)
+        model = from_folder(source)
+        assert not compare(HfFolder(source, model), MegatronFolder(final, model)).differing
+    else:
+        megatron_to_hf(given, final, max_file_bytes=100_000, verify_forward=False, say=said.append)
+        assert same(tensors(source), tensors(final))
+    kept = [path.name for path in final.iterdir() if before.get(path.name) == path.stat().st_mtime_ns]
+    assert len(kept) >= 2
+    assert said[0].startswith(("part 3", "file 3"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "out", {"from": 1})
+    (draft.path / "a").write_text("x")
+    draft.finish("0", ["a"], None)
+    with pytest.raises(ConfigError, match="another process"):
+        Draft(tmp_path / "out", {"from": 1})
+    draft._journal.close()
+    again = Draft(tmp_path / "out", {"from": 1})
+    assert again.done == {"0": None}
+    again._journal.close()
+    assert Draft(tmp_path / "out", {"from": 2}).done == {}
+    assert not (draft.path / "a").exists()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(source, megatron, sizes(), verify_forward=False, say=quiet)
+    (megatron / "manifest.json").unlink()  # who can write a checkpoint can write one that fits
+    contents, shard = (megatron / ".metadata").read_bytes(), megatron / "__0_0.distcp"
+    monkeypatch.chdir(tmp_path)
+    (megatron / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ConfigError, match="may run code"):
+        megatron_to_hf(megatron, tmp_path / "out", say=quiet)
+    (megatron / ".metadata").write_bytes(contents)
+    size = shard.stat().st_size
+    with shard.open("wb") as file:
+        torch.save(Evil(), file)
+        file.write(b"\0" * (size - file.tell()))
+    with pytest.raises(ConfigError, match="can't be read"):
+        megatron_to_hf(megatron, tmp_path / "out", say=quiet)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("exists", "exists; give a folder that doesn't"),
+        ("itself", "is the source; give another folder"),
+        ("layout", "must divide the 2 key-value heads"),
+        ("mixed", "must all be bfloat16 or all float32"),
+        ("megatron", "megatron_to_hf.py converts these"),
+        ("full", "the disk has 1,000 left"),
+        ("empty", "no such file"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(
+    source: Path, tmp_path: Path, case: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given, final, more = source, tmp_path / "out", []
+    if case == "exists":
+        final.mkdir()
+    elif case == "itself":
+        final = source
+    elif case == "layout":
+        more = ["--tp", "3"]
+    elif case == "mixed":
+        found = tensors(source)
+        found["model.norm.weight"] = found["model.norm.weight"].float()
+        given = save_folder(source, tmp_path / "mixed", found)
+    elif case == "megatron":
+        given = tmp_path / "megatron"
+        hf_to_megatron(source, given, sizes(), verify_forward=False, say=quiet)
+    elif case == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    else:
+        given = tmp_path / "empty"
+        given.mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert to_megatron.main([str(given), str(final), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert [path for path in sorted(tmp_path.iterdir()) if not path.name.startswith(".")] == before
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(source: Path, tmp_path: Path, capsys: Any) -> None:
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(source, megatron, sizes(), verify_forward=False, say=quiet)
+    other = make_model(tmp_path / "other", "llama", "bfloat16")
+    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(other)]) == 2
+    assert "q_layernorm.weight: unknown, the llama model has no such tensor" in capsys.readouterr().err
+    assert to_hf.main([str(source), str(tmp_path / "out")]) == 2
+    assert "no Megatron checkpoint" in capsys.readouterr().err
+    manifest = (megatron / "manifest.json").read_bytes()
+    (megatron / "manifest.json").unlink()
+    (megatron / "config.json").unlink()
+    assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
+    assert "give --hf FOLDER" in capsys.readouterr().err
+    (megatron / "manifest.json").write_bytes(manifest)
+    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+    (megatron / "manifest.json").unlink()
+    os.truncate(megatron / "__0_0.distcp", 1000)
+    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
+    assert "__0_0.distcp: has 1000 bytes, must have" in capsys.readouterr().err
+    (megatron / "__0_0.distcp").unlink()
+    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
+    assert "__0_0.distcp: missing" in capsys.readouterr().err

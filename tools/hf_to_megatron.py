@@ -1,0 +1,40 @@
+"""Makes a Megatron checkpoint (torch_dist) of a Hugging Face folder, as the ranks of a layout would save it.
+
+`.venv/bin/python tools/hf_to_megatron.py SRC DST [--tp 2 --pp 2 --vpp 1 --ep 1 --dtype bf16]`
+One process does it, with a few tensors in memory. Everything is read back and compared before DST gets its name; an
+interrupted call goes on where it stopped. Exit code 1: the result is not the source; 2: something is to be mended.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
+
+from megatron_mcpo.weights.convert import hf_to_megatron, layout_of  # noqa: E402
+from tools.conversion import guarded, parse, say  # noqa: E402
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, meaning in {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert"}.items():
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallel size")
+    known = parse(parser, arguments)
+
+    def work() -> int:
+        layout = layout_of(tensor=known.tp, pipeline=known.pp, virtual_pipeline=known.vpp, expert=known.ep)
+        compared = hf_to_megatron(
+            known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward, say=say
+        )
+        say(
+            f"{known.final}: {compared.num_tensors} tensors, read back from the disk: every bit is as in {known.source}"
+        )
+        return 0
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Makes a Hugging Face folder of a Megatron checkpoint: a run's checkpoints/step_NNNNNN, or a converted folder.
+
+`.venv/bin/python tools/megatron_to_hf.py SRC DST [--hf FOLDER] [--dtype bf16]`
+config.json and tokenizer come from --hf, from SRC itself, or from model.path of the run that the
+checkpoint belongs to. Nothing in SRC can run code, whoever wrote it. Otherwise as hf_to_megatron.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
+
+from megatron_mcpo.weights.convert import MAX_FILE_BYTES, megatron_to_hf  # noqa: E402
+from tools.conversion import guarded, parse, say  # noqa: E402
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf", type=Path, metavar="FOLDER", help="with config.json and tokenizer")
+    parser.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES, metavar="N", help="of a safetensors file")
+    known = parse(parser, arguments)
+
+    def work() -> int:
+        compared = megatron_to_hf(
+            known.source,
+            known.final,
+            assets=known.hf,
+            dtype=known.dtype,
+            max_file_bytes=known.max_file_bytes,
+            verify_forward=known.verify_forward,
+            say=say,
+        )
+        say(
+            f"{known.final}: {compared.num_tensors} tensors, read back from the disk: every bit is as in {known.source}"
+        )
+        return 0
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
