@@ -156,11 +156,6 @@ def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
             f"parallel.expert = {layout.expert}: must divide the {count} experts and the {ranks} ranks of a pipeline "
             f"stage; possible: {_listed(possible)}"
         )
-    if layout.tensor > 1 and layout.expert == 1:
-        # Megatron-Core (0.19.2) would not sum the gradients of undivided experts over tensor ranks.
-        problems.append(
-            f"parallel.expert = 1: with parallel.tensor = {layout.tensor} it must be greater; set it to {layout.tensor}"
-        )
     if layout.tensor > 1 and not layout.sequence:
         problems.append("parallel.sequence = false: experts on several tensor ranks need it; set it to true")
     return problems

@@ -196,7 +196,7 @@ def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict
 
 @pytest.mark.parametrize(
     ("kind", "layouts"),
-    [("tied", ["dp1", "dp2", "tp2_sp", "pp2"]), ("experts", ["dp1", "ep2", "ep2_tp2"])],
+    [("tied", ["dp1", "dp2", "tp2_sp", "pp2"]), ("experts", ["dp1", "ep2", "ep2_tp2", "tp2_sp"])],
 )
 def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
     tmp_path: Path, kind: tiny_model.Kind, layouts: list[str]

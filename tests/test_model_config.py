@@ -428,7 +428,7 @@ WITH_EXPERTS = replace(
         (Layout(pipeline=2, data=2, expert=2), 1, []),
         (Layout(data=4, expert=4), 1, ["must divide the 6 experts and the 4 ranks", "possible: 1, 2"]),
         (Layout(pipeline=2, data=2, expert=6), 1, ["the 2 ranks of a pipeline stage"]),
-        (Layout(tensor=2, sequence=True), 1, ["parallel.expert = 1", "set it to 2"]),
+        (Layout(tensor=2, sequence=True), 1, []),
         (Layout(tensor=2, expert=2), 1, ["parallel.sequence = false"]),
         (Layout(data=8), 8, ["engine.tensor_parallel = 8", "must divide the 36 hidden units of an expert"]),
     ],

@@ -106,7 +106,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
     ("kind", "layouts"),
     [
         ("tied", [Layout(data=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)]),
-        ("experts", [Layout(data=2, expert=2), Layout(tensor=2, expert=2, sequence=True), Layout(data=4, expert=2)]),
+        (
+            "experts",
+            [
+                Layout(data=2, expert=2),
+                Layout(tensor=2, expert=2, sequence=True),
+                Layout(data=4, expert=2),
+                Layout(tensor=2, sequence=True),
+            ],
+        ),
     ],
 )
 def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_model.Kind, layouts: list[Layout]) -> None:

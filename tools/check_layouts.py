@@ -155,7 +155,7 @@ def models_for(layout: Layout) -> list[str]:
     """The keys of MODELS that a layout is tried with."""
     if layout.expert > 1:
         return ["experts"]
-    if layout.world_size == 1:
+    if layout in (Layout(), Layout(tensor=2, sequence=True)):
         return ["halves", "experts"]
     return ["thirds" if 3 in (layout.tensor, layout.pipeline) else "halves"]
 

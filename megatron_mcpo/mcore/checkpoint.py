@@ -142,7 +142,7 @@ class Checkpoints:
             "version": self.policy.version,
             "ranks": self.policy.groups.world_size,
             "layout": str(self.policy.groups.layout),
-            "expert_ranks": self.policy.groups.layout.expert,
+            "experts_apart": any(bool(chunk.expert_parallel_buffers) for chunk in self.policy.chunks),
             "model": json.loads(json.dumps(asdict(self.policy.model_config))),
             "vocabulary": self.vocabulary,
         }
@@ -167,13 +167,13 @@ class Checkpoints:
             raise ConfigError(
                 [f"{path / _STATE}: {wrong[0]} = {found.get(wrong[0])!r}: no value of it; {_NEW_RUN[3:]}"]
             )
-        if (found["expert_ranks"] > 1) != (own["expert_ranks"] > 1):
-            rule = "Megatron-Core keeps the optimizer's state of divided and of whole experts in two forms"
-            fix = "a number above 1" if found["expert_ranks"] > 1 else "1"
+        if found["experts_apart"] != own["experts_apart"]:
+            fix = "set parallel.expert above 1" if found["experts_apart"] else "set parallel.expert and tensor to 1"
             raise ConfigError(
                 [
-                    f"parallel.expert = {own['expert_ranks']}: {path} was written with {found['expert_ranks']}, and "
-                    f"{rule}; set it to {fix}, {_NEW_RUN}"
+                    f"parallel: {own['layout']}: {path} was written as {found['layout']}, and Megatron-Core keeps the "
+                    "optimizer's state of experts in another form where parallel.expert or parallel.tensor is above "
+                    f"1; {fix}, {_NEW_RUN}"
                 ]
             )
         problems = _differences(found["model"], own["model"])
