@@ -6,14 +6,13 @@ Shape legend: see megatron_mcpo.types.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from megatron_mcpo.batch import make_batch
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.parallel import Groups
+from megatron_mcpo.parallel import Groups, gather_objects
 from megatron_mcpo.types import Prompt
 
 TOLERANCE: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05}
@@ -81,7 +80,5 @@ class Canary:
 
     def _mismatches(self) -> list[str]:
         """Tensors that any rank's engine holds with other values, the same list on every rank."""
-        found: list[list[str]] = [[] for _ in range(self.groups.world_size)]
         mine = self.collector.engine.mismatches(self.policy.weights())
-        dist.all_gather_object(found, mine, group=self.groups.host)
-        return list(dict.fromkeys(name for names in found for name in names))
+        return list(dict.fromkeys(name for names in gather_objects(mine, self.groups) for name in names))

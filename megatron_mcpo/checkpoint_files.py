@@ -61,10 +61,10 @@ def publish(draft: Path, final: Path, measured: Mapping[str, Fingerprint]) -> No
     """Add the manifest, have everything reach the disk, and only then give the checkpoint its name."""
     write_manifest(draft, measured)
     for path in [*draft.iterdir(), draft]:
-        _sync(path)
+        sync(path)
     replaced = _unname(final) if final.exists() else None
     draft.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if replaced:
         shutil.rmtree(replaced)
 
@@ -147,9 +147,12 @@ def _content_problems(folder: Path, name: str, expected: Fingerprint) -> list[st
     return []
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path, *, forget: bool = False) -> None:
+    """Have a file or folder reach the disk. forget: drop a file's pages too, so that who reads it reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget and path.is_file():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -7,10 +7,9 @@ groups. So a step's data do not depend on how the trainer is laid out. Shape leg
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_mcpo.parallel import Groups, together
+from megatron_mcpo.parallel import Groups, gather_objects, together
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.engine import Engine, SamplingRequest
 from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
@@ -66,10 +65,8 @@ class Collector:
         with together(self.groups):
             if self.scorer is not None:
                 groups = self.scorer.score(completed) if score else completed
-        shares: list[list[tuple[int, RolloutGroup]]] = [[] for _ in range(self.groups.world_size)]
         share = list(zip(mine, groups, strict=True)) if groups else []
-        dist.all_gather_object(shares, share, group=self.groups.host)
-        by_position = dict(pair for part in shares for pair in part)
+        by_position = dict(pair for part in gather_objects(share, self.groups) for pair in part)
         return [by_position[i] for i in range(len(prompts))]
 
     def _seed(self, sampling: Sampling, position: int) -> int:

@@ -26,8 +26,7 @@ class Groups:
     tensor, pipeline, context: the ranks that share this rank's weights, layers, sequences
     data: the ranks that hold the same shard of the model, at the same place of the sequence, in other replicas
     data_context: data x context, the ranks over which gradients are reduced
-    expert: the ranks that hold this stage's experts between them; expert_data: those that hold the same experts as
-    this rank, over which the experts' gradients are reduced
+    expert: the ranks that hold this stage's experts between them
     world: all ranks; host: all ranks, for Python objects and CPU tensors (gloo)
     """
 
@@ -40,7 +39,6 @@ class Groups:
     data: dist.ProcessGroup
     data_context: dist.ProcessGroup
     expert: dist.ProcessGroup
-    expert_data: dist.ProcessGroup
     world: dist.ProcessGroup
     host: dist.ProcessGroup
 
@@ -124,10 +122,9 @@ def raise_together(error: Exception | None, groups: Groups) -> None:
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=groups.host)
     if not failed.item():
         return
-    failures: list[tuple[str, list[str]] | None] = [None] * groups.world_size
     problems = error.problems if isinstance(error, ConfigError) else []
     mine = None if error is None else (f"{type(error).__name__}: {error}", problems)
-    dist.all_gather_object(failures, mine, group=groups.host)
+    failures = gather_objects(mine, groups)
     others = [f"rank {rank}: {each[0]}" for rank, each in enumerate(failures) if each and rank != groups.rank]
     if error is None:
         to_mend = [problem for each in failures if each for problem in each[1]]
@@ -192,7 +189,6 @@ def _groups(layout: Layout, timeout: timedelta) -> Groups:
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert=parallel_state.get_expert_model_parallel_group(),
-        expert_data=parallel_state.get_expert_data_parallel_group(),
         world=world,
         host=host,
     )

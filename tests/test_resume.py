@@ -16,6 +16,7 @@ import psutil
 import pytest
 import tiny
 from program import ROOT, command, lasting, metrics, train_forked, write_config
+from test_checkpoint_refusals import flip_a_bit
 
 from megatron_mcpo.run_folder import step_files
 
@@ -56,10 +57,7 @@ def press_ctrl_c(config: Path, *overrides: str) -> None:
 
 
 def damage(checkpoint: Path) -> None:
-    largest = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    flip_a_bit(max(checkpoint.iterdir(), key=lambda path: path.stat().st_size))
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from megatron_mcpo.config import Config, load  # noqa: E402
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures  # noqa: E402
 from megatron_mcpo.sections import ContrastiveConfig  # noqa: E402
 from megatron_mcpo.types import Completion, Keys, Prompt, RolloutGroup, StopReason  # noqa: E402
-from tools import bench_convert, reference  # noqa: E402
+from tools import reference  # noqa: E402
 from tools.measure import forget_peak, memory, timed  # noqa: E402
 from tools.seeds import machine  # noqa: E402
 
@@ -87,6 +87,8 @@ def measured_rows(known: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         yield from sync_rows()
     else:
+        from tools import bench_convert
+
         yield from bench_convert.rows(small_only=known.small)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
 
 from megatron_mcpo.weights.convert import hf_to_megatron, layout_of  # noqa: E402
-from tools.conversion import guarded, parse, say  # noqa: E402
+from tools.conversion import guarded, parse, say, tell  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,10 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         compared = hf_to_megatron(
             known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward, say=say
         )
-        say(
-            f"{known.final}: {compared.num_tensors} tensors, read back from the disk: every bit is as in {known.source}"
-        )
-        return 0
+        return tell(known, compared)
 
     return guarded(work)
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
 
 from megatron_mcpo.weights.convert import MAX_FILE_BYTES, megatron_to_hf  # noqa: E402
-from tools.conversion import guarded, parse, say  # noqa: E402
+from tools.conversion import guarded, parse, say, tell  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,10 +33,7 @@ def main(arguments: Sequence[str]) -> int:
             verify_forward=known.verify_forward,
             say=say,
         )
-        say(
-            f"{known.final}: {compared.num_tensors} tensors, read back from the disk: every bit is as in {known.source}"
-        )
-        return 0
+        return tell(known, compared)
 
     return guarded(work)
 

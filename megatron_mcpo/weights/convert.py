@@ -22,7 +22,7 @@ from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.hf_files import is_sharded
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig, layout_problems
-from megatron_mcpo.weights.draft import JOURNAL, Draft, sync
+from megatron_mcpo.weights.draft import JOURNAL, Draft
 from megatron_mcpo.weights.hf_io import HfFolder, Source, byte_view
 from megatron_mcpo.weights.hf_write import (
     HEAD_FILE,
@@ -114,7 +114,7 @@ def hf_to_megatron(
     write_contents(draft.path, shapes, dtype, entries)
     copy_assets(source, draft.path)
     _set_dtype(draft.path / "config.json", dtype)
-    sync(draft.path / _OBJECTS)
+    checkpoint_files.sync(draft.path / _OBJECTS, forget=True)
     found = MegatronFolder(draft.path, model)
     compared = compare(folder, found, dtype=dtype)
     problems = _head_problems(head, found.head(), dtype)

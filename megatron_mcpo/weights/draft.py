@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mcpo.checkpoint_files import sync
 from megatron_mcpo.config import ConfigError
 
 JOURNAL = "parts.jsonl"
@@ -50,7 +51,7 @@ class Draft:
     def finish(self, part: str, files: Sequence[str], record: Any) -> None:
         """Note that a part is complete: its files are on disk when this returns, and stay if the process dies."""
         for name in files:
-            sync(self.path / name)
+            sync(self.path / name, forget=True)
         sizes = {name: (self.path / name).stat().st_size for name in files}
         self._append({"part": part, "files": sizes, "record": record})
         self.done[part] = record
@@ -58,7 +59,7 @@ class Draft:
     def publish(self) -> None:
         """Give the folder its name."""
         for path in [path for path in self.path.rglob("*") if path.name != JOURNAL]:
-            sync(path)
+            sync(path, forget=True)
         (self.path / JOURNAL).unlink()
         sync(self.path)
         self.path.rename(self.final)
@@ -101,14 +102,3 @@ class Draft:
         with path.open("rb") as file:
             file.seek(max(0, size - 1))
             return file.read(1) not in (b"", b"\n")
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder reach the disk, and forget its pages: who reads it next reads the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if path.is_file():
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)

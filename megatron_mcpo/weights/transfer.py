@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups
+from megatron_mcpo.parallel import Groups, gather_objects
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
 from megatron_mcpo.weights.layout import cut_dim
@@ -202,8 +202,7 @@ def choose(
     bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[Executor, str | None]:
     """Direct where every rank's receiver can be written into, else gather and why. Collective over all ranks."""
-    problems: list[str | None] = [None] * groups.world_size
-    dist.all_gather_object(problems, _problem(receiver, model, engine_ranks), group=groups.host)
+    problems = gather_objects(_problem(receiver, model, engine_ranks), groups)
     problem = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
     if problem:
         return Gather(chunks=chunks, model=model, groups=groups, bucket_bytes=bucket_bytes), problem
