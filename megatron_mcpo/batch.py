@@ -30,20 +30,19 @@ def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
 def make_batch(
     groups: Sequence[RolloutGroup],
     *,
-    pass_threshold: float,
     num_data_ranks: int,
     data_rank: int,
     share_prompts: bool,
 ) -> TrainBatch:
     """The share of `data_rank` in one optimizer step over these groups (rollouts ordered by group, then sample).
 
-    A rollout is correct when its reward is at least `pass_threshold`. Where prompts are shared, a group stays on one
-    rank; otherwise rollouts are dealt out one by one, which balances better.
+    Where prompts are shared, a group stays on one rank; otherwise rollouts are dealt out one by one, which balances
+    better. Groups may differ in size.
     """
     rollouts = [(group, completion) for group in groups for completion in group.completions]
     prompt_lens = tuple(len(group.prompt.token_ids) for group, _ in rollouts)
     response_lens = tuple(len(completion.token_ids) for _, completion in rollouts)
-    keys = _keys(groups, pass_threshold)
+    keys = _keys(groups)
     if share_prompts:
         units = [list(rows) for _, rows in groupby(range(len(rollouts)), key=keys.prompt_M.tolist().__getitem__)]
     else:
@@ -72,20 +71,15 @@ def make_batch(
 
 
 def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
-    """Rewards [P, G] of scored groups."""
-    return torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+    """Rewards [M] of scored groups, ordered by group, then sample."""
+    return torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
 
 
-def domains_of(groups: Sequence[RolloutGroup]) -> Tensor:
-    """Domain [P] of each group: int64."""
-    return torch.tensor([group.prompt.domain for group in groups], dtype=torch.int64)
-
-
-def _keys(groups: Sequence[RolloutGroup], pass_threshold: float) -> Keys:
+def _keys(groups: Sequence[RolloutGroup]) -> Keys:
     return Keys(
         domain_M=torch.tensor([group.prompt.domain for group in groups for _ in group.completions]),
         prompt_M=torch.tensor([number for number, group in enumerate(groups) for _ in group.completions]),
-        correct_M=torch.tensor([reward >= pass_threshold for group in groups for reward in group.rewards]),
+        correct_M=torch.tensor([correct for group in groups for correct in group.correct]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Do engine and trainer hold the same weights? Both say how likely the same tokens are.
+"""Do engine and trainer hold the same weights? Their values are compared, and how likely both call the same tokens.
 
 Shape legend: see megatron_mcpo.types.
 """
@@ -11,13 +11,15 @@ from megatron_mcpo.batch import make_batch
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
-from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.parallel import Groups, gather_objects
+from megatron_mcpo.rollout.engine import Comparison
 from megatron_mcpo.types import Prompt
 
-TOLERANCE: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05}
+TOLERANCE: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05, "fp8_per_block": 0.35}
 """Largest mean absolute log-prob difference. Engine and trainer round differently: on a 135M model in fp32 they were
-measured 6e-6 apart, and bf16 itself is 0.037 away from fp32."""
+measured 6e-6 apart, and bf16 itself is 0.037 away from fp32. Weights rounded to FP8 were 0.17 away from those in bf16:
+twice that is allowed, since smaller models suffer more."""
 _GROSS = 4.0
 """Times the tolerance; no rounding of the same weights was seen to reach it."""
 _SHOWN = 5
@@ -30,17 +32,25 @@ class CanaryError(RuntimeError):
 class Canary:
     """A few fixed prompts, completed by every engine and scored by the policy."""
 
-    def __init__(self, config: Config, collector: Collector, policy: Policy, groups: Groups, prompts: Sequence[Prompt]):
-        """prompts: repeated so that each engine has one at least"""
+    def __init__(
+        self,
+        config: Config,
+        collector: Collector,
+        policy: Policy | Reference,
+        groups: Groups,
+        prompts: Sequence[Prompt],
+    ):
+        """policy: what the engine was given; prompts: repeated so that each engine has one at least"""
         self.collector = collector
         self.policy = policy
         self.groups = groups
         rounds = -(-collector.num_engines // len(prompts))
         self.prompts = list(prompts) * rounds
-        self.tolerance = TOLERANCE[config.model.dtype]
+        quantization = config.engine.quantization
+        self.tolerance = TOLERANCE[config.model.dtype if quantization == "none" else quantization]
         self.sampling = Sampling(
-            num_samples=2,
-            max_tokens=config.rollout.max_response_tokens,
+            num_samples=[2] * len(config.domain),
+            max_tokens=config.response_limits,
             temperature=config.rollout.temperature,
             seed=1,
         )
@@ -50,7 +60,6 @@ class Canary:
         completed = self.collector.complete(self.prompts, self.sampling)
         batch = make_batch(
             completed,
-            pass_threshold=1.0,
             num_data_ranks=self.groups.layout.data,
             data_rank=self.groups.data_rank,
             share_prompts=self.policy.shares_prompts,
@@ -63,22 +72,44 @@ class Canary:
     def check(self) -> float:
         """The difference; collective. Raises CanaryError with the first tensors that an engine holds with other values.
 
-        Rounding alone may exceed the tolerance in bf16: where all tensors agree, only a gross difference is an error.
+        Rounding alone may exceed the tolerance, except in fp32: where all tensors agree, only a gross difference is an
+        error.
         """
         difference = self.difference()
         if difference <= self.tolerance:
             return difference
-        names = self._mismatches()
-        if not names and difference <= _GROSS * self.tolerance:
+        different = self._compared().different
+        if not different and difference <= _GROSS * self.tolerance:
             return difference
-        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         raise CanaryError(
             f"engine and trainer log-probs of the same tokens differ by {difference:.3g} on average, more than "
             f"{self.tolerance:g}; "
-            + (f"tensors that differ: {shown}" if names else "yet no tensor was found to differ")
+            + (f"tensors that differ: {_some(different)}" if different else "yet no tensor was found to differ")
         )
 
-    def _mismatches(self) -> list[str]:
-        """Tensors that any rank's engine holds with other values, the same list on every rank."""
-        mine = self.collector.engine.mismatches(self.policy.weights())
-        return list(dict.fromkeys(name for names in gather_objects(mine, self.groups) for name in names))
+    def compare_weights(self) -> str:
+        """Hold every engine's weights against the policy's; says how many could be compared. Collective.
+
+        Raises CanaryError, the same on every rank, with the first tensors that an engine holds with other values.
+        """
+        found = self._compared()
+        if found.different:
+            raise CanaryError(
+                f"the engine does not hold what the trainer sent; tensors that differ: {_some(found.different)}"
+            )
+        compared = f"{found.num_tensors - len(found.unread)} of {found.num_tensors} tensors compared"
+        return compared + (f", the engine can't say what it holds of {_some(found.unread)}" if found.unread else "")
+
+    def _compared(self) -> Comparison:
+        """What the ranks' engines found together, the same on every rank."""
+        mine = self.collector.engine.compare(self.policy.weights())
+        found = gather_objects(mine, self.groups)
+        return Comparison(
+            different=tuple(dict.fromkeys(name for each in found for name in each.different)),
+            unread=tuple(dict.fromkeys(name for each in found for name in each.unread)),
+            num_tensors=mine.num_tensors,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

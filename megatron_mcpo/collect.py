@@ -1,10 +1,10 @@
 """Prompts in, scored groups out: sampling and verification, shared out over all engines of the job.
 
-Every engine completes its share of a step's prompts and its first rank scores them; then all ranks learn of all
+Every engine completes its share of a step's prompts and a rank of its scores them; then all ranks learn of all
 groups. So a step's data do not depend on how the trainer is laid out. Shape legend: see megatron_mcpo.types.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -17,10 +17,14 @@ from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How prompts are completed. `seed` is that of the first prompt's first sample."""
+    """How prompts are completed.
 
-    num_samples: int
-    max_tokens: int
+    num_samples, max_tokens: of each domain, in the configuration's order
+    seed: of the first prompt's first sample; the prompt at position p begins with seed + p * max(num_samples)
+    """
+
+    num_samples: Sequence[int]
+    max_tokens: Sequence[int]
     temperature: float
     seed: int
 
@@ -28,7 +32,7 @@ class Sampling:
 class Collector:
     """Completes and scores prompts. All ranks call it together with the same prompts.
 
-    scorer: on the first rank of every engine; None on the others
+    scorer: on one of the ranks that use an engine; None on the others
     """
 
     def __init__(
@@ -38,16 +42,18 @@ class Collector:
         tokenizer: PreTrainedTokenizerBase,
         groups: Groups,
         *,
-        engine_ranks: int,
+        num_engines: int,
+        my_engines: Collection[int],
         stop_token_ids: tuple[int, ...],
     ):
+        """my_engines: numbers, among the job's `num_engines`, of those that `engine` stands for on this rank"""
         self.engine = engine
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.groups = groups
         self.stop_token_ids = stop_token_ids
-        self.num_engines = groups.world_size // engine_ranks
-        self.engine_number = groups.rank // engine_ranks
+        self.num_engines = num_engines
+        self.my_engines = my_engines
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """One group a prompt, in order, the same on every rank; rewards are not yet there."""
@@ -58,7 +64,7 @@ class Collector:
         return self._share_out(prompts, sampling, score=True)
 
     def _share_out(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
-        mine = range(self.engine_number, len(prompts), self.num_engines)
+        mine = [i for i in range(len(prompts)) if i % self.num_engines in self.my_engines]
         groups: list[RolloutGroup] = []
         # The ranks of an engine wait for each other: one that fails must end at once, for torchrun to end the others.
         completed = self._generate([prompts[i] for i in mine], [self._seed(sampling, i) for i in mine], sampling)
@@ -70,15 +76,15 @@ class Collector:
         return [by_position[i] for i in range(len(prompts))]
 
     def _seed(self, sampling: Sampling, position: int) -> int:
-        return sampling.seed + position * sampling.num_samples
+        return sampling.seed + position * max(sampling.num_samples)
 
     def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling) -> list[RolloutGroup]:
         requests = [
             SamplingRequest(
                 token_ids=prompt.token_ids,
-                num_samples=sampling.num_samples,
+                num_samples=sampling.num_samples[prompt.domain],
                 seed=seed,
-                max_tokens=sampling.max_tokens,
+                max_tokens=sampling.max_tokens[prompt.domain],
                 temperature=sampling.temperature,
                 stop_token_ids=self.stop_token_ids,
             )

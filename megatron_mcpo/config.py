@@ -10,19 +10,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from megatron_mcpo import domain_rules
 from megatron_mcpo.config_io import apply_overrides, explain, read_toml, to_toml
+from megatron_mcpo.domain_sections import DataConfig, DomainConfig, EvaluationConfig, RewardsConfig
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.sections import (
     AlgorithmConfig,
     BatchConfig,
     ContrastiveConfig,
-    DomainConfig,
     EngineConfig,
-    EvaluationConfig,
     ModelSection,
     OptimizerConfig,
     ParallelConfig,
-    RewardsConfig,
     RolloutConfig,
     RunConfig,
     Section,
@@ -31,6 +30,7 @@ from megatron_mcpo.sections import (
 # What other keys of metrics.jsonl, eval.jsonl and the folder of runs are called.
 RESERVED_DOMAINS = ("mean", "worst", "step")
 RESERVED_RUN = "latest"
+_LAST_PORT = 65535
 
 
 class ConfigError(ValueError):
@@ -53,6 +53,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     optimizer: OptimizerConfig
+    data: DataConfig = DataConfig()
     rewards: RewardsConfig = RewardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     domain: Annotated[list[DomainConfig], Field(min_length=1)]
@@ -60,6 +61,16 @@ class Config(Section):
     @property
     def domain_names(self) -> list[str]:
         return [d.name for d in self.domain]
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rollouts a prompt, of each domain."""
+        return [d.samples or self.batch.samples for d in self.domain]
+
+    @property
+    def response_limits(self) -> list[int]:
+        """Most response tokens, of each domain."""
+        return [d.max_response_tokens or self.rollout.max_response_tokens for d in self.domain]
 
     def layout(self, world_size: int | None) -> Layout:
         """The layout on `world_size` ranks, or, for None, on as many as the configuration asks for.
@@ -81,10 +92,10 @@ class Config(Section):
         if world_size is not None and layout.world_size != world_size:
             wanted = f"{layout.world_size}" if p.data else f"a multiple of {replica}"
             problems.append(
-                f"parallel: {layout} needs {wanted} ranks, torchrun started {world_size}; start that many or change "
+                f"parallel: {layout} needs {wanted} ranks, there are {world_size}; start that many or change "
                 "the sizes under [parallel]"
             )
-        if layout.world_size % self.engine.tensor_parallel:
+        if not self.engine.servers and layout.world_size % self.engine.tensor_parallel:
             problems.append(
                 f"engine.tensor_parallel = {self.engine.tensor_parallel}: must divide the number of ranks, "
                 f"{layout.world_size} ({layout}); set it to one of its divisors"
@@ -173,6 +184,25 @@ def _kept_checkpoints(config: Config) -> list[str]:
     ]
 
 
+def _fp8(config: Config) -> list[str]:
+    if config.model.fp8 == "off" or config.model.dtype == "bf16":
+        return []
+    return [
+        f"model.fp8 = {config.model.fp8!r}: is a way to compute in bf16; set model.dtype to 'bf16', or this to 'off'"
+    ]
+
+
+def _servers(config: Config) -> list[str]:
+    servers = config.engine.servers
+    twice = sorted({url for url in servers if servers.count(url) > 1})
+    problems = [f"engine.servers: {url} is there twice; leave one of them out" for url in twice]
+    return problems + [
+        f"engine.servers: {url} has a port above {_LAST_PORT}; correct it"
+        for url in servers
+        if int(url.rpartition(":")[2]) > _LAST_PORT
+    ]
+
+
 def _virtual_pipeline(config: Config) -> list[str]:
     p = config.parallel
     if p.virtual_pipeline == 1 or p.pipeline > 1:
@@ -228,6 +258,25 @@ def _importance(config: Config) -> list[str]:
     ]
 
 
+def _quantized_dtype(config: Config) -> list[str]:
+    if config.engine.quantization == "none" or config.model.dtype == "bf16":
+        return []
+    return [
+        f"model.dtype = {config.model.dtype!r}: vLLM computes in bf16 with engine.quantization = "
+        f"{config.engine.quantization!r}; set it to 'bf16', or the quantization to 'none'"
+    ]
+
+
+def _quantized_importance(config: Config) -> list[str]:
+    if config.engine.quantization == "none" or config.algorithm.importance != "off":
+        return []
+    return [
+        "algorithm.importance = 'off': a quantized engine samples from another distribution than the one that is "
+        "trained, which the importance weight makes up for; set it to 'truncate' or 'mask', or engine.quantization "
+        "to 'none'"
+    ]
+
+
 def _sequence_ratio(config: Config) -> list[str]:
     if config.algorithm.clip != "gspo" or config.parallel.context == 1:
         return []
@@ -244,17 +293,35 @@ def _learning_rates(config: Config) -> list[str]:
     return [f"optimizer.min_lr = {rates.min_lr}: must not exceed optimizer.lr = {rates.lr}; lower it"]
 
 
+def _greedy_samples(config: Config) -> list[str]:
+    e = config.evaluation
+    if e.temperature > 0 or e.samples == 1:
+        return []
+    return [
+        f"evaluation.samples = {e.samples}: greedy responses (evaluation.temperature = 0) are all the same; set "
+        "samples to 1, or the temperature to that of the rollouts"
+    ]
+
+
 # Each with the sections it reads: where one of them is broken already, the rule would judge a value nobody wrote.
 _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("run",), _run_name),
     (("run",), _kept_checkpoints),
     (("domain",), _names),
+    (("domain",), domain_rules.sources),
+    (("domain", "rollout"), domain_rules.limits),
+    (("data", "domain"), domain_rules.mixing),
+    (("model",), _fp8),
+    (("engine",), _servers),
     (("parallel",), _virtual_pipeline),
     (("batch", "rollout"), _longest_rollout),
     (("batch",), _minibatches),
     (("contrastive",), _rewarding),
     (("contrastive",), _diagnosis),
     (("algorithm",), _importance),
+    (("engine", "model"), _quantized_dtype),
+    (("engine", "algorithm"), _quantized_importance),
     (("algorithm", "parallel"), _sequence_ratio),
     (("optimizer",), _learning_rates),
+    (("evaluation",), _greedy_samples),
 ]

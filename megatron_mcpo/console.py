@@ -25,9 +25,11 @@ SUMMARY_WINDOW = 5
 
 # Where everything lies, in the order of the summary: path in the run folder, what it is.
 PLACES = (
+    ("report.html", "figures, maps and rollouts on one page, for a browser"),
     ("plots", "plots (PNG)"),
     ("metrics.jsonl", "figures of every step"),
     ("eval.jsonl", "held-out evaluations"),
+    ("notes.jsonl", "notes and warnings of the run"),
     ("rollouts", "every prompt, completion, reward and advantage"),
     ("representations", "representations by step"),
     ("checkpoints", "checkpoints"),
@@ -287,7 +289,7 @@ def _summary_table(
 ) -> Table:
     window, rows = summary_rows(steps, evaluations, domains)
     plural = "step" if window == 1 else "steps"
-    table = Table(title=f"{steps[-1]['step']} steps: training reward, and greedy accuracy on held-out items")
+    table = Table(title=f"{steps[-1]['step']} steps: training reward, and accuracy on held-out items")
     table.add_column("domain")
     headings = [f"reward\nfirst {window} {plural}", f"reward\nlast {window} {plural}", "change", "factor"]
     headings += ["held-out\nbefore", "held-out\nafter", "change"] if evaluations else []

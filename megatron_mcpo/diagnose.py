@@ -11,7 +11,7 @@ from megatron_mcpo.objective import Contrasted, Objective, Scored
 
 
 def term_gradients(
-    objective: Objective, policy: Policy, scored: Scored, advantages_PG: Tensor, contrasted: Contrasted
+    objective: Objective, policy: Policy, scored: Scored, advantages_M: Tensor, contrasted: Contrasted
 ) -> dict[str, float]:
     """Of each contrastive term with its weight, for TERM share and consolidate:
 
@@ -23,7 +23,7 @@ def term_gradients(
     rank's share of two gradients is held meanwhile, in fp32. No parameter moves; all ranks together.
     """
     settings = objective.config.contrastive
-    own = policy.trunk_gradient(scored.batch, objective.loss(scored, advantages_PG, None))
+    own = policy.trunk_gradient(scored.batch, objective.loss(scored, advantages_M, None))
     own_norm = policy.dot(own, own) ** 0.5
     figures = {"gradient/trunk_policy": own_norm}
     weights = {"share": settings.share_weight, "consolidate": settings.consolidate_weight}

@@ -1,4 +1,4 @@
-"""Everything a run says, on the one rank that speaks: console, metrics files, trackers, dumps, plots."""
+"""Everything a run says, on the one rank that speaks: console, metrics files, trackers, dumps, plots, the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_mcpo.config import Config
 from megatron_mcpo.console import Console
+from megatron_mcpo.html_report import write_report
 from megatron_mcpo.metrics import MetricsLog, write_representations, write_rollouts
 from megatron_mcpo.plots import write_plots
 from megatron_mcpo.report import BatchReport, rollout_rows
@@ -34,18 +35,22 @@ class Journal:
         self._folder = folder
         self._tokenizer = tokenizer
         self._evaluated = {first_step} if evaluated else set[int]()
+        self._step = first_step
         if folder is not None:
             self._log = MetricsLog(folder.path, config.run.trackers)
             self._console = Console(config, config.run.steps, first_step + 1)
 
     def note(self, text: str) -> None:
+        """Say something that is no figure, and keep it with the step it follows."""
         if self._folder is not None:
             self._console.note(text)
+            self._log.log_note(self._step, text)
 
     def step(self, step: int, figures: Mapping[str, float], learned: Sequence[BatchReport]) -> None:
         """Log a training step and dump its rollouts and representations."""
         if self._folder is None:
             return
+        self._step = step
         self._log.log(step, dict(figures))
         self._console.step(step, dict(figures))
         self._dump(self._folder.path, step, learned)
@@ -53,21 +58,31 @@ class Journal:
     def has_evaluation(self, step: int) -> bool:
         return step in self._evaluated
 
-    def evaluation(self, step: int, accuracies: Mapping[str, float]) -> None:
-        """Log held-out accuracies."""
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log a held-out evaluation."""
         if self._folder is None:
             return
-        self._log.log_eval(step, dict(accuracies))
-        self._console.evaluation(step, dict(accuracies))
+        self._log.log_eval(step, figures)
+        self._console.evaluation(step, {name: figures[name] for name in self._config.domain_names})
 
     def finish(self) -> None:
-        """Draw the plots, print the summary and mark the run as complete."""
+        """Draw the plots, mark the run as complete, write the report and print the summary."""
         if self._folder is None:
             return
         for note in write_plots(self._folder.path, self._config.domain_names).notes:
-            self._console.note(note)
+            self.note(note)
         self._folder.finish()
+        try:
+            write_report(self._folder.path, self._config)
+        except Exception as error:  # a page that can't be written is no reason for a finished run to fail
+            self.note(f"WARNING: no report.html ({type(error).__name__}: {error}); tools/report.py tries again")
         self._console.summary(self._folder.path)
+
+    def stop(self, step: int) -> None:
+        """Mark the run as one that made room after `step`, and wants to be started again."""
+        if self._folder is not None:
+            self._folder.ask_for_restart()
+            self.note(f"asked to stop: ended after step {step}; the same command goes on from there")
 
     def close(self) -> None:
         """Leave the terminal as it was and end the trackers' runs, also after a failure."""
@@ -85,11 +100,10 @@ class Journal:
         if not drawn:
             return
         groups = [group for report in drawn for group in report.groups]
-        rewards = np.array([reward for group in groups for reward in group.rewards])
         write_representations(
             folder,
             step,
             z=np.concatenate([report.z_MD.float().cpu().numpy() for report in drawn if report.z_MD is not None]),
-            domain=np.array([group.prompt.domain for group in groups for _ in group.rewards]),
-            correct=rewards >= self._config.algorithm.pass_threshold,
+            domain=np.array([group.prompt.domain for group in groups for _ in group.correct]),
+            correct=np.array([correct for group in groups for correct in group.correct]),
         )

@@ -1,7 +1,7 @@
 """What a run leaves behind for other tools: its figures (files, TensorBoard, trackers), rollouts, representations.
 
 Telemetry never ends a training run. Where the disk or a tracker fails, a warning says so the first time, `failures`
-counts every time, and lines of metrics.jsonl and eval.jsonl wait in memory until the disk takes them again.
+counts every time, and lines of the .jsonl files wait in memory until the disk takes them again.
 """
 
 import importlib.util
@@ -42,6 +42,7 @@ class MetricsLog:
         self.failures = 0
         self._steps = _JsonLines(folder / "metrics.jsonl")
         self._evaluations = _JsonLines(folder / "eval.jsonl")
+        self._notes = _JsonLines(folder / "notes.jsonl")
         self._sinks: dict[str, Sink] = {}
         self._warned: set[str] = set()
         steps = [row["step"] for row in read_jsonl(folder / "metrics.jsonl")]
@@ -54,12 +55,14 @@ class MetricsLog:
         self._write("metrics.jsonl", self._steps, step, values, order=sorted(values))
         self._to_sinks(step, values)
 
-    def log_eval(self, step: int, accuracies: Mapping[str, float]) -> None:
-        """Write one held-out evaluation: accuracy by domain name, their mean and the worst."""
-        assert accuracies and not {"step", "mean", "worst"} & set(accuracies), list(accuracies)
-        values = {**accuracies, **mean_and_worst(accuracies)}
+    def log_eval(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the figures of one held-out evaluation, which megatron_mcpo.accuracy describes."""
         self._write("eval.jsonl", self._evaluations, step, values, order=list(values))
         self._to_sinks(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def log_note(self, step: int, text: str) -> None:
+        """Keep something that is no figure, said after `step`."""
+        self._guard("notes.jsonl", lambda: self._notes.append({"step": step, "text": text}))
 
     def close(self) -> None:
         """End the trackers' runs."""
@@ -105,13 +108,6 @@ class Sink(Protocol):
 def check_trackers(config: Config) -> list[str]:
     """A problem for each tracker of run.trackers whose package is missing; imports none of them."""
     return [problem for name in config.run.trackers if (problem := _missing(name))]
-
-
-def mean_and_worst(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Mean over domains, each counting the same, and the lowest; NaN when one is."""
-    values = list(accuracies.values())
-    worst = math.nan if any(math.isnan(value) for value in values) else min(values)
-    return {"mean": math.fsum(values) / len(values), "worst": worst}
 
 
 def write_rollouts(folder: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> bool:

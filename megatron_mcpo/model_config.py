@@ -1,8 +1,10 @@
 """The model's own numbers, and whether it can be divided and served as asked. Imports no torch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from megatron_mcpo.layout import Layout
@@ -71,9 +73,12 @@ class ModelConfig:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: int) -> list[str]:
+def layout_problems(
+    model: ModelConfig, layout: Layout, engine_tensor_parallel: int, *, engine_in_ranks: bool = True
+) -> list[str]:
     """Why this model can't be divided like this: value, rule, and the values that would do. Empty: it can.
 
+    engine_in_ranks: the engines live in the ranks of the layout
     The vocabulary is no obstacle to the trainer, which pads it to a multiple of the tensor-parallel ranks.
     """
     problems = [
@@ -93,9 +98,10 @@ def layout_problems(model: ModelConfig, layout: Layout, engine_tensor_parallel: 
             "set virtual_pipeline to 1 or raise pipeline"
         )
     problems += _expert_problems(model, layout)
-    possible_engine = [n for n in _possible_tensor(model, in_engine=True) if layout.world_size % n == 0]
+    ranks = layout.world_size if engine_in_ranks else 0
+    possible_engine = [n for n in _possible_tensor(model, in_engine=True) if ranks % n == 0]
     engine = _tensor_problems(model, engine_tensor_parallel, in_engine=True)
-    if layout.world_size % engine_tensor_parallel:
+    if ranks % engine_tensor_parallel:
         engine.append(f"must divide the {layout.world_size} ranks of the run")
     problems += [
         f"engine.tensor_parallel = {engine_tensor_parallel}: {problem}; possible: {_listed(possible_engine)}"
@@ -124,9 +130,56 @@ def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_
     return problems
 
 
+def quantization_problems(
+    model: ModelConfig, engine_tensor_parallel: int, *, in_servers: bool, on_cpu: bool
+) -> list[str]:
+    """Why vLLM's FP8 kernels would not take a layer's matrices: value, rule and fix. Empty: they would.
+
+    in_servers: the engines are servers, which on a CPU lack what vllm_cpu_fixes.cpu_fp8 does
+    Of a rank's matrices. On a GPU the kernels take inputs in groups of 128 and we stay with outputs of whole blocks; on
+    a CPU they pack 16 outputs x 32 inputs (0.30.0). Experts are padded by vLLM.
+    """
+    if in_servers and on_cpu:
+        return [
+            "engine.quantization = 'fp8_per_block': not in a server on a CPU; leave engine.servers empty, or set it to "
+            "'none'"
+        ]
+    of_inputs, of_outputs = (32, 16) if on_cpu else (128, 128)
+    ranks = engine_tensor_parallel
+    kv_heads = max(1, model.num_kv_heads // ranks)
+    sizes = {
+        "hidden size": (model.hidden_size, of_inputs),
+        "query rows": (model.num_heads // ranks * model.head_dim, of_inputs),
+        "query, key and value rows": ((model.num_heads // ranks + 2 * kv_heads) * model.head_dim, of_outputs),
+    }
+    if model.experts is None:
+        sizes["MLP units"] = (model.ffn_hidden_size // ranks, of_inputs)
+    return [
+        f"engine.quantization = 'fp8_per_block': vLLM's kernels need a multiple of {multiple}, an engine rank has "
+        f"{size} {name} (engine.tensor_parallel = {ranks}); choose other ranks or another model, or set it to 'none'"
+        for name, (size, multiple) in sizes.items()
+        if size % multiple
+    ]
+
+
 def padded_vocabulary(vocab_size: int) -> int:
     """Rows of vLLM's embeddings over all ranks of an engine: VocabParallelEmbedding's default padding (0.30.0)."""
     return -(-vocab_size // 64) * 64
+
+
+def fast_dtype() -> Literal["bf16", "fp32"]:
+    """bf16 on GPUs (see `vllm_on_cpu`) and on CPUs with AVX-512; fp32 on others.
+
+    With AVX2 alone torch's products of bf16 were measured 4 to 8 times slower than those of fp32, and up to 90 times in
+    the backward pass.
+    """
+    if not vllm_on_cpu():
+        return "bf16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "fp32"
+    return "bf16" if re.search(r"\bavx512bw\b", flags) else "fp32"
 
 
 def vllm_on_cpu() -> bool:

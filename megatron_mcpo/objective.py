@@ -13,7 +13,7 @@ from megatron_mcpo.algo.advantage import group_advantages
 from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
 from megatron_mcpo.algo.policy_loss import policy_loss, token_weights
 from megatron_mcpo.algo.surrogate import surrogate
-from megatron_mcpo.batch import domains_of, rewards_of
+from megatron_mcpo.batch import rewards_of
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
@@ -65,20 +65,20 @@ class Objective:
         contrast = contrastive(z_MD, scored.batch.keys.to(z_MD.device), settings)
         return Contrasted(z_MD=z_MD, contrast=contrast, version=scores.version)
 
-    def advantages(self, groups: Sequence[RolloutGroup], contrasted: Contrasted | None) -> Tensor:
-        """Group-relative advantages [P, G] of the rewards, from which mode "reward" takes the contrastive terms."""
-        settings = self.config.contrastive
-        rewards_PG = rewards_of(groups)
+    def advantages(self, scored: Scored, contrasted: Contrasted | None) -> Tensor:
+        """Group-relative advantages [M] of the rewards, from which mode "reward" takes the contrastive terms."""
+        settings, keys = self.config.contrastive, scored.batch.keys
+        rewards_M = rewards_of(scored.groups)
         if contrasted is not None and settings.mode == "reward":
-            rewards_PG += reward_penalty(contrasted.contrast, settings).view_as(rewards_PG).cpu()
-        return group_advantages(rewards_PG, domains_of(groups), kind=self.config.algorithm.advantage)
+            rewards_M += reward_penalty(contrasted.contrast, settings).cpu()
+        return group_advantages(rewards_M, keys.prompt_M, keys.domain_M, kind=self.config.algorithm.advantage)
 
-    def loss(self, scored: Scored, advantages_PG: Tensor, contrasted: Contrasted | None) -> LossFunction:
+    def loss(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> LossFunction:
         """A micro-batch's share of the objective."""
         batch, settings = scored.batch, self.config.algorithm
         device = scored.old.logp_R.device
         rollout_R = batch.rollout_R
-        advantages_R = advantages_PG.flatten()[batch.rows_N][rollout_R].to(device)
+        advantages_R = advantages_M[batch.rows_N][rollout_R].to(device)
         engine_logp_R = batch.engine_logp_R.to(device)
         weights_R = token_weights(
             batch.response_lens_N,

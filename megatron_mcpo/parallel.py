@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mcpo import platform
 from megatron_mcpo.config import ConfigError
@@ -17,6 +18,28 @@ from megatron_mcpo.layout import Layout
 platform.apply()  # before the imports of Megatron-Core below
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+
+class Peers(Protocol):
+    """Processes that can agree. host: carries Python objects between them; None where there is but one of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def host(self) -> dist.ProcessGroup | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """Processes that share work, and no model."""
+
+    rank: int = 0
+    world_size: int = 1
+    host: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +115,43 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
         raise ValueError(
             f"{layout} needs {layout.world_size} ranks, {world_size} are running; start {layout.world_size} of them"
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=timeout_seconds / 60,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return _groups(layout, timeout)
+    _form_groups(layout, seed=seed, timeout=timeout, gloo=True)
+    # On a CPU the world's group carries objects already; NCCL can't.
+    host = None if platform.backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    return _groups(layout, host)
+
+
+@contextmanager
+def pretend(layout: Layout, *, rank: int) -> Iterator[Groups]:
+    """The groups of one rank of a run that isn't there: nobody answers, collectives return at once (torch's fake).
+
+    For the shapes of what that rank would hold and of what it would send. Not while a process group exists.
+    """
+    assert not dist.is_initialized(), "a rank of a run can't pretend to be another one"
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+    try:
+        _form_groups(layout, seed=0, timeout=timedelta(seconds=60), gloo=False)
+        # Its optimizer asks for groups of host tensors: these are as good, since nothing travels.
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = parallel_state.get_data_parallel_group(
+            with_context_parallel=True
+        )
+        parallel_state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO = parallel_state.get_expert_data_parallel_group()
+        yield _groups(layout, None)
+    finally:
+        destroy()
+
+
+@contextmanager
+def team(*, timeout_seconds: float) -> Iterator[Team]:
+    """The processes that torchrun started, or this one alone. One that waits longer for the others fails."""
+    if "RANK" not in os.environ:
+        yield Team()
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield Team(rank=dist.get_rank(), world_size=dist.get_world_size(), host=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 def destroy() -> None:
@@ -112,15 +161,13 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def raise_together(error: Exception | None, groups: Groups) -> None:
+def raise_together(error: Exception | None, groups: Peers) -> None:
     """Agree whether any rank has an error; then every rank raises, or none. Collective over all ranks.
 
     Raises this rank's own error, with the others' noted on it. A rank without one raises what the user has to mend
     (ConfigError) where that is what stopped another, else a RuntimeError that names the ranks and their errors.
     """
-    failed = torch.tensor([error is not None], dtype=torch.int32)
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group=groups.host)
-    if not failed.item():
+    if not anywhere(error is not None, groups):
         return
     problems = error.problems if isinstance(error, ConfigError) else []
     mine = None if error is None else (f"{type(error).__name__}: {error}", problems)
@@ -137,7 +184,7 @@ def raise_together(error: Exception | None, groups: Groups) -> None:
 
 
 @contextmanager
-def together(groups: Groups) -> Iterator[None]:
+def together(groups: Peers) -> Iterator[None]:
     """A block whose failure on any rank is a failure on every rank, after the block (see `raise_together`).
 
     Nothing inside may wait for another rank, which might have failed.
@@ -150,15 +197,28 @@ def together(groups: Groups) -> Iterator[None]:
     raise_together(error, groups)
 
 
-def agree[T](value: T, groups: Groups) -> T:
+def agree[T](value: T, groups: Peers) -> T:
     """Rank 0's value, on every rank."""
+    if groups.host is None:
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0, group=groups.host)
     return box[0]
 
 
-def gather_objects[T](value: T, groups: Groups) -> list[T]:
+def anywhere(flag: bool, groups: Peers) -> bool:
+    """Whether the flag is set on any rank. Collective over all ranks."""
+    if groups.host is None:
+        return flag
+    count = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(count, dist.ReduceOp.MAX, group=groups.host)
+    return bool(count.item())
+
+
+def gather_objects[T](value: T, groups: Peers) -> list[T]:
     """Every rank's value, in order of rank, on every rank."""
+    if groups.host is None:
+        return [value]
     found: list[Any] = [None] * groups.world_size
     dist.all_gather_object(found, value, group=groups.host)
     return found
@@ -174,11 +234,25 @@ def _start(timeout: timedelta) -> None:
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _groups(layout: Layout, timeout: timedelta) -> Groups:
+def _form_groups(layout: Layout, *, seed: int, timeout: timedelta, gloo: bool) -> None:
+    """gloo: whether Megatron-Core also gets groups for host tensors, which its checkpoints use"""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        create_gloo_process_groups=gloo,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _groups(layout: Layout, host: dist.ProcessGroup | None) -> Groups:
+    """host: None for the world's own group"""
     world = dist.group.WORLD
     assert world is not None
-    # On a CPU the world's group carries objects already; NCCL can't.
-    host = world if platform.backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return Groups(
         layout=layout,
         rank=dist.get_rank(),
@@ -190,5 +264,5 @@ def _groups(layout: Layout, timeout: timedelta) -> Groups:
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert=parallel_state.get_expert_model_parallel_group(),
         world=world,
-        host=host,
+        host=host or world,
     )

@@ -13,6 +13,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import logging
+import os
 import queue
 import sys
 import types
@@ -48,11 +49,15 @@ _KNOWN_LOG_LINES = {
 
 _hits: dict[str, int] = {}
 _torch_for_megatron: types.ModuleType | None = None
+_only_shapes = False
 
 
 def apply() -> bool:
     """Make Megatron-Core run on the CPU unless CUDA is available; returns whether it does. Later calls do nothing."""
     global _torch_for_megatron
+    # Read when Transformer Engine is imported, by Megatron-Core: scales of FP8 blocks are then any number, as vLLM's,
+    # not powers of two.
+    os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     if torch.cuda.is_available():
         return False
     if _torch_for_megatron is not None:
@@ -70,7 +75,21 @@ def apply() -> bool:
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
+    if _only_shapes:
+        return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+
+
+@contextlib.contextmanager
+def only_shapes() -> Iterator[None]:
+    """A block in which modules get parameters with shapes but without memory (torch's meta device)."""
+    global _only_shapes
+    _only_shapes = True
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _only_shapes = False
 
 
 def backend() -> str:

@@ -7,7 +7,7 @@ Domains differ in colour and in marker: the colours are Okabe and Ito's, which c
 import io
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,17 @@ class Plots:
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Values over steps, and a band around them; NaN counts as absent. All four have the same length."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,30 @@ def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
     return Plots(files=tuple(files), notes=tuple(notes))
 
 
+def write_curves(path: Path, panels: Mapping[str, Sequence[Curve]], *, title: str, ylabel: str) -> None:
+    """Write a PNG with a panel for each entry; curves of one label look the same in all. Raises OSError."""
+    labels = list(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(4.5 * columns + 1.5, 3.2 * rows + 0.6)
+    cells = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
+    for axes, (name, curves) in zip(cells, panels.items(), strict=False):
+        for curve in curves:
+            colour, marker = _style(labels.index(curve.label))
+            every = 1 + len(curve.steps) // MARKERS_A_CURVE
+            axes.plot(
+                curve.steps, curve.values, color=colour, linewidth=1.6, marker=marker, markevery=every, markersize=5
+            )
+            axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        axes.set_title(name, fontsize=11)
+        _finish_axes(axes, ylabel=ylabel)
+    for axes in cells:  # of the last row, what no panel is left for
+        axes.set_visible(False)
+    _curve_legend(figure, labels)
+    figure.suptitle(title, fontsize=13)
+    _save(figure, path)
+
+
 def principal_plane(z_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The plane through the mean along which the rows vary most (principal component analysis).
 
@@ -119,8 +154,8 @@ def similarity_matrix(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> n
     return matrix
 
 
-def _smoothing_window(num_steps: int) -> int:
-    """An odd number of steps: none for a handful, 5 for the usual short run, a twentieth of a long one."""
+def smoothing_window(num_steps: int) -> int:
+    """Steps that a curve is smoothed over, odd: 1 of a handful, 5 in the usual short run, a twentieth of a long one."""
     return 1 if num_steps < 6 else 3 if num_steps < 12 else 2 * max(2, num_steps // 40) + 1
 
 
@@ -151,7 +186,7 @@ def _draw_rewards(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> "Figu
     if not present:
         return None
     steps = [row["step"] for row in rows]
-    window = _smoothing_window(len(rows))
+    window = smoothing_window(len(rows))
     every = 1 + len(rows) // MARKERS_A_CURVE
     figure = _figure(9.0, 5.0)
     axes = figure.subplots()
@@ -183,12 +218,27 @@ def _draw_evaluations(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> "
         colour, marker = _style(i)
         axes.plot(steps, _series(rows, name), color=colour, linewidth=1.6, marker=marker, markersize=7, label=name)
     axes.plot(steps, _series(rows, "mean"), color="black", linewidth=3, marker=".", markersize=10, label="mean")
-    axes.set_title("Held-out accuracy by domain (greedy)", fontsize=12)
+    axes.set_title("Held-out accuracy by domain", fontsize=12)
     _finish_curves(axes, ylabel="share of held-out items answered correctly")
     return figure
 
 
 def _finish_curves(axes: "Axes", ylabel: str) -> None:
+    _finish_axes(axes, ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _curve_legend(figure: "Figure", labels: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for number, label in enumerate(labels):
+        colour, marker = _style(number)
+        handles.append(Line2D([], [], color=colour, marker=marker, linewidth=1.6, markersize=5, label=label))
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+
+
+def _finish_axes(axes: "Axes", ylabel: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
@@ -199,7 +249,6 @@ def _finish_curves(axes: "Axes", ylabel: str) -> None:
         axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _project(folder: Path, num_domains: int) -> tuple[list[_Map], np.ndarray]:
@@ -207,9 +256,9 @@ def _project(folder: Path, num_domains: int) -> tuple[list[_Map], np.ndarray]:
     files = step_files(folder)
     parts = []
     for step, path in dict([files[0], files[-1]]).items() if files else ():
-        loaded = _load(path, num_domains)
+        loaded = load_representations(path, num_domains)
         if loaded is not None:
-            parts.append((step, *loaded))
+            parts.append((step, *loaded[1:]))
     if not parts:
         return [], np.zeros(2)
     mean_D, plane_2D, share_2 = principal_plane(np.concatenate([z for _, z, _, _ in parts]))
@@ -220,15 +269,18 @@ def _project(folder: Path, num_domains: int) -> tuple[list[_Map], np.ndarray]:
     return maps, share_2
 
 
-def _load(path: Path, num_domains: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Representations as float64, domains, correctness; rows that are not finite are left out; None: a bad file."""
+def load_representations(path: Path, num_domains: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Row numbers in the file, representations as float64, domains, correctness of the rows that are finite.
+
+    None where there is none, and for a damaged file.
+    """
     try:
         with np.load(path, allow_pickle=False) as data:
             z, domain, correct = data["z"].astype(np.float64), data["domain"], data["correct"].astype(bool)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         return None
     keep = np.isfinite(z).all(axis=1) & (domain >= 0) & (domain < num_domains)
-    return (z[keep], domain[keep], correct[keep]) if keep.any() else None
+    return (keep.nonzero()[0], z[keep], domain[keep], correct[keep]) if keep.any() else None
 
 
 def _draw_maps(maps: Sequence[_Map], share_2: np.ndarray, names: Sequence[str]) -> "Figure | None":

@@ -4,6 +4,9 @@ Of the rollouts, at the weights that sampled them. Those with * are also there a
 failed count as errors and nowhere else; a mean over nothing is NaN.
   reward/<domain>            mean over rollouts
   reward/mean                mean over the domains of the step, each counting the same; NaN when one is
+  reward_std/<domain>        standard deviation of the rewards within a group (over G): mean over groups
+  pass_rate/<domain>         share of rollouts whose answer passed, whatever form and length cost them
+  all_right/<domain>, all_wrong/<domain>   share of groups of whose rollouts all passed, and none
   signal *                   share of groups whose rewards differ
   response_tokens *          mean over rollouts
   truncated *                share of rollouts that reached the response limit
@@ -12,7 +15,8 @@ failed count as errors and nowhere else; a mean over nothing is NaN.
   engine/logprob_diff_mean   |policy - engine| of the sampled token, in nats: mean over response tokens;
                              engine/logprob_diff/<domain> by domain
   engine/logprob_diff_max    the largest of these
-  groups/errors              groups whose verifier failed; errors/<domain> by domain
+  groups/errors              groups whose verifier failed; errors/<domain> by domain; timeouts/<domain> those of them
+                             whose verifier took too long
 
 Of the optimizer steps: means over them, where a step has several.
   loss/policy, loss/kl, clip_fraction, ratio, importance/weight, importance/capped   see algo.policy_loss.PolicyLoss
@@ -32,15 +36,21 @@ Of the optimizer steps: means over them, where a step has several.
   lr                         0 where the update was not applied
   update/applied             0 where the gradient was not finite, so that nothing moved; else 1
 
+Of dynamic sampling (data.resample). The figures of rollouts are of the groups that were trained on.
+  resample/rounds            rounds of replacement that the step took
+  resample/replaced          groups without signal that were replaced by others
+  resample/prompts           prompts sampled altogether: those of the step, and the replacements
+
 Of the work done.
   tokens/trained             prompt and response tokens, a prompt counted with each of its rollouts
   time/step                  seconds; parts of it: time/rollout, time/score, time/update, sync/seconds (new weights),
-                             and time/diagnose in the steps that measure gradients
-  sync/bytes                 bytes of weights given to the engine
+                             time/verify (engine.verify_sync), and time/diagnose in the steps that measure gradients
+  sync/bytes                 bytes of the new weights that rank 0 received from other ranks
   memory/peak_gib            see memory.peak_memory_gib
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +72,7 @@ class BatchReport:
     """One optimizer step: the groups it learned from and what is known of them; stats_MK: K = len(COLUMNS)."""
 
     groups: Sequence[RolloutGroup]
-    advantages_PG: Tensor
+    advantages_M: Tensor
     stats_MK: Tensor
     z_MD: Tensor | None
     contrast: Contrast | None
@@ -107,20 +117,25 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
     """A row a rollout of one optimizer step, for people to read. prompts: the text of each group's prompt.
 
     row: number of the rollout in this optimizer step, from 0: unique together with the file's `minibatch`
+    group: number of its prompt in this optimizer step
     positives: the first 64 of the rollout's positives of the sharing term, as `row` numbers of the same minibatch;
     empty where it is no anchor, and where the contrastive terms are off
+    num_positives, num_consolidated, num_negatives: how many positives it has of the sharing and of the consolidation
+    term, and how many negatives; 0 where it is no anchor of the term (negatives: of either)
     source, index: name the item for good
     version: of the weights that it was sampled with
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     contrast = report.contrast
     listed = contrast.listed_ML.where(contrast.valid_share_M[:, None], -1).tolist() if contrast else None
+    counts = _pair_counts(contrast, len(report.keys))
     for number, (group, prompt) in enumerate(zip(report.groups, prompts, strict=True)):
         for sample, completion in enumerate(group.completions):
-            row = number * len(group.completions) + sample
+            row = len(rows)
             rows.append(
                 {
                     "row": row,
+                    "group": number,
                     "domain": domain_names[group.prompt.domain],
                     "source": group.prompt.source,
                     "index": group.prompt.index,
@@ -129,12 +144,25 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
                     "stop_reason": completion.stop_reason.value,
                     "answer": group.prompt.entry.get("answer"),
                     "reward": group.rewards[sample],
-                    "advantage": float(report.advantages_PG[number, sample]),
+                    "correct": group.correct[sample],
+                    "advantage": float(report.advantages_M[row]),
                     "version": completion.version,
                     "positives": [column for column in listed[row] if column >= 0] if listed else [],
+                    **{name: column[row] for name, column in counts.items()},
                 }
             )
     return rows
+
+
+def _pair_counts(contrast: Contrast | None, num_rollouts: int) -> dict[str, list[int]]:
+    """The counts of `rollout_rows`, of every rollout."""
+    if contrast is None:
+        return {f"num_{name}": [0] * num_rollouts for name in ("positives", "consolidated", "negatives")}
+    return {
+        "num_positives": (contrast.positives_share_M * contrast.valid_share_M).tolist(),
+        "num_consolidated": (contrast.positives_consolidate_M * contrast.valid_consolidate_M).tolist(),
+        "num_negatives": contrast.negatives_M.tolist(),
+    }
 
 
 def _figures_of(
@@ -143,7 +171,6 @@ def _figures_of(
     groups = [g for g in collected if domain is None or g.prompt.domain == domain]
     scored = [g for g in groups if g.error is None]
     completions = [c for g in scored for c in g.completions]
-    rewards = [r for g in scored for r in g.rewards]
     selected = [_rows_of(report.groups, domain) for report in reports]
     stats = torch.cat(
         [torch.zeros(0, len(COLUMNS)), *(r.stats_MK.cpu()[rows] for r, rows in zip(reports, selected, strict=True))]
@@ -162,10 +189,21 @@ def _figures_of(
         figures["engine/logprob_diff_mean"] = mismatch
         figures["engine/logprob_diff_max"] = stats[:, 3].max().item() if num_tokens else float("nan")
     else:
-        figures[f"reward{suffix}"] = _mean(rewards)
         figures[f"errors{suffix}"] = float(len(groups) - len(scored))
+        figures[f"timeouts{suffix}"] = float(sum(g.timed_out for g in groups))
+        figures |= _reward_figures(scored, suffix)
         figures[f"engine/logprob_diff{suffix}"] = mismatch
     return figures | _contrast_figures(reports, selected, suffix)
+
+
+def _reward_figures(scored: Sequence[RolloutGroup], suffix: str) -> dict[str, float]:
+    return {
+        f"reward{suffix}": _mean([r for g in scored for r in g.rewards]),
+        f"reward_std{suffix}": _mean([statistics.pstdev(g.rewards) for g in scored]),
+        f"pass_rate{suffix}": _mean([c for g in scored for c in g.correct]),
+        f"all_right{suffix}": _mean([all(g.correct) for g in scored]),
+        f"all_wrong{suffix}": _mean([not any(g.correct) for g in scored]),
+    }
 
 
 def _contrast_figures(reports: Sequence[BatchReport], selected: Sequence[Tensor], suffix: str) -> dict[str, float]:

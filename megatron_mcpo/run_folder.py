@@ -2,10 +2,11 @@
 
 DIR/NAME/
   config.toml       resolved configuration      metrics.jsonl      one object a step
-  eval.jsonl        one object an evaluation    tensorboard/       the same figures as event files
+  eval.jsonl        one object an evaluation    notes.jsonl        what else was said, with the step it followed
+  report.html       all of it on one page       tensorboard/       the same figures as event files
   rollouts/         step_000012.jsonl           representations/   step_000012.npz
   checkpoints/      plots/                      trackers/          ids of their runs, wandb's files; only with trackers
-  FINISHED          written by `finish`
+  FINISHED          written by `finish`             REQUEUE            stopped to make room: wants to be started again
 DIR/latest -> NAME
 """
 
@@ -18,13 +19,14 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_mcpo.config import Config, ConfigError, dump, load
 
+REQUEUE = "REQUEUE"
 FOLDERS = ("tensorboard", "rollouts", "representations", "checkpoints", "plots")
 
 # Keys that change neither a figure nor a weight of the run, bit for bit: a run may be resumed with other values.
@@ -40,7 +42,10 @@ NEUTRAL_KEYS = frozenset(
         "run.keep_checkpoints",
         "run.keep_every",
         "engine.canary_every",
+        "engine.verify_sync",
         "contrastive.diagnose_every",
+        "model.offload_reference",
+        "optimizer.offload",
         "rewards.workers",
     }
 )
@@ -64,7 +69,8 @@ class RunFolder:
         """Create or reuse the folder of a run; called by one rank.
 
         The first of NAME, NAME-2, NAME-3, ... that does not exist, or (run.resume = "auto") that holds an unfinished
-        run whose configuration differs in NEUTRAL_KEYS and [parallel] only. Nothing that exists is overwritten.
+        run whose configuration differs in NEUTRAL_KEYS, [parallel] and engine.servers only. Nothing that exists is
+        overwritten.
         Raises ConfigError when run.dir can't be written, run.name can't be used, or another process holds the folder.
         """
         parent, name = Path(config.run.dir), config.run.name
@@ -87,10 +93,11 @@ class RunFolder:
         """Drop what was logged after `step`, the step of the checkpoint that the run goes on from.
 
         A killed run has logged steps that its last checkpoint knows nothing of; they are run, and logged, again.
-        Lines of metrics.jsonl and eval.jsonl and files of rollouts/ and representations/ go; a half-written line goes
-        too. -1 drops everything: without a checkpoint even the evaluation of step 0 is made again.
+        Lines of metrics.jsonl, eval.jsonl and notes.jsonl and files of rollouts/ and representations/ go; a
+        half-written line goes too. -1 drops everything: without a checkpoint even the evaluation of step 0 is made
+        again.
         """
-        for name in ("metrics.jsonl", "eval.jsonl"):
+        for name in ("metrics.jsonl", "eval.jsonl", "notes.jsonl"):
             _truncate_lines(self.path / name, step)
         for name in ("rollouts", "representations"):
             for leftover in (self.path / name).glob(".*.tmp"):
@@ -107,9 +114,26 @@ class RunFolder:
         """Mark the run as complete: it is never resumed, the next launch gets a folder of its own."""
         write_atomically(self.path / "FINISHED", b"")
 
+    def ask_for_restart(self) -> None:
+        """Mark the run as one that stopped to make room. Whoever starts it again takes the mark away."""
+        write_atomically(self.path / REQUEUE, b"")
+
     def close(self) -> None:
         """Give the lock back before the process ends."""
         self.lock.close()
+
+
+def take_restart(config: Config) -> bool:
+    """Whether the run that this configuration would go on with wants to be started again; the mark is then gone.
+
+    So a start that fails before it opens the folder is not asked for a second time.
+    """
+    for path in _candidates(Path(config.run.dir), config.run.name):
+        if not path.exists():
+            return False
+        if _why_not_resumed(path, config) is None:
+            return _remove(path / REQUEUE)
+    raise AssertionError("itertools.count ended")
 
 
 def step_file(folder: Path, kind: str, step: int, suffix: str) -> Path:
@@ -124,12 +148,17 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl or eval.jsonl; lines that are not whole are left out; empty without the file."""
+    """The objects of a file of lines with a step; lines that are not whole are left out; empty without the file."""
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """What `read_jsonl` returns, one after the other."""
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as lines:
+            yield from (row for _, row in _whole_lines(lines))
     except FileNotFoundError:
-        return []
-    return [row for _, row in _whole_lines(lines)]
+        return
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -154,9 +183,20 @@ def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
             return RunFolder(path=path, resumed=False, notes=tuple(notes), lock=lock)
         obstacle = _why_not_resumed(path, config)
         if obstacle is None:
-            return RunFolder(path=path, resumed=True, notes=tuple(notes), lock=Lock(path))
+            lock = Lock(path)
+            _remove(path / REQUEUE)
+            return RunFolder(path=path, resumed=True, notes=tuple(notes), lock=lock)
         notes.append(f"{path} {obstacle}")
     raise AssertionError("itertools.count ended")
+
+
+def _remove(path: Path) -> bool:
+    """Whether the file was there."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _candidates(parent: Path, name: str) -> Iterator[Path]:
@@ -204,22 +244,23 @@ def _why_not_resumed(path: Path, config: Config) -> str | None:
         theirs = load(path / "config.toml")
     except (ConfigError, OSError):
         return "holds no configuration that can be read"
-    different = _differences(_flat(theirs), _flat(config))
+    different = differences(settings(theirs), settings(config))
     return f"has other settings ({', '.join(different)})" if different else None
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    """Values by dotted key, without the neutral ones and the layout; a list counts as one value.
+def settings(config: Config) -> dict[str, Any]:
+    """Values by dotted key, without the neutral ones and the layout of trainer and engines; a list counts as one value.
 
     A checkpoint can be loaded under any layout. The figures are then the same up to rounding, and the console says so.
     """
     values: dict[str, Any] = {"domain": config.model_dump()["domain"]}
     for section, table in config.model_dump(exclude={"domain", "parallel"}).items():
         values |= {f"{section}.{key}": value for key, value in table.items()}
-    return {key: value for key, value in values.items() if key not in NEUTRAL_KEYS}
+    return {key: value for key, value in values.items() if key not in NEUTRAL_KEYS | {"engine.servers"}}
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Which settings are not the same: three of them with both values, and how many more."""
     keys = [key for key in ours if theirs[key] != ours[key]]
     shown = [key if isinstance(ours[key], list) else f"{key} {theirs[key]} there, {ours[key]} here" for key in keys[:3]]
     return [*shown, f"and {len(keys) - 3} more"] if len(keys) > 3 else shown
@@ -276,12 +317,12 @@ def _truncate_lines(path: Path, step: int) -> None:
         write_atomically(path, kept)
 
 
-def _whole_lines(lines: list[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines that are objects with a step, and what they say."""
+def _whole_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines that are objects with a step, without the newline, and what they say."""
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield line, row
+            yield line.rstrip(b"\n"), row

@@ -1,8 +1,10 @@
 """The configuration's sections: every key with its type, range, default and meaning. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from megatron_mcpo.model_config import fast_dtype
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -14,6 +16,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 PathText = Annotated[str, Field(min_length=1)]
 # Names become folders and keys of metrics: no slash, no leading dot.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+
+ServerUrl = Annotated[str, Field(pattern=r"^http://[A-Za-z0-9._-]+:[0-9]{1,5}$")]
 
 
 class Section(BaseModel):
@@ -42,18 +46,49 @@ class RunConfig(Section):
     )
 
 
+Recompute = Literal["none", "selective", "full"]
+Fp8 = Literal["off", "blockwise", "tensorwise"]
+
+
 class ModelSection(Section):
     """The policy, and the reference that starts as its copy."""
 
     path: PathText = Field(
         description="folder with config.json, tokenizer and safetensors, or what hf_to_megatron.py made of one"
     )
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations, in trainer and engine")
-    recompute: Literal["none", "full"] = Field(
-        "none",
-        description="full: only the inputs of the policy's layers are kept for the backward pass, which computes the "
-        "rest a second time: less memory, longer updates",
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="of weights and activations, in trainer and engine; 'auto': bf16, but fp32 on a CPU that is slow "
+        "in bf16",
     )
+    recompute: Recompute = Field(
+        "none",
+        description="what the backward pass of the policy's layers computes a second time instead of keeping it; "
+        "selective: attention scores and MLP; full: all but the layers' inputs",
+    )
+    fp8: Fp8 = Field(
+        "off",
+        description="products of all layers but the first and the last, on Hopper GPUs and later with Transformer "
+        "Engine; blockwise: e4m3 in blocks of 128 x 128; tensorwise: one scale a tensor, e5m2 gradients: faster",
+    )
+    offload_reference: bool = Field(
+        False, description="the reference's weights live in host memory, and are on the device for its scores alone"
+    )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> Any:
+        return fast_dtype() if value == "auto" else value
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _not_blackwell(cls, value: Any) -> Any:
+        if value == "mxfp8":
+            raise ValueError(
+                "MXFP8 needs a Blackwell GPU (compute capability 10.0) and is not offered; set it to 'blockwise' or "
+                "'tensorwise'"
+            )
+        return value
 
 
 class ParallelConfig(Section):
@@ -86,17 +121,28 @@ class RolloutConfig(Section):
 
     max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are refused at the start")
     max_response_tokens: PositiveInt = Field(16, description="a longer response is cut (stop reason: length)")
-    temperature: PositiveFloat = Field(1.0, description="of the training rollouts; held-out evaluation is greedy")
+    temperature: PositiveFloat = Field(1.0, description="of the training rollouts")
 
 
 class EngineConfig(Section):
-    """The inference engine."""
+    """The inference engine, in the trainer's ranks; with `servers`, what those are started with."""
 
+    servers: list[ServerUrl] = Field(
+        [], description="addresses of engines in other processes, such as http://127.0.0.1:8000; none: in the ranks"
+    )
     tensor_parallel: PositiveInt = Field(1, description="ranks an engine's weights are divided over")
     kv_cache_gib: PositiveFloat = Field(0.5, description="key-value cache on a CPU")
     gpu_memory_utilization: Share = Field(0.5, description="share of a GPU's memory that the engine may take")
     max_concurrent: PositiveInt = Field(64, description="sequences decoded together")
     canary_every: PositiveInt = Field(10, description="steps between checks that engine and trainer agree")
+    quantization: Literal["none", "fp8_per_block"] = Field(
+        "none",
+        description="fp8_per_block: the engine rounds its layers' weights to FP8 (e4m3, a scale for each 128 x 128); "
+        "embeddings, output, routers and norms stay as they are, and so does the trainer",
+    )
+    verify_sync: bool = Field(
+        False, description="compare all weights of the engine with the trainer's after every push; else after the first"
+    )
 
 
 class AlgorithmConfig(Section):
@@ -128,7 +174,9 @@ class AlgorithmConfig(Section):
     )
     importance_cap: PositiveFloat = Field(2.0, description="largest importance weight")
     importance_floor: PositiveFloat = Field(0.5, description="smallest importance weight, for mask")
-    pass_threshold: Fraction = Field(1.0 - 1e-6, description="a rollout with at least this reward is correct")
+    pass_threshold: Fraction = Field(
+        1.0 - 1e-6, description="a rollout is correct whose verifiers, all but format and length, give at least this"
+    )
 
 
 class ContrastiveConfig(Section):
@@ -190,37 +238,8 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; not applied to norms and biases")
     clip_grad: PositiveFloat = Field(1.0, description="global gradient norm is clipped to this")
-
-
-class RewardsConfig(Section):
-    """Verifiers, in killable worker processes."""
-
-    workers: PositiveInt = Field(1, description="worker processes an engine's first rank scores with")
-    timeout: PositiveFloat = Field(10.0, description="seconds a verifier may take before its worker is killed")
-    max_error_rate: Fraction = Field(0.05, description="share of groups a verifier may fail on before the run stops")
-
-
-class EvaluationConfig(Section):
-    """Held-out accuracy, greedy, before the first step, every `every` steps and after the last."""
-
-    every: PositiveInt = Field(10, description="steps between evaluations")
-    items: PositiveInt = Field(32, description="held-out items a domain, never among the training items")
-
-
-class SourceConfig(Section):
-    """One reasoning-gym generator."""
-
-    generator: Name = Field(description="name of an allow-listed reasoning-gym dataset")
-    options: dict[str, JsonValue] = Field({}, description="its options, as reasoning-gym names them")
-    weight: PositiveFloat = Field(1.0, description="share of the domain's prompts, relative to its other sources")
-
-
-class DomainConfig(Section):
-    """A domain: where its prompts come from and how often."""
-
-    name: Name = Field(description="as in reward/<name>")
-    weight: PositiveFloat = Field(1.0, description="share of a step's prompts, relative to the other domains")
-    sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(description="[[domain.sources]] tables")
-    items: PositiveInt = Field(400, description="training items generated a source")
-    shots: NonNegativeInt = Field(2, description="worked examples in front of every question")
-    instruction: str = Field("", description="appended to every question")
+    offload: bool = Field(
+        False,
+        description="fp32 master weights and moments live in host memory, and are on the device for the optimizer's "
+        "step alone; gradient buffers have memory from the backward pass to that step",
+    )

@@ -1,7 +1,7 @@
 """The loop: the only module that knows the order of the stages. Shape legend: see megatron_mcpo.types."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -14,17 +14,21 @@ from megatron_mcpo.config import Config
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.diagnose import term_gradients
-from megatron_mcpo.evaluate import evaluate
+from megatron_mcpo.evaluation import evaluate
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.journal import Journal
+from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.memory import peak_memory_gib, trim
 from megatron_mcpo.objective import Contrasted, Objective, Scored
-from megatron_mcpo.parallel import Groups
+from megatron_mcpo.parallel import Groups, anywhere
+from megatron_mcpo.preemption import asked_to_stop
 from megatron_mcpo.report import BatchReport, rollout_stats, step_figures
+from megatron_mcpo.resample import Collected, collect_with_signal, num_seeds
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
 from megatron_mcpo.types import RolloutGroup, Update
+from megatron_mcpo.weights.transfer import Executor
 
 _STEPS_PER_SEED = 1_000_003
 """Two runs with neighbouring seeds share no sampling seed before this many steps."""
@@ -43,12 +47,13 @@ class Trainer:
         policy: Policy,
         reference: Reference | None,
         engine: Engine,
+        executor: Executor,
         collector: Collector,
         canary: Canary,
         stream: PromptStream,
         domains: Sequence[Domain],
         journal: Journal,
-        save: Callable[[int], None],
+        checkpoints: Checkpoints,
         first_step: int,
     ):
         self.config = config
@@ -57,56 +62,73 @@ class Trainer:
         self.objective = Objective(config, policy, groups)
         self.reference = reference
         self.engine = engine
+        self.executor = executor
         self.collector = collector
         self.canary = canary
         self.stream = stream
         self.domains = domains
         self.journal = journal
-        self.save = save
-        self.step = first_step
+        self.checkpoints = checkpoints
+        self.step = self.saved = first_step
+        self.stopped = False
         self.seconds: dict[str, float] = {}
-        self.bytes_sent = 0
+        self.bytes_received = 0
         self.updates_left_out = 0
 
     def run(self) -> None:
-        """Train to the last step."""
+        """Train to the last step, or until the job is asked to make room; then until the checkpoint is on disk."""
         config = self.config
-        self.push_weights()
+        self.push_weights(verify=True)
         self.check_engine()
-        if self.step % config.evaluation.every == 0:
+        if self.is_due(config.evaluation.every):
             self.evaluate()
-        while self.step < config.run.steps:
+        while self.step < config.run.steps and not self.must_stop():
             self.step += 1
             self.seconds = {}
             with self.timed("step"):
                 collected = self.collect()
-                scored = [self.score(part) for part in self.split(collected)]
+                scored = [self.score(part) for part in self.split(collected.groups)]
                 learned = [self.learn(part) for part in scored]
                 trim()
-                self.push_weights()
+                self.push_weights(verify=config.engine.verify_sync)
             self.log(collected, learned)
-            last = self.step == config.run.steps
             if self.step % config.engine.canary_every == 0:
                 self.check_engine()
-            if last or self.step % config.run.checkpoint_every == 0:
-                self.save(self.step)
-            if last or self.step % config.evaluation.every == 0:
+            self.checkpoints.advance()
+            if self.is_due(config.run.checkpoint_every):
+                self.checkpoint()
+            if self.is_due(config.evaluation.every):
                 self.evaluate()
+        self.checkpoint()
+        self.checkpoints.finish()
 
-    def collect(self) -> list[RolloutGroup]:
+    def is_due(self, every: int) -> bool:
+        """Whether this step is one of every so many, or the last one."""
+        return self.step % every == 0 or self.step == self.config.run.steps
+
+    def must_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank, and for good. Collective."""
+        self.stopped = self.stopped or anywhere(asked_to_stop(), self.groups)
+        return self.stopped
+
+    def collect(self) -> Collected:
         """Sample a step's prompts and score the completions; the engine then gives its memory to the trainer."""
         config = self.config
         prompts = self.stream.next(config.batch.prompts)
         sampling = Sampling(
-            num_samples=config.batch.samples,
-            max_tokens=config.rollout.max_response_tokens,
+            num_samples=config.group_sizes,
+            max_tokens=config.response_limits,
             temperature=config.rollout.temperature,
-            seed=(config.run.seed * _STEPS_PER_SEED + self.step) * config.batch.prompts * config.batch.samples,
+            seed=(config.run.seed * _STEPS_PER_SEED + self.step)
+            * num_seeds(len(prompts), config.group_sizes, rounds=config.data.resample),
         )
         with self.timed("rollout"):
-            collected = self.collector.collect(prompts, sampling)
+            collected = collect_with_signal(self.collector, self.stream, prompts, sampling, rounds=config.data.resample)
             self.engine.sleep()
-        check_error_rate(collected, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate)
+        self.stream.observe(collected.sampled)
+        check_error_rate(
+            collected.sampled, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate
+        )
         return collected
 
     def split(self, collected: Sequence[RolloutGroup]) -> list[list[RolloutGroup]]:
@@ -119,7 +141,6 @@ class Trainer:
         """What policy and reference say of the rollouts before anything is learned."""
         batch = make_batch(
             groups,
-            pass_threshold=self.config.algorithm.pass_threshold,
             num_data_ranks=self.groups.layout.data,
             data_rank=self.groups.data_rank,
             share_prompts=self.policy.shares_prompts,
@@ -135,15 +156,15 @@ class Trainer:
         stats_MK = gather_rows(rollout_stats(batch, scored.old, scored.reference_logp_R), batch, self.groups)
         with self.timed("update"):
             contrasted = self.objective.contrast(scored, step=self.step)
-            advantages_PG = self.objective.advantages(scored.groups, contrasted)
+            advantages_M = self.objective.advantages(scored, contrasted)
         z_MD, contrast = (contrasted.z_MD, contrasted.contrast) if contrasted else (None, None)
-        diagnosis = self.diagnose(scored, advantages_PG, contrasted)
+        diagnosis = self.diagnose(scored, advantages_M, contrasted)
         with self.timed("update"):
-            loss = self.objective.loss(scored, advantages_PG, contrasted)
+            loss = self.objective.loss(scored, advantages_M, contrasted)
             update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
         return BatchReport(
             groups=scored.groups,
-            advantages_PG=advantages_PG,
+            advantages_M=advantages_M,
             stats_MK=stats_MK,
             z_MD=z_MD,
             contrast=contrast,
@@ -153,19 +174,23 @@ class Trainer:
             diagnosis=diagnosis,
         )
 
-    def diagnose(self, scored: Scored, advantages_PG: Tensor, contrasted: Contrasted | None) -> dict[str, float]:
+    def diagnose(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> dict[str, float]:
         """Every few steps: how much each term pulls, and whether it pulls with the policy term."""
         every = self.config.contrastive.diagnose_every
         if contrasted is None or every == 0 or self.step % every:
             return {}
         with self.timed("diagnose"):
-            return term_gradients(self.objective, self.policy, scored, advantages_PG, contrasted)
+            return term_gradients(self.objective, self.policy, scored, advantages_M, contrasted)
 
-    def push_weights(self) -> None:
-        """Give the engine the policy's weights."""
+    def push_weights(self, *, verify: bool) -> None:
+        """Give the engine the policy's weights. verify: stop the run where it then computes with others."""
         self.engine.wake()
         with self.timed("sync"):
-            self.bytes_sent = self.engine.update(self.policy.weights(), self.policy.version)
+            self.bytes_received = self.executor.push(self.policy.version).received
+        if verify:
+            with self.timed("verify"):
+                compared = self.canary.compare_weights()
+            self.journal.note(f"the engine holds what it was sent: {compared} in {self.seconds['verify']:.1f} s")
 
     def check_engine(self) -> None:
         """Stop the run where the engine doesn't sample from the weights that are trained."""
@@ -173,16 +198,23 @@ class Trainer:
         self.journal.note(f"engine and trainer agree: log-probs of the same tokens {difference:.2g} apart on average")
 
     def evaluate(self) -> None:
-        """Held-out accuracy by domain, unless a run that we go on with has it already."""
-        if not self.journal.has_evaluation(self.step):
+        """Held-out accuracy by domain, unless a run that we go on with has it already, or it is left to the next."""
+        if not self.journal.has_evaluation(self.step) and not self.must_stop():
             self.journal.evaluation(self.step, evaluate(self.collector, self.domains, self.config))
 
-    def log(self, collected: Sequence[RolloutGroup], learned: Sequence[BatchReport]) -> None:
-        figures = step_figures(learned, collected, self.config.domain_names)
+    def checkpoint(self) -> None:
+        """Save, unless this step is saved already."""
+        if self.saved < self.step:
+            self.checkpoints.save(self.step, {"stream": self.stream.state_dict()})
+            trim()
+            self.saved = self.step
+
+    def log(self, collected: Collected, learned: Sequence[BatchReport]) -> None:
+        figures = step_figures(learned, collected.groups, self.config.domain_names) | collected.figures
         figures |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
         figures |= {
             "sync/seconds": self.seconds["sync"],
-            "sync/bytes": float(self.bytes_sent),
+            "sync/bytes": float(self.bytes_received),
             "tokens/trained": float(sum(part.num_tokens for part in learned)),
             "memory/peak_gib": peak_memory_gib(self.groups),
         }

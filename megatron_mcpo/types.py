@@ -54,12 +54,20 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
-    """The G completions of one prompt. `rewards` is empty until they are scored; `error` names a failed verifier."""
+    """The G completions of one prompt. `rewards` and `correct` are empty until they are scored.
+
+    correct: whether the answer passed; penalties and form change the reward alone, so that a right answer which is
+        too long is not taken for a wrong one by the contrastive terms
+    error: why its verifier failed; then nothing is known of any completion
+    timed_out: the verifier failed because it took too long
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     rewards: tuple[float, ...] = ()
+    correct: tuple[bool, ...] = ()
     error: str | None = None
+    timed_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

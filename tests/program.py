@@ -4,6 +4,7 @@ Imports take ten times as long as a few steps of a tiny model. Forks have them b
 that torchrun's ranks go through, except torchrun; what concerns starting and ending is for `train`.
 """
 
+import importlib
 import json
 import os
 import re
@@ -76,13 +77,25 @@ def train_forked(
     config: Path, *overrides: str, ranks: int = 1, prepare: Callable[[], None] | None = None, timeout: float = 200
 ) -> Finished:
     """`prepare` is called first on every rank. The exit code is the highest of the ranks'."""
-    arguments = [str(config), *overrides]
-    code, output, errors = vllm_cases.run(_fork_ranks, arguments, ranks, prepare, timeout, timeout=timeout + 30)
-    return subprocess.CompletedProcess(arguments, code, output, errors)
+    return forked("megatron_mcpo.train", config, *overrides, ranks=ranks, prepare=prepare, timeout=timeout)
+
+
+def forked(
+    program: str,
+    config: Path,
+    *arguments: str,
+    ranks: int = 1,
+    prepare: Callable[[], None] | None = None,
+    timeout: float = 200,
+) -> Finished:
+    """Any program that torchrun may start, as `train_forked`."""
+    given = [str(config), *arguments]
+    code, output, errors = vllm_cases.run(_fork_ranks, program, given, ranks, prepare, timeout, timeout=timeout + 30)
+    return subprocess.CompletedProcess(given, code, output, errors)
 
 
 def _fork_ranks(
-    arguments: list[str], ranks: int, prepare: Callable[[], None] | None, timeout: float
+    program: str, arguments: list[str], ranks: int, prepare: Callable[[], None] | None, timeout: float
 ) -> tuple[int, str, str]:
     from tempfile import TemporaryDirectory
 
@@ -91,20 +104,20 @@ def _fork_ranks(
     os.chdir(ROOT)
     with TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("output", "errors")]
-        codes = run_ranks(ranks, _rank_main, arguments, streams, prepare, timeout=timeout)
+        codes = run_ranks(ranks, _rank_main, program, arguments, streams, prepare, timeout=timeout)
         output, errors = (path.read_text() for path in streams)
     return max(codes), output, errors
 
 
-def _rank_main(arguments: list[str], streams: list[Path], prepare: Callable[[], None] | None) -> int:
-    from megatron_mcpo.train import main
-
+def _rank_main(program: str, arguments: list[str], streams: list[Path], prepare: Callable[[], None] | None) -> int:
+    main = importlib.import_module(program).main
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if prepare is not None:
         prepare()
     try:
-        return main(arguments)
+        code: int = main(arguments)
+        return code
     except BaseException:
         traceback.print_exc()
         return 1

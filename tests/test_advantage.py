@@ -5,6 +5,7 @@ Not covered: how rewards come to be (rewards/) and how advantages are spread ove
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import pytest
@@ -19,9 +20,26 @@ Kind = Literal["grpo", "dr_grpo", "rloo", "per_domain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def advantages_of(rewards: torch.Tensor, kind: Kind = "grpo", domains: list[int] | None = None) -> torch.Tensor:
-    """All prompts are of one domain where none are named."""
-    return group_advantages(rewards, torch.tensor(domains or [0] * len(rewards)), kind=kind)
+def keys_of(rewards: Sequence[Sequence[float]]) -> torch.Tensor:
+    """The number of its group, of each reward."""
+    return torch.tensor([number for number, group in enumerate(rewards) for _ in group])
+
+
+def flat(rewards: Sequence[Sequence[float]], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor([reward for group in rewards for reward in group], dtype=dtype)
+
+
+def advantages_of(
+    rewards: Sequence[Sequence[float]],
+    kind: Kind = "grpo",
+    domains: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> list[torch.Tensor]:
+    """A tensor a prompt; all prompts are of one domain where none are named."""
+    prompt_M = keys_of(rewards)
+    domain_M = torch.tensor(domains or [0] * len(rewards))[prompt_M]
+    advantages_M = group_advantages(flat(rewards, dtype), prompt_M, domain_M, kind=kind)
+    return list(advantages_M.split([len(group) for group in rewards]))
 
 
 def by_the_definition(rewards: list[list[float]], domains: list[int], kind: Kind) -> list[list[float]]:
@@ -50,19 +68,19 @@ def test_the_configuration_offers_these_kinds() -> None:
 
 def test_one_success_in_four_has_the_advantages_of_the_closed_form() -> None:
     # mean 1/4, sample standard deviation 1/2
-    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5]], dtype=torch.float64) / (1 + 2e-6)
-    torch.testing.assert_close(advantages_of(torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)), expected)
+    expected = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64) / (1 + 2e-6)
+    torch.testing.assert_close(advantages_of([[1.0, 0, 0, 0]])[0], expected)
 
 
 def test_one_success_in_four_without_the_deviation_and_with_the_others_mean() -> None:
-    rewards = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
-    assert advantages_of(rewards, "dr_grpo").tolist() == [[0.75, -0.25, -0.25, -0.25]]
-    torch.testing.assert_close(advantages_of(rewards, "rloo"), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]).double())
+    rewards = [[1.0, 0, 0, 0]]
+    assert advantages_of(rewards, "dr_grpo")[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    torch.testing.assert_close(advantages_of(rewards, "rloo")[0], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]).double())
 
 
 def test_per_domain_gives_the_domains_the_same_weight_whatever_the_scale_of_their_rewards() -> None:
-    rewards = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.51, 0.5], [0.5, 0.5]], dtype=torch.float64)
-    advantages = advantages_of(rewards, "per_domain", [0, 0, 7, 7])
+    rewards = [[1.0, 0.0], [0.5, 0.5], [0.51, 0.5], [0.5, 0.5]]
+    advantages = torch.stack(advantages_of(rewards, "per_domain", [0, 0, 7, 7]))
     squares = advantages.square().mean(dim=1)
     torch.testing.assert_close(squares[:2].mean(), torch.tensor(1.0).double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(squares[2:].mean(), torch.tensor(1.0).double(), rtol=1e-3, atol=0)
@@ -71,49 +89,54 @@ def test_per_domain_gives_the_domains_the_same_weight_whatever_the_scale_of_thei
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
 def test_groups_do_not_see_each_other(kind: Kind) -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.5], [0.2, 0.9, 0.1]], dtype=torch.float64)
-    together = advantages_of(rewards, kind)
-    for row, group in zip(together, rewards, strict=True):
-        torch.testing.assert_close(row, advantages_of(group[None], kind)[0])
+    rewards = [[1.0, 0.0, 0.5], [0.2, 0.9, 0.1, 0.3]]
+    for found, group in zip(advantages_of(rewards, kind), rewards, strict=True):
+        torch.testing.assert_close(found, advantages_of([group], kind)[0])
 
 
 def test_domains_do_not_see_each_other() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.5], [0.2, 0.9, 0.1], [0.3, 0.4, 0.4]], dtype=torch.float64)
+    rewards = [[1.0, 0.0, 0.5], [0.2, 0.9], [0.3, 0.4, 0.4]]
     together = advantages_of(rewards, "per_domain", [4, 1, 4])
-    torch.testing.assert_close(together[[0, 2]], advantages_of(rewards[[0, 2]], "per_domain"))
-    torch.testing.assert_close(together[[1]], advantages_of(rewards[[1]], "per_domain"))
+    torch.testing.assert_close([together[0], together[2]], advantages_of([rewards[0], rewards[2]], "per_domain"))
+    torch.testing.assert_close(together[1], advantages_of([rewards[1]], "per_domain")[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 11, 64])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 0.7, 1.0])
 def test_equal_rewards_give_exactly_zero_in_fp32(kind: Kind, size: int, reward: float) -> None:
-    rewards = torch.full((3, size), reward, dtype=torch.float32)
-    assert torch.equal(advantages_of(rewards, kind), torch.zeros_like(rewards))
-    assert not signal(rewards).any()
+    rewards = [[reward] * size] * 3
+    assert all(torch.equal(found, torch.zeros(size)) for found in advantages_of(rewards, kind, dtype=torch.float32))
+    assert not signal(flat(rewards), keys_of(rewards)).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_equal_group_stays_zero_beside_a_mixed_one(kind: Kind) -> None:
-    rewards = torch.tensor([[0.1] * 7, [0.1] * 6 + [0.9]])
-    advantages = advantages_of(rewards, kind)
-    assert torch.equal(advantages[0], torch.zeros(7))
-    assert advantages[1].ne(0).all()
-    assert signal(rewards).tolist() == [False, True]
+    rewards = [[0.1] * 7, [0.1] * 6 + [0.9]]
+    equal, mixed = advantages_of(rewards, kind, dtype=torch.float32)
+    assert torch.equal(equal, torch.zeros(7))
+    assert mixed.ne(0).all()
+    assert signal(flat(rewards), keys_of(rewards)).tolist() == [False] * 7 + [True] * 7
 
 
 def test_one_different_reward_at_any_place_is_a_signal() -> None:
-    rewards = torch.eye(4)
-    assert signal(rewards).all()
+    rewards = torch.eye(4).tolist()
+    assert signal(flat(rewards), keys_of(rewards)).all()
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(AssertionError, match="a group of one"):
+        advantages_of([[1.0, 0.0], [1.0]])
 
 
 @settings(deadline=None)
-@given(st.data(), st.sampled_from(KINDS), st.integers(1, 5), st.integers(2, 8))
-def test_any_groups_against_the_definition(data: st.DataObject, kind: Kind, num: int, size: int) -> None:
+@given(st.data(), st.sampled_from(KINDS), st.integers(1, 5))
+def test_any_groups_against_the_definition(data: st.DataObject, kind: Kind, num: int) -> None:
     reward = st.floats(0, 1).map(lambda r: round(r, 3))
-    rewards = data.draw(st.lists(st.lists(reward, min_size=size, max_size=size), min_size=num, max_size=num))
+    group = st.lists(reward, min_size=2, max_size=8)
+    rewards = data.draw(st.lists(group, min_size=num, max_size=num))
     domains = data.draw(st.lists(st.integers(0, 2), min_size=num, max_size=num))
-    found = advantages_of(torch.tensor(rewards, dtype=torch.float64), kind, domains)
-    expected = torch.tensor(by_the_definition(rewards, domains, kind), dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.sum(dim=1), torch.zeros(num).double(), rtol=0, atol=1e-9)
+    expected = by_the_definition(rewards, domains, kind)
+    for found, wanted in zip(advantages_of(rewards, kind, domains), expected, strict=True):
+        torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.sum(), torch.tensor(0.0).double(), rtol=0, atol=1e-9)

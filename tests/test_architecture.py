@@ -19,16 +19,19 @@ PACKAGE = "megatron_mcpo"
 
 # Imports go down, or stay on a level without ever closing a circle. A folder speaks for all modules in it.
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("sections", "config", "config_io", "layout", "types", "hf_files", "hf_config", "model_config", "run_folder",
-        "checkpoint_files"),
-    1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan"),
+    0: ("sections", "domain_sections", "domain_rules", "config", "config_io", "layout", "types", "hf_files",
+        "hf_config", "model_config", "run_folder", "checkpoint_files", "preemption", "accuracy"),
+    1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan", "comparison",
+        "rollout_sample", "html_report"),
     2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "weights.engine_layout",
-        "weights.reshard", "rollout.engine", "rewards", "data"),
-    3: ("mcore", "weights.bind", "weights.hf_io", "weights.hf_write", "weights.draft", "weights.torch_dist",
-        "weights.stored", "weights.convert", "weights.sync", "weights.transfer", "rollout.vllm_engine",
-        "rollout.vllm_cpu_fixes", "rollout.vllm_probe", "report"),
-    4: ("collect", "evaluate", "canary", "journal", "objective", "diagnose", "trainer"),
-    5: ("run", "train"),
+        "weights.reshard", "rollout.engine", "rollout.blockwise", "rollout.vllm_options", "rollout.server_client",
+        "rewards", "data"),
+    3: ("mcore", "weights.bind", "weights.hf_io", "weights.hf_write", "weights.teamwork", "weights.draft",
+        "weights.torch_dist", "weights.stored", "weights.megatron_write", "weights.compare", "weights.convert",
+        "weights.sync", "weights.transfer", "rollout.vllm_engine", "rollout.vllm_transfer",
+        "rollout.vllm_cpu_fixes", "rollout.vllm_probe", "rollout.vllm_server", "rollout.weight_link", "report"),
+    4: ("collect", "resample", "evaluation", "canary", "journal", "objective", "diagnose", "trainer", "planner"),
+    5: ("run", "launch", "train", "evaluate", "serve"),
 }  # fmt: skip
 TOP_LEVEL = 6  # tools and examples may import all of the package
 
@@ -38,7 +41,7 @@ FORBIDDEN = [("mcore", "algo")]
 # A library behind a fence, and the only modules that may import it.
 FENCES = {
     "megatron": ("mcore", "parallel", "platform"),
-    "vllm": ("rollout.vllm_engine", "rollout.vllm_cpu_fixes"),
+    "vllm": ("rollout.vllm_engine", "rollout.vllm_transfer", "rollout.vllm_cpu_fixes"),
 }
 
 # What pure torch means for algo; the configuration is plain values.
@@ -47,6 +50,7 @@ ALGO_MAY_IMPORT = {"torch", "algo", "types", "sections"}
 # Importing these must not import torch, not even through others: bad configurations fail before anything slow.
 WITHOUT_TORCH = (
     "sections",
+    "domain_rules",
     "config",
     "config_io",
     "layout",
@@ -54,10 +58,17 @@ WITHOUT_TORCH = (
     "model_config",
     "run_folder",
     "checkpoint_files",
+    "preemption",
+    "accuracy",
     "plan",
     "weights.reshard",
     "rewards.allowlist",
+    "rewards.rules",
+    "rollout.vllm_options",
+    "rollout.server_client",
     "train",
+    "evaluate",
+    "serve",
 )
 
 MAX_FILE_LINES = 400

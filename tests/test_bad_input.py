@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refuse(config: str, folder: Path, *overrides: str, seconds: float = 5) -> str:
+def refuse(config: str, folder: Path, *overrides: str, seconds: float = 30) -> str:
     """What the program prints when it refuses; it must do so at once."""
     path = folder / "config.toml"
     path.write_text(config)

@@ -47,8 +47,16 @@ def build(config: Config, layout: Layout) -> Policy:
     return Policy(config, from_folder(Path(config.model.path)), ranks)
 
 
-def checkpoints_of(policy: Policy, folder: Path, *, keep: int = 2) -> Checkpoints:
-    return Checkpoints(policy=policy, folder=folder, vocabulary="tokens", keep=keep, keep_every=0)
+def checkpoints_of(policy: Policy, folder: Path, *, in_background: bool = False) -> Checkpoints:
+    return Checkpoints(
+        policy=policy,
+        folder=folder,
+        vocabulary="tokens",
+        assets={"config.json": b"{}"},
+        keep=2,
+        keep_every=0,
+        in_background=in_background,
+    )
 
 
 def learn(policy: Policy, seed: int) -> Update:
@@ -56,7 +64,6 @@ def learn(policy: Policy, seed: int) -> Update:
     layout = policy.groups.layout
     batch = make_batch(
         tiny_model.rollout_groups(num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, seed=seed),
-        pass_threshold=1.0,
         num_data_ranks=layout.data,
         data_rank=policy.groups.data_rank,
         share_prompts=policy.shares_prompts,

@@ -170,6 +170,7 @@ def test_bad_overrides(tmp_path, overrides, expected):
         ("parallel", "virtual_pipeline = 2", "needs at least 2 pipeline stages; set parallel.pipeline"),
         ("run", "steps = 5\nkeep_every = 7", "run.keep_every = 7: must be a multiple of run.checkpoint_every = 5"),
         ("rollout", "temperature = 0.0", "rollout.temperature = 0.0: must be greater than 0"),
+        ("evaluation", "samples = 4", "evaluation.samples = 4: greedy responses (evaluation.temperature = 0) are all"),
         ("new", "x = 1", "new: unknown key; known: run, model"),
     ],
 )
@@ -209,12 +210,25 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             "algorithm.importance_floor = 2.0: must be below importance_cap = 2.0, or every token is masked; lower it",
         ),
         (
+            ["--engine.quantization=fp8_per_block", "--algorithm.importance=off"],
+            "algorithm.importance = 'off': a quantized engine samples from another distribution",
+        ),
+        (
+            ["--engine.quantization=fp8_per_block", "--model.dtype=fp32"],
+            "model.dtype = 'fp32': vLLM computes in bf16 with engine.quantization = 'fp8_per_block'; set it to 'bf16'",
+        ),
+        (
             ["--algorithm.clip=gspo", "--parallel.context=2"],
             "algorithm.clip = 'gspo': needs a rollout's tokens on one rank, parallel.context = 2 divides them; set it "
             "to 1 or use another clip",
         ),
+        (
+            ["--model.fp8=mxfp8"],
+            "model.fp8 = 'mxfp8': MXFP8 needs a Blackwell GPU (compute capability 10.0) and is not offered; set it to "
+            "'blockwise' or 'tensorwise'",
+        ),
     ],
-    ids=["reward", "diagnosis", "importance", "sequence ratio"],
+    ids=["reward", "diagnosis", "importance", "quantized importance", "quantized dtype", "sequence ratio", "mxfp8"],
 )
 def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
     (problem,) = problems_of(write(tmp_path), *overrides)
@@ -227,6 +241,7 @@ def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
         CLIPO,
         ["--contrastive.share_weight=0", "--contrastive.consolidate_weight=0"],
         ["--algorithm.importance=mask"],
+        ["--algorithm.importance=mask", "--engine.quantization=fp8_per_block", "--model.dtype=bf16"],
         ["--algorithm.importance_floor=9"],  # only mask has a floor
         ["--algorithm.clip=gspo", "--parallel.tensor=2"],
         ["--algorithm.clip=cispo", "--parallel.context=2"],
@@ -294,9 +309,9 @@ def test_layout_takes_the_rest_of_the_ranks_for_data(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
-        (["--parallel.tensor=4"], 6, "needs a multiple of 4 ranks, torchrun started 6"),
-        (["--parallel.tensor=4"], 2, "needs a multiple of 4 ranks, torchrun started 2"),
-        (["--parallel.data=4"], 2, "needs 4 ranks, torchrun started 2"),
+        (["--parallel.tensor=4"], 6, "needs a multiple of 4 ranks, there are 6"),
+        (["--parallel.tensor=4"], 2, "needs a multiple of 4 ranks, there are 2"),
+        (["--parallel.data=4"], 2, "needs 4 ranks, there are 2"),
         (["--engine.tensor_parallel=2"], 3, "engine.tensor_parallel = 2: must divide"),
         (["--batch.prompts=2"], 4, "batch.prompts = 2: at least one for each of 4"),
     ],

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from converting import FAMILIES, ROOT, make_model, program, quiet, same, save_folder, sizes, tensors
 from megatron.core import dist_checkpointing
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_mcpo import parallel
 from megatron_mcpo.batch import make_batch
@@ -34,9 +33,10 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks, unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.model_config import layout_problems
+from megatron_mcpo.weights import compare as comparing
 from megatron_mcpo.weights import convert
-from megatron_mcpo.weights.convert import compare, hf_to_megatron, layout_of, megatron_to_hf
-from megatron_mcpo.weights.draft import Draft
+from megatron_mcpo.weights.compare import compare
+from megatron_mcpo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_mcpo.weights.hf_io import HfFolder, load_hf, load_source
 from megatron_mcpo.weights.stored import MegatronFolder
 from megatron_mcpo.weights.sync import export
@@ -44,17 +44,6 @@ from tools import hf_to_megatron as to_megatron
 from tools import megatron_to_hf as to_hf
 from tools import tiny_model
 
-ROOT = Path(__file__).parent.parent
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True, "head_dim": 24},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 1},
-    "qwen3": {"head_dim": 24},
-    "qwen3_moe": {"head_dim": 24, **EXPERTS, "moe_intermediate_size": 40},
-    "mixtral": EXPERTS,
-}
 LAYOUTS = [
     {},
     {"tensor": 2},
@@ -64,37 +53,6 @@ LAYOUTS = [
     {"expert": 2},
     {"tensor": 2, "pipeline": 4, "expert": 4},
 ]
-
-
-def sizes(**changes: int) -> Layout:
-    return layout_of(**{"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "expert": 1, **changes})
-
-
-def quiet(_text: str) -> None:
-    """Progress is not looked at here."""
-
-
-def make_model(folder: Path, family: str, dtype: str, **changes: Any) -> Path:
-    shape = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "max_position_embeddings": 128}
-    options = {**shape, **heads, "rope_parameters": ROPE, **FAMILIES[family], "dtype": dtype, **changes}
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return folder
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype is b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -212,7 +170,6 @@ def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Te
     policy = Policy(config, from_folder(Path(config.model.path)), groups)
     batch = make_batch(
         tiny_model.rollout_groups(num_prompts=4, num_samples=3, seed=0),
-        pass_threshold=1.0,
         num_data_ranks=layout.data,
         data_rank=groups.data_rank,
         share_prompts=policy.shares_prompts,
@@ -239,6 +196,13 @@ def test_a_runs_checkpoint_is_exported_by_itself(tmp_path: Path, kind: Any, layo
     (tmp_path / "run" / "config.toml").write_text(dump(config))
     megatron_to_hf(saved, tmp_path / "out", verify_forward=False, say=quiet)
     assert same(tensors(tmp_path / "out"), results[0])
+    said: list[str] = []
+    megatron_to_hf(saved, tmp_path / "fp32", dtype=torch.float32, verify_forward=False, say=said.append)
+    masters = tensors(tmp_path / "fp32")
+    assert said[0] == "weights: those that the optimizer keeps in fp32"
+    assert same({name: values.bfloat16() for name, values in masters.items()}, results[0])
+    assert not same({name: values.float() for name, values in results[0].items()}, masters)
+    assert load_file(tmp_path / "fp32" / "contrastive_head.safetensors")["weight"].dtype is torch.float32
     before = {name: values.bfloat16() for name, values in tensors(tmp_path / "model").items()}
     assert not same(tensors(tmp_path / "out"), before), "an update that changes nothing shows nothing"
 
@@ -248,19 +212,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "source", "qwen3", "bfloat16")
 
 
-def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A tool as users start it. A process of its own: one that has been a rank can't fork others afterwards."""
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-
 def test_the_tools_convert_and_say_so(source: Path, tmp_path: Path) -> None:
-    """In the types that are asked for; logits are compared where these don't change."""
+    """In the types that are asked for."""
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     first = program("hf_to_megatron", source, megatron, "--tp", 2, "--pp", 2, "--vpp", 2)
     assert (first.returncode, first.stderr) == (0, "")
     assert "logits against transformers: largest difference" in first.stdout
-    assert to_hf.main([str(megatron), str(back), "--dtype", "fp32"]) == 0
+    second = program("megatron_to_hf", megatron, back, "--dtype", "fp32")
+    assert (second.returncode, second.stderr) == (0, "")
+    assert "weights: widened from bfloat16\n" in second.stdout
+    assert "logits against transformers: largest difference" in second.stdout
     assert same(tensors(back), {name: values.float() for name, values in tensors(source).items()})
     assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
 
@@ -277,12 +238,13 @@ def test_the_round_trip_is_checked_in_several_layouts(source: Path) -> None:
 LOGITS = """
 import sys
 from pathlib import Path
+import torch
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.mcore.compare_logits import logits_error
 from megatron_mcpo.weights.stored import MegatronFolder
 megatron, source, folder = map(Path, sys.argv[1:])
 model = from_folder(source)
-print(logits_error(MegatronFolder(megatron, model), model, folder))
+print(logits_error(MegatronFolder(megatron, model), model, folder, torch.float32))
 """
 
 
@@ -319,7 +281,7 @@ def test_a_wrong_bit_is_found_and_nothing_is_left(
         return published(*args, **options)
 
     monkeypatch.setattr(convert, "compare", damage_first)
-    monkeypatch.setattr(convert, "SMALL_BYTES", 0)
+    monkeypatch.setattr(comparing, "SMALL_BYTES", 0)
     assert to_megatron.main([str(source), str(tmp_path / "out")]) == 1
     assert "1 bits differ" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -334,77 +296,6 @@ def test_two_exchanged_tensors_are_found_and_named(source: Path, tmp_path: Path)
     assert compared.num_bits_different > 1000
 
 
-def save_folder(source: Path, folder: Path, found: dict[str, Tensor]) -> Path:
-    shutil.copytree(source, folder)
-    save_file(found, folder / "model.safetensors")
-    return folder
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_mcpo.weights import convert
-from megatron_mcpo.weights.draft import Draft
-source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-convert.PART_BYTES = 100_000
-finish, parts = Draft.finish, []
-def finish_and_die(self, part, files, record):
-    if len(parts) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    finish(self, part, files, record)
-    parts.append(part)
-Draft.finish = finish_and_die
-if kind == "megatron":
-    layout = convert.layout_of(tensor=2, pipeline=2, virtual_pipeline=1, expert=1)
-    convert.hf_to_megatron(source, final, layout, say=print)
-else:
-    convert.megatron_to_hf(source, final, max_file_bytes=100_000, say=print)
-"""
-
-
-@pytest.mark.parametrize("kind", ["megatron", "hf"])
-def test_a_killed_conversion_goes_on_where_it_stopped(
-    source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(convert, "PART_BYTES", 100_000)
-    given, final = source, tmp_path / "out"
-    if kind == "hf":
-        given = tmp_path / "given"
-        hf_to_megatron(source, given, sizes(), verify_forward=False, say=quiet)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(given), str(final), kind], capture_output=True, text=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not final.exists()
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").iterdir()}
-    said: list[str] = []
-    if kind == "megatron":
-        hf_to_megatron(given, final, sizes(tensor=2, pipeline=2), verify_forward=False, say=said.append)
-        model = from_folder(source)
-        assert not compare(HfFolder(source, model), MegatronFolder(final, model)).differing
-    else:
-        megatron_to_hf(given, final, max_file_bytes=100_000, verify_forward=False, say=said.append)
-        assert same(tensors(source), tensors(final))
-    kept = [path.name for path in final.iterdir() if before.get(path.name) == path.stat().st_mtime_ns]
-    assert len(kept) >= 2
-    assert said[0].startswith(("part 3", "file 3"))
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
-    draft = Draft(tmp_path / "out", {"from": 1})
-    (draft.path / "a").write_text("x")
-    draft.finish("0", ["a"], None)
-    with pytest.raises(ConfigError, match="another process"):
-        Draft(tmp_path / "out", {"from": 1})
-    draft._journal.close()
-    again = Draft(tmp_path / "out", {"from": 1})
-    assert again.done == {"0": None}
-    again._journal.close()
-    assert Draft(tmp_path / "out", {"from": 2}).done == {}
-    assert not (draft.path / "a").exists()
-
-
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch ran",)
@@ -413,6 +304,7 @@ class Evil:
 def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     megatron = tmp_path / "megatron"
     hf_to_megatron(source, megatron, sizes(), verify_forward=False, say=quiet)
+    (megatron / "conversion.json").unlink()
     (megatron / "manifest.json").unlink()  # who can write a checkpoint can write one that fits
     contents, shard = (megatron / ".metadata").read_bytes(), megatron / "__0_0.distcp"
     monkeypatch.chdir(tmp_path)
@@ -477,14 +369,19 @@ def test_damaged_and_foreign_checkpoints_are_refused(source: Path, tmp_path: Pat
     assert "q_layernorm.weight: unknown, the llama model has no such tensor" in capsys.readouterr().err
     assert to_hf.main([str(source), str(tmp_path / "out")]) == 2
     assert "no Megatron checkpoint" in capsys.readouterr().err
-    manifest = (megatron / "manifest.json").read_bytes()
+    manifest, record = ((megatron / name).read_bytes() for name in ("manifest.json", "conversion.json"))
     (megatron / "manifest.json").unlink()
+    assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
+    (megatron / "conversion.json").unlink()  # now it is as one of unknown origin
     (megatron / "config.json").unlink()
     assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
     assert "give --hf FOLDER" in capsys.readouterr().err
     (megatron / "manifest.json").write_bytes(manifest)
+    (megatron / "conversion.json").write_bytes(record)
     assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
     assert "config.json is missing" in capsys.readouterr().err
+    (megatron / "conversion.json").unlink()
     (megatron / "manifest.json").unlink()
     os.truncate(megatron / "__0_0.distcp", 1000)
     assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2

@@ -30,7 +30,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_conversion_needs_the_memory_of_a_few_tensors(source: Path, tmp_path: Path) -> None:
-    _, there = bench_convert.measure("hf_to_megatron", source, tmp_path / "megatron", "--tp", "2", "--pp", "2")
-    _, back = bench_convert.measure("megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_conversion_needs_the_memory_of_a_few_tensors(source: Path, tmp_path: Path, processes: int) -> None:
+    """In every process, as torchrun starts them."""
+    options = ("--tp", "2", "--pp", "2")
+    _, there = bench_convert.measure("hf_to_megatron", source, tmp_path / "megatron", *options, processes=processes)
+    _, back = bench_convert.measure("megatron_to_hf", tmp_path / "megatron", tmp_path / "back", processes=processes)
     assert max(there, back) <= LIMIT

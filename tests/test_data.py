@@ -1,28 +1,23 @@
-"""Domains from real reasoning-gym generators, and the order in which a stream deals their prompts.
+"""Domains from real reasoning-gym generators and from files: what a prompt consists of, what is held out.
 
 Not covered: generators outside the quick start (their items are checked when they are made), and base models without a
 chat template beyond the refusal.
 """
 
 import json
-import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.data.domains import Domain, Source, load_domains, load_tokenizer
+from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.generators import ItemRequest, generate
-from megatron_mcpo.data.stream import PromptStream
-from megatron_mcpo.sections import SourceConfig
+from megatron_mcpo.domain_sections import SourceConfig
 from megatron_mcpo.types import Prompt
 
 TOKENIZER = Path(__file__).parents[1] / ".cache/models/smollm2-135m-instruct"
@@ -198,101 +193,102 @@ print("reasoning_gym" in sys.modules)
     assert done.stdout.strip() == "False"
 
 
-def made_up_domain(index: int, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Domain:
-    sources = [
-        Source(
-            name=f"s{i}",
-            weight=weight,
-            train=tuple(
-                Prompt(domain=index, source=f"s{i}", index=k, token_ids=(k,), entry={"question": str(k)})
-                for k in range(size)
-            ),
-        )
-        for i, (size, weight) in enumerate(zip(sizes, weights or [1.0] * len(sizes), strict=True))
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sums(numbers: range, **more: Any) -> list[dict[str, Any]]:
+    return [{"question": f"{i} + {i} = ?", "answer": 2 * i, "verifier": "math", **more} for i in numbers]
+
+
+def load(tokenizer: PreTrainedTokenizerBase, *domains: dict[str, Any]) -> list[Domain]:
+    return load_domains(make_config(*domains), tokenizer, cache_dir=Path("/nonexistent"))
+
+
+def indices(prompts: tuple[Prompt, ...]) -> list[int]:
+    return [prompt.index for prompt in prompts]
+
+
+def test_chat_rows_keep_their_messages(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "First?"}]
+    own += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Then?"}]
+    rows: list[dict[str, Any]] = [{"prompt": own, "verifier": "code", "tests": [{"assert": "assert f()"}]}]
+    file = write(tmp_path / "rows.jsonl", [*rows, *sums(range(9))])
+    domain = {"name": "sums", "system": "Ours.", "instruction": "Be brief.", "sources": [{"file": file}]}
+    [loaded] = load(tokenizer, {**domain, "shots": 1})
+    prompts = {p.index: tokenizer.decode(p.token_ids) for p in (*loaded.sources[0].train, *loaded.held_out)}
+    [shot] = set(range(10)) - set(prompts)
+    number = shot - 1  # the chat row has no answer: it is no worked example
+    worked = f"user\n{number} + {number} = ?\nBe brief.<|im_end|>\n<|im_start|>assistant\n{2 * number}<|im_end|>\n"
+    turns = (
+        "user\nFirst?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nThen?\nBe brief.<|im_end|>\n"
+    )
+    question = "<|im_start|>assistant\n"
+    assert prompts.pop(0) == f"<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>{worked}<|im_start|>{turns}{question}"
+    for index, text in prompts.items():
+        asked = f"user\n{index - 1} + {index - 1} = ?\nBe brief.<|im_end|>\n"
+        assert text == f"<|im_start|>system\nOurs.<|im_end|>\n<|im_start|>{worked}<|im_start|>{asked}{question}"
+
+
+def test_held_out_questions_of_a_file_are_trained_on_nowhere(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    first = write(tmp_path / "first.jsonl", sums(range(30)))
+    second = write(tmp_path / "second.jsonl", sums(range(20, 60)))
+    test = write(tmp_path / "test.jsonl", sums(range(5, 25)))
+    one, two = load(
+        tokenizer,
+        {"name": "one", "shots": 1, "sources": [{"file": first}]},
+        {"name": "two", "shots": 1, "sources": [{"file": second, "held_out_file": test}]},
+    )
+    trained = {prompt.entry["question"] for prompt in (*one.sources[0].train, *two.sources[0].train)}
+    held_out = {prompt.entry["question"] for prompt in (*one.held_out, *two.held_out)}
+    tested = {row["question"] for row in sums(range(5, 25))}
+    assert not trained & (held_out | tested)
+    assert len(two.held_out) == 10 and all(p.entry["question"] in tested for p in two.held_out)
+    # 30 - 20 tested are left to the first domain; of the second's 40, 5 more are tested and 5 are the first's.
+    assert len(one.sources[0].train) + len(one.held_out) == 9 and len(two.sources[0].train) == 40 - 10 - 1
+    assert "20 questions are in an earlier source or held out" in one.notes[0]
+
+
+def test_rows_are_taken_in_a_fixed_shuffle_and_the_surplus_is_told(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "rows.jsonl", sums(range(100)))
+    domain = {"name": "sums", "shots": 0, "items": 60, "sources": [{"file": file}]}
+    [loaded] = load(tokenizer, domain)
+    taken = [*indices(loaded.held_out), *indices(loaded.sources[0].train)]
+    assert len(loaded.held_out) == 10 and len(set(taken)) == 70 and taken != sorted(taken)
+    assert loaded.notes == (
+        "domain 'sums', source 'rows.jsonl': 60 of 90 questions are trained on; raise domain.items for more",
+    )
+    again = load_domains(make_config(domain, seed=9), tokenizer, cache_dir=tmp_path)
+    assert again == [loaded]
+
+
+def test_a_file_may_serve_several_domains(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = sums(range(10), domain="red") + sums(range(10, 25), domain="blue") + sums(range(25, 30))
+    source = {"file": write(tmp_path / "rows.jsonl", rows)}
+    red, blue = load(
+        tokenizer,
+        {"name": "red", "shots": 0, "sources": [source]},
+        {"name": "blue", "shots": 0, "sources": [source]},
+    )
+    of = {d.name: {*indices(d.sources[0].train), *indices(d.held_out)} for d in (red, blue)}
+    assert of == {"red": {*range(10), *range(25, 30)}, "blue": set(range(10, 25))}
+    with pytest.raises(ConfigError, match=r"source 'rows\.jsonl': has no rows for this domain"):
+        write(tmp_path / "rows.jsonl", sums(range(10), domain="red"))
+        load(tokenizer, {"name": "red", "sources": [source]}, {"name": "blue", "sources": [source]})
+
+
+def test_worked_examples_need_an_answer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"Print {i}.", "verifier": "code", "tests": [{"input": "", "output": str(i)}]} for i in range(9)
     ]
-    return Domain(name=f"d{index}", sources=tuple(sources), held_out=(), notes=())
-
-
-def make_stream(seed: int = 0, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> PromptStream:
-    made = [made_up_domain(i, [5 + i, 3]) for i in range(len(weights))]
-    return PromptStream(made, weights=weights, seed=seed)
-
-
-def names(prompts: Sequence[Prompt]) -> list[tuple[int, str, int]]:
-    return [(prompt.domain, prompt.source, prompt.index) for prompt in prompts]
-
-
-def test_order_is_a_function_of_the_seed_alone() -> None:
-    first = make_stream(seed=3)
-    order = names(first.next(50))
-    random.seed(99)
-    assert names(make_stream(seed=3).next(50)) == order
-    assert names(make_stream(seed=4).next(50)) != order
-
-
-def test_every_epoch_holds_every_prompt_once_in_a_new_order() -> None:
-    stream = PromptStream([made_up_domain(0, [20])], weights=[1.0], seed=0)
-    epochs = [[prompt.index for prompt in stream.next(20)] for _ in range(3)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 3
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-@pytest.mark.parametrize("steps", [0, 1, 4, 5, 6, 7, 13])
-def test_resume_is_exact_also_at_an_epoch_boundary(steps: int) -> None:
-    whole, part = make_stream(seed=1), make_stream(seed=1)
-    for _ in range(steps):
-        whole.next(6)
-        part.next(6)
-    saved = json.loads(json.dumps(part.state_dict()))
-    resumed = make_stream(seed=1)
-    resumed.load_state_dict(saved)
-    assert resumed.state_dict() == whole.state_dict()
-    assert [names(resumed.next(6)) for _ in range(12)] == [names(whole.next(6)) for _ in range(12)]
-
-
-def test_a_state_of_other_data_is_refused() -> None:
-    saved = make_stream(seed=1).state_dict()
-    with pytest.raises(ValueError, match=r"seed 1.*seed 2"):
-        make_stream(seed=2).load_state_dict(saved)
-    with pytest.raises(ValueError, match="can't be continued"):
-        make_stream(seed=1, weights=(1.0, 1.0)).load_state_dict(saved)
-
-
-@given(
-    weights=st.lists(st.floats(min_value=0.1, max_value=10), min_size=1, max_size=6),
-    num=st.integers(min_value=1, max_value=12),
-)
-@example(weights=[40.0, 1.0, 1.0, 3.0, 2.0], num=8)  # by credit alone, step 24 would have one domain
-def test_shares_are_kept_and_every_step_has_two_domains(weights: list[float], num: int) -> None:
-    stream = make_stream(weights=weights)
-    total: Counter[int] = Counter()
-    steps = 60
-    for _ in range(steps):
-        prompts = stream.next(num)
-        assert len(prompts) == num
-        counts = Counter(prompt.domain for prompt in prompts)
-        assert len(counts) >= min(2, num, len(weights))
-        total += counts
-    for domain, share in enumerate(expected_shares(weights, num)):
-        assert abs(total[domain] - steps * num * share) < len(weights)
-
-
-def expected_shares(weights: list[float], num: int) -> list[float]:
-    """The shares by weight; a domain that would fill a whole step leaves one prompt of it to the others."""
-    shares = [weight / sum(weights) for weight in weights]
-    top, cap = max(shares), (num - 1) / num
-    if len(shares) == 1 or num == 1 or top <= cap:
-        return shares
-    biggest = shares.index(top)
-    return [cap if i == biggest else (1 - cap) * share / (1 - top) for i, share in enumerate(shares)]
-
-
-def test_equal_weights_take_turns() -> None:
-    stream = make_stream(weights=[1.0] * 5)
-    domains = [[prompt.domain for prompt in stream.next(2)] for _ in range(5)]
-    assert domains == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
-
-
-def test_sources_of_a_domain_follow_their_weights() -> None:
-    stream = PromptStream([made_up_domain(0, [4, 4], weights=[3.0, 1.0])], weights=[1.0], seed=0)
-    assert Counter(prompt.source for prompt in stream.next(40)) == {"s0": 30, "s1": 10}
+    rows.append({**rows[0], "question": "Print 99.", "answer": "print(99)"})
+    domain = {"name": "code", "sources": [{"file": write(tmp_path / "rows.jsonl", rows)}]}
+    [loaded] = load(tokenizer, {**domain, "shots": 1})
+    assert all("print(99)" in tokenizer.decode(prompt.token_ids) for prompt in loaded.sources[0].train)
+    with pytest.raises(ConfigError, match="2 worked examples, with answers"):
+        load(tokenizer, {**domain, "shots": 2})

@@ -1,23 +1,27 @@
 """The whole program on a tiny character model: real torchrun, Megatron-Core, vLLM, verifiers and files.
 
-Not covered here: the quick start's own model (its figures are in benchmarks/), GPUs, several hosts.
+Not covered here: the quick start's own model (its figures are in benchmarks/), GPUs, several
+hosts (test_two_hosts, test_slurm).
 """
 
 import json
 import math
+import re
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import tiny
+import torch
 from program import ROOT, command, lasting, metrics, train, train_forked, write_config
 from torch import Tensor
 
-from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.weights import transfer
 
 FIXED_NAMES = {
     "step", "reward/mean", "reward/divisors", "reward/letters", "signal/divisors", "signal/letters",
@@ -68,12 +72,18 @@ def test_it_learns_and_leaves_what_it_promises(config: Path, tmp_path: Path) -> 
     assert (tmp_path / "runs" / "latest").resolve() == folder.resolve()
     evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [row["step"] for row in evaluations] == [0, 6, 12, 18, 20]
-    assert set(evaluations[0]) == {"step", "divisors", "letters", "mean", "worst"}
+    assert list(evaluations[0])[:5] == ["step", "divisors", "letters", "mean", "worst"]
+    assert (
+        evaluations[0]["accuracy_low/letters"] <= evaluations[0]["letters"] <= evaluations[0]["accuracy_high/letters"]
+    )
     assert {path.name for path in (folder / "plots").iterdir()} >= {
         "reward_by_domain.png",
         "representations.png",
         "similarity.png",
     }
+    report = (folder / "report.html").read_text()
+    assert "report.html" in finished.stdout and "WARNING: no report" not in finished.stdout
+    assert '"status":"finished"' in report and '"total":20' in report and "engine and trainer agree" in report
     rollouts = [json.loads(line) for line in (folder / "rollouts" / "step_000020.jsonl").read_text().splitlines()]
     assert len(rollouts) == 16 * 8
     assert {"prompt", "completion", "reward", "advantage", "domain", "positives"} <= set(rollouts[0])
@@ -144,32 +154,67 @@ def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3), name
 
 
-def swap_tensors() -> None:
-    """The policy's first push sends two tensors in each other's place."""
-    honest, pushes = Policy.weights, []
+def swap_tensors(push: int) -> None:
+    """One push sends two tensors in each other's place."""
+    honest, calls = transfer.export, []
 
-    def swapped(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-        pushes.append(1)
-        other = dict(zip(O_PROJ, reversed(O_PROJ), strict=True)) if len(pushes) == 1 else {}
-        for name, tensor in honest(policy):
+    def swapped(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        calls.append(1)
+        other = dict(zip(O_PROJ, reversed(O_PROJ), strict=True)) if len(calls) == push else {}
+        for name, tensor in honest(*args, **kwargs):
             yield other.get(name, name), tensor
 
-    Policy.weights = swapped
+    transfer.export = swapped
 
 
-def test_the_canary_names_what_differs(config: Path, tmp_path: Path) -> None:
-    """A trainer that sends two tensors in each other's place stops before it trains."""
-    stopped = train_forked(config, prepare=swap_tensors)
+FIRST_PUSH, SECOND_PUSH = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("push", "overrides", "found", "num_steps"),
+    [
+        (FIRST_PUSH, [], "does not hold what the trainer sent", 0),
+        (SECOND_PUSH, ["--engine.verify_sync", "true"], "does not hold what the trainer sent", 0),
+        (SECOND_PUSH, ["--engine.canary_every", "1"], "log-probs of the same tokens differ", 1),
+    ],
+    ids=["first push", "every push", "canary"],
+)
+def test_swapped_tensors_stop_the_run_and_are_named(
+    config: Path, tmp_path: Path, push: int, overrides: list[str], found: str, num_steps: int
+) -> None:
+    stopped = train_forked(config, *overrides, ranks=2, prepare=partial(swap_tensors, push))
     assert stopped.returncode == 1
-    assert "CanaryError" in stopped.stderr
-    assert [name for name in O_PROJ if name not in stopped.stderr] == [], stopped.stderr[-3000:]
-    assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
+    errors = [line for line in stopped.stderr.splitlines() if line.startswith("megatron_mcpo.canary.CanaryError")]
+    assert len(errors) == 2 and len(set(errors)) == 1, "the same on each rank"
+    assert [words for words in (found, *O_PROJ) if words not in errors[0]] == [], errors
+    log = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    assert len(log.read_text().splitlines() if log.exists() else []) == num_steps
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="FP8 needs AVX512-BF16 on a CPU")
+def test_an_engine_with_fp8_weights(config: Path, tmp_path: Path) -> None:
+    fp8 = ("--engine.quantization", "fp8_per_block", "--model.dtype", "bf16", "--engine.verify_sync", "true")
+    finished = train_forked(config, "--run.steps", "2", "--engine.canary_every", "1", "--evaluation.every", "9", *fp8)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert len(re.findall("engine holds what it was sent: 20 of 20 tensors compared in", finished.stdout)) == 3
+    rows = metrics(tmp_path / "runs" / "tiny")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["update/applied"] == 1.0
+        assert [name for name, value in row.items() if value is None or not math.isfinite(value)] == []
+        assert row["engine/logprob_diff_mean"] > 1e-3, "the engine's weights were rounded"
+
+
+def test_pushes_are_verified_when_asked_for(config: Path) -> None:
+    finished = train_forked(config, "--run.steps", "2", "--engine.verify_sync", "true", "--evaluation.every", "9")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert len(re.findall("engine holds what it was sent: 20 of 20 tensors compared in", finished.stdout)) == 3
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["--rollout.max_prompt_tokens", "9"], ["divisors", "letters", "longest prompt", "max_prompt_tokens allows 9"]),
+        (["--rollout.max_prompt_tokens", "9"], ["divisors", "letters", "68 too long", "max_prompt_tokens allows 9"]),
         (["--run.dir", "CONFIG"], ["run.dir", "can't write there"]),
     ],
     ids=["long prompt", "run folder"],

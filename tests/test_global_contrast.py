@@ -283,7 +283,6 @@ def score(policy: Policy) -> Scored:
     groups, layout = tiny_model.rollout_groups(num_prompts=6, num_samples=3), policy.groups.layout
     batch = make_batch(
         groups,
-        pass_threshold=1.0,
         num_data_ranks=layout.data,
         data_rank=policy.groups.data_rank,
         share_prompts=policy.shares_prompts,

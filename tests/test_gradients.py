@@ -59,7 +59,7 @@ def assert_exact(errors: dict[tuple[str, str], float]) -> None:
 
 def test_variants_cover_what_they_say(cases: dict[str, list[Case]]) -> None:
     configs = [case.config for case in cases["halves"]]
-    assert {c.model.recompute for c in configs} == {"none", "full"}
+    assert {c.model.recompute for c in configs} == {"none", "selective", "full"}
     assert {c.algorithm.aggregation for c in configs} == {"token_mean", "seq_mean_token_mean", "dr_grpo"}
     assert {(c.algorithm.clip, c.algorithm.importance) for c in configs} == {
         ("ppo", "truncate"), ("gspo", "truncate"), ("cispo", "mask")
@@ -73,9 +73,7 @@ def test_variants_cover_what_they_say(cases: dict[str, list[Case]]) -> None:
     assert {(c.contrastive.head, c.contrastive.pool) for c in configs} == {("linear", "mean"), ("mlp", "last")}
     counts = []
     for case in cases["halves"]:
-        batch = make_batch(
-            case.groups, pass_threshold=1.0, num_data_ranks=1, data_rank=0, share_prompts=case.share_prompts
-        )
+        batch = make_batch(case.groups, num_data_ranks=1, data_rank=0, share_prompts=case.share_prompts)
         limit = case.config.batch.micro_batch_tokens
         counts.append(num_micro_batches(batch, max_tokens=limit, layout=Layout(tensor=2, context=2, sequence=True)))
     few = [counts[1], counts[3], counts[4]]
@@ -191,7 +189,7 @@ def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict
     scored = score(policy, config, groups, share_prompts=True)
     contrasted = objective.contrast(scored, step=1)
     assert contrasted is not None
-    return term_gradients(objective, policy, scored, objective.advantages(groups, contrasted), contrasted)
+    return term_gradients(objective, policy, scored, objective.advantages(scored, contrasted), contrasted)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,14 @@ from megatron_mcpo.config import ConfigError
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.hf_files import Header, read_headers
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import Experts, ModelConfig, RopeScaling, engine_problems, layout_problems
+from megatron_mcpo.model_config import (
+    Experts,
+    ModelConfig,
+    RopeScaling,
+    engine_problems,
+    layout_problems,
+    quantization_problems,
+)
 
 QWEN25 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -471,3 +478,16 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
         f"from_folder(Path({str(tmp_path)!r})); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_what_fp8_kernels_do_not_take_is_refused() -> None:
+    good = replace(MODEL, hidden_size=256, ffn_hidden_size=512, num_heads=8, num_kv_heads=4, head_dim=32, experts=None)
+    assert quantization_problems(good, 2, in_servers=False, on_cpu=False) == []
+    assert quantization_problems(replace(good, hidden_size=576), 1, in_servers=False, on_cpu=True) == []
+    (problem,) = quantization_problems(replace(good, hidden_size=576), 1, in_servers=False, on_cpu=False)
+    assert "fp8_per_block" in problem and "multiple of 128, an engine rank has 576 hidden size" in problem
+    found = quantization_problems(good, 8, in_servers=False, on_cpu=False)
+    assert [problem.split(" has ")[1][:4] for problem in found] == ["32 q", "96 q", "64 M"]
+    assert quantization_problems(good, 8, in_servers=False, on_cpu=True) == []
+    (problem,) = quantization_problems(good, 1, in_servers=True, on_cpu=True)
+    assert problem.endswith("not in a server on a CPU; leave engine.servers empty, or set it to 'none'")

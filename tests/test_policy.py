@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from torch import Tensor
 
 from megatron_mcpo import parallel
@@ -17,8 +18,10 @@ from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore.model import unwrap
+from megatron_mcpo.mcore.model import transformer_config, unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
+from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE
+from megatron_mcpo.sections import Fp8
 from megatron_mcpo.types import TrainBatch
 from tools import tiny_model
 from tools.ranks import run_ranks
@@ -40,7 +43,6 @@ def start(config: Config, layout: Layout = ONE_RANK) -> tuple[Policy, TrainBatch
     groups = tiny_model.rollout_groups(num_prompts=4, num_samples=3)
     batch = make_batch(
         groups,
-        pass_threshold=1.0,
         num_data_ranks=layout.data,
         data_rank=ranks.data_rank,
         share_prompts=policy.shares_prompts,
@@ -156,14 +158,17 @@ def test_an_update_with_representations_of_other_weights_is_refused(folder: Path
     run_ranks(1, check, tiny_model.config(folder))
 
 
-@pytest.mark.parametrize(("recompute", "passes"), [("none", 1), ("full", 2)])
-def test_layers_are_recomputed_in_the_backward_pass_alone(folder: Path, recompute: str, passes: int) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "part", "passes"),
+    [("none", "", 1), ("full", "", 2), ("selective", "", 1), ("selective", "mlp", 2)],
+)
+def test_recomputed_in_the_backward_pass_alone(folder: Path, recompute: str, part: str, passes: int) -> None:
     """And never in the reference. That the gradient stays the same is shown by test_gradients."""
 
     def count(model: Policy | Reference, act: Callable[[], Any]) -> int:
         calls: list[int] = []
         layer = unwrap(model.chunks[0]).decoder.layers[1]
-        handle = layer.register_forward_hook(lambda *_: calls.append(1))
+        handle = layer.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
         act()
         handle.remove()
         return len(calls)
@@ -176,6 +181,39 @@ def test_layers_are_recomputed_in_the_backward_pass_alone(folder: Path, recomput
 
     config = tiny_model.config(folder, model={"recompute": recompute}, batch={"micro_batch_tokens": 4096})
     assert run_ranks(1, check, config) == [(passes, 1, 1)]
+
+
+def test_fp8_is_refused_where_it_would_silently_be_bf16(folder: Path) -> None:
+    config = tiny_model.config(folder, model={"dtype": "bf16", "fp8": "blockwise"})
+    with pytest.raises(RuntimeError, match=r"model.fp8 = 'blockwise': needs a GPU, and there is none; set it to 'off'"):
+        run_ranks(1, start, config)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "expected"), [("blockwise", ("e4m3", "blockwise")), ("tensorwise", ("hybrid", "tensorwise"))]
+)
+def test_fp8_spares_the_first_and_the_last_layer(folder: Path, fp8: Fp8, expected: tuple[str, str]) -> None:
+    def spared(config: Config) -> tuple[tuple[str, str], list[bool]]:
+        groups = parallel.init(Layout(), seed=0, timeout_seconds=30)
+        model = from_folder(Path(config.model.path))
+        megatron = transformer_config(model, groups, dtype=torch.bfloat16, recompute="none", fp8=fp8)
+        layers = [is_first_last_bf16_layer(megatron, number) for number in range(model.num_layers)]
+        return (megatron.fp8, megatron.fp8_recipe), layers
+
+    ((recipe, layers),) = run_ranks(1, spared, tiny_model.config(folder))
+    assert recipe == expected
+    assert layers == [True, *[False] * (len(layers) - 2), True] and len(layers) > 2
+
+
+def test_packs_are_filled_up_to_a_multiple_and_say_the_same(folder: Path) -> None:
+    def check(config: Config) -> None:
+        policy, batch = start(config)
+        expected = policy.score(batch).logp_R
+        policy.token_multiple = TOKEN_MULTIPLE
+        assert {micro.tokens_1L.shape[1] % TOKEN_MULTIPLE for micro in policy._pack(batch)} == {0}
+        torch.testing.assert_close(policy.score(batch).logp_R, expected, rtol=1e-5, atol=1e-5)
+
+    run_ranks(1, check, tiny_model.config(folder))
 
 
 def test_an_update_raises_what_it_maximises_and_reports_sums(folder: Path) -> None:

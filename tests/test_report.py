@@ -6,6 +6,7 @@ Not covered: gathering over real ranks (test_parallel.py) and the figures of the
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -19,7 +20,7 @@ from megatron_mcpo import report
 from megatron_mcpo.algo.advantage import group_advantages
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.algo.policy_loss import policy_loss
-from megatron_mcpo.batch import domains_of, make_batch, rewards_of
+from megatron_mcpo.batch import make_batch, rewards_of
 from megatron_mcpo.report import COLUMNS, BatchReport, rollout_rows, rollout_stats, step_figures
 from megatron_mcpo.sections import AlgorithmConfig, ContrastiveConfig
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, Scores, StopReason, TrainBatch
@@ -42,13 +43,19 @@ def group(domain: int, lengths: Sequence[int], rewards: Sequence[float], error: 
         for length in lengths
     )
     prompt = Prompt(domain=domain, source="made", index=len(lengths), token_ids=(1, 2), entry={"answer": "42"})
-    return RolloutGroup(prompt=prompt, completions=completions, rewards=() if error else tuple(rewards), error=error)
+    return RolloutGroup(
+        prompt=prompt,
+        completions=completions,
+        rewards=() if error else tuple(rewards),
+        correct=() if error else tuple(reward == 1.0 for reward in rewards),
+        error=error,
+        timed_out=error == "timeout",
+    )
 
 
 def batch_of(groups: Sequence[RolloutGroup], *, data_rank: int = 0, num_data_ranks: int = 1) -> TrainBatch:
     return make_batch(
         groups,
-        pass_threshold=1.0,
         num_data_ranks=num_data_ranks,
         data_rank=data_rank,
         share_prompts=False,
@@ -98,7 +105,7 @@ def report_of(
     z_MD = normalize(torch.randn(len(keys), 4, generator=torch.Generator().manual_seed(seed)), dim=1)
     return BatchReport(
         groups=groups,
-        advantages_PG=group_advantages(rewards_of(groups), domains_of(groups)),
+        advantages_M=group_advantages(rewards_of(groups), keys.prompt_M, keys.domain_M),
         stats_MK=stats_MK,
         z_MD=z_MD if contrastive_terms.enabled else None,
         contrast=contrastive(z_MD, keys, contrastive_terms) if contrastive_terms.enabled else None,
@@ -161,8 +168,28 @@ def test_figures_of_rollouts_and_groups_leave_failed_groups_out_but_count_them(f
         "groups/errors": 1.0,
         "errors/red": 0.0,
         "errors/green": 1.0,
+        "timeouts/red": 0.0,
+        "timeouts/green": 1.0,
+        "reward_std/red": 0.25,
+        "reward_std/green": 0.5,
+        "pass_rate/red": 0.75,
+        "all_right/red": 0.5,
+        "all_wrong/red": 0.0,
+        "all_right/green": 0.0,
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
+
+
+def test_what_passed_is_not_read_from_the_rewards() -> None:
+    """A penalty left a right answer with less than a wrong one got for its form."""
+    penalized = replace(group(0, [1, 2], [0.1, 0.2]), correct=(True, False))
+    wrong = replace(group(0, [3, 4], [0.2, 0.0]), correct=(False, False))
+    broken = replace(group(1, [1, 1], [], error="KeyError"), timed_out=False)
+    found = step_figures([report_of([penalized, wrong])], [penalized, wrong, broken], NAMES)
+    assert found["pass_rate/red"] == 0.25
+    assert (found["all_right/red"], found["all_wrong/red"]) == (0.0, 0.5)
+    assert found["reward_std/red"] == pytest.approx((0.05 + 0.1) / 2)
+    assert (found["errors/green"], found["timeouts/green"]) == (1.0, 0.0)
 
 
 def test_figures_of_updates_are_means_over_them_and_not_finite_where_one_is_not(figures: dict[str, float]) -> None:
@@ -376,6 +403,7 @@ def test_a_row_says_what_was_asked_answered_and_learned() -> None:
     rows = rollout_rows(report_of(FIRST), NAMES, prompts=["red?", "green?"])
     assert rows[2] == {
         "row": 2,
+        "group": 1,
         "domain": "green",
         "source": "made",
         "index": 2,
@@ -384,8 +412,13 @@ def test_a_row_says_what_was_asked_answered_and_learned() -> None:
         "stop_reason": "stop",
         "answer": "42",
         "reward": 1.0,
+        "correct": True,
         "advantage": pytest.approx(math.sqrt(0.5), rel=1e-4),
         "version": 3,
         "positives": [0],
+        "num_positives": 1,
+        "num_consolidated": 0,
+        "num_negatives": 2,
     }
+    assert [rows[1][name] for name in ("correct", "num_positives", "num_negatives")] == [False, 0, 0]
     assert rows[1]["stop_reason"] == "length"

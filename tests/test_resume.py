@@ -1,5 +1,6 @@
 """The whole program on two ranks in bf16, interrupted and started again: all figures equal an uninterrupted run's.
 
+It goes on exactly where every domain has used up its items for the first time.
 Not covered here: one rank, kill -9 (test_end_to_end), other layouts than one (test_checkpoint), GPUs, several hosts.
 """
 
@@ -12,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import program
 import psutil
 import pytest
 import tiny
-from program import ROOT, command, lasting, metrics, train_forked, write_config
+from program import ROOT, command, lasting, metrics, train_forked
 from test_checkpoint_refusals import flip_a_bit
 
 from megatron_mcpo.run_folder import step_files
@@ -28,7 +30,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PIPELINE = ("--parallel.pipeline", "2", "--model.dtype", "bf16", "--run.checkpoint_every", "1")
+PIPELINE = (
+    *("--parallel.pipeline", "2", "--model.dtype", "bf16"),
+    *("--run.checkpoint_every", "1", "--run.keep_every", "1"),
+)
+EPOCH = 3
+"""Steps: each takes 4 prompts from either domain."""
 Figures = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]
 
 
@@ -39,21 +46,35 @@ def figures(run: Path) -> Figures:
     return lasting(metrics(run)), evaluations, rollouts
 
 
+def write_config(model: Path, folder: Path) -> Path:
+    path = program.write_config(model, folder)
+    path.write_text(path.read_text().replace("items = 60", f"items = {4 * EPOCH}"))
+    return path
+
+
 def press_ctrl_c(config: Path, *overrides: str) -> None:
-    """Start the program in a process group of its own, stop it when three steps are logged; all of it must end."""
+    """Start the program in a process group of its own, stop it a step after the epoch; all of it must end."""
     with (config.parent / "output.txt").open("w") as output:
         process = psutil.Popen(
             command(config, *overrides), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    log = config.parent / "runs" / "tiny" / "metrics.jsonl"
+    checkpoint = config.parent / "runs" / "tiny" / "checkpoints" / f"step_{EPOCH + 1:06d}"
     deadline = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < 3:
+    while not checkpoint.exists():
         assert time.monotonic() < deadline and process.poll() is None, (config.parent / "output.txt").read_text()
         time.sleep(0.02)
     family = process.children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     _, alive = psutil.wait_procs([process, *family], timeout=30)
     assert not alive, "processes that outlive the run"
+
+
+def forget_after(run: Path, step: int) -> Path:
+    """Leave no later checkpoint; returns that of `step`."""
+    for number, path in step_files(run / "checkpoints"):
+        if number > step:
+            shutil.rmtree(path)
+    return step_files(run / "checkpoints")[step - 1][1]
 
 
 def damage(checkpoint: Path) -> None:
@@ -89,12 +110,19 @@ def test_stopped_and_started_again_it_ends_with_the_same_figures(
 ) -> None:
     """Also where the newest checkpoint was damaged meanwhile: it goes on from the one before."""
     run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
-    *_, before, newest = step_files(run / "checkpoints")
-    damage(newest[1])
+    newest = forget_after(run, EPOCH + 1)
+    damage(newest)
     output = go_on(model, tmp_path, *PIPELINE)
-    assert f"WARNING: {newest[1]} is damaged: " in output
-    assert f"going on after step {before[0]}" in output
+    assert f"WARNING: {newest} is damaged: " in output
+    assert f"going on after step {EPOCH}" in output
     assert figures(run) == whole
+
+
+def test_the_epoch_ends_where_the_run_goes_on(whole: Figures) -> None:
+    steps = [set(prompts(text)) for _, text in sorted(whole[2].items())]
+    assert [len(step) for step in steps] == [8] * 2 * EPOCH
+    assert len(set().union(*steps[:EPOCH])) == 8 * EPOCH
+    assert set().union(*steps[:EPOCH]) == set().union(*steps[EPOCH:]) and steps[0] != steps[EPOCH]
 
 
 def test_under_another_layout_it_goes_on_with_the_same_prompts(
@@ -102,13 +130,13 @@ def test_under_another_layout_it_goes_on_with_the_same_prompts(
 ) -> None:
     """And, in the first step, figures that differ as those of two layouts do in bf16."""
     run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
-    first = step_files(run / "checkpoints")[-1][0] + 1
+    forget_after(run, EPOCH)
     output = go_on(model, tmp_path, *PIPELINE[2:], "--parallel.data", "2")
     assert "the run was tensor 1 x pipeline 2" in output and "but figures that agree up to rounding" in output
     rows, _, rollouts = figures(run)
     expected_rows, _, expected_rollouts = whole
     for key in ("entropy", "loss/share", "grad_norm"):
-        assert rows[first - 1][key] == pytest.approx(expected_rows[first - 1][key], rel=0.1), key
+        assert rows[EPOCH][key] == pytest.approx(expected_rows[EPOCH][key], rel=0.1), key
     assert {name: prompts(text) for name, text in rollouts.items()} == {
         name: prompts(text) for name, text in expected_rollouts.items()
     }

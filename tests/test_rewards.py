@@ -1,7 +1,8 @@
 """Rewards from real worker processes: what counts as right, and what becomes of a verifier that misbehaves.
 
-Not covered: fork bombs (a worker's processes are not counted, only killed with it) and model-written code, which no
-domain has. Hostile text is tried on the scorers of the quick start only; of the other allowed ones the source is read.
+Not covered: fork bombs (a worker's processes are not counted, only killed with it); model-written code; the kinds of
+verifiers (test_verifiers.py); weights and turns (test_scorer.py). Hostile text is tried on the scorers of the quick
+start only; of the other allowed ones the source is read.
 """
 
 import json
@@ -15,15 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scoring import HOSTILE, completion, config_of, function, group, scorer_of
 
-from megatron_mcpo.config import Config
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.scorer import Scorer, TooManyErrors, check_error_rate
-from megatron_mcpo.sections import RewardsConfig
-from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
+from megatron_mcpo.types import RolloutGroup, StopReason
 
-FAST = RewardsConfig(workers=1, timeout=1.0)
+TIMEOUT = 1.0
 
 QUICK_START = {
     "chain_sum": ("1 + 2 =", "3", {}),
@@ -34,40 +34,6 @@ QUICK_START = {
     "needle_haystack": ("Ann likes tea. Who likes tea?", "Ann", {}),
     "syllogism": ("Does it follow?", "No", {}),
 }
-
-HOSTILE = [
-    '__import__("os").system("touch PWNED")',
-    '[__import__("os").system("touch PWNED")]',
-    "9**9**9**9",
-    "$9^{9^{9^9}}$",
-    "$(10^{10^9})!$",
-    "\\boxed{" * 100_000,
-    "(" * 100_000,
-    "9" * 1_000_000,
-    "9" * 5000,
-    "4\x00",
-    "\ud800",
-    "\u202e4",
-    "</answer></answer>",
-    "nan",
-    "inf",
-    "1e400",
-    "1e999999999",
-    "-0",
-    "None",
-    "\x1b]0;title\x07",
-    "<script>alert(1)</script>",
-]
-
-
-def completion(text: str, stop_reason: StopReason = StopReason.STOP) -> Completion:
-    return Completion(token_ids=(1,), logprobs=(-0.5,), stop_reason=stop_reason, version=0, text=text)
-
-
-def group(*texts: str, index: int = 0, **entry: object) -> RolloutGroup:
-    values = {"question": f"q{index}", "answer": "right", "metadata": {}, **entry}
-    prompt = Prompt(domain=0, source="made-up", index=index, token_ids=(1, 2), entry=values)
-    return RolloutGroup(prompt=prompt, completions=tuple(completion(text) for text in texts))
 
 
 def gym_group(generator: str, *texts: str) -> RolloutGroup:
@@ -82,7 +48,7 @@ def gym(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
     """A scorer whose workers run in an empty folder, so that a file they make is seen."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("gym"))
-    with Scorer(RewardsConfig(workers=1, timeout=5.0)) as scorer:
+    with Scorer(config_of([{"sources": [{"generator": "chain_sum"}]}], rewards={"timeout": 5.0})) as scorer:
         scorer.wait_ready()
         yield scorer
     assert list(Path.cwd().iterdir()) == []
@@ -91,7 +57,7 @@ def gym(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
 
 @pytest.fixture(scope="module")
 def misbehaving() -> Iterator[Scorer]:
-    with Scorer(FAST, verifier="verifiers:misbehave") as scorer:
+    with scorer_of(function("verifiers:misbehave"), timeout=TIMEOUT) as scorer:
         yield scorer
 
 
@@ -110,17 +76,11 @@ def test_allowed_scorers_do_not_evaluate_text() -> None:
 
 
 def test_problems_names_domain_value_and_fix() -> None:
-    config = Config.model_validate(
-        {
-            "run": {"steps": 1},
-            "model": {"path": "x"},
-            "batch": {"prompts": 2, "samples": 2},
-            "optimizer": {"lr": 1e-5},
-            "domain": [
-                {"name": "games", "sources": [{"generator": "chain_sum"}, {"generator": "countdown"}]},
-                {"name": "algebra", "sources": [{"generator": "simple_equation"}]},
-            ],
-        }
+    config = config_of(
+        [
+            {"name": "games", "sources": [{"generator": "chain_sum"}, {"generator": "countdown"}]},
+            {"name": "algebra", "sources": [{"generator": "simple_equation"}]},
+        ]
     )
     first, second = allowlist.problems(config)
     assert "'games'" in first and "sources[1]" in first and "'countdown'" in first and "executes" in first
@@ -157,6 +117,7 @@ def test_cut_and_blank_responses_get_zero_unasked(misbehaving: Scorer) -> None:
     unasked = replace(group(index=1), completions=(completion("raise", StopReason.LENGTH), completion("")))
     scored = misbehaving.score([asked, unasked])
     assert [s.rewards for s in scored] == [(1.0, 0.0, 0.0, 0.0), (0.0, 0.0)]
+    assert [s.correct for s in scored] == [(True, False, False, False), (False, False)]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +144,8 @@ def test_cut_and_blank_responses_get_zero_unasked(misbehaving: Scorer) -> None:
 def test_a_failure_costs_the_whole_group_and_nothing_else(misbehaving: Scorer, deed: str, message: str) -> None:
     started = time.monotonic()
     broken, good = misbehaving.score([group("right", deed, "wrong", index=0), group("wrong", "right", index=1)])
-    assert broken.rewards == () and message in str(broken.error)
+    assert broken.rewards == broken.correct == () and message in str(broken.error)
+    assert broken.timed_out is ("no answer within" in message)
     assert str(broken.error).isprintable()
     assert good.rewards == (0.0, 1.0) and good.error is None
     assert time.monotonic() - started < 20
@@ -191,14 +153,15 @@ def test_a_failure_costs_the_whole_group_and_nothing_else(misbehaving: Scorer, d
 
 def test_odd_but_valid_scores(misbehaving: Scorer) -> None:
     [scored] = misbehaving.score([group("dust", "partial", "print a lot")])
-    assert scored.rewards == (1.0, 0.0, 1.0)
+    assert scored.rewards == (1.0, 0.98, 1.0)
+    assert scored.correct == (True, False, True)
 
 
 def test_a_hanging_item_is_tried_once(misbehaving: Scorer) -> None:
     started = time.monotonic()
     hanging, good = misbehaving.score([group("sleep", "ignore signals", "loop in C"), group("right", index=1)])
     assert hanging.error is not None and good.rewards == (1.0,)
-    assert time.monotonic() - started < 2.5 * FAST.timeout
+    assert time.monotonic() - started < 2.5 * TIMEOUT
 
 
 def test_an_error_of_an_earlier_stage_is_kept(misbehaving: Scorer) -> None:
@@ -209,27 +172,27 @@ def test_an_error_of_an_earlier_stage_is_kept(misbehaving: Scorer) -> None:
 
 def test_the_same_answer_to_the_same_item_is_verified_once(tmp_path: Path) -> None:
     log = str(tmp_path / "log")
-    with Scorer(RewardsConfig(workers=2, timeout=5.0), verifier="verifiers:record") as scorer:
+    with scorer_of(function("verifiers:record"), workers=2, timeout=5.0) as scorer:
         scored = scorer.score([group("a", "a ", "b", log=log), group("a", index=1, log=log), group("b", log=log)])
     assert [s.rewards for s in scored] == [(1.0, 1.0, 1.0), (1.0,), (1.0,)]
     assert sorted(Path(log).read_text().splitlines()) == ["q0 a", "q0 b", "q1 a"]
 
 
 def test_waiting_in_the_queue_does_not_count() -> None:
-    with Scorer(FAST, verifier="verifiers:slow") as scorer:
+    with scorer_of(function("verifiers:slow"), timeout=TIMEOUT) as scorer:
         [scored] = scorer.score([group("a", "b", "c", seconds=0.5)])
     assert scored.rewards == (1.0, 1.0, 1.0)
 
 
 def test_workers_import_nothing_heavy() -> None:
-    with Scorer(FAST, verifier="verifiers:heavy_modules") as scorer:
+    with scorer_of(function("verifiers:heavy_modules"), timeout=TIMEOUT) as scorer:
         [scored] = scorer.score([group("a")])
     assert scored.error is None
 
 
 def test_close_ends_what_the_verifier_forked(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with Scorer(FAST, verifier="verifiers:fork") as scorer:
+    with scorer_of(function("verifiers:fork"), timeout=TIMEOUT) as scorer:
         scorer.score([group("a", pid_file=str(pid_file))])
         assert not _gone(int(pid_file.read_text()))
     assert _gone_soon(int(pid_file.read_text()))
@@ -239,7 +202,7 @@ def test_workers_end_with_a_trainer_that_was_killed() -> None:
     code = """
 import os, signal
 from megatron_mcpo.rewards.pool import WorkerPool
-pool = WorkerPool("verifiers:slow", num_workers=1, timeout=1.0)
+pool = WorkerPool(["verifiers:slow"], num_workers=1, timeout=1.0, memory_bytes=2**32)
 pool.wait_ready()
 print(pool._workers[0]._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -268,11 +231,9 @@ def _gone(pid: int) -> bool:
     return state == "Z"
 
 
-@pytest.mark.parametrize(
-    "verifier", ["no_such_module:f", "verifiers:no_such_function", "verifiers", "verifiers:_RETURNS"]
-)
+@pytest.mark.parametrize("verifier", ["no_such_module:f", "verifiers:no_such_function", "verifiers:_RETURNS"])
 def test_a_verifier_that_does_not_import_stops_the_run(verifier: str) -> None:
-    with Scorer(FAST, verifier=verifier) as scorer, pytest.raises(VerifierUnavailable, match=verifier):
+    with scorer_of(function(verifier)) as scorer, pytest.raises(VerifierUnavailable, match=verifier):
         scorer.score([group("right")])
 
 

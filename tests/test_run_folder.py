@@ -78,6 +78,7 @@ def test_the_layout_and_settings_that_do_not_change_the_result_may_differ(file: 
     RunFolder.open(config_of(file)).close()
     overrides = ["--run.checkpoint_every", "2", "--rewards.workers", "3", "--engine.canary_every", "1"]
     overrides += ["--run.keep_checkpoints", "1", "--run.keep_every", "4", "--parallel.tensor", "2"]
+    overrides += ["--engine.servers", '["http://there:1"]']
     again = RunFolder.open(config_of(file, *overrides, "--run.trackers", '["trackio"]'))
     assert again.resumed
     again.close()
@@ -246,6 +247,7 @@ def fill(folder: RunFolder, steps: range) -> None:
     lines = [json.dumps({"step": step, "reward/mean": step / 10}) + "\n" for step in steps]
     (folder.path / "metrics.jsonl").write_text("".join(lines))
     (folder.path / "eval.jsonl").write_text('{"step": 0, "mean": 0.1}\n{"step": 4, "mean": 0.2}\n')
+    (folder.path / "notes.jsonl").write_text('{"step": 3, "text": "a"}\n{"step": 4, "text": "b"}\n')
     for step in steps:
         (folder.path / "rollouts" / f"step_{step:06d}.jsonl").touch()
         (folder.path / "representations" / f"step_{step:06d}.npz").touch()
@@ -266,6 +268,7 @@ def test_truncate_drops_what_came_after_the_checkpoint(file: Path) -> None:
     ]
     assert (folder.path / "metrics.jsonl").read_text().endswith("}\n")
     assert [row["step"] for row in read_jsonl(folder.path / "eval.jsonl")] == [0]
+    assert [row["text"] for row in read_jsonl(folder.path / "notes.jsonl")] == ["a"]
     assert [step for step, _ in step_files(folder.path / "rollouts")] == [1, 2, 3]
     assert [step for step, _ in step_files(folder.path / "representations")] == [1, 2, 3]
     assert sorted(p.name for p in (folder.path / "rollouts").iterdir())[0] == "notes.txt"
@@ -288,7 +291,7 @@ def test_truncate_with_minus_one_starts_over(file: Path) -> None:
     fill(folder, range(1, 3))
     folder.truncate_after(-1)
     assert (folder.path / "metrics.jsonl").read_text() == ""
-    assert (folder.path / "eval.jsonl").read_text() == ""
+    assert (folder.path / "eval.jsonl").read_text() == (folder.path / "notes.jsonl").read_text() == ""
     assert step_files(folder.path / "rollouts") == []
     folder.close()
 

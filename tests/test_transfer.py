@@ -1,20 +1,23 @@
 """Both ways of bringing weights into engines, on real gloo ranks, against what vLLM's own loaders make of the files.
 
-Not covered: a GPU (NCCL, an engine that computes with what was written), engines in other processes.
+Not covered: a GPU (NCCL, CUDA graphs over parameters that are written into), engines in other processes.
 """
 
 from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
 
 # isort: split
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import vllm_cases
+from direct_cases import parameters_of_experts, pushes_into_an_engine
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,6 +31,7 @@ from megatron_mcpo.model_config import layout_problems
 from megatron_mcpo.weights.engine_layout import engine_shapes
 from megatron_mcpo.weights.hf_io import load_hf
 from megatron_mcpo.weights.reshard import Plan
+from megatron_mcpo.weights.sync import Meter, export
 from megatron_mcpo.weights.transfer import Direct, Gather, choose
 
 SIZES: dict[str, Any] = dict(
@@ -62,6 +66,7 @@ CASES: list[tuple[str, Layout, int]] = [
 ]
 TWO = Layout(tensor=2)
 BUCKET_BYTES = 40_000
+HALF = 125_000
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -97,17 +102,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 class Engine:
     """A receiver: empty tensors of these shapes, if any, and a place for full tensors."""
 
+    version = 0
+
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32):
         self.own = {name: torch.full(shape, float("nan"), dtype=dtype) for name, shape in shapes.items()}
         self.full: dict[str, Tensor] = {}
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
         for name, tensor in named_tensors:
             assert name not in self.full
             self.full[name] = tensor
+        self.version = version
+        return 0
 
     def parameters(self) -> dict[str, Tensor] | None:
         return self.own or None
+
+    @contextmanager
+    def rewriting(self, version: int) -> Iterator[dict[str, Tensor]]:
+        yield self.own
+        self.version = version
 
 
 def policy(folder: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Module], Any, Any]:
@@ -124,12 +138,13 @@ def push_directly(files: Files, family: str, layout: Layout, engine_ranks: int) 
     assert layout_problems(model, layout, engine_ranks) == []
     expected = files.engine_rank(family, engine_ranks, groups.rank % engine_ranks)
     engine = Engine(engine_shapes(model, engine_ranks))
-    first = Direct(chunks, model, groups, engine_ranks=engine_ranks).push(engine)
+    first = Direct(chunks, model, groups, engine, engine_ranks=engine_ranks).push(1)
     check(engine.own, expected)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.mul_(2)
-    small = Direct(chunks, model, groups, engine_ranks=engine_ranks, bucket_bytes=BUCKET_BYTES).push(engine)
+    small = Direct(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=BUCKET_BYTES).push(2)
+    assert engine.version == 2
     check(engine.own, {name: 2 * tensor for name, tensor in expected.items()})
     return [first.received, small.received, small.staged]
 
@@ -152,14 +167,35 @@ def test_direct_fills_what_vllm_would_load_with_the_fewest_bytes(
     assert max(staged for _, _, staged in results) <= BUCKET_BYTES + 8 * longest_index
 
 
+@pytest.mark.parametrize(
+    "family, layout, engine_ranks",
+    [
+        ("qwen2", Layout(tensor=2), 2),
+        ("qwen3", Layout(pipeline=2), 2),
+        ("qwen2", Layout(data=2), 1),
+    ],
+    ids=str,
+)
+def test_an_engine_that_was_written_into_is_as_one_that_loaded(
+    files: Files, family: str, layout: Layout, engine_ranks: int
+) -> None:
+    found = vllm_cases.run(pushes_into_an_engine, files.model(family), layout, engine_ranks, ranks=2)
+    assert found == [("gather", "the engine keeps its weights packed or quantised")] * 2
+
+
+def test_an_engine_with_experts_is_not_written_into(files: Files) -> None:
+    assert not vllm_cases.run(parameters_of_experts, files.model("qwen3_moe"))
+
+
 def push_gathered(files: Files, family: str, layout: Layout) -> tuple[int, int]:
     chunks, model, groups = policy(files.model(family), layout)
     expected = load_file(files.model(family) / "model.safetensors")
     engines = [Engine({}), Engine({})]
-    one = Gather(chunks=chunks, model=model, groups=groups).push(engines[0])
-    many = Gather(chunks=chunks, model=model, groups=groups, bucket_bytes=BUCKET_BYTES).push(engines[1])
-    for engine in engines:
+    gather = Gather(chunks=chunks, model=model, groups=groups, engine=engines[0])
+    one, many = gather.push(1), replace(gather, engine=engines[1], bucket_bytes=BUCKET_BYTES).push(2)
+    for version, engine in enumerate(engines, start=1):
         check(engine.full, expected)
+        assert engine.version == version
     assert many.received == one.received
     return many.received, many.staged
 
@@ -174,6 +210,28 @@ def test_gather_gives_every_rank_every_full_tensor(files: Files, family: str, la
     assert (layout.model_parallel * layout.expert == 1) == (sum(staged for _, staged in results) == 0)
 
 
+def stopped_early(files: Files) -> tuple[int, float]:
+    """Bytes received when the first tensor was there, and a sum over the ranks after that was all they took."""
+    chunks, model, groups = policy(files.model("qwen3"), TWO)
+    meter = Meter()
+    stream = export(chunks, model, groups, bucket_bytes=2 * HALF, meter=meter)
+    next(stream)
+    received = meter.received
+    del stream
+    total = torch.ones(1)
+    dist.all_reduce(total, group=groups.world)
+    again = Engine({})
+    Gather(chunks=chunks, model=model, groups=groups, engine=again, bucket_bytes=2 * HALF).push(1)
+    check(again.full, load_file(files.model("qwen3") / "model.safetensors"))
+    return received, total.item()
+
+
+def test_the_next_bucket_is_under_way_and_an_engine_that_stops_taking_blocks_nobody(files: Files) -> None:
+    results = run_ranks(2, stopped_early, files)
+    assert [received > HALF / 2 for received, _ in results] == [True, True], "a bucket brings a rank half of its bytes"
+    assert [total for _, total in results] == [2.0, 2.0]
+
+
 def chosen(
     files: Files, packed_rank: int, changes: dict[str, Any], family: str = "qwen3", layout: Layout = TWO
 ) -> tuple[str, str | None]:
@@ -181,18 +239,18 @@ def chosen(
     shapes = {} if groups.rank == packed_rank else engine_shapes(model, 1) | changes
     engine = Engine(shapes, dtype=torch.bfloat16)
     executor, reason = choose(chunks, model, groups, engine, engine_ranks=1)
-    executor.push(engine)
+    executor.push(1)
     return executor.name, reason
 
 
 def test_direct_is_chosen_where_every_engine_rank_keeps_its_parameters_plain(files: Files) -> None:
     assert run_ranks(2, chosen, files, -1, {}) == [("direct", None)] * 2
-    packed = ("gather", "rank 1: the engine keeps its weights packed or quantised")
-    assert run_ranks(2, chosen, files, 1, {}) == [packed] * 2
+    packed = "the engine keeps its weights packed or quantised"
+    assert run_ranks(2, chosen, files, 1, {}) == [("gather", f"rank 1: {packed}")] * 2
     name = "model.layers.0.self_attn.qkv_proj.weight"
     ((executor, reason), _) = run_ranks(2, chosen, files, -1, {name: (3, 4)})
-    assert executor == "gather" and reason.startswith(f"rank 0: {name}: the engine has (3, 4)")
+    assert executor == "gather" and reason.startswith(f"{name}: the engine has (3, 4)")
     ((executor, reason), _) = run_ranks(2, chosen, files, -1, {"scale": (1,)})
-    assert (executor, reason) == ("gather", "rank 0: scale: only the engine has it")
+    assert (executor, reason) == ("gather", "scale: only the engine has it")
     ((executor, reason), _) = run_ranks(2, chosen, files, -1, {}, "mixtral", Layout(data=2, expert=2))
-    assert (executor, reason) == ("gather", "rank 0: some of vLLM's kernels rearrange experts after loading")
+    assert (executor, reason) == ("gather", "some of vLLM's kernels rearrange experts after loading")

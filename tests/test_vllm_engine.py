@@ -1,7 +1,6 @@
 """The vLLM engine with tiny random models on a CPU, in processes of their own.
 
-Not covered: a GPU (sleep that frees memory, CUDA graphs, NCCL), engines of more than 2 ranks, quantised weights, and
-speed.
+Not covered: a GPU (sleep that frees memory, CUDA graphs, NCCL, its FP8 kernels), engines of more than 2 ranks, speed.
 """
 
 import json
@@ -31,6 +30,7 @@ SIZES: dict[str, Any] = dict(
     eos_token_id=5,
 )
 pytestmark = pytest.mark.timeout(240)
+needs_fp8 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="FP8 needs AVX512-BF16 on a CPU")
 
 
 @pytest.fixture(scope="session")
@@ -96,17 +96,18 @@ def test_update_equals_an_engine_built_from_the_checkpoint(models: Path, family:
 
 def test_tied_head_is_stale_without_the_fix_and_is_found(models: Path) -> None:
     """Fails when vLLM has mended its reload: then lower LAST_AFFECTED and delete `after_reload`."""
-    assert cases.run(cases.without_fixes, models, "tied") == (False, ["lm_head.weight"])
+    assert cases.run(cases.without_fixes, models, "tied") == (False, ("lm_head.weight",))
 
 
-def test_experts_are_stale_without_the_fix(models: Path) -> None:
+def test_experts_are_stale_without_the_fix_and_are_found(models: Path) -> None:
     """Fails when vLLM has mended its reload: then lower LAST_AFFECTED and delete `before_reload`."""
-    equal, _ = cases.run(cases.without_fixes, models, "experts")
+    equal, different = cases.run(cases.without_fixes, models, "experts")
     assert not equal
+    assert len(different) == 2 * 4 * 3 and all(".experts." in name for name in different)
 
 
 def test_untied_model_needs_no_fix(models: Path) -> None:
-    assert cases.run(cases.without_fixes, models, "untied") == (True, [])
+    assert cases.run(cases.without_fixes, models, "untied") == (True, ())
 
 
 def test_trainer_state_is_untouched(models: Path) -> None:
@@ -143,12 +144,34 @@ def test_bad_update_is_refused_and_ends_the_engine(models: Path) -> None:
     assert "the exporter died" in messages["exporter"]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("tied", "fp32"), ("untied", "bf16")])
-def test_mismatches_names_exactly_what_differs(models: Path, family: str, dtype: str) -> None:
-    cases.run(cases.finds_mismatches, models, family, dtype)
+@needs_fp8
+@pytest.mark.parametrize("family", ["tied", "untied", "experts"])
+def test_update_of_a_quantized_engine_equals_one_built_from_the_checkpoint(models: Path, family: str) -> None:
+    cases.run(cases.update_equals_fresh, models, family, "bf16", "fp8_per_block")
 
 
-@pytest.mark.parametrize("family", ["tied", "untied"])
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM asks for AMX, and here it is")
+def test_fp8_is_refused_without_the_fix(models: Path) -> None:
+    """Fails when vLLM has mended what it asks for: then delete `cpu_fp8`."""
+    assert "AMX" in cases.run(cases.fp8_without_fix, models)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "quantization"),
+    [
+        ("tied", "fp32", "none"),
+        ("untied", "bf16", "none"),
+        ("experts", "fp32", "none"),
+        ("experts", "bf16", "none"),
+        pytest.param("tied", "bf16", "fp8_per_block", marks=needs_fp8),
+        pytest.param("experts", "bf16", "fp8_per_block", marks=needs_fp8),
+    ],
+)
+def test_compare_names_exactly_what_differs(models: Path, family: str, dtype: str, quantization: str) -> None:
+    cases.run(cases.finds_what_differs, models, family, dtype, quantization)
+
+
+@pytest.mark.parametrize("family", ["tied", "untied", "experts"])
 def test_tensor_parallel_ranks_agree(models: Path, family: str) -> None:
     two = cases.run(cases.on_ranks, models, family, 2, ranks=2)
     assert two[0]["a"] == two[1]["a"]
@@ -181,7 +204,7 @@ def test_two_engines_of_one_rank_each(models: Path) -> None:
 )
 def test_impossible_arguments_are_refused(models: Path, changes: dict[str, Any], problem: str) -> None:
     good: dict[str, Any] = dict(
-        dtype="fp32", tensor_parallel=1, max_model_len=64, max_concurrent=4, kv_cache_gib=0.1,
+        dtype="fp32", quantization="none", tensor_parallel=1, max_model_len=64, max_concurrent=4, kv_cache_gib=0.1,
         gpu_memory_utilization=0.5, distributed=False, job_tag="x",
     )  # fmt: skip
     with pytest.raises(ValueError, match=problem):

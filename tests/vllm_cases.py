@@ -7,12 +7,14 @@ forks of a server that has imported vLLM, except `fresh` ones, which see the imp
 import multiprocessing as mp
 import multiprocessing.connection
 import os
+import re
 import shutil
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mcpo.rollout import vllm_cpu_fixes
-from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
+from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 
 MAX_LEN = 96
@@ -90,10 +92,18 @@ def _rank_main(
         os._exit(0)
 
 
-def build(path: Path, dtype: Any = "fp32", *, tensor_parallel: int = 1, load_weights: bool = False) -> VllmEngine:
+def build(
+    path: Path,
+    dtype: Any = "fp32",
+    *,
+    quantization: Any = "none",
+    tensor_parallel: int = 1,
+    load_weights: bool = False,
+) -> VllmEngine:
     return VllmEngine(
         path,
         dtype=dtype,
+        quantization=quantization,
         tensor_parallel=tensor_parallel,
         max_model_len=MAX_LEN,
         max_concurrent=64,
@@ -125,9 +135,9 @@ def failure(function: Callable[[], Any]) -> str:
     raise AssertionError("no EngineError was raised")
 
 
-def update_equals_fresh(folder: Path, family: str, dtype: str) -> None:
+def update_equals_fresh(folder: Path, family: str, dtype: str, quantization: str = "none") -> None:
     a, b = folder / f"{family}_a", folder / f"{family}_b"
-    engine, seen = build(a, dtype), []
+    engine, seen = build(a, dtype, quantization=quantization), []
     for version, path in enumerate((a, b, a), start=1):
         engine.update(reversed(list(weights(path).items())), version)
         assert engine.version == version
@@ -135,23 +145,28 @@ def update_equals_fresh(folder: Path, family: str, dtype: str) -> None:
     engine.close()
     fresh = []
     for path in (a, b):
-        engine = build(path, dtype, load_weights=True)
+        engine = build(path, dtype, quantization=quantization, load_weights=True)
         fresh.append(sampled(engine))
         engine.close()
     assert seen == [fresh[0], fresh[1], fresh[0]]
     assert fresh[0] != fresh[1]
 
 
-def without_fixes(folder: Path, family: str) -> tuple[bool, list[str]]:
+def without_fixes(folder: Path, family: str) -> tuple[bool, tuple[str, ...]]:
     """Whether an update without the repairs equals a fresh engine, and what the engine says it holds wrongly."""
     vllm_cpu_fixes.LAST_AFFECTED = (0, 0)
     a, b = folder / f"{family}_a", folder / f"{family}_b"
     engine = build(a)
     engine.update(weights(a).items(), 1)
     engine.update(weights(b).items(), 2)
-    updated, wrong = sampled(engine), engine.mismatches(weights(b).items())
+    updated, wrong = sampled(engine), engine.compare(weights(b).items()).different
     engine.close()
     return updated == sampled(build(b, load_weights=True)), wrong
+
+
+def fp8_without_fix(folder: Path) -> str:
+    vllm_cpu_fixes.cpu_fp8 = nullcontext
+    return failure(lambda: build(folder / "tied_a", "bf16", quantization="fp8_per_block"))
 
 
 def process_state() -> dict[str, Any]:
@@ -204,7 +219,7 @@ def leaves_no_trace(folder: Path) -> None:
         elif step == "generation":
             sampled(engine)
         else:
-            assert engine.mismatches(policy.items()) == []
+            assert engine.compare(policy.items()).different == ()
         after = process_state()
         changed = [key for key in before if before[key] != after.get(key)]
         added = [key for key in set(after) - set(before) if key.split(".")[0] in ("Tensor", "accelerator")]
@@ -326,20 +341,40 @@ def refuses_bad_updates(folder: Path) -> dict[str, str]:
     return messages
 
 
-def finds_mismatches(folder: Path, family: str, dtype: str) -> None:
+def finds_what_differs(folder: Path, family: str, dtype: str, quantization: str) -> None:
+    """In each tensor by itself, in two that were swapped, in one that was transposed; nothing where nothing differs."""
     path = folder / f"{family}_a"
-    engine, policy = build(path, dtype), weights(path)
+    engine, policy = build(path, dtype, quantization=quantization), weights(path)
+
+    def different(sent: dict[str, Tensor]) -> list[str]:
+        found = engine.compare(sent.items())
+        assert (found.unread, found.num_tensors) == ((), len(sent))
+        return sorted(found.different)
+
     engine.update(policy.items(), 1)
-    assert engine.mismatches(policy.items()) == []
-    layers = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
-    swapped = policy | {layers[0]: policy[layers[1]], layers[1]: policy[layers[0]]}
-    assert sorted(engine.mismatches(swapped.items())) == layers
+    assert different(policy) == []
     for name, tensor in policy.items():
         damaged = tensor.clone()
-        damaged.view(-1)[-1] += 0.5
-        wrong = engine.mismatches([(name, damaged)])
+        damaged.view(-1)[-1] += 4.0
         tied = ["lm_head.weight"] if family == "tied" and "embed" in name else []
-        assert wrong == [name, *tied], (name, wrong)
+        expected = sorted([name, *tied, *shares_block(name, quantization)])
+        assert different(policy | {name: damaged}) == expected, name
+    swapped = [name for name in policy if re.fullmatch(r"model\.layers\.[01]\..*(q_proj|3\.down_proj)\.weight", name)]
+    pairs = [*zip(swapped[: len(swapped) // 2], swapped[len(swapped) // 2 :], strict=True)]
+    square = "model.layers.1.self_attn.q_proj.weight"
+    sent = dict(policy)
+    for one, other in pairs:
+        sent |= {one: policy[other], other: policy[one]}
+    engine.update(sent.items(), 2)
+    assert different(policy) == sorted(swapped) and len(pairs) == (2 if family == "experts" else 1)
+    engine.update((policy | {square: policy[square].T}).items(), 3)
+    assert different(policy) == [square]
+
+
+def shares_block(name: str, quantization: str) -> list[str]:
+    """Key and value have 64 rows each, one after the other: in FP8 they share their scale."""
+    other = name.replace("k_proj", "v_proj") if "k_proj" in name else name.replace("v_proj", "k_proj")
+    return [other] if quantization != "none" and other != name else []
 
 
 def on_ranks(folder: Path, family: str, tensor_parallel: int) -> dict[str, Any]:
@@ -357,8 +392,8 @@ def on_ranks(folder: Path, family: str, tensor_parallel: int) -> dict[str, Any]:
     damaged = {name: tensor.clone() for name, tensor in a.items()}
     for name, tensor in damaged.items():
         tensor[-1] += 0.5
-        mine = engine.mismatches([(name, tensor)])
-        assert engine.mismatches([(name, a[name])]) == [], name
+        mine = engine.compare([(name, tensor)]).different
+        assert engine.compare([(name, a[name])]) == Comparison(different=(), unread=(), num_tensors=1), name
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine)
         assert name in [wrong for names in found for wrong in names], name

@@ -1,9 +1,10 @@
-"""What the contrastive terms cost (by themselves, against the plain N x N form, and in a training step), and what
-pushing weights to the engines and converting them cost.
+"""What the contrastive terms cost (by themselves, against the plain N x N form, and in a training step), what pushing
+weights to the engines and converting them cost, and what travels as a run grows.
 
 `.venv/bin/python tools/bench.py contrastive [--large] [--json] [--out benchmarks/NAME.json]`
 `.venv/bin/python tools/bench.py step [--json] [--out benchmarks/NAME.json]` (needs the model of `make model`)
-`.venv/bin/python tools/bench.py sync [--json] [--out benchmarks/NAME.json]`
+`.venv/bin/python tools/bench.py sync [--cases PART] [--json] [--out benchmarks/NAME.json]`
+`.venv/bin/python tools/bench.py scaling [--json] [--out benchmarks/NAME.json]`
 `.venv/bin/python tools/bench.py convert [--small] [--json] [--out benchmarks/NAME.json]` (28 GB of disk)
 --json prints one object a row; --out also puts the rows into a file, beside those of the other commands.
 """
@@ -52,11 +53,12 @@ STEPS = 10
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("contrastive", "step", "sync", "convert"):
+    for name in ("contrastive", "step", "sync", "scaling", "convert"):
         command = commands.add_parser(name)
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
     commands.choices["contrastive"].add_argument("--large", action="store_true", help="the tiles alone, to N = 65536")
+    commands.choices["sync"].add_argument("--cases", default="", help="those alone with this in their names")
     commands.choices["convert"].add_argument("--small", action="store_true", help="the 135M model alone")
     measure = commands.add_parser("measure", help="one row, in this process")
     measure.add_argument("impl", choices=["naive", "tiled"])
@@ -85,7 +87,11 @@ def measured_rows(known: argparse.Namespace) -> Iterator[dict[str, Any]]:
     elif known.command == "sync":
         from tools.bench_sync import sync_rows
 
-        yield from sync_rows()
+        yield from sync_rows(known.cases)
+    elif known.command == "scaling":
+        from tools.bench_scaling import scaling_rows
+
+        yield from scaling_rows()
     else:
         from tools import bench_convert
 
@@ -213,7 +219,6 @@ class Learner:
         start, cpu_start = time.perf_counter(), time.process_time()
         batch = make_batch(
             sampled,
-            pass_threshold=self.config.algorithm.pass_threshold,
             num_data_ranks=1,
             data_rank=0,
             share_prompts=self.policy.shares_prompts,
@@ -223,12 +228,12 @@ class Learner:
         before = time.perf_counter()
         contrasted = self.objective.contrast(scored, step=1)
         self.seconds_terms.append(time.perf_counter() - before)
-        advantages_PG = self.objective.advantages(sampled, contrasted)
-        loss = self.objective.loss(scored, advantages_PG, contrasted)
+        advantages_M = self.objective.advantages(scored, contrasted)
+        loss = self.objective.loss(scored, advantages_M, contrasted)
         update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
         report = BatchReport(
             groups=sampled,
-            advantages_PG=advantages_PG,
+            advantages_M=advantages_M,
             stats_MK=rollout_stats(batch, old, frozen.logp_R),
             z_MD=contrasted.z_MD if contrasted else None,
             contrast=contrasted.contrast if contrasted else None,
@@ -253,6 +258,7 @@ def made_up(config: Config) -> list[RolloutGroup]:
     for number in range(config.batch.prompts):
         prompt = Prompt(domain=number % DOMAINS, source="made up", index=number, token_ids=tokens(125, 185), entry={})
         answers = [tokens(2, 12) for _ in range(config.batch.samples)]
+        correct = tuple((torch.rand(len(answers), generator=random) < 0.3).tolist())
         groups.append(
             RolloutGroup(
                 prompt=prompt,
@@ -260,7 +266,8 @@ def made_up(config: Config) -> list[RolloutGroup]:
                     Completion(token_ids=ids, logprobs=(-10.0,) * len(ids), stop_reason=StopReason.STOP, version=0)
                     for ids in answers
                 ),
-                rewards=tuple(float(value < 0.3) for value in torch.rand(len(answers), generator=random)),
+                rewards=tuple(map(float, correct)),
+                correct=correct,
             )
         )
     return groups

@@ -69,7 +69,7 @@ def make_large(folder: Path, **changes: Any) -> None:
     files = dict(zip(file_names(len(groups)), groups, strict=True))
     for file, names in files.items():
         wanted = {name: shapes[name] for name in names}
-        write_safetensors(folder / file, wanted, torch.bfloat16, ((name, _noise(wanted[name])) for name in names))
+        write_safetensors(folder / file, wanted, torch.bfloat16, lambda name: [_noise(shapes[name])])
     write_index(folder, files, sum(sizes.values()))
 
 
@@ -105,9 +105,10 @@ def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def measure(direction: str, given: Path, made: Path, *options: str) -> tuple[float, int]:
-    """Seconds and highest resident memory of a tool, a process of its own, started and ended."""
-    command = [sys.executable, str(ROOT / "tools" / f"{direction}.py"), str(given), str(made), *options]
+def measure(direction: str, given: Path, made: Path, *options: str, processes: int = 1) -> tuple[float, int]:
+    """Seconds of a tool, started and ended, and the highest resident memory of any of its processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
+    command = [sys.executable, *launcher, str(ROOT / "tools" / f"{direction}.py"), str(given), str(made), *options]
     command.append("--no-verify-forward")
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:

@@ -81,12 +81,14 @@ class Variant:
     """One way to configure and to pack a step.
 
     shortest_prompt: more than half of what a micro-batch holds keeps any two rollouts apart
+    uneven: groups of different sizes, and right answers whose rewards are less than 1
     """
 
     name: str
     sections: dict[str, dict[str, Any]]
     share_prompts: bool
     shortest_prompt: int = 3
+    uneven: bool = False
 
 
 VARIANTS = [
@@ -120,7 +122,7 @@ VARIANTS = [
         name="contrastive reward, recomputed, dr_grpo, cispo, mask, k2",
         sections={
             "batch": {"micro_batch_tokens": 64},
-            "model": {"recompute": "full"},
+            "model": {"recompute": "selective"},
             "algorithm": {
                 "advantage": "dr_grpo",
                 "aggregation": "dr_grpo",
@@ -133,9 +135,10 @@ VARIANTS = [
         share_prompts=False,
     ),
     Variant(
-        name="a ratio a rollout",
+        name="a ratio a rollout, uneven groups with penalties",
         sections={"batch": {"micro_batch_tokens": 64}, "algorithm": {"clip": "gspo"}},
         share_prompts=True,
+        uneven=True,
     ),
 ]
 
@@ -168,6 +171,7 @@ def make_cases(folder: Path, model: str) -> list[Case]:
         reference_model = tiny_model.save_model(folder / kind, kind, **shape)
         for variant in VARIANTS:
             groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3, shortest_prompt=variant.shortest_prompt)
+            groups = tiny_model.uneven(groups) if variant.uneven else groups
             config = make_config(folder / kind, variant.sections)
             cases.append(
                 Case(
@@ -205,13 +209,12 @@ def score(policy: Policy, config: Config, groups: Sequence[RolloutGroup], share_
     ranks = policy.groups
     batch = make_batch(
         groups,
-        pass_threshold=config.algorithm.pass_threshold,
         num_data_ranks=ranks.layout.data,
         data_rank=ranks.data_rank,
         share_prompts=share_prompts and policy.shares_prompts,
     )
     old_R, ref_R = (
-        torch.cat([torch.zeros(0), *(logprobs[row] for row in batch.rows_N.tolist())])
+        torch.cat([torch.zeros(0), *(logprobs[row] for row in batch.rows_N.tolist())]).to(policy.device)
         for logprobs in (tiny_model.other_logprobs(groups, seed=seed) for seed in (1, 2))
     )
     old = Scores(logp_R=old_R, entropy_R=torch.zeros_like(old_R), z_ND=None, version=policy.version - 1)
@@ -224,8 +227,8 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
     objective = objective_type(case.config, policy, ranks)
     scored = score(policy, case.config, case.groups, case.share_prompts)
     contrasted = objective.contrast(scored, step=1)
-    advantages_PG = objective.advantages(scored.groups, contrasted)
-    policy.backward(scored.batch, objective.loss(scored, advantages_PG, contrasted))
+    advantages_M = objective.advantages(scored, contrasted)
+    policy.backward(scored.batch, objective.loss(scored, advantages_M, contrasted))
     return export_gradients(policy)
 
 

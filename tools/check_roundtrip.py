@@ -22,11 +22,10 @@ from megatron_mcpo.config import ConfigError  # noqa: E402
 from megatron_mcpo.hf_config import from_folder  # noqa: E402
 from megatron_mcpo.layout import Layout  # noqa: E402
 from megatron_mcpo.model_config import ModelConfig, layout_problems  # noqa: E402
+from megatron_mcpo.weights.compare import compare, is_small  # noqa: E402
 from megatron_mcpo.weights.convert import (  # noqa: E402
     VerificationError,
-    compare,
     hf_to_megatron,
-    is_small,
     layout_of,
     megatron_to_hf,
 )
@@ -80,7 +79,8 @@ def rows(
             if verify_forward or is_small(source):
                 from megatron_mcpo.mcore.compare_logits import TOLERANCE, logits_error
 
-                row["logits"] = logits_error(MegatronFolder(megatron, model), model, back)
+                found = MegatronFolder(megatron, model)
+                row["logits"] = logits_error(found, model, back, found.dtype(found.names[0]))
                 problems += [] if row["logits"] <= TOLERANCE else ["logits differ from those of transformers"]
             yield row | {"bits": compared.num_bits_different, "problems": problems}
 

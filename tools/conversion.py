@@ -1,13 +1,15 @@
 """What the conversion tools have in common: options, exit codes, progress."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_mcpo.weights.convert import Comparison, VerificationError
+from megatron_mcpo.weights.compare import Comparison
+from megatron_mcpo.weights.convert import VerificationError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,18 +30,16 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """The exit code: `work`'s; 1 where the result was found wrong; 2 where the user has to mend something."""
+    """The exit code: `work`'s; 1 where the result was found wrong; 2 where the user has to mend something.
+
+    Of several processes that fail together the first says why.
+    """
     try:
         return work()
-    except VerificationError as error:
-        print(error, file=sys.stderr)
-        return 1
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{error.filename or 'files'}: {error.strerror}; what was written so far is kept", file=sys.stderr)
-        return 2
+        if _is_first():
+            print(error, file=sys.stderr)
+        return 1 if isinstance(error, VerificationError) else 2
 
 
 def tell(known: argparse.Namespace, compared: Comparison) -> int:
@@ -49,4 +49,10 @@ def tell(known: argparse.Namespace, compared: Comparison) -> int:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    if _is_first():
+        print(text, flush=True)
+
+
+def _is_first() -> bool:
+    """Of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

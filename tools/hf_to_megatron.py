@@ -1,7 +1,8 @@
 """Makes a Megatron checkpoint (torch_dist) of a Hugging Face folder, as the ranks of a layout would save it.
 
 `.venv/bin/python tools/hf_to_megatron.py SRC DST [--tp 2 --pp 2 --vpp 1 --ep 1 --dtype bf16]`
-One process does it, with a few tensors in memory. Everything is read back and compared before DST gets its name; an
+One process does it, with a few tensors in memory, or several: `torchrun --nproc-per-node N tools/hf_to_megatron.py ...`
+(its own exit code is 1 whatever is wrong). Everything is read back and compared before DST gets its name; an
 interrupted call goes on where it stopped. Exit code 1: the result is not the source; 2: something is to be mended.
 """
 

@@ -63,7 +63,7 @@ def _fork(
             TORCHELASTIC_RESTART_COUNT="0",
         )
         stack = (folder / f"{rank}.stack").open("w")
-        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
         _save(folder / f"{rank}.result", function(*args))
         parallel.destroy()
         code = 0
@@ -88,7 +88,7 @@ def _wait(pids: list[int], timeout: float) -> None:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(0.01)
     for pid in running:
-        os.kill(pid, signal.SIGUSR1)
+        os.kill(pid, signal.SIGUSR2)
     if running:
         time.sleep(0.3)  # for the stacks to be written
     for pid in running:

@@ -33,20 +33,21 @@ def gradients(
     head = {name: weight.detach().double().requires_grad_() for name, weight in head.items()}
     rollouts = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
     results = [_evaluate(model, head, prompt, response, config) for prompt, response in rollouts]
-    rewards_PG = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    rewards = [torch.tensor(group.rewards, dtype=torch.float64) for group in groups]
     contrast = torch.zeros((), dtype=torch.float64)
     if head:
         z_MD = torch.stack([z_D for _, z_D in results])
-        keys = _keys(groups, config.algorithm.pass_threshold)
+        keys = _keys(groups)
         contrast = contrastive_loss(z_MD, keys, config.contrastive)
         if config.contrastive.mode == "reward":
-            rewards_PG = rewards_PG + reward_penalty(z_MD, keys, config.contrastive).view_as(rewards_PG)
+            penalties = reward_penalty(z_MD, keys, config.contrastive).split([len(r) for r in rewards])
+            rewards = [r + penalty for r, penalty in zip(rewards, penalties, strict=True)]
     policy = policy_term(
         [logp_r for logp_r, _ in results],
         old_logp,
         [torch.tensor(c.logprobs) for group in groups for c in group.completions],
         ref_logp,
-        _advantages(rewards_PG, [group.prompt.domain for group in groups], config.algorithm).flatten().tolist(),
+        _advantages(rewards, [group.prompt.domain for group in groups], config.algorithm),
         config.algorithm,
         longest=config.rollout.max_response_tokens,
     )
@@ -220,26 +221,29 @@ def _evaluate(
     return logp_r, F.normalize(head["weight"] @ features_H, dim=0)
 
 
-def _keys(groups: Sequence[RolloutGroup], pass_threshold: float) -> Keys:
-    rollouts = [(number, group, reward) for number, group in enumerate(groups) for reward in group.rewards]
+def _keys(groups: Sequence[RolloutGroup]) -> Keys:
+    rollouts = [(number, group, correct) for number, group in enumerate(groups) for correct in group.correct]
     return Keys(
         domain_M=torch.tensor([group.prompt.domain for _, group, _ in rollouts]),
         prompt_M=torch.tensor([number for number, _, _ in rollouts]),
-        correct_M=torch.tensor([reward >= pass_threshold for _, _, reward in rollouts]),
+        correct_M=torch.tensor([correct for _, _, correct in rollouts]),
     )
 
 
-def _advantages(rewards_PG: Tensor, domains: Sequence[int], settings: AlgorithmConfig) -> Tensor:
-    """Reward minus mean by prompt, by `settings.advantage` divided; 0 where all rewards are equal: [P, G]."""
-    mixed_P1 = (rewards_PG != rewards_PG[:, :1]).any(1, keepdim=True)
-    centred_PG = (rewards_PG - rewards_PG.mean(1, keepdim=True)).where(mixed_P1, 0.0)
-    if settings.advantage == "dr_grpo":
-        return centred_PG
-    if settings.advantage == "grpo":
-        return centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
-    if settings.advantage == "rloo":
-        others_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (rewards_PG.shape[1] - 1)
-        return (rewards_PG - others_PG).where(mixed_P1, 0.0)
-    domain_P = torch.tensor(domains)
-    deviations = [centred_PG[domain_P == domain].square().mean().sqrt() for domain in domains]
-    return centred_PG / (torch.stack(deviations)[:, None] + 1e-6)
+def _advantages(rewards: Sequence[Tensor], domains: Sequence[int], settings: AlgorithmConfig) -> list[float]:
+    """Reward minus mean by prompt, by `settings.advantage` divided; 0 where all are equal."""
+    centred = [r - r.mean() if len(set(r.tolist())) > 1 else torch.zeros_like(r) for r in rewards]
+    found = []
+    for r, own, domain in zip(rewards, centred, domains, strict=True):
+        match settings.advantage:
+            case "dr_grpo":
+                found += own.tolist()
+            case "grpo":
+                found += (own / (r.std() + 1e-6)).tolist()
+            case "rloo":
+                others = (r.sum() - r) / (len(r) - 1)
+                found += torch.where(own != 0, r - others, 0.0).tolist()
+            case "per_domain":
+                whole = torch.cat([c for c, d in zip(centred, domains, strict=True) if d == domain])
+                found += (own / (whole.square().mean().sqrt() + 1e-6)).tolist()
+    return found

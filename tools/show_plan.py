@@ -1,6 +1,6 @@
 """Prints how a configuration's weights go from the trainer's ranks to the engines', and how much travels.
 
-`.venv/bin/python tools/show_plan.py CONFIG [--ranks N] [--moves] [--section.key VALUE ...]`
+`.venv/bin/python tools/show_plan.py CONFIG [--ranks N] [--expert-parallel] [--moves] [--section.key VALUE ...]`
 Reads the configuration and the model's config.json; starts nothing and imports no torch.
 """
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--ranks", type=int, help="of the run; else as many as the configuration needs at least")
+    parser.add_argument("--expert-parallel", action="store_true", help="as to engines whose ranks hold whole experts")
     parser.add_argument("--moves", action="store_true", help="every slice of every parameter")
     known, overrides = parser.parse_known_args(arguments)
     try:
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
-    plan = Plan(model=model, layout=layout, engine_ranks=config.engine.tensor_parallel)
+    plan = Plan(
+        model=model,
+        layout=layout,
+        engine_ranks=config.engine.tensor_parallel,
+        whole_experts=known.expert_parallel,
+    )
     for line in moves(plan) if known.moves else summary(plan, BYTES[config.model.dtype]):
         print(line)
     return 0
@@ -62,7 +68,7 @@ def summary(plan: Plan, itemsize: int) -> Iterator[str]:
 
 def moves(plan: Plan) -> Iterator[str]:
     for step in plan.steps():
-        name, expert = engine_name(step.parameter)
+        name, expert = plan.engine_name(step.parameter)
         for move in step.moves:
             for piece in move.pieces:
                 yield (

@@ -1,6 +1,7 @@
 """Small real things to check the trainer with: Hugging Face folders of random models, configurations, rollouts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,13 +120,29 @@ def rollout_groups(
             completions.append(
                 Completion(token_ids=ids, logprobs=tuple(logprobs), stop_reason=StopReason.STOP, version=0)
             )
-        rewards = torch.randint(0, 2, (num_samples,), generator=generator).tolist()
+        correct = tuple(torch.randint(0, 2, (num_samples,), generator=generator).bool().tolist())
         prompt_ids = tokens(shortest_prompt, MAX_PROMPT)
         prompt = Prompt(domain=number % 3, source="random", index=number, token_ids=prompt_ids, entry={})
         groups.append(
-            RolloutGroup(prompt=prompt, completions=tuple(completions), rewards=tuple(float(r) for r in rewards))
+            RolloutGroup(
+                prompt=prompt, completions=tuple(completions), rewards=tuple(map(float, correct)), correct=correct
+            )
         )
     return groups
+
+
+def uneven(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The same groups, but every second one lacks its last rollout, and what comes late in a group pays a penalty."""
+    cut = [slice(None, None if number % 2 else -1) for number in range(len(groups))]
+    return [
+        replace(
+            group,
+            completions=group.completions[part],
+            rewards=tuple(max(0.0, reward - 0.3 * late) for late, reward in enumerate(group.rewards[part])),
+            correct=group.correct[part],
+        )
+        for group, part in zip(groups, cut, strict=True)
+    ]
 
 
 def other_logprobs(groups: Sequence[RolloutGroup], *, seed: int) -> list[Tensor]:

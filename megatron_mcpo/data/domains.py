@@ -1,20 +1,21 @@
 """Domains: prompts to train on and prompts held out, with worked examples in front, as token ids."""
 
-import hashlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.data.generators import ItemRequest, generate
-from megatron_mcpo.sections import DomainConfig
+from megatron_mcpo.data.census import Census
+from megatron_mcpo.data.conversation import PromptMaker, choose_shots
+from megatron_mcpo.data.pools import Pool, SourcePools, held_out_shares, read_pools
+from megatron_mcpo.data.rows import Item
+from megatron_mcpo.domain_sections import GENERATED_ITEMS
 from megatron_mcpo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Item = dict[str, Any]
 
 FEWEST_QUESTIONS = 4
 """Distinct questions that a source must have besides its worked examples: one held out, three to train on."""
@@ -22,7 +23,7 @@ FEWEST_QUESTIONS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The training prompts of one generator; `weight` relative to the domain's other sources."""
+    """The training prompts of one generator, file or dataset; `weight` relative to the domain's other sources."""
 
     name: str
     weight: float
@@ -37,16 +38,17 @@ class Domain:
     sources: tuple[Source, ...]
     held_out: tuple[Prompt, ...]
     notes: tuple[str, ...]
-    """What a user should know: sources that have fewer distinct questions than were asked for."""
+    """What a user should know: rows that are left out, sources that have fewer questions than were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Split:
-    """The distinct items of one source, with their positions in it."""
+class Inspection:
+    """All domains as far as they can be had, what is in the way of training, and what was read."""
 
-    shots: list[Item]
-    held_out: list[tuple[int, Item]]
-    train: list[tuple[int, Item]]
+    domains: list[Domain]
+    problems: list[str]
+    census: list[Census]
+    """Of every source, and of every file or split of held-out items, in the configuration's order."""
 
 
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
@@ -67,151 +69,124 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 
 
 def load_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> list[Domain]:
-    """The configuration's domains, in its order.
+    """The configuration's domains, in its order. Raises ConfigError with all problems: see `inspect_domains`."""
+    inspection = inspect_domains(config, tokenizer, cache_dir=cache_dir)
+    if inspection.problems:
+        raise ConfigError(inspection.problems)
+    return inspection.domains
+
+
+def inspect_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> Inspection:
+    """Read and tokenise everything.
 
     Items depend on domains and sources only, not on run.seed, so that runs with other seeds are judged on the same
     held-out questions. A source with too few distinct questions is divided: worked examples first, then at most a
-    quarter of the rest is held out. Raises ConfigError with all problems: generators that fail, sources with fewer
-    than shots + 4 distinct questions, prompts longer than rollout.max_prompt_tokens.
+    quarter of the rest is held out. Problems: sources with more bad rows than data.max_bad_rows, or with fewer than
+    shots + 4 distinct questions. Raises ConfigError for generators that fail and files that can't be read.
     """
-    requests = [request for domain in config.domain for request in _requests(domain, config.evaluation.items)]
-    pools = iter(generate(requests, cache_dir=cache_dir))
-    seen: set[str] = set()
+    domains: list[Domain] = []
     problems: list[str] = []
-    domains = []
-    for index, domain in enumerate(config.domain):
-        builder = _Builder(config, tokenizer, index, problems)
-        domains.append(builder.build([_unseen(next(pools), seen) for _ in domain.sources]))
-    if problems:
-        raise ConfigError(problems)
-    return domains
-
-
-def _requests(domain: DomainConfig, num_held_out: int) -> list[ItemRequest]:
-    return [
-        ItemRequest(
-            domain=domain.name,
-            source=source,
-            size=domain.shots + held_out + domain.items,
-            seed=_item_seed(domain.name, index),
-        )
-        for index, (source, held_out) in enumerate(
-            zip(domain.sources, _held_out_shares(domain, num_held_out), strict=True)
-        )
-    ]
-
-
-def _item_seed(domain: str, source: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{domain}/{source}".encode()).digest()[:4]) >> 1
-
-
-def _held_out_shares(domain: DomainConfig, num: int) -> list[int]:
-    """`num` divided over the sources by weight: largest remainders are rounded up."""
-    total = sum(source.weight for source in domain.sources)
-    exact = [num * source.weight / total for source in domain.sources]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: num - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
-def _unseen(items: Sequence[Item], seen: set[str]) -> list[tuple[int, Item]]:
-    """Items whose question no earlier source has, with their positions; `seen` is added to."""
-    fresh = [(position, item) for position, item in enumerate(items) if item["question"] not in seen]
-    seen.update(item["question"] for _, item in fresh)
-    return fresh
+    census: list[Census] = []
+    for index, pools in enumerate(read_pools(config, cache_dir=cache_dir)):
+        builder = _Builder(config, tokenizer, index)
+        domains.append(builder.build(pools))
+        problems += builder.problems
+        census += builder.census
+    return Inspection(domains=domains, problems=problems, census=census)
 
 
 class _Builder:
-    """Makes one domain; what is wrong with it goes to `problems`."""
+    """Makes one domain; what is wrong with it is in `problems`."""
 
-    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", index: int, problems: list[str]):
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", index: int):
+        self._config = config
         self._domain = config.domain[index]
-        self._index = index
-        self._num_held_out = config.evaluation.items
-        self._max_tokens = config.rollout.max_prompt_tokens
-        self._tokenizer = tokenizer
-        self._problems = problems
+        self._maker = PromptMaker(self._domain, index, tokenizer, max_tokens=config.rollout.max_prompt_tokens)
+        self._notes: list[str] = []
+        self.problems: list[str] = []
+        self.census: list[Census] = []
 
-    def build(self, pools: Sequence[list[tuple[int, Item]]]) -> Domain:
+    def build(self, sources: list[SourcePools]) -> Domain:
         domain = self._domain
-        sources: list[Source] = []
+        built: list[Source] = []
         held_out: list[Prompt] = []
-        notes: list[str] = []
-        shares = _held_out_shares(domain, self._num_held_out)
-        for i, (pool, share) in enumerate(zip(pools, shares, strict=True)):
-            name = self._source_name(i)
-            split = self._split(name, pool, share, notes)
-            if split is None:
-                continue
-            train = self._prompts(name, split.shots, split.train)
-            sources.append(Source(name=name, weight=domain.sources[i].weight, train=train))
-            held_out += self._prompts(name, split.shots, split.held_out)
-        return Domain(name=domain.name, sources=tuple(sources), held_out=tuple(held_out), notes=tuple(notes))
+        shares = held_out_shares(domain, self._config.evaluation.items)
+        for source, pools, share in zip(domain.sources, sources, shares, strict=True):
+            train, held = self._split(pools, share)
+            built.append(Source(name=pools.train.name, weight=source.weight, train=train))
+            held_out += held
+        return Domain(name=domain.name, sources=tuple(built), held_out=tuple(held_out), notes=tuple(self._notes))
 
-    def _source_name(self, index: int) -> str:
-        """The generator's name, numbered where the domain uses it more than once."""
-        generators = [source.generator for source in self._domain.sources]
-        name = generators[index]
-        return name if generators.count(name) == 1 else f"{name}#{index}"
-
-    def _split(self, name: str, pool: list[tuple[int, Item]], num_held_out: int, notes: list[str]) -> _Split | None:
-        domain = self._domain
-        wanted = domain.shots + num_held_out + domain.items
-        if len(pool) < domain.shots + FEWEST_QUESTIONS:
-            self._problems.append(
-                f"domain {domain.name!r}, source {name!r}: only {len(pool)} distinct questions, which must do for "
-                f"{domain.shots} worked examples and {FEWEST_QUESTIONS} more; widen its options or lower shots"
+    def _split(self, pools: SourcePools, share: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+        """Training prompts and `share` held-out ones of one source; both empty where it is no good."""
+        pool, domain = pools.train, self._domain
+        shots = choose_shots(pool.items, domain.shots)
+        chosen = {item.position for item in shots}
+        rest = [item for item in pool.items if item.position not in chosen]
+        from_itself = share if pools.held_out is None else 0
+        most = self._most_items(pool)
+        usable, num_usable = _first(self._maker.prompts(pool, rest, shots), from_itself + most)
+        self._judge(pool.census)
+        if pool.census.rows == 0:
+            return (), ()
+        if len(shots) < domain.shots or num_usable < FEWEST_QUESTIONS:
+            self.problems.append(
+                f"{pool.census.where}: only {len(shots) + num_usable} distinct questions, which must do for "
+                f"{domain.shots} worked examples, with answers, and {FEWEST_QUESTIONS} more; widen its options, give "
+                "it more rows or lower shots"
             )
-            return None
-        shots, rest = _choose_shots(pool, domain.shots)
-        if len(pool) < wanted:
-            num_held_out = min(num_held_out, len(rest) // FEWEST_QUESTIONS)
-            notes.append(
-                f"domain {domain.name!r}, source {name!r}: {len(pool)} distinct questions of {wanted} asked for: "
-                f"{len(shots)} worked examples, {num_held_out} held out, {len(rest) - num_held_out} to train on"
+            return (), ()
+        if num_usable < from_itself + most:
+            from_itself = min(from_itself, num_usable // FEWEST_QUESTIONS)
+        train, held = usable[from_itself:], usable[:from_itself]
+        if pools.held_out is not None:
+            train, held = usable, self._held_out(pools.held_out, shots, share)
+        self._tell_sizes(pools, share, num_shots=len(shots), num_usable=num_usable, num_held=len(held))
+        return tuple(train), tuple(held)
+
+    def _most_items(self, pool: Pool) -> int:
+        return self._domain.items or (GENERATED_ITEMS if pool.origin is None else sys.maxsize)
+
+    def _held_out(self, pool: Pool, shots: Sequence[Item], share: int) -> list[Prompt]:
+        held, num_usable = _first(self._maker.prompts(pool, pool.items, shots), share)
+        self._judge(pool.census)
+        if num_usable == 0 and pool.census.rows > 0:
+            self.problems.append(f"{pool.census.where}: has no row that can be used; mend them, or name another file")
+        return held
+
+    def _judge(self, census: Census) -> None:
+        self.census.append(census)
+        if problem := census.problem(self._config.data.max_bad_rows):
+            self.problems.append(problem)
+        elif note := census.note():
+            self._notes.append(note)
+
+    def _tell_sizes(self, pools: SourcePools, share: int, *, num_shots: int, num_usable: int, num_held: int) -> None:
+        where, items = pools.train.census.where, self._most_items(pools.train)
+        if pools.num_seen and pools.train.origin:
+            self._notes.append(f"{where}: {pools.num_seen} questions are in an earlier source or held out: left out")
+        own_held = num_held if pools.held_out is None else 0
+        num_train = min(num_usable - own_held, items)
+        asked = self._domain.shots + share + items
+        if pools.train.origin is None and num_shots + num_usable < asked:
+            self._notes.append(
+                f"{where}: {num_shots + num_usable} distinct questions of {asked} asked for: {num_shots} worked "
+                f"examples, {num_held} held out, {num_train} to train on"
             )
-        return _Split(shots=shots, held_out=rest[:num_held_out], train=rest[num_held_out:])
-
-    def _prompts(self, name: str, shots: Sequence[Item], items: Sequence[tuple[int, Item]]) -> tuple[Prompt, ...]:
-        if not items:
-            return ()
-        texts = [
-            self._tokenizer.apply_chat_template(self._messages(shots, item), tokenize=False, add_generation_prompt=True)
-            for _, item in items
-        ]
-        token_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        longest = max(len(ids) for ids in token_ids)
-        if longest > self._max_tokens:
-            self._problems.append(
-                f"domain {self._domain.name!r}, source {name!r}: its longest prompt has {longest} tokens, "
-                f"rollout.max_prompt_tokens allows {self._max_tokens}; raise it, or lower shots or the source's options"
+        elif num_held < share:
+            self._notes.append(f"{where}: {num_held} held-out questions, evaluation.items asks it for {share}")
+        if pools.train.origin and num_train < num_usable - own_held:
+            self._notes.append(
+                f"{where}: {num_train} of {num_usable - own_held} questions are trained on; raise domain.items for more"
             )
-        return tuple(
-            Prompt(domain=self._index, source=name, index=position, token_ids=tuple(ids), entry=item)
-            for (position, item), ids in zip(items, token_ids, strict=True)
-        )
-
-    def _messages(self, shots: Sequence[Item], item: Item) -> list[dict[str, str]]:
-        messages = []
-        for shot in shots:
-            messages.append({"role": "user", "content": self._question(shot)})
-            messages.append({"role": "assistant", "content": shot["answer"].strip()})
-        return [*messages, {"role": "user", "content": self._question(item)}]
-
-    def _question(self, item: Item) -> str:
-        return f"{item['question'].strip()}\n{self._domain.instruction}".strip()
 
 
-def _choose_shots(pool: list[tuple[int, Item]], num: int) -> tuple[list[Item], list[tuple[int, Item]]]:
-    """The first `num` items, where possible with different answers (two times "Yes" teaches to say "Yes"); the rest."""
-    answers: set[str] = set()
-    novel: list[tuple[int, Item]] = []
-    repeated: list[tuple[int, Item]] = []
-    for entry in pool:
-        (repeated if entry[1]["answer"] in answers else novel).append(entry)
-        answers.add(entry[1]["answer"])
-    chosen = (novel + repeated)[:num]
-    positions = {position for position, _ in chosen}
-    return [item for _, item in chosen], [entry for entry in pool if entry[0] not in positions]
+def _first(prompts: Iterator[Prompt], num: int) -> tuple[list[Prompt], int]:
+    """The first `num` of them, and how many there are."""
+    kept: list[Prompt] = []
+    count = 0
+    for prompt in prompts:
+        if count < num:
+            kept.append(prompt)
+        count += 1
+    return kept, count

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.sections import SourceConfig
+from megatron_mcpo.domain_sections import SourceConfig
+
+CACHE = Path(".cache/data")
+"""Where runs keep what was generated."""
 
 GENERATION_SECONDS = 600.0
 """How long all generators together may take, the import of reasoning-gym included."""

@@ -1,11 +1,17 @@
-"""The order in which prompts are trained on: a pure function of the seed and of how many were taken before."""
+"""The order in which prompts are trained on: a pure function of the seed, of how many were taken and what came of them.
+
+It does not depend on how the trainer is laid out: what is observed are the groups of all ranks.
+"""
 
 import random
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_mcpo.data.domains import Domain
-from megatron_mcpo.types import Prompt
+from megatron_mcpo.data.mixing import capped, mixing_shares
+from megatron_mcpo.domain_sections import DataConfig
+from megatron_mcpo.types import Prompt, RolloutGroup
 
 
 class PromptStream:
@@ -17,16 +23,21 @@ class PromptStream:
     Within a source every epoch is a new shuffle, and starts when the last one is used up.
     """
 
-    def __init__(self, domains: Sequence[Domain], *, weights: Sequence[float], seed: int):
+    def __init__(self, domains: Sequence[Domain], *, weights: Sequence[float], seed: int, data: DataConfig):
+        """weights: of the domains; data: how they are mixed (data/mixing.py)"""
         self._seed = seed
+        self._data = data
         self._weights = list(weights)
-        self._domains = [_DomainCursor(domain, seed=seed) for domain in domains]
+        self._sizes = [sum(len(source.train) for source in domain.sources) for domain in domains]
+        self._domains = [_DomainCursor(domain, seed=seed, skips=data.item_curriculum) for domain in domains]
         self._credits = [0.0] * len(self._domains)
+        # A window a domain: (correct rollouts, rollouts) of each of its newest steps.
+        self._recent: list[deque[tuple[int, int]]] = [deque(maxlen=data.window) for _ in domains]
         assert len(weights) == len(domains) and min(weights) > 0
 
     def next(self, num: int) -> list[Prompt]:
         """The next `num` prompts; neighbours come from different domains where possible."""
-        for i, share in enumerate(_capped_shares(self._weights, num)):
+        for i, share in enumerate(capped(self.shares(), num)):
             self._credits[i] += num * share
         taken: list[int] = []
         while len(taken) < num:
@@ -35,13 +46,40 @@ class PromptStream:
             best = _richest(self._credits, candidates)
             self._credits[best] -= 1
             taken.append(best)
-        return [self._domains[i].next() for i in taken]
+        return self.replacements(taken)
+
+    def replacements(self, domains: Sequence[int]) -> list[Prompt]:
+        """The next prompt of each of these domains, whatever their shares."""
+        return [self._domains[domain].next() for domain in domains]
+
+    def observe(self, groups: Sequence[RolloutGroup]) -> None:
+        """Learn the pass rates of a step's groups, in any order, the same ones on every rank.
+
+        Groups whose verifier failed say nothing.
+        """
+        known = [group for group in groups if group.error is None and group.correct]
+        for domain, window in enumerate(self._recent):
+            passed = [correct for group in known if group.prompt.domain == domain for correct in group.correct]
+            if passed:
+                window.append((sum(passed), len(passed)))
+        for (domain, source, index), passed in _by_item(known).items():
+            self._domains[domain].observe(source, index, decided=len(set(passed)) == 1)
+
+    def shares(self) -> list[float]:
+        """Of each domain in the next step, before the rule of two domains."""
+        return mixing_shares(self._data, weights=self._weights, sizes=self._sizes, pass_rates=self.pass_rates())
+
+    def pass_rates(self) -> list[float | None]:
+        """Of each domain over its window; None before it was observed."""
+        sums = [(sum(right for right, _ in window), sum(count for _, count in window)) for window in self._recent]
+        return [right / count if count else None for right, count in sums]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `next` depends on, as JSON."""
         return {
             "seed": self._seed,
             "credits": list(self._credits),
+            "recent": [[list(entry) for entry in window] for window in self._recent],
             "domains": [domain.state_dict() for domain in self._domains],
         }
 
@@ -54,26 +92,33 @@ class PromptStream:
                 "restore seed, domains and sources, or start a new run"
             )
         self._credits = [float(credit) for credit in state["credits"]]
+        self._recent = [
+            deque(((right, count) for right, count in window), maxlen=self._data.window) for window in state["recent"]
+        ]
         for domain, domain_state in zip(self._domains, state["domains"], strict=True):
             domain.load_state_dict(domain_state)
 
 
 class _DomainCursor:
-    def __init__(self, domain: Domain, *, seed: int):
+    def __init__(self, domain: Domain, *, seed: int, skips: bool):
         self._name = domain.name
         total = sum(source.weight for source in domain.sources)
         self._shares = [source.weight / total for source in domain.sources]
         self._credits = [0.0] * len(domain.sources)
         self._sources = [
-            _SourceCursor(source.name, source.train, seed=f"{seed}/{domain.name}/{i}")
+            _SourceCursor(source.name, source.train, seed=f"{seed}/{domain.name}/{i}", skips=skips)
             for i, source in enumerate(domain.sources)
         ]
+        self._by_name = {source.name: cursor for source, cursor in zip(domain.sources, self._sources, strict=True)}
 
     def next(self) -> Prompt:
         self._credits = [credit + share for credit, share in zip(self._credits, self._shares, strict=True)]
         best = _richest(self._credits, range(len(self._credits)))
         self._credits[best] -= 1
         return self._sources[best].next()
+
+    def observe(self, source: str, index: int, *, decided: bool) -> None:
+        self._by_name[source].observe(index, decided=decided)
 
     def state_dict(self) -> dict[str, Any]:
         sources = [source.state_dict() for source in self._sources]
@@ -86,24 +131,46 @@ class _DomainCursor:
 
 
 class _SourceCursor:
-    def __init__(self, name: str, prompts: Sequence[Prompt], *, seed: str):
+    """skips: every second epoch, beginning with the second, passes over items that were last all right or all wrong."""
+
+    def __init__(self, name: str, prompts: Sequence[Prompt], *, seed: str, skips: bool):
         assert prompts
         self._name = name
         self._prompts = prompts
         self._seed = seed
+        self._skips = skips
+        self._decided: set[int] = set()
         self._start(epoch=0, position=0)
 
     def next(self) -> Prompt:
-        if self._position == len(self._order):
-            self._start(epoch=self._epoch + 1, position=0)
-        prompt = self._prompts[self._order[self._position]]
-        self._position += 1
-        return prompt
+        while True:
+            if self._position == len(self._order):
+                self._start(epoch=self._epoch + 1, position=0)
+            prompt = self._prompts[self._order[self._position]]
+            self._position += 1
+            if self._epoch % 2 == 0 or prompt.index not in self._decided:
+                return prompt
+
+    def observe(self, index: int, *, decided: bool) -> None:
+        """decided: all rollouts of the item were correct, or none"""
+        if not self._skips:
+            return
+        if decided:
+            self._decided.add(index)
+        else:
+            self._decided.discard(index)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"name": self._name, "size": len(self._order), "epoch": self._epoch, "position": self._position}
+        return {
+            "name": self._name,
+            "size": len(self._order),
+            "epoch": self._epoch,
+            "position": self._position,
+            "decided": sorted(self._decided),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._decided = set(state["decided"]) if self._skips else set()
         self._start(epoch=state["epoch"], position=state["position"])
 
     def _start(self, *, epoch: int, position: int) -> None:
@@ -113,21 +180,18 @@ class _SourceCursor:
         self._epoch, self._position = epoch, position
 
 
+def _by_item(groups: Sequence[RolloutGroup]) -> dict[tuple[int, str, int], list[bool]]:
+    """Whether each rollout of an item was correct; a step may hold an item more than once."""
+    found: dict[tuple[int, str, int], list[bool]] = {}
+    for group in groups:
+        prompt = group.prompt
+        found.setdefault((prompt.domain, prompt.source, prompt.index), []).extend(group.correct)
+    return found
+
+
 def _richest(credits: Sequence[float], candidates: Iterable[int]) -> int:
     """The candidate with most credit, the first of equals; rounding keeps equals equal in spite of the last bits."""
     return max(candidates, key=lambda i: round(credits[i], 9))
-
-
-def _capped_shares(weights: Sequence[float], num: int) -> list[float]:
-    """Weights as shares of `num` prompts, none above (num - 1) / num where that leaves room for a second domain."""
-    total = sum(weights)
-    shares = [weight / total for weight in weights]
-    cap = (num - 1) / num
-    top = max(range(len(shares)), key=shares.__getitem__)
-    if num < 2 or len(shares) < 2 or shares[top] <= cap:
-        return shares
-    others = 1 - shares[top]
-    return [cap if i == top else share * (1 - cap) / others for i, share in enumerate(shares)]
 
 
 def _identity(state: dict[str, Any]) -> str:

@@ -1,14 +1,16 @@
 """Saving and loading what a run needs to go on: model, head, optimizer, schedule, random states, and the loop's state.
 
-A checkpoint holds Megatron's sharded files, which can be loaded under any parallel layout, state.json, and the manifest
-of megatron_mcpo.checkpoint_files. The manifest shows damage, not malice: who can write a checkpoint can write its
+A checkpoint holds Megatron's sharded files, which can be loaded under any parallel layout, state.json, the model's
+configuration and tokenizer, with which it can be exported anywhere, and the manifest of
+megatron_mcpo.checkpoint_files. The manifest shows damage, not malice: who can write a checkpoint can write its
 manifest. That is why no checkpoint is trusted: nothing in one can run code, whoever wrote it (mcore.pickles).
 """
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mcpo import checkpoint_files
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore import megatron_fixes, pickles
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.mcore.saving import Saving, reason
 from megatron_mcpo.parallel import Groups, agree, gather_objects, together
-from megatron_mcpo.run_folder import step_files, write_atomically
+from megatron_mcpo.run_folder import step_files
+from megatron_mcpo.weights.mapping import parameters
 
-FORMAT = 1
+FORMAT = 2
 """Of state.json and what stands in the sharded files. The manifest has no version: it is read before this is known."""
 
 _STATE = "state.json"
@@ -42,48 +47,83 @@ class Loaded:
     passed_over: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Checkpoints:
-    """The checkpoints of one run. Every method is collective over all ranks, and fails on all or on none.
+    """The checkpoints of one run. Methods but `warnings` and `close` are collective, and fail on all ranks or on none.
 
     vocabulary: fingerprint of the tokenizer, which a checkpoint's must equal
+    assets: name -> content of the files besides weights that an export needs; on rank 0
     keep, keep_every: the newest `keep` stay, and besides them those of every keep_every-th step (0: none)
+    in_background: `save` returns when this rank's state is copied to host memory, a thread writes it; needs that memory
     """
 
     policy: Policy
     folder: Path
     vocabulary: str
+    assets: Mapping[str, bytes]
     keep: int
     keep_every: int
+    in_background: bool
+    _under_way: tuple[int, Saving] | None = field(default=None, init=False)
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step`, then delete those that are not kept any more.
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Begin the checkpoint of `step`, of the state as it is now, once the one under way has its name.
 
         state: JSON-able, the same on every rank
-        Raises OSError or RuntimeError where it can't be written; the others are untouched then.
+        Without in_background it also is complete when this returns. Raises as `finish`, and OSError; the others are
+        untouched then.
         """
-        groups = self.policy.groups
-        final = self.folder / f"step_{step:06d}"
-        draft = checkpoint_files.draft_of(final)
-        with together(groups):
-            if groups.rank == 0:
-                checkpoint_files.remove_drafts(self.folder)
-                draft.mkdir(parents=True)
-        with _ordinary_errors(f"{final}: can't be written; is there room on the disk?"):
-            sharded = {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(groups)}
-            dist_checkpointing.save(sharded, str(draft))
-        with together(groups):
-            if groups.rank == 0:
-                write_atomically(draft / _STATE, json.dumps({**self._header(step), "state": state}).encode())
-        files = agree(checkpoint_files.names(draft) if groups.rank == 0 else [], groups)
-        with together(groups):
-            own = checkpoint_files.measure(draft, files[groups.rank :: groups.world_size])
-        measured = {name: each for part in gather_objects(own, groups) for name, each in part.items()}
-        with together(groups):
-            if groups.rank == 0:
-                checkpoint_files.publish(draft, final, measured)
+        self.finish()
+        header = json.dumps({**self._header(step), "state": state}).encode()
+        saving = Saving(
+            self.folder / f"step_{step:06d}",
+            {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(self.policy.groups)},
+            {_STATE: header, **self.assets},
+            self.policy.groups,
+        )
+        self._under_way = step, saving
+        saving.write(in_background=self.in_background)
+        if not self.in_background:
+            self.finish()
+
+    def advance(self) -> None:
+        """Give the checkpoint under way its name where all ranks have written theirs. Raises as `finish`."""
+        if self._under_way and all(gather_objects(self._under_way[1].is_written, self.policy.groups)):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way, give it its name, then delete those that are not kept any more.
+
+        Raises ConfigError (no room on the disk) or RuntimeError where it could not be written: it is gone then, and the
+        others are untouched. OSError where they can't be deleted.
+        """
+        if self._under_way is None:
+            return
+        step, saving = self._under_way
+        saving.wait()
+        self._under_way = None
+        saving.publish()
+        with together(self.policy.groups):
+            if self.policy.groups.rank == 0:
                 checkpoint_files.prune(self.folder, newest=step, keep=self.keep, keep_every=self.keep_every)
-        return final
+
+    def close(self) -> None:
+        """Leave what is under way unfinished: for a process that is about to end."""
+        if self._under_way:
+            self._under_way[1].abandon()
+
+    def warnings(self) -> list[str]:
+        """What a user should know before the first save: it needs room for one more checkpoint than are kept."""
+        more = self.keep + 1 - len(step_files(self.folder))
+        size = self._approximate_bytes()
+        free = shutil.disk_usage(self.folder).free
+        if free >= size * more:
+            return []
+        return [
+            f"WARNING: {self.folder}: the disk has {free:,} bytes left, and {more} more checkpoints of about {size:,} "
+            f"bytes each have to fit (run.keep_checkpoints = {self.keep}, and the one being written): a save without "
+            "room ends the run; free some, or lower run.keep_checkpoints"
+        ]
 
     def load(self) -> Loaded | None:
         """Put the newest checkpoint whose files are whole into a policy that was just built; None where there is none.
@@ -122,7 +162,7 @@ class Checkpoints:
         wanted = _sharded_state(policy, is_loading=True)
         if header["ranks"] == groups.world_size:
             wanted["rng"] = _random_states(groups)
-        with together(groups), _opening(path):
+        with policy.optimizer_on_device(), together(groups), _opening(path):
             loaded = dist_checkpointing.load(wanted, str(path))
             for number, chunk in enumerate(policy.chunks):
                 unwrap(chunk).load_state_dict(loaded[f"model{number}"])
@@ -133,6 +173,12 @@ class Checkpoints:
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
         policy.version = header["version"]
         return Loaded(step=header["step"], layout=header["layout"], state=header["state"], passed_over=passed_over)
+
+    def _approximate_bytes(self) -> int:
+        """Of a checkpoint: every weight, its fp32 copy and two moments; the head not counted."""
+        rows = [parameter.row for parameter in parameters(self.policy.model_config, Layout()) if not parameter.row.tied]
+        count = sum(torch.Size(shape).numel() for row in rows for shape in row.shapes)
+        return count * (next(self.policy.chunks[0].parameters()).element_size() + 12)
 
     def _header(self, step: int) -> dict[str, Any]:
         """What state.json says besides the loop's state."""
@@ -154,7 +200,7 @@ class Checkpoints:
             found = json.loads((path / _STATE).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError([f"{path / _STATE}: can't be read ({error}); put it back, {_NEW_RUN}"]) from error
-        if not isinstance(found, dict) or type(found.get("format")) is not int or not 1 <= found["format"] <= FORMAT:
+        if not isinstance(found, dict) or type(found.get("format")) is not int or found["format"] != FORMAT:
             value = found.get("format") if isinstance(found, dict) else None
             raise ConfigError(
                 [
@@ -212,23 +258,11 @@ def _check_contents(path: Path) -> None:
 def _opening(path: Path) -> Iterator[None]:
     """A block that opens sharded files. Raises ConfigError for whatever is wrong with them, code in them too."""
     try:
-        with _ordinary_errors(f"{path}: can't be loaded"), pickles.no_code():
+        with pickles.no_code():
             yield
-    except RuntimeError as error:
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
         fix = f"go back to the layout it was written under, or delete it to go on from the one before, {_NEW_RUN}"
-        raise ConfigError([f"{error}; {fix}"]) from error
-
-
-@contextmanager
-def _ordinary_errors(text: str) -> Iterator[None]:
-    """Raise RuntimeError for whatever goes wrong in the block; torch's own error is no Exception."""
-    try:
-        yield
-    except CheckpointException as error:
-        reasons = {f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()}
-        raise RuntimeError(f"{text} ({'; '.join(sorted(reasons)) or 'another rank failed'})") from error
-    except Exception as error:
-        raise RuntimeError(f"{text} ({type(error).__name__}: {error})") from error
+        raise ConfigError([f"{path}: can't be loaded ({reason(error)}); {fix}"]) from error
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class ContrastiveHead(nn.Module):
         generator = torch.Generator().manual_seed(spec.seed)
 
         def parameter(rows: int) -> nn.Parameter:
-            weight = torch.randn(rows, hidden_size, generator=generator) * hidden_size**-0.5
+            weight = torch.randn(rows, hidden_size, generator=generator, device="cpu") * hidden_size**-0.5
             return nn.Parameter(weight.to(device=device, dtype=dtype))
 
         self.weight = parameter(spec.dim)

@@ -9,11 +9,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_mcpo.mcore.gradient_fusion import fuses_gradients
 from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec
+from megatron_mcpo.mcore.precision import fp8_options
 from megatron_mcpo.mcore.spec import layer_spec, uses_transformer_engine
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.platform import device
+from megatron_mcpo.sections import Fp8, Recompute
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -23,7 +26,9 @@ def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
     return -(-model.vocab_size // tensor) * tensor
 
 
-def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, groups: Groups, *, dtype: torch.dtype, recompute: Recompute, fp8: Fp8
+) -> TransformerConfig:
     """Megatron's description of the layers and of how they are divided."""
     layout = groups.layout
     interleaved = layout.virtual_pipeline > 1
@@ -53,16 +58,16 @@ def transformer_config(model: ModelConfig, groups: Groups, *, dtype: torch.dtype
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
         # With two stages, previous and next rank are the same one and batched messages match in the wrong order:
         # the interleaved schedule is then silently wrong.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        use_cpu_initialization=device().type == "cpu",
+        gradient_accumulation_fusion=fuses_gradients(dtype),
+        use_cpu_initialization=device().type != "cuda",
         perform_initialization=False,
         **_expert_options(model),
+        **_recompute_options(model, recompute),
+        **fp8_options(fp8),
     )
     assert not (interleaved and config.batch_p2p_comm)
     for name, value in _yarn_options(model).items():
@@ -103,16 +108,35 @@ def _expert_options(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _recompute_options(model: ModelConfig, recompute: Recompute) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = ["moe" if model.experts else "mlp"]
+    # Transformer Engine's fused attention keeps no scores, and computes them a second time by itself.
+    return {
+        "recompute_granularity": "selective",
+        "recompute_modules": modules if uses_transformer_engine() else ["core_attn", *modules],
+    }
+
+
 def build_chunks(
-    model: ModelConfig, groups: Groups, *, dtype: torch.dtype, head: HeadSpec | None, recompute: bool = False
+    model: ModelConfig,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    head: HeadSpec | None,
+    recompute: Recompute = "none",
+    fp8: Fp8 = "off",
 ) -> list[nn.Module]:
     """This rank's chunks of the model, one for every virtual pipeline stage, with weights yet to be loaded.
 
     head: attached to the last chunk as `contrastive_head`; None: no head
-    recompute: of a layer keep nothing but its input for the backward pass, in training mode
+    recompute, fp8: see sections.ModelSection; in training mode, and always
     In bf16 each chunk is wrapped in Megatron's Float16Module.
     """
-    config = transformer_config(model, groups, dtype=dtype, recompute=recompute)
+    config = transformer_config(model, groups, dtype=dtype, recompute=recompute, fp8=fp8)
     stages = range(groups.layout.virtual_pipeline)
     interleaved = len(stages) > 1
     chunks = []

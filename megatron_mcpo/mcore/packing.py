@@ -8,6 +8,7 @@ Shape legend: see megatron_mcpo.types; L: tokens of this context rank in one mic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
 import torch
@@ -63,6 +64,7 @@ def pack(
     batch: TrainBatch,
     *,
     max_tokens: int,
+    token_multiple: int,
     layout: Layout,
     context_rank: int,
     pool: Literal["mean", "last"],
@@ -70,6 +72,8 @@ def pack(
 ) -> list[MicroBatch]:
     """Divide the rollouts of a batch into packed micro-batches, as many as `num_micro_batches` says.
 
+    token_multiple: what the products of a rank want their number of tokens to be a multiple of; to that end a
+    micro-batch may exceed `max_tokens`
     pool: whether a representation is made of all of a response's tokens or of the last one
     """
     count = num_micro_batches(batch, max_tokens=max_tokens, layout=layout)
@@ -80,7 +84,10 @@ def pack(
     # A pipeline moves at the pace of its longest micro-batch, and its stages must know the size of what they receive.
     # A rank without a rollout runs an empty sequence: it has gradients to reduce with the others.
     longest = max(totals)
-    fill = [max(longest if layout.pipeline > 1 else total, layout.sequence_alignment) for total in totals]
+    multiple = lcm(
+        layout.sequence_alignment, token_multiple * layout.context * (layout.tensor if layout.sequence else 1)
+    )
+    fill = [max(_round_up(longest if layout.pipeline > 1 else total, multiple), multiple) for total in totals]
     sequences = _Sequences(batch, pool)
     return [
         _pack_one(sequences, [units[i] for i in part], total=total, layout=layout, rank=context_rank, device=device)

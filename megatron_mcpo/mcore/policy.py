@@ -4,6 +4,7 @@ Shape legend: see megatron_mcpo.types.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from megatron_mcpo.config import Config
 from megatron_mcpo.mcore import schedule
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
+from megatron_mcpo.mcore.offload import Offloaded, OptimizerMemory
 from megatron_mcpo.mcore.packing import MicroBatch, pack
+from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE, check_fp8
 from megatron_mcpo.mcore.schedule import MicroOutput
 from megatron_mcpo.mcore.spec import shares_prompts
 from megatron_mcpo.model_config import ModelConfig
@@ -61,8 +64,15 @@ class _Model:
         self.max_tokens = config.batch.micro_batch_tokens
         self.head = head
         self.version = 0
+        check_fp8(config.model.fp8)
+        self.token_multiple = 1 if config.model.fp8 == "off" else TOKEN_MULTIPLE
         self.chunks: list[Any] = build_chunks(
-            model, groups, dtype=DTYPES[config.model.dtype], head=head, recompute=config.model.recompute == "full"
+            model,
+            groups,
+            dtype=DTYPES[config.model.dtype],
+            head=head,
+            recompute=config.model.recompute,
+            fp8=config.model.fp8,
         )
         load_hf(self.chunks, model, Path(config.model.path), groups)
 
@@ -81,6 +91,10 @@ class _Model:
         )
         return self._collect(batch, micros, outputs)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every full tensor under its Hugging Face name, on every rank; collective over the replica."""
+        return export(self.chunks, self.model_config, self.groups)
+
     @property
     def shares_prompts(self) -> bool:
         """Whether batches for this model should keep the rollouts of a prompt together."""
@@ -90,6 +104,7 @@ class _Model:
         return pack(
             batch,
             max_tokens=self.max_tokens,
+            token_multiple=self.token_multiple,
             layout=self.groups.layout,
             context_rank=self.groups.context_rank,
             pool=self.head.pool if self.head else "mean",
@@ -121,16 +136,28 @@ class _Model:
 
 
 class Reference(_Model):
-    """The frozen model that the KL term measures against: its own weights, no head, no gradient."""
+    """A frozen model, such as the KL term measures against: its own weights, no head, no gradient.
+
+    With model.offload_reference its weights are on the device for `score` alone.
+    """
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
         super().__init__(config, model, groups, head=None)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
+        weights = [weight for chunk in self.chunks for weight in chunk.parameters()]
+        self._offloaded = Offloaded(lambda: weights, frozen=True) if config.model.offload_reference else None
+
+    def score(self, batch: TrainBatch) -> Scores:
+        with self._offloaded.on_device() if self._offloaded else nullcontext():
+            return super().score(batch)
 
 
 class Policy(_Model):
-    """The model that learns, with its optimizer and schedule."""
+    """The model that learns, with its optimizer and schedule.
+
+    With optimizer.offload gradients have memory from `backward` to the end of `update` alone.
+    """
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
         head = HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
@@ -147,6 +174,11 @@ class Policy(_Model):
         self.lr_schedule = _lr_schedule(self.optimizer, config.optimizer, num_updates=_num_updates(config))
         megatron_config.finalize_model_grads_func = finalize_model_grads
         megatron_config.grad_scale_func = self.optimizer.scale_loss
+        self._offloaded = OptimizerMemory(self.optimizer, self.gradient_buffers) if config.optimizer.offload else None
+
+    def optimizer_on_device(self) -> AbstractContextManager[None]:
+        """A block that finds the optimizer's state where it computes; without optimizer.offload it is always there."""
+        return self._offloaded.on_device() if self._offloaded else nullcontext()
 
     def backward(self, batch: TrainBatch, loss: LossFunction) -> dict[str, float]:
         """Leave the gradient of the sum of all losses, over micro-batches and ranks, in the gradient buffers.
@@ -173,6 +205,8 @@ class Policy(_Model):
                 totals[name] = totals.get(name, torch.zeros((), device=metric.device)) + metric.detach().float()
             return value * undo
 
+        if self._offloaded:
+            self._offloaded.take_gradients()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -199,14 +233,17 @@ class Policy(_Model):
                 "score the batch again"
             )
         metrics = self.backward(batch, loss)
-        if not self._gradients_finite():
-            return Update(grad_norm=float("nan"), lr=0.0, applied=False, metrics=metrics)
-        # Before the update, so that a warm-up does not spend its first update on a rate of zero.
-        self.lr_schedule.step(increment=1)
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        _, grad_norm, _ = self.optimizer.step()
-        self.version += 1
-        return Update(grad_norm=float(grad_norm), lr=lr, applied=True, metrics=metrics)
+        applied, grad_norm, lr = self._gradients_finite(), float("nan"), 0.0
+        if applied:
+            # Before the update, so that a warm-up does not spend its first update on a rate of zero.
+            self.lr_schedule.step(increment=1)
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            with self.optimizer_on_device():
+                grad_norm = float(self.optimizer.step()[1])
+            self.version += 1
+        if self._offloaded:
+            self._offloaded.drop_gradients()
+        return Update(grad_norm=grad_norm, lr=lr, applied=applied, metrics=metrics)
 
     def trunk_gradient(self, batch: TrainBatch, loss: LossFunction) -> Tensor:
         """This rank's share of the gradient of `loss` on all weights but the head's, flat fp32; nothing moves.
@@ -243,10 +280,6 @@ class Policy(_Model):
     def gradient_buffers(self) -> list[Any]:
         """Megatron's buffers of gradients; those of divided experts are reduced over other ranks than the rest."""
         return [buffer for chunk in self.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every full tensor under its Hugging Face name, on every rank; collective over the replica."""
-        return export(self.chunks, self.model_config, self.groups)
 
     def _gradients_finite(self) -> bool:
         finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in self.gradient_buffers]).all().float()

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megatron_mcpo.mcore.logprob import token_logprobs
+from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.packing import MicroBatch
 from megatron_mcpo.parallel import Groups
@@ -97,17 +96,20 @@ def _process_output(*, hidden_states: Tensor, output_weight: Tensor | None, cont
     """
     hidden_LH = hidden_states.squeeze(1)
     weight_VH = context.model.output_layer.weight if output_weight is None else output_weight
-    logits_rV = _response_logits(hidden_LH, weight_VH, context) / context.temperature
-    first_token = context.groups.tensor_rank * weight_VH.shape[0]
-    logp_r, entropy_r = token_logprobs(
-        logits_rV, context.micro.target_r, first_token=first_token, group=context.groups.tensor
+    logp_r, entropy_r = linear_logprobs(
+        _predicting(hidden_LH, context),
+        _real_rows(weight_VH, context),
+        context.micro.target_r,
+        first_token=context.groups.tensor_rank * weight_VH.shape[0],
+        temperature=context.temperature,
+        group=context.groups.tensor,
     )
     z_nD = context.model.contrastive_head(_pool(hidden_LH, context)) if context.want_z else None
     return logp_r, entropy_r, z_nD
 
 
-def _response_logits(hidden_LH: Tensor, weight_VH: Tensor, context: _Context) -> Tensor:
-    """This tensor rank's share [r, V] of the logits at the positions that predict response tokens."""
+def _predicting(hidden_LH: Tensor, context: _Context) -> Tensor:
+    """The hidden states [r, H] that predict response tokens, the same on all tensor ranks."""
     layout, group = context.groups.layout, context.groups.tensor
     if layout.sequence:
         hidden_LH = tensor_parallel.gather_from_sequence_parallel_region(
@@ -115,7 +117,7 @@ def _response_logits(hidden_LH: Tensor, weight_VH: Tensor, context: _Context) ->
         )
     else:
         hidden_LH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_LH, group=group)
-    return F.linear(hidden_LH[context.micro.predict_r], _real_rows(weight_VH, context))
+    return hidden_LH[context.micro.predict_r]
 
 
 def _real_rows(weight_VH: Tensor, context: _Context) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.attention import CoreAttention, PackedSelfAttention
+from megatron_mcpo.platform import device
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +38,7 @@ class RMSNorm(nn.Module):
 
 def uses_transformer_engine() -> bool:
     """Whether layers are made of Transformer Engine's modules on this machine."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return device().type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
 def shares_prompts(layout: Layout) -> bool:

@@ -41,7 +41,7 @@ def problems(config: Config) -> list[str]:
     found = []
     for domain in config.domain:
         for index, source in enumerate(domain.sources):
-            if source.generator not in ALLOWED:
+            if source.generator is not None and source.generator not in ALLOWED:
                 where = f"domain {domain.name!r}: sources[{index}].generator = {source.generator!r}"
                 found.append(f"{where}: {_reason(source.generator)}; {_fix(source.generator)}")
     return found

@@ -6,64 +6,104 @@ Plain subprocesses, not multiprocessing: its children import the trainer's main 
 import contextlib
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mcpo.rewards.turns import Turns, Verdict
+
 STARTUP_SECONDS = 300.0
-"""How long a worker may take to import its verifier, on a crowded machine."""
+"""How long a worker may take to import a verifier, on a crowded machine."""
 
 
 class VerificationError(RuntimeError):
-    """One verification failed: the verifier raised, hung, died, or returned something that is no score."""
+    """One verification failed: the verifier raised, or returned something that is no score."""
+
+    def __init__(self, message: str, *, timed_out: bool):
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 class VerifierUnavailable(RuntimeError):
-    """No worker can be started: the verifier doesn't import."""
+    """No worker can be started, or a verifier doesn't import."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One answer for one verifier.
+
+    item: tasks of an item that has failed are not tried
+    lane: tasks of a lane share a verifier; see turns.py
+    function: "module:name", called in a worker as name(entry, answer, **options)
+    """
+
+    item: Hashable
+    lane: Hashable
+    function: str
+    entry: dict[str, Any]
+    answer: str
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class _Worker:
     """One process and the socket to it. Used by one thread at a time."""
 
-    def __init__(self, verifier: str):
-        self.verifier = verifier
-        self.ready = False
+    def __init__(self, functions: Sequence[str], *, memory_bytes: int):
+        """functions: imported at once"""
+        self._requested: set[str] = set()
+        self._importing: deque[str] = deque()
         self._buffer = b""
         self._socket, far_end = socket.socketpair()
         with far_end:
+            command = [sys.executable, "-W", "ignore", "-m", "megatron_mcpo.rewards.worker"]
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "megatron_mcpo.rewards.worker", str(far_end.fileno()), verifier],
+                [*command, str(far_end.fileno()), str(memory_bytes)],
                 pass_fds=[far_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_worker_environment(),
                 start_new_session=True,  # so that what the verifier forks can be killed with it
             )
+        for function in functions:
+            self._request(function)
 
-    def wait_ready(self) -> None:
-        if self.ready:
-            return
-        try:
-            reply = self._receive(time.monotonic() + STARTUP_SECONDS)
-        except (TimeoutError, ConnectionError) as error:
-            raise VerifierUnavailable(f"verifier {self.verifier!r}: its worker did not start: {error}") from error
-        if "error" in reply:
-            raise VerifierUnavailable(reply["error"])
-        self.ready = True
+    def wait_ready(self, function: str | None = None) -> None:
+        """Wait for all imports, with that of `function`. Raises VerifierUnavailable where one fails."""
+        if function is not None and function not in self._requested:
+            self._request(function)
+        while self._importing:
+            name = self._importing[0]
+            try:
+                reply = self._receive(time.monotonic() + STARTUP_SECONDS)
+            except (TimeoutError, ConnectionError) as error:
+                raise VerifierUnavailable(f"verifier {name!r}: its worker did not start: {error}") from error
+            if "error" in reply:
+                raise VerifierUnavailable(reply["error"])
+            self._importing.popleft()
 
-    def ask(self, entry: dict[str, Any], answer: str, *, timeout: float) -> float:
+    def ask(self, task: Task, *, timeout: float) -> float:
         """The score of one answer. Raises VerificationError; TimeoutError or ConnectionError: the worker is lost."""
         deadline = time.monotonic() + timeout
-        message = json.dumps({"entry": entry, "answer": answer, "deadline": timeout}).encode() + b"\n"
-        self._socket.settimeout(timeout)
-        self._socket.sendall(message)
+        self._send(
+            {
+                "function": task.function,
+                "options": task.options,
+                "entry": task.entry,
+                "answer": task.answer,
+                "deadline": timeout,
+            },
+            timeout,
+        )
         reply = self._receive(deadline)
         if "error" in reply:
-            raise VerificationError(reply["error"])
+            raise VerificationError(reply["error"], timed_out=reply["timed_out"])
         return reply["score"]
 
     def kill(self) -> int:
@@ -74,6 +114,16 @@ class _Worker:
         self._process.wait()
         self._socket.close()
         return self._process.returncode if exit_code is None else exit_code
+
+    def _request(self, function: str) -> None:
+        self._requested.add(function)
+        self._importing.append(function)
+        with contextlib.suppress(ConnectionError):  # of a worker that has died: seen when its reply is waited for
+            self._send({"import": function}, STARTUP_SECONDS)
+
+    def _send(self, message: dict[str, Any], timeout: float) -> None:
+        self._socket.settimeout(timeout)
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
@@ -93,71 +143,77 @@ def _worker_environment() -> dict[str, str]:
 
 
 class WorkerPool:
-    """`num_workers` processes that run `verifier` ("package.module:function"), started at once, replaced when lost.
+    """Processes that run any verifier, started at once, replaced when lost.
 
     A call's deadline starts when a worker gets it: neither the queue nor the worker's start-up counts.
     """
 
-    def __init__(self, verifier: str, *, num_workers: int, timeout: float):
-        self.verifier = verifier
+    def __init__(self, functions: Sequence[str], *, num_workers: int, timeout: float, memory_bytes: int):
+        """functions: "module:name" of the verifiers that every worker imports at its start; others when first used
+
+        timeout: seconds that a verification may take; memory_bytes: address space of a worker
+        """
         self.timeout = timeout
+        self._functions = tuple(dict.fromkeys(functions))
+        self._memory_bytes = memory_bytes
         self._closed = False
-        self._workers = [_Worker(verifier) for _ in range(num_workers)]
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._lock = threading.Lock()
+        self._workers = [self._start() for _ in range(num_workers)]
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
 
-    def submit(self, subject: "Subject", answer: str) -> "Future[float]":
-        """A future of the score; it raises VerificationError or VerifierUnavailable."""
-        return self._threads.submit(self._verify, subject, answer)
-
     def wait_ready(self) -> None:
-        """Wait until a worker has imported the verifier. Raises VerifierUnavailable."""
-        worker = self._idle.get()
-        try:
-            worker.wait_ready()
-        finally:
-            self._idle.put(worker)
+        """Wait until a worker has imported its verifiers. Raises VerifierUnavailable."""
+        self._workers[0].wait_ready()
+
+    def run(self, tasks: Sequence[Task], *, max_error_rate: float) -> list[Verdict]:
+        """A verdict for every task, in order; see turns.py for what is not tried. Raises VerifierUnavailable."""
+        turns = Turns(
+            [task.lane for task in tasks],
+            [task.item for task in tasks],
+            num_workers=len(self._workers),
+            max_error_rate=max_error_rate,
+        )
+        serving = [self._threads.submit(self._serve, slot, tasks, turns) for slot in range(len(self._workers))]
+        for future in serving:
+            future.result()
+        return turns.verdicts()
 
     def close(self) -> None:
         """Kill the workers; calls under way fail."""
-        self._closed = True
-        for worker in self._workers:
-            worker.kill()
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
         self._threads.shutdown(cancel_futures=True)
 
-    def _verify(self, subject: "Subject", answer: str) -> float:
-        if subject.error is not None:
-            raise VerificationError(subject.error)
-        worker = self._idle.get()
+    def _serve(self, slot: int, tasks: Sequence[Task], turns: Turns) -> None:
         try:
-            worker.wait_ready()
-            return worker.ask(subject.entry, answer, timeout=self.timeout)
-        except VerificationError as error:
-            subject.error = str(error)
+            while (number := turns.take()) is not None:
+                turns.settle(number, self._verify(slot, tasks[number]))
+        except BaseException:
+            turns.stop()
             raise
-        except (TimeoutError, ConnectionError) as error:
-            worker, subject.error = self._replace(worker, error)
-            raise VerificationError(subject.error) from error
-        finally:
-            self._idle.put(worker)
 
-    def _replace(self, lost: _Worker, error: Exception) -> tuple[_Worker, str]:
-        exit_code = lost.kill()
-        reason = f"worker died (exit code {exit_code})"
-        if isinstance(error, TimeoutError):
-            reason = f"no answer within {self.timeout:g} s, worker killed"
-        if self._closed:
-            return lost, reason
-        fresh = _Worker(self.verifier)
-        self._workers[self._workers.index(lost)] = fresh
-        return fresh, reason
+    def _verify(self, slot: int, task: Task) -> Verdict:
+        worker = self._workers[slot]
+        worker.wait_ready(task.function)
+        try:
+            return Verdict(score=worker.ask(task, timeout=self.timeout))
+        except VerificationError as error:
+            return Verdict(error=str(error), timed_out=error.timed_out)
+        except TimeoutError:
+            self._replace(slot)
+            return Verdict(error=f"no answer within {self.timeout:g} s, worker killed", timed_out=True)
+        except ConnectionError:
+            return Verdict(error=f"worker died (exit code {self._replace(slot)})")
 
+    def _replace(self, slot: int) -> int:
+        """Exit code of the worker that was lost."""
+        with self._lock:
+            exit_code = self._workers[slot].kill()
+            if not self._closed:
+                self._workers[slot] = self._start()
+        return exit_code
 
-class Subject:
-    """The item whose answers are verified. After a first failure the rest of its answers is not tried."""
-
-    def __init__(self, entry: dict[str, Any]):
-        self.entry = entry
-        self.error: str | None = None
+    def _start(self) -> _Worker:
+        return _Worker(self._functions, memory_bytes=self._memory_bytes)

@@ -1,18 +1,28 @@
-"""From completions to rewards; a verifier's failure never becomes a silent 0."""
+"""From completions to rewards; a verifier's failure never becomes a silent 0.
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+A rollout's reward is the weighted mean of its verifiers' scores, less the penalties for its length, within 0 and 1. It
+is `correct` where the weighted mean of the verifiers that JUDGE it (all kinds but format and length; of format, where
+nothing else is there) reaches algorithm.pass_threshold. So neither form nor length turns a right answer into a wrong
+one for the contrastive terms. A response that was cut at its limit or is blank gets 0, is not correct, and no verifier
+is asked.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
-from megatron_mcpo.rewards.pool import Subject, VerificationError, WorkerPool
-from megatron_mcpo.sections import RewardsConfig
+from megatron_mcpo.config import Config
+from megatron_mcpo.domain_sections import DomainConfig, RewardsConfig, VerifierConfig
+from megatron_mcpo.rewards.kinds import FULL_MARKS, KINDS, Check, check_of
+from megatron_mcpo.rewards.pool import Task, WorkerPool
+from megatron_mcpo.rewards.turns import Verdict
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
-FULL_MARKS = 0.99
-REASONING_GYM = "megatron_mcpo.rewards.reasoning_gym:score"
+_GIB = 2**30
 
-_ItemKey = tuple[int, str, int]
+_TaskKey = tuple[Hashable, str, str]
+"""Item, answer, name and position of the verifier."""
 
 
 class TooManyErrors(RuntimeError):
@@ -20,14 +30,21 @@ class TooManyErrors(RuntimeError):
 
 
 class Scorer:
-    """Binary rewards from worker processes, which start at construction so that their imports overlap other work.
+    """Rewards from worker processes, which start at construction so that their imports overlap other work."""
 
-    The reward is 1 for a score of at least 0.99, else 0: reasoning-gym's scorers give 0.01 to 0.05 for nonsense, and a
-    share of the marks for any long text that happens to contain the answer. Either would teach rambling.
-    """
-
-    def __init__(self, config: RewardsConfig, *, verifier: str = REASONING_GYM):
-        self._pool = WorkerPool(verifier, num_workers=config.workers, timeout=config.timeout)
+    def __init__(self, config: Config):
+        self._rewards = config.rewards
+        self._threshold = config.algorithm.pass_threshold
+        self._rules = [
+            DomainRules(domain, config.rewards, response_limit=limit)
+            for domain, limit in zip(config.domain, config.response_limits, strict=True)
+        ]
+        self._pool = WorkerPool(
+            [function for rules in self._rules for function in rules.functions],
+            num_workers=config.rewards.workers,
+            timeout=config.rewards.timeout,
+            memory_bytes=int(config.rewards.memory_gib * _GIB),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -40,28 +57,108 @@ class Scorer:
         self._pool.close()
 
     def wait_ready(self) -> None:
-        """Wait until a worker has imported the verifier; `score` does it too. Raises VerifierUnavailable."""
+        """Wait until a worker has imported the verifiers; `score` does it too. Raises VerifierUnavailable."""
         self._pool.wait_ready()
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The groups with `rewards` filled, or, where any of its verifications failed, with `error` set instead.
+        """The groups with `rewards` and `correct` filled, or, where any of their verifications failed, `error` set.
 
-        `Completion.text` must hold the decoded response. A response that was cut or is blank gets 0 unasked; the same
-        answer to the same item is verified once. Groups that already carry an error are handed back as they are.
-        Takes at most (start-up + timeout) * items / workers. Raises VerifierUnavailable when no worker can start.
+        `Completion.text` must hold the decoded response; verifiers get it without the blanks around it. The same
+        answer to the same item is verified once. Groups that already carry an error are handed back as they are. How
+        long answers that hang can take: turns.py. Raises VerifierUnavailable when no worker can start.
         """
-        self.wait_ready()
-        subjects: dict[_ItemKey, Subject] = {}
-        verdicts: dict[tuple[_ItemKey, str], Future[float]] = {}
-        for group in groups:
+        tasks: dict[_TaskKey, Task] = {}
+        refused: dict[int, str] = {}
+        for number, group in enumerate(groups):
             if group.error is not None:
                 continue
-            item = _key(group)
-            subject = subjects.setdefault(item, Subject(group.prompt.entry))
-            for answer in map(_answer, group.completions):
-                if answer and (item, answer) not in verdicts:
-                    verdicts[item, answer] = self._pool.submit(subject, answer)
-        return [_with_rewards(group, verdicts) for group in groups]
+            try:
+                checks = self._checks(group)
+            except ValueError as error:
+                refused[number] = str(error)
+                continue
+            for answer in filter(None, map(_answer, group.completions)):
+                for place, check in enumerate(checks):
+                    tasks.setdefault(_task_key(group, answer, place, check), _task(group, answer, place, check))
+        verdicts = self._pool.run(list(tasks.values()), max_error_rate=self._rewards.max_error_rate)
+        by_key = dict(zip(tasks, verdicts, strict=True))
+        return [
+            replace(group, error=refused[number]) if number in refused else self._judged(group, by_key)
+            for number, group in enumerate(groups)
+        ]
+
+    def _checks(self, group: RolloutGroup) -> Sequence[Check]:
+        return self._rules[group.prompt.domain].checks(group.prompt.entry, self._rewards)
+
+    def _judged(self, group: RolloutGroup, verdicts: Mapping[_TaskKey, Verdict]) -> RolloutGroup:
+        if group.error is not None:
+            return group
+        checks = self._checks(group)
+        rewards, correct = [], []
+        for completion in group.completions:
+            answer = _answer(completion)
+            if not answer:
+                rewards.append(0.0)
+                correct.append(False)
+                continue
+            found = [verdicts[_task_key(group, answer, place, check)] for place, check in enumerate(checks)]
+            failed = next((verdict for verdict in found if verdict.error is not None), None)
+            if failed is not None:
+                return replace(group, rewards=(), correct=(), error=failed.error, timed_out=failed.timed_out)
+            scores = [_marks(verdict.score, check) for verdict, check in zip(found, checks, strict=True)]
+            penalty = self._rules[group.prompt.domain].penalty(len(completion.token_ids))
+            rewards.append(min(max(_mean(scores, checks) - penalty, 0.0), 1.0))
+            correct.append(_judgement(scores, checks) >= self._threshold)
+        return replace(group, rewards=tuple(rewards), correct=tuple(correct), error=None)
+
+
+class DomainRules:
+    """How the responses of one domain are scored."""
+
+    def __init__(self, domain: DomainConfig, rewards: RewardsConfig, *, response_limit: int):
+        self._name = domain.name
+        self._configured = [check_of(verifier, rewards) for verifier in domain.scoring]
+        self._lengths = [(v.weight, v.buffer_tokens) for v in domain.verifiers if v.kind == "length"]
+        self._limit = response_limit
+        self._has_generator = any(source.generator is not None for source in domain.sources)
+
+    @property
+    def functions(self) -> list[str]:
+        """What workers must import for this domain, as far as the configuration tells; rows may name more."""
+        own = KINDS["reasoning_gym"].function
+        by_default = [own] if own is not None and self._has_generator and not self._configured else []
+        return [check.function for check in self._configured] + by_default
+
+    def checks(self, entry: Mapping[str, Any], rewards: RewardsConfig) -> Sequence[Check]:
+        """What scores the responses to an item: the domain's verifiers, or the one of its row or generator.
+
+        A row names a kind as entry["verifier"]; a generated item has metadata.source_dataset. Raises ValueError for
+        an item that has neither, or names a kind that needs more than the row.
+        """
+        if self._configured:
+            return self._configured
+        named = entry.get("verifier")
+        if named is None and "source_dataset" in (entry.get("metadata") or {}):
+            named = "reasoning_gym"
+        if not isinstance(named, str) or named not in KINDS or not KINDS[named].of_rows:
+            known = ", ".join(name for name, kind in KINDS.items() if kind.of_rows)
+            raise ValueError(
+                f"verifier {named!r} of the item: is none of {known}; correct the row, or give domain "
+                f"{self._name!r} [[domain.verifiers]]"
+            )
+        return [check_of(VerifierConfig.model_validate({"kind": named}), rewards)]
+
+    def penalty(self, num_tokens: int) -> float:
+        """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), times -weight, summed: from 0 up.
+
+        Each is 0 for up to limit - buffer tokens, then grows linearly to its weight at the limit.
+        """
+        parts = [
+            weight * min(max((num_tokens - (self._limit - buffer)) / buffer, 0.0), 1.0)
+            for weight, buffer in self._lengths
+            if buffer is not None
+        ]
+        return math.fsum(parts)
 
 
 def check_error_rate(groups: Sequence[RolloutGroup], *, domain_names: Sequence[str], max_error_rate: float) -> None:
@@ -79,8 +176,23 @@ def check_error_rate(groups: Sequence[RolloutGroup], *, domain_names: Sequence[s
     )
 
 
-def _key(group: RolloutGroup) -> _ItemKey:
+def _item(group: RolloutGroup) -> Hashable:
     return (group.prompt.domain, group.prompt.source, group.prompt.index)
+
+
+def _task_key(group: RolloutGroup, answer: str, place: int, check: Check) -> _TaskKey:
+    return (_item(group), answer, f"{place} {check.name}")
+
+
+def _task(group: RolloutGroup, answer: str, place: int, check: Check) -> Task:
+    return Task(
+        item=_item(group),
+        lane=(group.prompt.domain, place, check.name),
+        function=check.function,
+        options=check.options,
+        entry=group.prompt.entry,
+        answer=answer,
+    )
 
 
 def _answer(completion: Completion) -> str:
@@ -88,12 +200,19 @@ def _answer(completion: Completion) -> str:
     return completion.text.strip() if completion.stop_reason is StopReason.STOP else ""
 
 
-def _with_rewards(group: RolloutGroup, verdicts: dict[tuple[_ItemKey, str], "Future[float]"]) -> RolloutGroup:
-    if group.error is not None:
-        return group
-    item = _key(group)
-    try:
-        scores = [verdicts[item, answer].result() if answer else 0.0 for answer in map(_answer, group.completions)]
-    except VerificationError as error:
-        return replace(group, rewards=(), error=str(error))
-    return replace(group, rewards=tuple(float(score >= FULL_MARKS) for score in scores), error=None)
+def _marks(score: float | None, check: Check) -> float:
+    assert score is not None, "a verdict without an error has a score"
+    return float(score >= FULL_MARKS) if check.full_marks else score
+
+
+def _judgement(scores: Sequence[float], checks: Sequence[Check]) -> float:
+    """Weighted mean of what judges; of everything where nothing does."""
+    judging = [(score, check) for score, check in zip(scores, checks, strict=True) if check.judges]
+    if not judging:
+        return _mean(scores, checks)
+    return _mean([score for score, _ in judging], [check for _, check in judging])
+
+
+def _mean(scores: Sequence[float], checks: Sequence[Check]) -> float:
+    weights = [check.weight for check in checks]
+    return math.fsum(w * s for w, s in zip(weights, scores, strict=True)) / math.fsum(weights)

@@ -1,9 +1,10 @@
-"""The process that runs one verifier, one task at a time, at the far end of a socket.
+"""The process that runs verifiers, one task at a time, at the far end of a socket.
 
-Run as `python -m megatron_mcpo.rewards.worker FD MODULE:FUNCTION`. A message is one line of JSON: never a pickle, so
-that a verifier which was led astray cannot run code in the trainer. The first line out says {"ready": true} or
-{"error": text}; afterwards each {"entry", "answer", "deadline"} is answered by {"score": number} or {"error": text}.
-Imports neither torch nor types.py: a worker starts as fast as its verifier imports.
+Run as `python -m megatron_mcpo.rewards.worker FD MEMORY_BYTES` (its address space). A message is one line of JSON:
+never a pickle, so that a verifier which was led astray cannot run code in the trainer.
+  {"import": "module:name"}  is answered by {"ready": true} or {"error": text}
+  {"function", "options", "entry", "answer", "deadline"}  by {"score": number} or {"error": text, "timed_out": bool}
+Imports neither torch nor types.py: a worker starts as fast as its verifiers import.
 """
 
 import importlib
@@ -18,14 +19,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-MEMORY_BYTES = 4 * 2**30
-"""Address space of a worker; importing reasoning-gym takes less than half of it."""
-
 DUST = 1e-6
 """Rounding error by which a score may leave [0, 1]."""
 
 
-def load_verifier(name: str) -> Callable[[dict[str, Any], str], Any]:
+def load_verifier(name: str) -> Callable[..., Any]:
     """The function that "package.module:function" names. Raises ValueError when there is none."""
     module_name, colon, function_name = name.partition(":")
     if not colon:
@@ -55,37 +53,49 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:500]}"
 
 
-def answer_task(verifier: Callable[[dict[str, Any], str], Any], task: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one task; whatever the verifier raises becomes an error reply."""
+def answer_task(verifier: Callable[..., Any], task: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one task; whatever the verifier raises becomes an error reply, TimeoutError one that timed out."""
     try:
-        return {"score": checked_score(verifier(task["entry"], task["answer"]))}
+        return {"score": checked_score(verifier(task["entry"], task["answer"], **task["options"]))}
     except BaseException as error:  # SystemExit and MemoryError are the verifier's failures too
-        return {"error": describe(error)}
+        return {"error": describe(error), "timed_out": isinstance(error, TimeoutError)}
+
+
+class _Desk:
+    """Replies to messages; keeps the verifiers that were imported."""
+
+    def __init__(self) -> None:
+        self._verifiers: dict[str, Callable[..., Any]] = {}
+        self._silent = False
+
+    def reply(self, message: dict[str, Any]) -> dict[str, Any]:
+        if "import" in message:
+            return self._import(message["import"])
+        if not self._silent:
+            silence_output()
+            self._silent = True
+        # Its default action ends the process, even in a C loop: a worker doesn't outlive a killed trainer for long.
+        signal.alarm(math.ceil(message["deadline"]) + 5)
+        reply = answer_task(self._verifiers[message["function"]], message)
+        signal.alarm(0)
+        return reply
+
+    def _import(self, name: str) -> dict[str, Any]:
+        try:
+            self._verifiers[name] = load_verifier(name)
+        except BaseException as error:  # a module may raise anything while it is imported
+            return {"error": describe(error)}
+        return {"ready": True}
 
 
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
-    inbox = connection.makefile("r", encoding="utf-8")
-
-    def send(message: dict[str, Any]) -> None:
-        connection.sendall(json.dumps(message).encode() + b"\n")
-
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    memory_bytes = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        verifier = load_verifier(sys.argv[2])
-    except BaseException as error:  # a module may raise anything while it is imported
-        send({"error": describe(error)})
-        return
-    silence_output()
-    send({"ready": True})
-    for line in inbox:
-        task = json.loads(line)
-        # Its default action ends the process, even in a C loop: a worker doesn't outlive a killed trainer for long.
-        signal.alarm(math.ceil(task["deadline"]) + 5)
-        reply = answer_task(verifier, task)
-        signal.alarm(0)
-        send(reply)
+    desk = _Desk()
+    for line in connection.makefile("r", encoding="utf-8"):
+        connection.sendall(json.dumps(desk.reply(json.loads(line))).encode() + b"\n")
 
 
 def silence_output() -> None:

@@ -142,6 +142,23 @@ def cpu_start(job_tag: str) -> Iterator[None]:
             segment.unlink(missing_ok=True)
 
 
+@contextmanager
+def cpu_fp8() -> Iterator[None]:
+    """Build an FP8 engine on a CPU without AMX. Seen in 0.30: vLLM asks for AMX, its kernels need only AVX512-BF16."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
+
+    linear: Any = CPUFp8BlockScaledMMKernel
+    experts: Any = CPUExpertsFp8
+    asks = vars(linear)["is_supported"], vars(experts)["_supports_current_device"]
+    linear.is_supported = classmethod(lambda kernel, capability=None: (True, None))
+    experts._supports_current_device = staticmethod(lambda: True)
+    try:
+        yield
+    finally:
+        linear.is_supported, experts._supports_current_device = asks
+
+
 def _common_prefix(job_tag: str) -> str:
     """The same on all ranks of a job, and never used before."""
     prefix = [f"{job_tag}-{secrets.token_hex(4)}"]

@@ -1,35 +1,31 @@
-"""vLLM in the trainer's process. This file and vllm_cpu_fixes.py are the only ones that import vllm, and only when an
-engine is built: importing them is cheap.
-"""
+"""vLLM in the trainer's process. Importing this file is cheap: vllm is imported when an engine is built."""
 
 import gc
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import linear
 
-from megatron_mcpo.hf_files import read_headers
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
-from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
-from megatron_mcpo.rollout.vllm_probe import find_mismatches
+from megatron_mcpo.rollout import vllm_probe
+from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked
+from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, IN_PROCESS, engine_options, sampling_options
 from megatron_mcpo.types import Completion, StopReason
+from megatron_mcpo.weights.mapping import hf_shapes
 
-_BACKEND = "megatron_mcpo"
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
-_CPU_BATCH_TOKENS = 4096
-_VLLM_SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-}
+STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
+_PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+_LEAST_CAPABILITY = (8, 9)
+"""Of a GPU that multiplies in FP8 (Ada). On older ones vLLM only stores in FP8, packed otherwise."""
 
 
 class VllmEngine:
@@ -52,6 +48,7 @@ class VllmEngine:
         model_path: Path,
         *,
         dtype: Literal["bf16", "fp32"],
+        quantization: Literal["none", "fp8_per_block"],
         tensor_parallel: int,
         max_model_len: int,
         max_concurrent: int,
@@ -61,8 +58,9 @@ class VllmEngine:
         job_tag: str,
         load_weights: bool = False,
     ):
-        """Build the engine from the folder's config.json; its safetensors tell which tensors an update must have.
+        """Build the engine from the folder's config.json, which also tells what tensors an update must have.
 
+        quantization: what becomes of the layers' weights whenever they are loaded
         max_model_len: most tokens of prompt and completion together
         kv_cache_gib: GiB of key-value cache, on a CPU; gpu_memory_utilization: share of a GPU's memory, on a GPU
         job_tag: names the job's shared-memory segments; two jobs on a host must not have the same
@@ -71,7 +69,7 @@ class VllmEngine:
         Raises ValueError for arguments that can't work, EngineError when vLLM fails.
         """
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
-        self._shapes = {name: header.shape for name, header in read_headers(model_path).items()}
+        self._shapes = hf_shapes(from_folder(model_path, with_weights=False))
         self._max_model_len = max_model_len
         self._on_cpu = not torch.cuda.is_available()
         self._broken: str | None = None
@@ -79,32 +77,21 @@ class VllmEngine:
         self._cache_released = False
         self._has_weights = load_weights
         self.version = 0
-        options: dict[str, Any] = dict(
-            model=str(model_path),
-            dtype=_DTYPES[dtype],
-            tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher" if distributed else "uni",
+        options = engine_options(
+            model_path,
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel=tensor_parallel,
             max_model_len=max_model_len,
-            max_num_seqs=max_concurrent,
+            max_concurrent=max_concurrent,
+            kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
-            enable_sleep_mode=not self._on_cpu,
-            load_format="auto" if load_weights else "dummy",
+            load_weights=load_weights,
+            transport=IN_PROCESS,
+            on_cpu=self._on_cpu,
         )
-        if self._on_cpu:
-            # Compiling takes a minute and gains little on a CPU. A prompt that is prefilled in parts makes vLLM rewind
-            # the request's generator, which a CPU's generator can't: the step would fail.
-            options |= dict(
-                enforce_eager=True,
-                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=max(_CPU_BATCH_TOKENS, max_model_len),
-                # The smallest: with the usual 128, a shorter beginning that prompts have in common is never shared.
-                block_size=32,
-            )
         with self._fatal("construction"):
             self._llm = _build(options, distributed=distributed, job_tag=job_tag)
-            if self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings:
-                self._shapes.pop("lm_head.weight", None)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
         """See engine.Engine.generate. The samples of a greedy request are copies of one.
@@ -113,25 +100,13 @@ class VllmEngine:
         """
         self._require(weights=True)
         for request in requests:
-            self._check_request(request)
+            check_request(request, self._max_model_len)
         if not requests:
             return []
         with self._fatal("generation"):
             from vllm import SamplingParams
 
-            params = [
-                SamplingParams(
-                    n=request.num_samples if request.temperature > 0 else 1,
-                    seed=request.seed,
-                    temperature=request.temperature,
-                    max_tokens=request.max_tokens,
-                    stop_token_ids=list(request.stop_token_ids),
-                    ignore_eos=True,
-                    logprobs=0,
-                    detokenize=False,
-                )
-                for request in requests
-            ]
+            params = [SamplingParams(**sampling_options(request)) for request in requests]
             prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
             # What was asked before must not show in the rounding: a resumed run has not asked it.
             if not self._llm.reset_prefix_cache():
@@ -140,38 +115,57 @@ class VllmEngine:
             return [self._completions(*pair) for pair in zip(requests, results, strict=True)]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """See engine.Engine.update. Tensors may come in any order and any float dtype.
-
-        vLLM keeps the old value of a tensor that isn't sent and loads garbage for a fused module of which only a
-        part is sent, without a word: names and shapes must be exactly those of the checkpoint.
-        """
-        self._require(weights=False)
+        """See engine.Engine.update. Tensors may come in any order and any float dtype."""
         arrived: dict[str, int] = {}
-        with self._fatal(f"update to version {version}"):
+        with self._replacing(version):
             self._llm.start_weight_update()
-            weights = _checked(named_tensors, self._shapes, arrived)
+            weights = checked(named_tensors, self._shapes, arrived)
             self._llm.update_weights({"update_info": {"weights": weights}})
             self._llm.finish_weight_update()
+        return sum(arrived.values())
+
+    def parameters(self) -> dict[str, Tensor] | None:
+        """See transfer.Receiver; None on a CPU, where vLLM packs its weights, and for an engine that quantises them."""
+        self._require(weights=False)
+        with self._fatal("reading the parameters"):
+            (live,) = self._llm.apply_model(_plain_parameters)
+        return live
+
+    @contextmanager
+    def rewriting(self, version: int) -> Iterator[dict[str, Tensor]]:
+        """See transfer.Receiver. Not by vLLM's weight-transfer API: that moves all parameters to the meta device."""
+        with self._replacing(version):
+            (live,) = self._llm.apply_model(_plain_parameters)
+            assert live is not None, "parameters() tells that this engine can't be written into"
+            yield live
+
+    @contextmanager
+    def _replacing(self, version: int) -> Iterator[None]:
+        """A block that replaces all weights, and then what the old ones left behind."""
+        self._require(weights=False)
+        with self._fatal(f"update to version {version}"):
+            yield
             if self._cache_released:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._cache_released = False
             if not self._llm.reset_prefix_cache():
                 raise EngineError("the prefix cache of the old weights could not be dropped: requests still hold it")
+            if not self._on_cpu:
+                # vLLM computes on a stream of its own, which doesn't wait for the one that weights were written on.
+                torch.cuda.synchronize()
         self._has_weights = True
         self.version = version
-        return sum(arrived.values())
 
-    def mismatches(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """See engine.Engine.mismatches; what this rank holds is compared, bit for bit in the engine's dtype.
+    def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
+        """See engine.Engine.compare; what this rank holds is compared, bit for bit in the engine's dtype.
 
         A tied output embedding whose packed copy differs is reported as "lm_head.weight", though it is never sent.
-        Experts of a mixture-of-experts layer, and tensors that vLLM keeps under other names than Hugging Face
-        (other than fused projections), can't be probed and are never reported.
         """
         self._require(weights=True)
         with self._fatal("comparison of weights"):
-            (names,) = self._llm.apply_model(lambda model: find_mismatches(model, named_tensors))
-        return list(names)
+            (comparison,) = self._llm.apply_model(lambda model: vllm_probe.compare(model, named_tensors))
+        assert isinstance(comparison, Comparison)
+        return comparison
 
     def sleep(self) -> None:
         """See engine.Engine.sleep."""
@@ -227,19 +221,6 @@ class VllmEngine:
             self._broken = f"{action} was interrupted"
             raise
 
-    def _check_request(self, request: SamplingRequest) -> None:
-        num_prompt = len(request.token_ids)
-        if num_prompt == 0 or request.num_samples < 1 or request.max_tokens < 1 or request.temperature < 0:
-            raise ValueError(
-                f"{num_prompt} prompt tokens, num_samples {request.num_samples}, max_tokens {request.max_tokens}, "
-                f"temperature {request.temperature}: need at least one of each, and a temperature of 0 or more"
-            )
-        if num_prompt + request.max_tokens > self._max_model_len:
-            raise ValueError(
-                f"{num_prompt} prompt tokens + max_tokens {request.max_tokens} exceed the engine's max_model_len "
-                f"{self._max_model_len}: shorten the prompt or build the engine with a larger one"
-            )
-
     def _completions(self, request: SamplingRequest, result: Any) -> tuple[Completion, ...]:
         completions = []
         for output in result.outputs:
@@ -249,12 +230,27 @@ class VllmEngine:
                 Completion(
                     token_ids=tokens,
                     logprobs=tuple(entry[token].logprob for token, entry in pairs),
-                    stop_reason=_STOP_REASONS.get(output.finish_reason, StopReason.ABORT),
+                    stop_reason=STOP_REASONS.get(output.finish_reason, StopReason.ABORT),
                     version=self.version,
                 )
             )
         copies = request.num_samples // len(completions)
         return tuple(completions) * copies
+
+
+def check_hardware(quantization: Literal["none", "fp8_per_block"]) -> None:
+    """Raises ConfigError where this machine can't run such an engine."""
+    if quantization == "none":
+        return
+    fix = "; use another machine, or set it to 'none'"
+    if not torch.cuda.is_available():
+        if not torch.cpu._is_avx512_bf16_supported():
+            raise ConfigError([f"engine.quantization = {quantization!r}: this CPU lacks AVX512-BF16{fix}"])
+    elif torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability()
+        raise ConfigError(
+            [f"engine.quantization = {quantization!r}: needs compute capability 8.9, the GPU has {major}.{minor}{fix}"]
+        )
 
 
 def _check_arguments(*, tensor_parallel: int, distributed: bool, job_tag: str) -> None:
@@ -269,7 +265,7 @@ def _check_arguments(*, tensor_parallel: int, distributed: bool, job_tag: str) -
 
 
 def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
-    for key, value in _VLLM_SETTINGS.items():
+    for key, value in {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
         os.environ.setdefault(key, value)
     if distributed:
         os.environ["RANK"] = str(dist.get_rank())
@@ -277,85 +273,30 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
     with fixes.quiet_import():
         from vllm import LLM
 
-        _register_backend()
-    with fixes.cpu_start(job_tag) if not torch.cuda.is_available() else nullcontext():
+        import megatron_mcpo.rollout.vllm_transfer  # noqa: F401 - tells vLLM of our transport
+    with ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(fixes.cpu_start(job_tag))
+            if "quantization" in options:
+                stack.enter_context(fixes.cpu_fp8())
         return LLM(
             **options,
-            seed=0,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            logprobs_mode="processed_logprobs",
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            weight_transfer_config={"backend": _BACKEND},
+            distributed_executor_backend="external_launcher" if distributed else "uni",
+            enable_sleep_mode=torch.cuda.is_available(),
         )
 
 
-def _checked(
-    named_tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], arrived: dict[str, int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Pass the tensors on, each checked before vLLM sees it; bytes by name end in `arrived`. Raises EngineError."""
-    for name, tensor in named_tensors:
-        if name not in shapes:
-            raise EngineError(f"{name}: is no tensor of the checkpoint (tied output embeddings are not sent)")
-        if name in arrived:
-            raise EngineError(f"{name}: was sent twice")
-        if tuple(tensor.shape) != shapes[name]:
-            raise EngineError(f"{name}: has shape {tuple(tensor.shape)}, the checkpoint has {shapes[name]}")
-        arrived[name] = tensor.numel() * tensor.element_size()
-        yield name, tensor.detach()
-    missing = sorted(set(shapes) - set(arrived))
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise EngineError(f"{len(missing)} of {len(shapes)} tensors were not sent: {', '.join(missing[:5])}{more}")
+def _plain_parameters(model: Any) -> dict[str, Tensor] | None:
+    """All parameters by name, tied ones once; None where a module computes with something else than its `weight`.
 
-
-def _register_backend() -> None:
-    """Tell vLLM's weight-transfer API of a backend whose transport is a Python iterator of live tensors."""
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    if _BACKEND in WeightTransferEngineFactory._registry:
-        return
-
-    @dataclass
-    class UpdateInfo(WeightTransferUpdateInfo):
-        weights: Any
-
-    class InProcessTransfer(WeightTransferEngine[WeightTransferInitInfo, UpdateInfo]):
-        init_info_cls = WeightTransferInitInfo
-        update_info_cls = UpdateInfo
-
-        def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
-            """Nothing to connect."""
-
-        def start_weight_update(self) -> None:
-            if fixes.reload_is_stale_on_cpu():
-                fixes.before_reload(self.model)
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: UpdateInfo) -> None:
-            model: Any = self.model
-            try:
-                model.load_weights(update_info.weights)
-            except BaseException:
-                # Engines of a process share modules (rotary embeddings): the next engine needs them put together again.
-                with suppress(Exception):
-                    finalize_layerwise_reload(model, self.model_config)
-                raise
-
-        def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-            if fixes.reload_is_stale_on_cpu():
-                fixes.after_reload(self.model)
-
-        def shutdown(self) -> None:
-            """Nothing to close."""
-
-    WeightTransferEngineFactory.register_engine(_BACKEND, InProcessTransfer)
+    Attention and norms have no method of their own. What vLLM 0.30 does to weights after loading: on a GPU its
+    unquantised methods for linear modules and embeddings leave them alone, that for experts may rearrange them; on a
+    CPU `cpu_linear` holds a packed copy.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and type(method).__name__ not in _PLAIN_METHODS:
+            return None
+        if getattr(module, "cpu_linear", linear) is not linear:
+            return None
+    return dict(model.named_parameters())

@@ -1,80 +1,148 @@
 """Which weights does a vLLM model really compute with? Asked of its kernels, because the CPU backend packs weights away
 and keeps no readable copy.
 
-Every linear module is fed the unit vectors: row i of the answer is column i of the weight, exactly, since one product
-with 1 and sums of zeros round nowhere. Reads only attributes of the modules and does not import vllm.
+A linear module whose packed weight is hidden is fed the unit vectors: row i of the answer is column i of the weight,
+exactly, since one product with 1 and sums of zeros round nowhere. Where the module's parameter is what the kernel
+multiplies with, it is read; where that is packed in a way that can be repeated, the expected values are packed too.
+Reads only attributes of the modules and does not import vllm.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_mcpo.rollout.blockwise import BLOCK, dequantize, quantize
+from megatron_mcpo.rollout.engine import Comparison
+
 _CHUNK = 256
 """Unit vectors a call: bounds the memory of the answer (for an output embedding, this times the vocabulary)."""
+_PACKED_ROWS = 32
+"""vLLM's CPU kernels pack a matrix in groups of so many rows, each by itself."""
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+_EXPERT_PARTS = {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)} | {
+    "w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)
+}  # fmt: skip
+_READABLE_EXPERTS = ("TRITON", "BATCHED_TRITON")
+"""Kernels on a GPU that take the experts' weights as they were loaded."""
 
 
-def find_mismatches(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Hugging Face names of the full tensors whose slice on this rank differs from what `model` (vLLM's) holds.
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the engine, made of one or more tensors. expert: which of `module`'s experts it belongs to"""
 
-    Names that can't be resolved to a module are skipped.
-    """
-    packed = getattr(model, "packed_modules_mapping", {})
-    wrong = []
+    module: Any
+    attribute: str
+    num_parts: int
+    expert: int | None = None
+
+    @property
+    def held(self) -> Tensor:
+        held = getattr(self.module, self.attribute)
+        return held if self.expert is None else held[self.expert]
+
+    @property
+    def scales(self) -> Tensor:
+        scales = getattr(self.module, f"{self.attribute}_scale_inv")
+        return scales if self.expert is None else scales[self.expert]
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.held.dtype == torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank holds of a tensor, and the row of the matrix where it begins."""
+
+    name: str
+    first_row: int
+    local: Tensor
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + len(self.local))
+
+
+def compare(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
+    """See engine.Engine.compare: full tensors against the slices that `model` (vLLM's) has on this rank."""
+    different: list[str] = []
+    unread: list[str] = []
+    waiting: dict[_Matrix, list[_Part]] = {}
+    num_tensors = 0
+
+    def judge(matrix: _Matrix) -> None:
+        parts = waiting.pop(matrix)
+        wrong_R = _wrong_rows(matrix, parts)
+        if wrong_R is None:
+            unread.extend(part.name for part in parts)
+        else:
+            different.extend(part.name for part in parts if wrong_R[part.rows].any())
+
     for name, tensor in named_tensors:
-        module, part = _locate(model, name, packed)
-        if module is not None and not _holds(module, name.rpartition(".")[2], part, tensor):
-            wrong.append(name)
-        head = _tied_head(model, name)
-        if head is not None and not _kernel_holds(head, tensor[_vocabulary_slice(head)], first_row=0):
-            wrong.append("lm_head.weight")
-    return wrong
+        num_tensors += 1
+        found = [*_places(model, name, tensor)]
+        if not found:
+            unread.append(name)
+        for matrix, part in found:
+            waiting.setdefault(matrix, []).append(part)
+            if len(waiting[matrix]) == matrix.num_parts:
+                judge(matrix)
+    for matrix in list(waiting):
+        judge(matrix)
+    return Comparison(different=tuple(different), unread=tuple(unread), num_tensors=num_tensors)
 
 
-def _locate(model: nn.Module, name: str, packed: dict[str, list[str]]) -> tuple[nn.Module | None, int | None]:
-    """The module behind a Hugging Face name and, in a fused module, the index of the part."""
-    path = name.rpartition(".")[0]
-    modules = dict(_children_along(model, path))
-    if path in modules:
-        return modules[path], None
-    parent, _, leaf = path.rpartition(".")
-    for fused, parts in packed.items():
-        if leaf in parts and parent in modules and hasattr(modules[parent], fused):
-            return getattr(modules[parent], fused), parts.index(leaf)
-    return None, None
-
-
-def _children_along(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    module, walked = model, ""
-    for step in path.split("."):
-        child = getattr(module, step, None)
-        if not isinstance(child, nn.Module):
-            return
-        module, walked = child, f"{walked}.{step}".lstrip(".")
-        yield walked, module
-
-
-def _tied_head(model: Any, name: str) -> nn.Module | None:
-    head = getattr(model, "lm_head", None)
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    return head if tied and head is not None and name.endswith("embed_tokens.weight") else None
-
-
-def _holds(module: Any, attribute: str, part: int | None, full: Tensor) -> bool:
+def _places(model: nn.Module, name: str, full: Tensor) -> Iterator[tuple[_Matrix, _Part]]:
+    """Where the engine has a tensor; a tied embedding also as the output's, which a CPU packs by itself."""
+    expert = _EXPERT.fullmatch(name)
+    if expert is not None:
+        yield from _expert_place(model, expert, name, full)
+        return
+    path, _, attribute = name.rpartition(".")
+    module, part, num_parts = _locate(model, path)
+    if module is None or getattr(module, attribute, None) is None:
+        return
     rows, columns, first_row = _local_slice(module, part, full)
-    if hasattr(module, "shard_indices"):
-        return _embedding_holds(module, full[rows])
-    if attribute == "weight" and hasattr(module, "quant_method"):
-        return _kernel_holds(module, full[rows, columns], first_row=first_row)
-    held = getattr(module, attribute, None)
-    if held is None:
-        return True
-    wanted = full[rows].to(held)
-    return bool(torch.equal(held[first_row : first_row + len(wanted)], wanted))
+    local = full[rows] if full.dim() == 1 else full[rows, columns]
+    yield _Matrix(module, attribute, num_parts), _Part(name, first_row, local)
+    head: Any = getattr(model, "lm_head", None)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if tied and head is not None and name.endswith("embed_tokens.weight"):
+        yield _Matrix(head, "weight", 1), _Part("lm_head.weight", 0, full[_vocabulary_slice(head)])
 
 
-def _local_slice(module: Any, part: int | None, full: Tensor) -> tuple[slice, slice, int]:
+def _locate(model: Any, path: str) -> tuple[Any, int, int]:
+    """The module behind a Hugging Face path, the index of the part in it and how many it is fused of."""
+    try:
+        return model.get_submodule(path), 0, 1
+    except AttributeError:
+        parent, _, leaf = path.rpartition(".")
+    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+        if leaf in parts:
+            with suppress(AttributeError):
+                return model.get_submodule(f"{parent}.{fused}"), parts.index(leaf), len(parts)
+    return None, 0, 1
+
+
+def _expert_place(model: Any, found: re.Match[str], name: str, full: Tensor) -> Iterator[tuple[_Matrix, _Part]]:
+    """w13 is gate above up, each cut by rows and padded; w2 is down, cut by columns."""
+    with suppress(AttributeError):
+        module: Any = model.get_submodule(f"{found[1]}.routed_experts")
+        matrix, index = _EXPERT_PARTS[found[3]]
+        held = getattr(module, f"{matrix}_weight")
+        ranks = module.moe_config.moe_parallel_config
+        local = full.chunk(ranks.tp_size, dim=0 if matrix == "w13" else 1)[ranks.tp_rank]
+        first_row = index * held.shape[1] // 2
+        num_parts = 2 if matrix == "w13" else 1
+        yield _Matrix(module, f"{matrix}_weight", num_parts, expert=int(found[2])), _Part(name, first_row, local)
+
+
+def _local_slice(module: Any, part: int, full: Tensor) -> tuple[slice, slice, int]:
     """Rows and columns of the full tensor that this rank holds, and the row of the module they begin at."""
     everything = slice(None)
     if hasattr(module, "shard_indices"):
@@ -87,10 +155,9 @@ def _local_slice(module: Any, part: int | None, full: Tensor) -> tuple[slice, sl
     if "ColumnParallelLinear" not in kind:
         return everything, everything, 0
     sizes = module.output_partition_sizes
-    index = part or 0
-    if "QKVParallelLinear" in kind and index > 0:
+    if "QKVParallelLinear" in kind and part > 0:
         rank //= module.num_kv_head_replicas
-    return slice(rank * sizes[index], (rank + 1) * sizes[index]), everything, sum(sizes[:index])
+    return slice(rank * sizes[part], (rank + 1) * sizes[part]), everything, sum(sizes[:part])
 
 
 def _vocabulary_slice(module: Any) -> slice:
@@ -98,26 +165,98 @@ def _vocabulary_slice(module: Any) -> slice:
     return slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
 
 
-def _embedding_holds(module: Any, wanted: Tensor) -> bool:
-    if type(module).__name__ == "ParallelLMHead":
-        return _kernel_holds(module, wanted, first_row=0)
-    ids = torch.arange(len(wanted), device=module.weight.device)
+@torch.no_grad()
+def _wrong_rows(matrix: _Matrix, parts: Sequence[_Part]) -> Tensor | None:
+    """Which rows differ, where there are parts; None: the engine has them in a form that can't be read."""
+    module, held = matrix.module, matrix.held
+    if matrix.is_quantized:
+        # A block may reach over the border of two parts.
+        complete = len(parts) == matrix.num_parts
+        return _wrong_codes(matrix, _assembled(parts, held.shape, module.orig_dtype)) if complete else None
+    if matrix.expert is not None:
+        return _wrong_expert_rows(matrix, parts)
+    if hasattr(module, "shard_indices") and type(module).__name__ != "ParallelLMHead":
+        return _wrong_embeddings(module, parts[0].local)
+    if matrix.attribute == "weight" and hasattr(module, "cpu_linear"):
+        shape = max(part.rows.stop for part in parts), parts[0].local.shape[1]
+        return _wrong_answers(module, _assembled(parts, shape, module.params_dtype))
+    expected = _assembled(parts, held.shape, held.dtype).to(held.device)
+    return (expected != held).view(len(held), -1).any(1)
+
+
+def _assembled(parts: Sequence[_Part], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The parts in their places, zeros where there are none."""
+    first = parts[0].local
+    if len(parts) == 1 and first.shape == torch.Size(shape):
+        return first.to(dtype)
+    whole = first.new_zeros(tuple(shape), dtype=dtype)
+    for part in parts:
+        place = (part.rows, *(slice(size) for size in part.local.shape[1:]))
+        whole[place] = part.local.to(dtype)
+    return whole
+
+
+def _wrong_embeddings(module: Any, expected: Tensor) -> Tensor:
+    ids = torch.arange(len(expected), device=module.weight.device)
+    wrong = []
     for chunk in ids.split(_CHUNK * 16):
         held = module.quant_method.embedding(module, chunk)
-        if not torch.equal(held, wanted[chunk.to(wanted.device)].to(held)):
-            return False
-    return True
+        wrong.append((held != expected[chunk.to(expected.device)].to(held)).any(1))
+    return torch.cat(wrong)
 
 
-@torch.no_grad()
-def _kernel_holds(module: Any, wanted: Tensor, *, first_row: int) -> bool:
-    """Whether the module multiplies by `wanted` [rows, inputs] in the rows from `first_row` on."""
-    num_rows, num_inputs = wanted.shape
+def _wrong_answers(module: Any, expected: Tensor) -> Tensor:
+    """Where the module doesn't multiply by `expected` [rows, inputs]."""
+    num_rows, num_inputs = expected.shape
+    wrong_R = torch.zeros(num_rows, dtype=torch.bool)
     for begin in range(0, num_inputs, _CHUNK):
         end = min(begin + _CHUNK, num_inputs)
-        units = torch.zeros(end - begin, num_inputs, dtype=module.params_dtype, device=module.weight.device)
+        units = torch.zeros(end - begin, num_inputs, dtype=expected.dtype)
         units[torch.arange(end - begin), torch.arange(begin, end)] = 1
-        held = module.quant_method.apply(module, units, None)[:, first_row : first_row + num_rows]
-        if not torch.equal(held, wanted[:, begin:end].T.to(held)):
-            return False
-    return True
+        held = module.quant_method.apply(module, units, None)[:, :num_rows]
+        wrong_R |= (held != expected[:, begin:end].T).any(0)
+    return wrong_R
+
+
+def _wrong_codes(matrix: _Matrix, expected: Tensor) -> Tensor | None:
+    """Rows of a quantised matrix whose codes or scales aren't those of `expected`; a block's rows go together.
+
+    On a CPU exactly. On a GPU vLLM compiles its quantisation, whose scales may be rounded otherwise and then move an
+    entry from the middle between two codes to either: values may differ by the step between codes.
+    """
+    held, scales = matrix.held, matrix.scales
+    codes, wanted = quantize(expected)
+    if scales.shape != wanted.shape or scales.dtype != wanted.dtype:
+        return None
+    if held.device.type != "cpu":
+        if matrix.expert is not None and matrix.module.quant_method.fp8_backend.value not in _READABLE_EXPERTS:
+            return None
+        return _far_apart(dequantize(held, scales), dequantize(codes, wanted).to(held.device), wanted.to(held.device))
+    packed = torch.ops._C.convert_weight_packed(codes)
+    wrong_R = _in_groups((packed.view(torch.uint8) != held.view(torch.uint8)).any(1), _PACKED_ROWS)
+    wrong_scales = (scales != wanted).any(1).repeat_interleave(BLOCK)[: len(held)]
+    return wrong_R | wrong_scales
+
+
+def _far_apart(held: Tensor, wanted: Tensor, scales: Tensor) -> Tensor:
+    spread = scales.repeat_interleave(BLOCK, 0)[: len(held)].repeat_interleave(BLOCK, 1)[:, : held.shape[1]]
+    step = wanted.abs() / 8 + spread / 512
+    return ((held - wanted).abs() > step).any(1)
+
+
+def _in_groups(wrong_R: Tensor, size: int) -> Tensor:
+    groups = nn.functional.pad(wrong_R, (0, -len(wrong_R) % size)).view(-1, size)
+    return groups.any(1).repeat_interleave(size)[: len(wrong_R)]
+
+
+def _wrong_expert_rows(matrix: _Matrix, parts: Sequence[_Part]) -> Tensor | None:
+    """Of one expert's matrix, which a CPU kernel keeps packed by itself."""
+    held, method = matrix.held, matrix.module.quant_method
+    expected = _assembled(parts, held.shape, held.dtype).contiguous()
+    if held.device.type != "cpu":
+        readable = method.unquantized_backend.value in _READABLE_EXPERTS
+        return (expected.to(held.device) != held).any(1) if readable else None
+    packed = torch.empty_like(expected)
+    isa = method.moe_kernel.fused_experts.isa
+    torch.ops._C.prepack_moe_weight(expected.unsqueeze(0), packed.unsqueeze(0), isa)
+    return _in_groups((packed != held).any(1), _PACKED_ROWS)

@@ -1,13 +1,14 @@
-"""Hugging Face folders to Megatron's sharded checkpoints and back, from one process, a tensor at a time.
+"""Hugging Face folders to Megatron's sharded checkpoints and back, a tensor at a time, by one process or by many.
 
-What is written is read back from the disk and compared with the source bit by bit before it gets its name.
+Under torchrun all its processes share the work: every one writes a part at a time and compares a part at a time, in
+turns, so that one that fails ends all. What is written is read back from the disk and compared with the source bit by
+bit before it gets its name. The result does not depend on how many processes made it.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_mcpo import checkpoint_files
+from megatron_mcpo import checkpoint_files, parallel
+from megatron_mcpo.checkpoint_files import Fingerprint
 from megatron_mcpo.config import ConfigError, load
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.hf_files import is_sharded
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig, layout_problems
-from megatron_mcpo.weights.draft import JOURNAL, Draft
-from megatron_mcpo.weights.hf_io import HfFolder, Source, byte_view
+from megatron_mcpo.parallel import Team, agree
+from megatron_mcpo.weights import megatron_write
+from megatron_mcpo.weights.compare import (
+    Comparison,
+    blocks,
+    compare,
+    head_problems,
+    is_small,
+    nbytes,
+)
+from megatron_mcpo.weights.draft import Draft
+from megatron_mcpo.weights.hf_io import RECORD, HfFolder, Source, check_files
 from megatron_mcpo.weights.hf_write import (
     HEAD_FILE,
     copy_assets,
@@ -32,30 +44,14 @@ from megatron_mcpo.weights.hf_write import (
     write_index,
     write_safetensors,
 )
-from megatron_mcpo.weights.layout import cut_dim, shard_shape
-from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, Split, parameters
-from megatron_mcpo.weights.stored import DTYPES, Chunk, MegatronFolder, Stored, chunks, global_shape, stored
-from megatron_mcpo.weights.torch_dist import Entry, write_contents, write_object, write_tensor
+from megatron_mcpo.weights.stored import DTYPES, MegatronFolder
+from megatron_mcpo.weights.teamwork import attempt, share
 
-RECORD = "conversion.json"
-"""What a converted folder was made from, and the SHA-256 of every tensor."""
-PART_BYTES = 1 << 30
-SMALL_BYTES = 1 << 30
-"""Up to this size in fp32, logits are compared without being asked for: a minute and four times the size in memory."""
 MAX_FILE_BYTES = 5 * 10**9
-_OBJECTS = "__objects.distcp"
+WAIT_SECONDS = 1800.0
+"""How long a process waits for the others to finish a part: of a gigabyte, or a file of safetensors."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Tensors of two folders, bit by bit. differing: a line for each that is not the same; sha256: of those found"""
-
-    num_tensors: int
-    num_bits_different: int
-    differing: tuple[str, ...]
-    sha256: dict[str, str]
 
 
 class VerificationError(ValueError):
@@ -87,40 +83,47 @@ def hf_to_megatron(
 
     dtype: None keeps the source's
     verify_forward: compare logits with transformers; None: those of small models
-    Peak memory is a few pieces of one tensor. An interrupted call goes on where it stopped when it is repeated.
+    Peak memory is a few pieces of one tensor, in every process. An interrupted call goes on where it stopped when it is
+    repeated, by however many processes. Under torchrun all call it, and the first gives the folder its name.
     Raises ConfigError for what the user has to mend, VerificationError where the result is not the source.
     """
-    if is_sharded(source):
-        raise ConfigError([f"{source}: is a Megatron checkpoint; megatron_to_hf.py converts these"])
-    model = from_folder(source)
-    folder = HfFolder(source, model)
-    problems = layout_problems(model, layout, 1)
-    if problems:
-        raise ConfigError(problems)
-    dtype = _dtype(folder, dtype)
-    plan = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
-    draft = _open_draft(source, final, plan, _size(folder, dtype))
-    for number, part in enumerate(_parts(model, layout, dtype)):
-        if str(number) not in draft.done:
-            _write_part(draft, number, part, folder, layout, dtype)
-            say(f"part {number + 1} written")
-    head = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
-    entries = [Entry(**entry) for record in draft.done.values() for entry in record]
-    wanted = [stored(p) for p in parameters(model, Layout()) if not p.row.tied]
-    shapes = {each.key: global_shape(model, each, layout.tensor) for each in wanted}
-    shapes |= {HEAD_PREFIX + name: tuple(values.shape) for name, values in head.items()}
-    with (draft.path / _OBJECTS).open("wb") as file:
-        entries += _write_rest(file, model, wanted, {name: values.to(dtype) for name, values in head.items()})
-    write_contents(draft.path, shapes, dtype, entries)
-    copy_assets(source, draft.path)
-    _set_dtype(draft.path / "config.json", dtype)
-    checkpoint_files.sync(draft.path / _OBJECTS, forget=True)
-    found = MegatronFolder(draft.path, model)
-    compared = compare(folder, found, dtype=dtype)
-    problems = _head_problems(head, found.head(), dtype)
-    if is_small(folder) if verify_forward is None else verify_forward:
-        problems += _logits_problems(found, model, source, lossless=dtype is folder.dtype(folder.names[0]), say=say)
-    return _publish(draft, compared, problems, plan, with_manifest=True)
+    with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
+        with attempt(team):
+            if is_sharded(source):
+                raise ConfigError([f"{source}: is a Megatron checkpoint; megatron_to_hf.py converts these"])
+            model = from_folder(source)
+            folder = HfFolder(source, model)
+            problems = layout_problems(model, layout, 1)
+            if problems:
+                raise ConfigError(problems)
+            dtype = _dtype(folder, dtype)
+        plan = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
+        draft = _open_draft(source, final, plan, sum(nbytes(folder, name, dtype) for name in folder.names), team)
+        parts = {str(number): part for number, part in enumerate(megatron_write.parts(model, layout, dtype))}
+        _write_parts(
+            draft,
+            parts,
+            lambda number: megatron_write.write_part(draft.path, number, parts[number], folder, layout, dtype),
+            team,
+            say,
+        )
+        head = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
+        head = {name: values.to(dtype) for name, values in head.items()}
+        with attempt(team):
+            if team.rank == 0:
+                done = draft.done()
+                megatron_write.write_rest(draft.path, model, layout, dtype, head, [done[number] for number in parts])
+                copy_assets(source, draft.path)
+                _set_dtype(draft.path / "config.json", dtype)
+        with attempt(team):
+            megatron = MegatronFolder(draft.path, model)
+        compared = compare(folder, megatron, dtype=dtype, team=team)
+    if team.rank == 0:
+        problems = head_problems(head, megatron.head())
+        if _wants(verify_forward, folder):
+            problems += _logits_problems(megatron, model, source, dtype, say)
+        _publish(draft, compared, problems, plan, with_manifest=True)
+    return compared
 
 
 def megatron_to_hf(
@@ -135,71 +138,40 @@ def megatron_to_hf(
 ) -> Comparison:
     """Write the model in a Megatron checkpoint (a run's, or a converted one) as a Hugging Face folder.
 
+    dtype: fp32 takes the weights that the optimizer of a model in bf16 keeps, where the checkpoint has them
     assets: folder with config.json and tokenizer; None: the checkpoint's own, or model.path of the run it belongs to
     The contrastive head goes into a file of its own. Otherwise as `hf_to_megatron`.
     """
-    if not is_sharded(source):
-        raise ConfigError([f"{source}: no Megatron checkpoint (it has no .metadata); {_hint(source)}"])
-    if (source / checkpoint_files.MANIFEST).is_file():
-        damage = checkpoint_files.problems(source, part=0, num_parts=1)
-        if damage:
-            raise ConfigError([f"{source}: {problem}; convert another checkpoint" for problem in damage])
-    assets = assets or assets_of(source)
-    model = from_folder(assets, with_weights=False)
-    folder = MegatronFolder(source, model)
-    dtype = _dtype(folder, dtype)
-    plan = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_file_bytes": max_file_bytes}
-    sizes = {name: torch.Size(folder.shape(name)).numel() * dtype.itemsize for name in folder.names}
-    draft = _open_draft(source, final, plan, sum(sizes.values()))
-    groups = spread(sizes, max_file_bytes)
-    files = dict(zip(file_names(len(groups)), groups, strict=True))
-    for number, (file, names) in enumerate(files.items()):
-        if file not in draft.done:
-            tensors = ((name, folder.read(name).to(dtype)) for name in names)
-            write_safetensors(draft.path / file, {name: folder.shape(name) for name in names}, dtype, tensors)
-            draft.finish(file, [file], None)
-            say(f"file {number + 1} of {len(files)} written")
-    if len(files) > 1:
-        write_index(draft.path, files, sum(sizes.values()))
-    head = folder.head()
-    if head:
-        save_file(head, draft.path / HEAD_FILE)
-    copy_assets(assets, draft.path)
-    _set_dtype(draft.path / "config.json", dtype)
-    compared = compare(folder, HfFolder(draft.path, from_folder(draft.path)), dtype=dtype)
-    written = load_file(draft.path / HEAD_FILE) if head else {}
-    problems = _head_problems(head, written, None)
-    if is_small(folder) if verify_forward is None else verify_forward:
-        problems += _logits_problems(
-            folder, model, draft.path, lossless=dtype is folder.dtype(folder.names[0]), say=say
-        )
-    return _publish(draft, compared, problems, plan)
-
-
-def compare(expected: Source, found: Source, *, dtype: torch.dtype | None = None) -> Comparison:
-    """Every tensor of the model in two folders. dtype: what `found` must have; None: what `expected` has."""
-    differing, sums, bits = [], {}, 0
-    for name in expected.names:
-        wanted_dtype = dtype or expected.dtype(name)
-        if (found.dtype(name), found.shape(name)) != (wanted_dtype, expected.shape(name)):
-            differing.append(f"{name}: is {found.dtype(name)} {list(found.shape(name))}, must be {wanted_dtype}")
-            continue
-        values = found.read(name)
-        sums[name] = hashlib.sha256(byte_view(values)).hexdigest()
-        different = bits_different(values, expected.read(name).to(wanted_dtype))
-        if different:
-            bits += different
-            differing.append(f"{name}: {different} bits differ")
-    return Comparison(num_tensors=len(expected.names), num_bits_different=bits, differing=tuple(differing), sha256=sums)
-
-
-def bits_different(a: Tensor, b: Tensor) -> int:
-    """How many bits of the memory of two tensors of one shape and type differ."""
-    a, b = (x.contiguous().flatten().view(torch.uint8) for x in (a, b))
-    whole = len(a) - len(a) % 8  # eight at a time is eight times as fast
-    if torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64)) and torch.equal(a[whole:], b[whole:]):
-        return 0
-    return int(sum(((a ^ b) >> bit & 1).sum() for bit in range(8)))
+    with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
+        with attempt(team):
+            if not is_sharded(source):
+                raise ConfigError([f"{source}: no Megatron checkpoint (it has no .metadata); {_hint(source)}"])
+        check_files(source, team)
+        with attempt(team):
+            assets = assets or assets_of(source)
+            model = from_folder(assets, with_weights=False)
+            folder = MegatronFolder(source, model, masters=dtype is torch.float32)
+            found, dtype = folder.dtype(folder.names[0]), _dtype(folder, dtype)
+        say(_origin(folder, found, dtype))
+        plan = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_bytes": max_file_bytes}
+        sizes = {name: nbytes(folder, name, dtype) for name in folder.names}
+        draft = _open_draft(source, final, plan, sum(sizes.values()), team)
+        groups = spread(sizes, max_file_bytes)
+        files = dict(zip(file_names(len(groups)), groups, strict=True))
+        _write_parts(draft, files, lambda file: _write_file(draft, file, files[file], folder, dtype), team, say)
+        head = folder.head()
+        with attempt(team):
+            if team.rank == 0:
+                _write_others(draft.path, assets, files, sum(sizes.values()), head, dtype)
+        with attempt(team):
+            written = HfFolder(draft.path, model)
+        compared = compare(folder, written, dtype=dtype, team=team)
+    if team.rank == 0:
+        problems = head_problems(head, load_file(draft.path / HEAD_FILE) if head else {})
+        if _wants(verify_forward, folder):
+            problems += _logits_problems(folder, model, draft.path, dtype, say)
+        _publish(draft, compared, problems, plan)
+    return compared
 
 
 def assets_of(checkpoint: Path) -> Path:
@@ -217,76 +189,59 @@ def assets_of(checkpoint: Path) -> Path:
     raise ConfigError([f"{checkpoint}: no config.json in it, and no run's config.toml names one; give --hf FOLDER"])
 
 
-def _parts(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> Iterator[list[tuple[Parameter, Stored]]]:
-    """Parameters in order, in parts of about PART_BYTES: each with its place in `layout` and in the checkpoint."""
-    there = [parameter for parameter in parameters(model, layout) if not parameter.row.tied]
-    alone = [stored(parameter) for parameter in parameters(model, Layout()) if not parameter.row.tied]
-    part: list[tuple[Parameter, Stored]] = []
-    size = 0
-    for pair in zip(there, alone, strict=True):
-        part.append(pair)
-        size += sum(torch.Size(shape).numel() for shape in pair[0].row.shapes) * dtype.itemsize
-        if size >= PART_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+def _write_parts(
+    draft: Draft, parts: Iterable[str], write: Callable[[str], tuple[list[str], Any]], team: Team, say: Say
+) -> None:
+    """All that are not there already, each by one process. write: makes a part; gives its files and its record"""
+    names = list(parts)
+    done = agree(draft.done() if team.rank == 0 else {}, team)
+    todo = [name for name in names if name not in done]
+    before = len(names) - len(todo)
+    share(
+        todo,
+        team,
+        lambda name: draft.finish(name, *write(name)),
+        after=lambda count: say(f"{before + count} of {len(names)} parts written"),
+    )
 
 
-def _write_part(
-    draft: Draft,
-    number: int,
-    part: Sequence[tuple[Parameter, Stored]],
-    source: HfFolder,
-    layout: Layout,
+def _write_file(
+    draft: Draft, file: str, names: Sequence[str], source: MegatronFolder, dtype: torch.dtype
+) -> tuple[list[str], None]:
+    """One file of safetensors."""
+
+    def rows(name: str) -> Iterator[Tensor]:
+        return (source.read(name, start, stop, dim=0).to(dtype) for start, stop in blocks(source, name))
+
+    write_safetensors(draft.path / file, {name: source.shape(name) for name in names}, dtype, rows)
+    return [file], None
+
+
+def _origin(source: MegatronFolder, found: torch.dtype, dtype: torch.dtype) -> str:
+    """Which of a checkpoint's weights are written."""
+    if source.masters:
+        return "weights: those that the optimizer keeps in fp32"
+    name = str(found).removeprefix("torch.")
+    if found is dtype:
+        return f"weights: {name}"
+    return f"weights: {'widened' if dtype.itemsize > found.itemsize else 'rounded'} from {name}"
+
+
+def _write_others(
+    folder: Path,
+    assets: Path,
+    files: Mapping[str, Sequence[str]],
+    total_size: int,
+    head: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """One file for every rank that has something of it."""
-    entries = []
-    files: dict[int, Any] = {}
-    for parameter, where in part:
-        num_shards = parameter.row.num_shards(layout)
-        for shard in range(1 if parameter.row.split is Split.REPLICATED else num_shards):
-            rank = parameter.stage * max(layout.tensor, layout.expert) + (parameter.expert_rank or shard)
-            if rank not in files:
-                files[rank] = (draft.path / f"__{rank}_{number}.distcp").open("wb")
-            for chunk in chunks(parameter.row, rank=shard, num_ranks=num_shards):
-                values = _values(where, chunk, source, num_shards, dtype)
-                offsets = [0] * (values.dim() - len(where.index))
-                offsets[cut_dim(where.row)] = chunk.start
-                entries.append(write_tensor(files[rank], where.key, (*where.index, *offsets), values))
-    for file in files.values():
-        file.close()
-    draft.finish(str(number), [Path(file.name).name for file in files.values()], [asdict(entry) for entry in entries])
-
-
-def _values(where: Stored, chunk: Chunk, source: HfFolder, num_shards: int, dtype: torch.dtype) -> Tensor:
-    """[1, ..., size, ...]: a chunk with the dimensions of its layer and expert."""
-    dim = cut_dim(where.row)
-    shape = list(shard_shape(where.row, num_shards))
-    shape[dim] = chunk.size
-    values = torch.empty((1,) * len(where.index) + tuple(shape), dtype=dtype)
-    flat, position = values.view(shape), 0
-    for piece in chunk.pieces:
-        part = source.read(where.hugging_face[piece.tensor], piece.start, piece.stop)
-        flat.narrow(dim, position, len(piece)).copy_(part)
-        position += len(piece)
-    flat.narrow(dim, position, chunk.size - position).zero_()
-    return values
-
-
-def _write_rest(file: Any, model: ModelConfig, wanted: Sequence[Stored], head: dict[str, Tensor]) -> Iterator[Entry]:
-    """The head, and the empty state that Megatron's linear layers save beside their weights and want back."""
-    for name, values in head.items():
-        yield write_tensor(file, HEAD_PREFIX + name, (0,) * values.dim(), values.clone())
-    counts = (model.num_layers, model.experts.count if model.experts else 0)
-    for each in wanted:
-        module, _, kind = each.key.rpartition(".")
-        if kind == "weight" and module.rpartition(".")[2].startswith("linear_"):
-            of = counts[: len(each.index)]
-            shard = f"shard_{'.'.join(map(str, each.index))}_{'.'.join(map(str, of))}"
-            yield write_object(file, f"{module}._extra_state/{shard}", None)
-    yield write_object(file, "common_state/shard_0_1", {})
+    """What belongs into a Hugging Face folder beside the model's tensors."""
+    if len(files) > 1:
+        write_index(folder, files, total_size)
+    if head:
+        save_file(head, folder / HEAD_FILE)
+    copy_assets(assets, folder)
+    _set_dtype(folder / "config.json", dtype)
 
 
 def _dtype(source: Source, asked: torch.dtype | None) -> torch.dtype:
@@ -300,58 +255,54 @@ def _dtype(source: Source, asked: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def is_small(source: Source) -> bool:
-    """Whether logits are compared without being asked for."""
-    return _size(source, torch.float32) <= SMALL_BYTES
+def _wants(verify_forward: bool | None, source: Source) -> bool:
+    return is_small(source) if verify_forward is None else verify_forward
 
 
-def _logits_problems(megatron: Source, model: ModelConfig, folder: Path, *, lossless: bool, say: Say) -> list[str]:
+def _open_draft(source: Path, final: Path, plan: dict[str, Any], size: int, team: Team) -> Draft:
+    """The first process begins it, the others join when it is there."""
+    with attempt(team):
+        if team.rank == 0:
+            if source.resolve() == final.resolve():
+                raise ConfigError([f"{final}: is the source; give another folder"])
+            draft = Draft.begin(final, plan)
+            needed = size + size // 50 - draft.bytes()
+            free = shutil.disk_usage(draft.path).free
+            if free < needed:
+                rule = f"needs {needed:,} bytes, the disk has {free:,} left; free some or choose another"
+                raise ConfigError([f"{final}: {rule}"])
+    with attempt(team):
+        if team.rank != 0:
+            draft = Draft.join(final)
+    return draft
+
+
+def _logits_problems(megatron: Source, model: ModelConfig, folder: Path, dtype: torch.dtype, say: Say) -> list[str]:
     from megatron_mcpo.mcore.compare_logits import TOLERANCE, logits_error  # all of transformers: not for large models
 
-    if not lossless:
-        say("logits not compared: the type changes, and they with it")
-        return []
-    error = logits_error(megatron, model, folder)
+    error = logits_error(megatron, model, folder, dtype)
     say(f"logits against transformers: largest difference {error:.1e} of the largest logit")
     # A comparison with NaN must fail.
     return [] if error <= TOLERANCE else [f"logits differ from those of transformers by {error:.1e} of the largest one"]
 
 
-def _size(source: Source, dtype: torch.dtype) -> int:
-    return sum(torch.Size(source.shape(name)).numel() for name in source.names) * dtype.itemsize
-
-
-def _open_draft(source: Path, final: Path, plan: dict[str, Any], size: int) -> Draft:
-    if source.resolve() == final.resolve():
-        raise ConfigError([f"{final}: is the source; give another folder"])
-    draft = Draft(final, plan)
-    needed = size + size // 50 - draft.bytes()
-    free = shutil.disk_usage(draft.path).free
-    if free < needed:
-        raise ConfigError([f"{final}: needs {needed:,} bytes, the disk has {free:,} left; free some or choose another"])
-    return draft
-
-
 def _publish(
-    draft: Draft, compared: Comparison, head_problems: list[str], plan: dict[str, Any], *, with_manifest: bool = False
-) -> Comparison:
-    problems = [*compared.differing, *head_problems]
+    draft: Draft, compared: Comparison, problems: list[str], plan: dict[str, Any], *, with_manifest: bool = False
+) -> None:
+    """Give the folder its name, once nothing in it is wrong. For one process alone."""
+    problems = [*compared.differing, *problems]
     if problems:
         draft.discard()
         raise VerificationError("\n".join([f"{draft.final}: not written, it would not be the source:", *problems]))
-    (draft.path / RECORD).write_text(json.dumps({**plan, "sha256": compared.sha256}, indent=1), encoding="utf-8")
-    if with_manifest:
-        names = [name for name in checkpoint_files.names(draft.path) if name != JOURNAL]
-        checkpoint_files.write_manifest(draft.path, checkpoint_files.measure(draft.path, names))
-    draft.publish()
-    return compared
-
-
-def _head_problems(expected: dict[str, Tensor], found: dict[str, Tensor], dtype: torch.dtype | None) -> list[str]:
-    if expected.keys() != found.keys():
-        return [f"contrastive head: has {sorted(found)}, must have {sorted(expected)}"]
-    pairs = {name: (values.to(dtype or values.dtype), found[name]) for name, values in expected.items()}
-    return [f"contrastive head: {name} differs" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
+    with attempt(Team()):
+        record = {**plan, "sha256": compared.sha256}
+        (draft.path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if with_manifest:
+            parts = [record["files"] for record in draft.done().values()]
+            measured = {name: Fingerprint(**each) for part in parts for name, each in part.items()}
+            others = set(draft.names()) - measured.keys() - {checkpoint_files.MANIFEST}
+            checkpoint_files.write_manifest(draft.path, measured | checkpoint_files.measure(draft.path, others))
+        draft.publish()
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,20 @@ def engine_name(parameter: Parameter) -> tuple[str, int | None]:
     return (first.replace(*fused) if fused else first), None
 
 
+def expert_place(expert: int, *, count: int, num_ranks: int) -> tuple[int, int]:
+    """The rank that holds one of `count` experts, whole, and its index there, in an engine with expert parallelism.
+
+    vLLM's linear placement (determine_expert_map): neighbours together, one more on each of the first ranks where they
+    don't divide.
+    """
+    fewest, ranks_with_more = divmod(count, num_ranks)
+    first_of_fewest = ranks_with_more * (fewest + 1)
+    if expert < first_of_fewest:
+        return divmod(expert, fewest + 1)
+    rank, index = divmod(expert - first_of_fewest, fewest)
+    return ranks_with_more + rank, index
+
+
 def engine_slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
     """What rank `rank` of an engine holds of a parameter, in order; the vocabulary ends with zeros that aren't listed.
 

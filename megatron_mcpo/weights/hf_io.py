@@ -9,16 +9,20 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_mcpo import checkpoint_files
 from megatron_mcpo.config import ConfigError
 from megatron_mcpo.hf_files import is_sharded, read_headers
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups, together
+from megatron_mcpo.parallel import Groups, Peers, gather_objects, together
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import Slice, cut_dim, fill
 from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
 from megatron_mcpo.weights.stored import MegatronFolder
+from megatron_mcpo.weights.torch_dist import read_into
 
+RECORD = "conversion.json"
+"""What a converted folder was made from, and the SHA-256 of every tensor."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """How safetensors spells them."""
 
@@ -35,8 +39,8 @@ class Source(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, newly allocated, or its part start..stop-1 along the dimension that shards are cut along."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
+        """A tensor, newly allocated, or its part start..stop-1. dim: of these; None: that which shards are cut along"""
         ...
 
 
@@ -71,27 +75,44 @@ class HfFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._headers[name].shape
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        header, dim, dtype = self._headers[name], self._dims[name], self.dtype(name)
-        shape = list(header.shape)
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
+        header, dtype = self._headers[name], self.dtype(name)
+        dim = self._dims[name] if dim is None else dim
+        shape, first = list(header.shape), self._starts[name]
         stop = shape[dim] if stop is None else stop
-        with header.file.open("rb") as file:
+        with header.file.open("rb", buffering=0) as file:
             if dim == 0 or stop - start == shape[dim]:
-                row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
-                values = torch.empty((stop - start if dim == 0 else shape[0], *shape[1:]), dtype=dtype)
-                file.seek(self._starts[name] + (start * row_bytes if dim == 0 else 0))
-                got = file.readinto(byte_view(values))
-                if got != values.nbytes:
-                    raise ConfigError([f"{header.file}: {name}: ends after {got} bytes; download it again"])
+                if dim == 0:
+                    first += start * torch.Size(shape[1:]).numel() * dtype.itemsize
+                    shape[0] = stop - start
+                values = torch.empty(shape, dtype=dtype)
+                file.seek(first)
+                read_into(file, values, f"{header.file}: {name}")
                 return values
             # Mapped for this one read: pages of a file that stays mapped would count as this process's memory.
-            size, first = torch.Size(shape).numel() * dtype.itemsize, self._starts[name]
+            size = torch.Size(shape).numel() * dtype.itemsize
             page = first - first % mmap.ALLOCATIONGRANULARITY
             with mmap.mmap(file.fileno(), size + first - page, offset=page, access=mmap.ACCESS_COPY) as mapped:
                 whole = torch.frombuffer(mapped, dtype=dtype, offset=first - page, count=size // dtype.itemsize)
                 values = whole.view(shape).narrow(dim, start, stop - start).clone()
                 del whole
             return values
+
+
+def check_files(folder: Path, peers: Peers) -> None:
+    """Make sure that the files of a sharded checkpoint are those that were written; every process reads a share.
+
+    Folders of safetensors, and checkpoints of foreign origin without a manifest, have nothing to check.
+    Raises ConfigError that names every file that is damaged.
+    """
+    with together(peers):
+        files = [folder / name for name in (checkpoint_files.MANIFEST, RECORD)]
+        found: list[str] = []
+        if is_sharded(folder) and any(file.exists() for file in files):
+            found = checkpoint_files.problems(folder, part=peers.rank, num_parts=peers.world_size)
+    problems = sorted({problem for part in gather_objects(found, peers) for problem in part})
+    if problems:
+        raise ConfigError([f"{folder}: {problem}; copy or convert it again" for problem in problems])
 
 
 def load_hf(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, groups: Groups) -> None:
@@ -117,11 +138,6 @@ def load_source(chunks: Sequence[nn.Module], model: ModelConfig, source: Source,
     with together(groups), torch.no_grad():
         for parameter, tensor in bound:
             _fill(tensor, parameter, source, groups)
-
-
-def byte_view(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
 
 
 def _fill(tensor: nn.Parameter, parameter: Parameter, source: Source, groups: Groups) -> None:

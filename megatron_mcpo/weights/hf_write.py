@@ -1,14 +1,14 @@
 """Writes safetensors files one tensor at a time, and what else belongs into a Hugging Face folder."""
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_mcpo.weights.hf_io import DTYPES, byte_view
+from megatron_mcpo.weights.hf_io import DTYPES
+from megatron_mcpo.weights.torch_dist import byte_view
 
 INDEX = "model.safetensors.index.json"
 HEAD_FILE = "contrastive_head.safetensors"
@@ -48,9 +48,12 @@ def write_index(folder: Path, files: Mapping[str, Sequence[str]], total_size: in
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    read: Callable[[str], Iterable[Tensor]],
 ) -> None:
-    """A file of tensors, which are taken in the order of `shapes`, one at a time."""
+    """A file of tensors. read: gives a tensor's rows, in order, in as many pieces as it likes"""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -60,14 +63,22 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # values begin at a multiple of eight
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, values), (expected, shape) in zip(tensors, shapes.items(), strict=True):
-            assert (name, tuple(values.shape), values.dtype) == (expected, shape, dtype)
-            file.write(byte_view(values.contiguous()))
+        for name in shapes:
+            for values in read(name):
+                assert values.dtype is dtype
+                file.write(byte_view(values))
+        assert file.tell() == 8 + len(text) + end
+
+
+def read_assets(source: Path) -> dict[str, bytes]:
+    """Name -> content of configuration, tokenizer, chat template, generation settings and licence."""
+    paths = {path for pattern in ASSETS for path in source.glob(pattern) if path.is_file()}
+    return {path.name: path.read_bytes() for path in sorted(paths)}
 
 
 def copy_assets(source: Path, folder: Path) -> None:
-    """Copy configuration, tokenizer, chat template, generation settings and licence; keeps what is there already."""
+    """Copy what `read_assets` reads; keeps what is there already."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted({path for pattern in ASSETS for path in source.glob(pattern) if path.is_file()}):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+    for name, content in read_assets(source).items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)

@@ -13,7 +13,7 @@ from math import prod
 
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.weights.engine_layout import engine_slices
+from megatron_mcpo.weights.engine_layout import engine_name, engine_slices, expert_place
 from megatron_mcpo.weights.layout import Slice, cut_dim, slices
 from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
 
@@ -75,12 +75,31 @@ class Totals:
 class Plan:
     """A push of `model` from trainer ranks laid out as `layout` to engines of `engine_ranks` ranks each.
 
+    whole_experts: the engines have vLLM's expert parallelism: a rank holds some experts, not a part of each
     Expects what model_config.layout_problems accepts.
     """
 
     model: ModelConfig
     layout: Layout
     engine_ranks: int
+    whole_experts: bool = False
+
+    def engine_name(self, parameter: Parameter) -> tuple[str, int | None]:
+        """See engine_layout.engine_name; the index is that on the rank that holds the expert."""
+        name, expert = engine_name(parameter)
+        return (name, expert) if expert is None or not self.whole_experts else (name, self._place(expert)[1])
+
+    def _place(self, expert: int) -> tuple[int, int]:
+        assert self.model.experts is not None
+        return expert_place(expert, count=self.model.experts.count, num_ranks=self.engine_ranks)
+
+    def _needed(self, parameter: Parameter, shard: int, target: int) -> tuple[Piece, ...]:
+        """What rank `target` needs of a trainer's shard."""
+        num_shards, engine_rank = parameter.row.num_shards(self.layout), target % self.engine_ranks
+        expert = engine_name(parameter)[1]
+        if expert is None or not self.whole_experts:
+            return _overlap(parameter.row, shard, num_shards, engine_rank, self.engine_ranks)
+        return _overlap(parameter.row, shard, num_shards, 0, 1) if self._place(expert)[0] == engine_rank else ()
 
     def steps(self) -> Iterator[Step]:
         """In the order of export, the same on every rank. Of several holders the one that sent least is the source."""
@@ -115,7 +134,7 @@ class Plan:
         step = Step(parameter=parameter, copy=copy, moves=())
         moves = []
         for target, shard in product(range(self.layout.world_size), shards):
-            pieces = _overlap(row, shard, num_shards, target % self.engine_ranks, self.engine_ranks)
+            pieces = self._needed(parameter, shard, target)
             if pieces:
                 local = target in owners[shard]
                 source = target if local else min(holders[shard], key=lambda rank: (sent[rank], rank))

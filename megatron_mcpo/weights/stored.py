@@ -20,6 +20,8 @@ from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, Place, Row, Sp
 from megatron_mcpo.weights.torch_dist import ShardedFolder
 
 DTYPES = (torch.bfloat16, torch.float32)
+_MASTER = "optimizer.state.param."
+"""What Megatron-Core's distributed optimizer (0.19.2, fully_reshardable) puts before the name of a parameter."""
 _NUMBERS = re.compile(r"\.(\d+)(?=\.)")
 _LAYERS = "decoder.layers."
 
@@ -81,10 +83,12 @@ def chunks(row: Row, *, rank: int, num_ranks: int) -> Iterator[Chunk]:
 class MegatronFolder:
     """The model in a sharded checkpoint, read as Hugging Face tensors. Optimizer and other state are left alone.
 
+    masters: read the fp32 weights that the optimizer keeps of a model in bf16, where the checkpoint has them; `masters`
+        says afterwards whether it does
     Raises ConfigError that names all tensors that are missing, unknown, or of another shape or type.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig):
+    def __init__(self, folder: Path, model: ModelConfig, *, masters: bool = False):
         self.folder = folder
         self._files = ShardedFolder(folder)
         wanted = [stored(parameter) for parameter in parameters(model, Layout()) if not parameter.row.tied]
@@ -102,46 +106,55 @@ class MegatronFolder:
             elif self._files.dtype(each.key) not in DTYPES:
                 problems.append(f"{each.key}: has type {self._files.dtype(each.key)}, must be bf16 or fp32")
         known = {each.key for each in wanted}
-        self._head = {key for key in shapes if key.startswith(HEAD_PREFIX)}
-        other = {key for key in shapes if not key.startswith("optimizer.")} - known - self._head
+        head = {key for key in shapes if key.startswith(HEAD_PREFIX)}
+        other = {key for key in shapes if not key.startswith("optimizer.")} - known - head
         problems += [f"{key}: unknown, the {model.family} model has no such tensor" for key in sorted(other)]
         if problems:
             rule = "it must hold the model that config.json describes"
             raise ConfigError([f"{folder}: {rule}:", *(f"  {problem}" for problem in problems)])
+        self.masters = masters and all(self._is_master(_MASTER + key, shapes[key]) for key in known | head)
+        prefix = _MASTER if self.masters else ""
+        self._key = {key: prefix + key for key in known}
+        self._head = {key.removeprefix(HEAD_PREFIX): prefix + key for key in sorted(head)}
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor."""
-        return self._files.dtype(self._where[name][0].key)
+        return self._files.dtype(self._key[self._where[name][0].key])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
         found, number = self._where[name]
         return found.row.shapes[number]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, newly allocated, or its part start..stop-1 along the dimension that shards are cut along."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
+        """A tensor, newly allocated, or its part start..stop-1. dim: of these; None: that which shards are cut along"""
         found, number = self._where[name]
-        dim, shape = cut_dim(found.row), list(found.row.shapes[number])
+        cut, shape = cut_dim(found.row), list(found.row.shapes[number])
+        dim = cut if dim is None else dim
         stop = shape[dim] if stop is None else stop
         shape[dim] = stop - start
-        values = torch.empty(shape, dtype=self._files.dtype(found.key))
+        values = torch.empty(shape, dtype=self.dtype(name))
         wanted = []
         position = 0
         for piece in slices(found.row, rank=0, num_ranks=1):
-            low, high = max(start, piece.start), min(stop, piece.stop)
+            low, high = (max(start, piece.start), min(stop, piece.stop)) if dim == cut else (piece.start, piece.stop)
             if piece.tensor == number and low < high:
                 offsets = [0] * len(shape)
-                offsets[dim] = position + low - piece.start
-                wanted.append((tuple(offsets), values.narrow(dim, low - start, high - low)))
+                offsets[dim] = start
+                offsets[cut] = position + low - piece.start
+                wanted.append((tuple(offsets), values.narrow(cut, low - (start if dim == cut else 0), high - low)))
             position += len(piece)
-        self._files.copy(found.key, found.index, wanted)
+        self._files.copy(self._key[found.key], found.index, wanted)
         return values
 
     def head(self) -> dict[str, Tensor]:
         """The contrastive head's tensors, without their prefix."""
         found = {}
-        for key in sorted(self._head):
+        for name, key in self._head.items():
             values = torch.empty(self._files.shapes()[key], dtype=self._files.dtype(key))
             self._files.copy(key, (), [((0,) * values.dim(), values)])
-            found[key.removeprefix(HEAD_PREFIX)] = values
+            found[name] = values
         return found
+
+    def _is_master(self, key: str, shape: tuple[int, ...]) -> bool:
+        return self._files.shapes().get(key) == shape and self._files.dtype(key) is torch.float32

@@ -5,9 +5,11 @@ Unlike torch.distributed.checkpoint, nothing here needs more memory than a chunk
 can be written file by file. Nothing but tensors and the table of contents is read, and neither can run code.
 """
 
+import hashlib
 import io
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Buffer, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -25,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_mcpo.checkpoint_files import Fingerprint
 from megatron_mcpo.config import ConfigError
 from megatron_mcpo.mcore.pickles import METADATA, read_metadata
 
@@ -69,6 +72,7 @@ class ShardedFolder:
         self._described = {key: found for key, found in described.items() if isinstance(found, TensorStorageMetadata)}
         self._entries: dict[str, list[Entry]] = {key: [] for key in self._described}
         self._indexed: dict[str, dict[tuple[int, ...], list[Entry]]] = {}
+        self._firsts: dict[Entry, int] = {}
         for index, info in metadata.storage_data.items():
             if index.fqn in self._described:
                 self._entries[index.fqn].append(self._entry(index, info))
@@ -96,10 +100,12 @@ class ShardedFolder:
             boxes = [overlap(offsets, shape, start, target.shape) for start, target in wanted]
             if not any(boxes):
                 continue
-            values = self._load(entry).reshape(shape)
+            if entry not in self._firsts:
+                self._firsts[entry] = self._first_byte(entry)
             for box, (start, target) in zip(boxes, wanted, strict=True):
                 if box:
-                    _part(target, start, box).copy_(_part(values, offsets, box))
+                    inner = [(low - offset, size) for (low, size), offset in zip(box, offsets, strict=True)]
+                    self._read(entry, shape, inner, _part(target, start, box))
                     missing -= torch.Size(size for _, size in box).numel()
         if missing:
             raise ConfigError([f"{self.folder}: {key}{list(index)}: {missing} values are in no file; copy it again"])
@@ -142,22 +148,40 @@ class ShardedFolder:
             self._indexed[key] = table
         return self._indexed[key].get(index, [])
 
-    def _load(self, entry: Entry) -> Tensor:
+    def _first_byte(self, entry: Entry) -> int:
+        """Where in the file the values of a chunk begin, row by row. Raises ConfigError for what is no such chunk."""
+        path = self.folder / entry.file
         try:
-            with (self.folder / entry.file).open("rb") as file:
+            with path.open("rb") as file, torch.serialization.skip_data():  # everything but the values
                 window = cast(IO[bytes], _Window(file, entry.start, entry.length))
                 values = torch.load(window, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors only
+                window.seek(0)
+                inside = torch._C.PyTorchFileReader(window).get_record_offset("data/0")  # type: ignore[attr-defined]
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise ConfigError(
-                [f"{self.folder / entry.file}: {entry.key}: can't be read ({reason}); copy it again"]
-            ) from error
+            raise ConfigError([f"{path}: {entry.key}: can't be read ({reason}); copy it again"]) from error
         dtype = self.dtype(entry.key)
         if not isinstance(values, Tensor) or values.shape != entry.shape or values.dtype is not dtype:
             found = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             rule = f"is {found}, {METADATA} says {dtype} {list(entry.shape or ())}"
-            raise ConfigError([f"{self.folder / entry.file}: {entry.key}: {rule}; copy it again"])
-        return values
+            raise ConfigError([f"{path}: {entry.key}: {rule}; copy it again"])
+        inside += int(values.storage_offset()) * dtype.itemsize
+        if not values.is_contiguous() or inside + values.nbytes > entry.length:
+            raise ConfigError(
+                [f"{path}: {entry.key}: its values don't lie row by row in it; save it with Megatron-Core"]
+            )
+        return entry.start + inside
+
+    def _read(self, entry: Entry, shape: Sequence[int], box: Sequence[tuple[int, int]], target: Tensor) -> None:
+        """Fill `target` with a box of a chunk, which has this shape without its layer and expert."""
+        row, num_rows = box[0] if box else (0, 1)
+        whole = [(0, size) for size in shape[1:]] == list(box[1:]) and target.is_contiguous()
+        rows = target if whole else torch.empty((num_rows, *shape[1:]), dtype=target.dtype)
+        with (self.folder / entry.file).open("rb", buffering=0) as file:
+            file.seek(self._firsts[entry] + row * torch.Size(shape[1:]).numel() * target.dtype.itemsize)
+            read_into(file, rows, f"{self.folder / entry.file}: {entry.key}")
+        if not whole:
+            target.copy_(_part(rows, [row, *[0] * len(shape[1:])], box))
 
 
 def overlap(
@@ -173,31 +197,78 @@ def overlap(
     return box
 
 
-def write_tensor(file: BinaryIO, key: str, offsets: tuple[int, ...], values: Tensor) -> Entry:
+def byte_view(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(values.view(-1).view(torch.uint8).numpy())
+
+
+def read_into(file: io.RawIOBase, values: Tensor, what: str) -> None:
+    """Fill a contiguous tensor from where an unbuffered file stands. Raises ConfigError where the file ends before."""
+    view = byte_view(values)
+    while view:
+        got = file.readinto(view)
+        if not got:
+            raise ConfigError([f"{what}: {len(view)} bytes are missing at its end; copy it again"])
+        view = view[got:]
+
+
+class HashedFile:
+    """A new file that is only appended to. Knows its SHA-256 when it is closed, without being read again."""
+
+    def __init__(self, path: Path):
+        self.name = path.name
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._error: OSError | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def save(self, value: Any) -> tuple[int, int]:
+        """Append what torch.save makes of a value: where it starts, and its length. Raises OSError."""
+        start = self._file.tell()
+        with_sums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # no reader looks at them, and they take most time
+        try:
+            torch.save(value, cast(IO[bytes], self))
+        except RuntimeError as error:
+            raise self._error or error from error  # torch has one of its own for a full disk
+        finally:
+            torch.serialization.set_crc32_options(with_sums)
+        return start, self._file.tell() - start
+
+    def write(self, data: Buffer) -> int:
+        """For torch.save."""
+        hashing = self._thread.submit(self._digest.update, data)  # while the bytes are written
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
+        finally:
+            hashing.result()
+
+    def flush(self) -> None:
+        """For torch.save."""
+        self._file.flush()
+
+    def close(self) -> Fingerprint:
+        """What the file has to be."""
+        size = self._file.tell()
+        self._file.close()
+        self._thread.shutdown()
+        return Fingerprint(bytes=size, sha256=self._digest.hexdigest())
+
+
+def write_tensor(file: HashedFile, key: str, offsets: tuple[int, ...], values: Tensor) -> Entry:
     """Append a chunk to an open file, as torch.distributed.checkpoint does."""
     assert values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes, "the storage is what is saved"
-    start = file.tell()
-    with_sums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # nothing that reads the file looks at them, and they take most time
-    try:
-        torch.save(values, file)
-    finally:
-        torch.serialization.set_crc32_options(with_sums)
-    return Entry(
-        key=key,
-        file=Path(file.name).name,
-        start=start,
-        length=file.tell() - start,
-        offsets=offsets,
-        shape=tuple(values.shape),
-    )
+    start, length = file.save(values)
+    return Entry(key=key, file=file.name, start=start, length=length, offsets=offsets, shape=tuple(values.shape))
 
 
-def write_object(file: BinaryIO, key: str, value: Any) -> Entry:
+def write_object(file: HashedFile, key: str, value: Any) -> Entry:
     """Append an object, as Megatron-Core saves those that are no tensors."""
-    start = file.tell()
-    torch.save([value], file)
-    return Entry(key=key, file=Path(file.name).name, start=start, length=file.tell() - start)
+    start, length = file.save([value])
+    return Entry(key=key, file=file.name, start=start, length=length)
 
 
 def write_contents(

@@ -5,6 +5,7 @@ Direct: every engine rank gets the slices that it lacks, and they are written in
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
@@ -23,25 +24,41 @@ from megatron_mcpo.weights.reshard import Piece, Plan, Step
 from megatron_mcpo.weights.sync import BUCKET_BYTES, Meter, export
 
 
-class Receiver(Protocol):
-    """The engine rank in this process, as seen by an executor."""
+class Updatable(Protocol):
+    """An engine, as far as gather is concerned."""
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
-        """Consume all full tensors under their Hugging Face names."""
+    def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
+        """See rollout.engine.Engine.update."""
+
+
+class Receiver(Updatable, Protocol):
+    """An engine rank in this process that may be written into."""
 
     def parameters(self) -> Mapping[str, Tensor] | None:
-        """The engine's own tensors, to be written into; None: it keeps them otherwise than its loaders leave them."""
+        """What it computes with, by vLLM's names; None: it keeps its weights otherwise than its loaders leave them.
+
+        Raises EngineError as update does.
+        """
+
+    def rewriting(self, version: int) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """A block that overwrites every element of `parameters` in place; after it the engine is as after an update.
+
+        Raises EngineError as update does, also where the block fails: the engine then holds half of the weights.
+        """
 
 
 class Executor(Protocol):
-    """A way to push. All ranks push together."""
+    """A way to push to the engine of this rank. All ranks push together."""
 
     @property
     def name(self) -> str:
         """gather or direct."""
 
-    def push(self, receiver: Receiver) -> Meter:
-        """Bring the whole policy into the receivers of all ranks; returns what it took of this rank."""
+    def push(self, version: int) -> Meter:
+        """Bring the whole policy, as `version`, into the engines of all ranks; returns what it took of this rank.
+
+        Raises EngineError when this rank's engine fails.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +68,14 @@ class Gather:
     chunks: Sequence[nn.Module]
     model: ModelConfig
     groups: Groups
+    engine: Updatable
     bucket_bytes: int = BUCKET_BYTES
     name: ClassVar[str] = "gather"
 
-    def push(self, receiver: Receiver) -> Meter:
+    def push(self, version: int) -> Meter:
         meter = Meter()
-        receiver.load(
-            export(self.chunks, self.model, self.groups, bucket_bytes=self.bucket_bytes, meter=meter),
-        )
+        tensors = export(self.chunks, self.model, self.groups, bucket_bytes=self.bucket_bytes, meter=meter)
+        self.engine.update(tensors, version)
         return meter
 
 
@@ -109,12 +126,14 @@ class Direct:
         chunks: Sequence[nn.Module],
         model: ModelConfig,
         groups: Groups,
+        engine: Receiver,
         *,
         engine_ranks: int,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        """Makes the plan; later pushes of the same parameters only carry it out."""
+        """Makes the plan; pushes of these parameters to this engine only carry it out. Collective over all ranks."""
         self._groups = groups
+        self._engine = engine
         self._some_parameter = next(chunks[0].parameters())
         self._mine = {(p.chunk, p.megatron): mine for p, mine in bind(chunks, model, groups) if mine is not None}
         self._stays: list[_Part] = []
@@ -128,19 +147,20 @@ class Direct:
                 if step.parameter.row.split is Split.ROWS and portion == 0:
                     held = engine_slices(step.parameter.row, rank=groups.rank % engine_ranks, num_ranks=engine_ranks)
                     self._padding.append((engine_name(step.parameter)[0], sum(map(len, held))))
+        # To NCCL a group's first call is one of all its ranks, and not every rank has a part in every bucket.
+        dist.all_reduce(self._some_parameter.new_zeros(1, requires_grad=False), group=groups.world)
 
     @torch.no_grad()
-    def push(self, receiver: Receiver) -> Meter:
-        """See Executor. Asserts that the receiver keeps the parameters of the plan (see `choose`)."""
-        parameters = receiver.parameters()
-        assert parameters is not None
+    def push(self, version: int) -> Meter:
+        """See Executor. Expects an engine that keeps the parameters of the plan (see `choose`)."""
         meter = Meter()
-        for name, num_rows in self._padding:
-            parameters[name][num_rows:].zero_()
-        for part in self._stays:
-            part.write(parameters, part.read())
-        for bucket in self._buckets:
-            self._exchange(bucket, parameters, meter)
+        with self._engine.rewriting(version) as parameters:
+            for name, num_rows in self._padding:
+                parameters[name][num_rows:].zero_()
+            for part in self._stays:
+                part.write(parameters, part.read())
+            for bucket in self._buckets:
+                self._exchange(bucket, parameters, meter)
         return meter
 
     def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], meter: Meter) -> None:
@@ -196,23 +216,24 @@ def choose(
     chunks: Sequence[nn.Module],
     model: ModelConfig,
     groups: Groups,
-    receiver: Receiver,
+    engine: Receiver,
     *,
     engine_ranks: int,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[Executor, str | None]:
-    """Direct where every rank's receiver can be written into, else gather and why. Collective over all ranks."""
-    problems = gather_objects(_problem(receiver, model, engine_ranks), groups)
-    problem = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
-    if problem:
-        return Gather(chunks=chunks, model=model, groups=groups, bucket_bytes=bucket_bytes), problem
-    return Direct(chunks, model, groups, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
+    """Direct where every rank's engine can be written into, else gather and why. Collective over all ranks."""
+    problems = gather_objects(_problem(engine, model, engine_ranks), groups)
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if found:
+        gather = Gather(chunks=chunks, model=model, groups=groups, engine=engine, bucket_bytes=bucket_bytes)
+        return gather, found[0] if len(set(problems)) > 1 else problems[0]
+    return Direct(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
 
 
-def _problem(receiver: Receiver, model: ModelConfig, engine_ranks: int) -> str | None:
+def _problem(engine: Receiver, model: ModelConfig, engine_ranks: int) -> str | None:
     if model.experts is not None:
         return "some of vLLM's kernels rearrange experts after loading"
-    parameters, shapes = receiver.parameters(), engine_shapes(model, engine_ranks)
+    parameters, shapes = engine.parameters(), engine_shapes(model, engine_ranks)
     if parameters is None:
         return "the engine keeps its weights packed or quantised"
     for name in sorted(set(parameters) ^ set(shapes)):

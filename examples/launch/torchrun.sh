@@ -1,0 +1,38 @@
+#!/bin/bash
+# The ranks of one node, started by torchrun. Many nodes: the same on each of them, or train.sbatch, which does that.
+#
+#   RANKS=8 examples/launch/torchrun.sh CONFIG [--section.key VALUE ...]
+#   RANKS=8 NODES=4 HEAD=node1:29500 examples/launch/torchrun.sh CONFIG [--section.key VALUE ...]
+#
+# RANKS   on this node; without it one for each GPU that Slurm gave, or a single one
+# NODES   1; with more, HEAD is HOST:PORT of one of them, the same on all, and RUN_ID any word they share
+# LOGS    folder for what each rank prints (logs); the node's first rank also prints here
+# PYTHON  .venv/bin/python
+#
+# SIGTERM and SIGUSR1 end the run after the current step, saved; SIGINT (Ctrl-C) ends it at once.
+# gloo or NCCL is the program's choice. On a host with several networks set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.
+set -euo pipefail
+
+ranks=${RANKS:-${SLURM_GPUS_ON_NODE:-1}}
+nodes=${NODES:-1}
+
+# Ranks that share the cores must not each start a thread for every core.
+threads=$(($(nproc) / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+if [ "$nodes" -eq 1 ]; then
+    meeting=(--standalone)
+else
+    meeting=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-mcpo}")
+fi
+
+# --signals-to-handle: a signal that torchrun does not handle kills it and leaves its ranks behind, on their GPUs. Only
+#   the option works, the environment variable of the same meaning is overwritten.
+# --shutdown-timeout: after that long, torchrun kills ranks that were asked to stop. A step and a save take their time.
+# --max-restarts: after a crash the ranks start once more, from the last checkpoint. Where a node is lost, the others
+#   wait for ten minutes; Slurm notices within five and starts the whole job on other nodes.
+exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run "${meeting[@]}" \
+    --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts=1 \
+    --signals-to-handle=SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT --shutdown-timeout=1800 \
+    --log-dir="${LOGS:-logs}" --redirects=3 --tee=3 --local-ranks-filter=0 \
+    -m megatron_mcpo.train "$@"

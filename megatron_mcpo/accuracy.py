@@ -1,0 +1,179 @@
+"""Held-out accuracy from verified responses: avg@k, pass@k, maj@k, their uncertainty, and transfer between runs.
+
+Shapes: I items of a domain, B resamples of a bootstrap. Figures are mappings with these keys, as in eval.jsonl:
+  <domain>                 avg@k: mean over items of the share of their k responses that are correct
+  mean, worst              of the domains' avg@k, each counting the same; NaN when one is
+  accuracy_low/<domain>, accuracy_high/<domain>   bounds of the 95 % interval of avg@k
+  items/<domain>           items whose responses were verified; a domain without any has NaN
+  pass_at_K/<domain>       chance that one of K responses is correct, for K = 2, 4, 8, ... below k, and K = k
+  maj_at_k/<domain>        share of items whose most frequent answer is correct
+  pass_at_K_low/<domain>, pass_at_K_high/<domain>, maj_at_k_low/<domain>, maj_at_k_high/<domain>   as of avg@k
+pass_at and maj_at are there for k > 1 alone: of one response they are its accuracy. Those of <domain> = mean are of
+the mean over domains. Imports no torch.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+NUM_RESAMPLES = 10_000
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """The k verified responses to a held-out item, in the order they were sampled in.
+
+    answers: what each response answers, "" where it gives no answer; equal answers count as the same in a vote
+    """
+
+    correct: tuple[bool, ...]
+    answers: tuple[str, ...]
+
+
+def figures(items: Mapping[str, Sequence[Item]]) -> dict[str, float]:
+    """What the head of this file describes, of the items of every domain; k is the same for all of them."""
+    counts = {len(item.correct) for of_domain in items.values() for item in of_domain}
+    assert items and len(counts) <= 1, f"items with different numbers of responses: {sorted(counts)}"
+    k = max(counts, default=1)
+    measures = {"accuracy": {name: [share(item.correct) for item in of] for name, of in items.items()}}
+    for few in _fewer(k):
+        measures[f"pass_at_{few}"] = {
+            name: [pass_at_k(len(item.correct), sum(item.correct), few) for item in of] for name, of in items.items()
+        }
+    if k > 1:
+        measures[f"maj_at_{k}"] = {
+            name: [float(majority_is_correct(item)) for item in of] for name, of in items.items()
+        }
+    accuracies = {name: _mean(values) for name, values in measures["accuracy"].items()}
+    found = {**accuracies, **mean_and_worst(accuracies)}
+    found |= {f"items/{name}": float(len(of)) for name, of in items.items()}
+    for measure, values in measures.items():
+        found |= _with_bounds(measure, values)
+    return found
+
+
+def share(correct: Sequence[bool]) -> float:
+    """avg@k of one item."""
+    return sum(correct) / len(correct)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that at least one of k responses is correct, unbiased: 1 - C(n - c, k) / C(n, k).
+
+    Of the n responses to an item c are correct; 1 <= k <= n (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    """
+    assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples, (num_samples, num_correct, k)
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def majority_is_correct(item: Item) -> bool:
+    """maj@k of one item: whether the answer that most responses give is correct (Wang et al. 2022, arXiv 2203.11171).
+
+    Responses without an answer don't vote; where none votes the item is wrong. Of answers with as many votes the one
+    that was sampled first wins. Where a verifier judges equal answers differently, the first of them counts.
+    """
+    votes = Counter(answer for answer in item.answers if answer)
+    if not votes:
+        return False
+    # Counter keeps the order of first appearance, and max takes the first of equals.
+    winner = max(votes, key=votes.__getitem__)
+    return item.correct[item.answers.index(winner)]
+
+
+def bootstrap_means(values_I: Sequence[float], seed: Iterable[int]) -> np.ndarray:
+    """Means of NUM_RESAMPLES resamples of the items, drawn with replacement (Efron 1979): [B] float64.
+
+    Items of the same value are alike: how often a resample has each VALUE is multinomial, so that no array of
+    B x I is needed. NaN without items.
+    """
+    if not len(values_I):
+        return np.full(NUM_RESAMPLES, np.nan)
+    levels, counts = np.unique(np.asarray(values_I, dtype=np.float64), return_counts=True)
+    generator = np.random.default_rng([_SEED, *seed])
+    drawn = generator.multinomial(len(values_I), counts / len(values_I), size=NUM_RESAMPLES)
+    means: np.ndarray = drawn @ levels / len(values_I)
+    return means
+
+
+def interval(means_B: np.ndarray) -> tuple[float, float]:
+    """The percentile interval at LEVEL; NaN where a mean is.
+
+    Of items that are all right or all wrong it has no width, and says nothing: the data hold no other value.
+    """
+    low, high = np.quantile(means_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mean_and_worst(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """Mean over domains, each counting the same, and the lowest; NaN when one is."""
+    values = list(accuracies.values())
+    worst = math.nan if any(math.isnan(value) for value in values) else min(values)
+    return {"mean": _mean(values), "worst": worst}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """How accuracies changed against a baseline, over the domains that both know.
+
+    change: by domain, now - baseline
+    mean: backward transfer, the mean of these: R_T,i - R_i,i of Lopez-Paz & Ranzato (2017, arXiv 1706.08840, equation
+        3), with the baseline's accuracy in the place of R_i,i and all domains counted, since none was learned last
+    forgetting: mean over domains of what each of them fell by, a domain that rose counting as 0
+    fell: the domains that did, in order
+    """
+
+    change: dict[str, float]
+    mean: float
+    forgetting: float
+    fell: tuple[str, ...]
+
+
+def backward_transfer(now: Mapping[str, float], baseline: Mapping[str, float]) -> Transfer:
+    """Both by domain; NaN counts as not known. Without a domain that both know, the means are NaN."""
+    change = {name: now[name] - baseline[name] for name in now if name in baseline}
+    change = {name: value for name, value in change.items() if not math.isnan(value)}
+    return Transfer(
+        change=change,
+        mean=_mean(list(change.values())),
+        forgetting=_mean([max(0.0, -value) for value in change.values()]),
+        fell=tuple(name for name, value in change.items() if value < 0),
+    )
+
+
+def domain_accuracies(row: Mapping[str, Any]) -> dict[str, float]:
+    """avg@k by domain of a line of eval.jsonl, where null is NaN."""
+    return {
+        key: math.nan if value is None else float(value)
+        for key, value in row.items()
+        if "/" not in key and key not in ("step", "mean", "worst")
+    }
+
+
+def _fewer(k: int) -> list[int]:
+    """The K of pass_at_K: powers of two below k, and k."""
+    return [2**power for power in range(1, k.bit_length()) if 2**power < k] + ([k] if k > 1 else [])
+
+
+def _with_bounds(measure: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """A measure by domain, and their mean, with the bounds of its interval; accuracy itself is there already."""
+    # A domain's bounds depend on its own items alone, not on what other domains there are.
+    resampled = {name: bootstrap_means(of_domain, seed=name.encode()) for name, of_domain in values.items()}
+    means = {name: _mean(of_domain) for name, of_domain in values.items()}
+    resampled["mean"], means["mean"] = np.mean(list(resampled.values()), axis=0), _mean(list(means.values()))
+    found = {}
+    for name, means_B in resampled.items():
+        low, high = interval(means_B)
+        if measure != "accuracy":
+            found[f"{measure}/{name}"] = means[name]
+        found |= {f"{measure}_low/{name}": low, f"{measure}_high/{name}": high}
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

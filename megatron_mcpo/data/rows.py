@@ -1,0 +1,233 @@
+"""Rows of JSONL, Parquet and Hugging Face data as items: one schema of ours, and verl's (data/verl.py).
+
+A row of our schema has these columns; others are ignored, so are those that are null:
+  question   text of the question; or instead of it
+  prompt     text, or chat messages [{"role": "user", "content": "..."}, ...]: system, user and assistant, the last
+             from the user
+  answer     text or number. Needed by all verifiers but code, format, length, judge and function
+  verifier   math, choice, exact, text, numeric, code or reasoning_gym (metadata.source_dataset then names the
+             generator); left out where the domain has [[domain.verifiers]]
+  choices    texts of a multiple choice; the answer is a letter (A is the first), or one of them
+  tests      for code: [{"input": "3\n", "output": "9\n"}] (standard input and output), or
+             [{"assert": "assert f(3) == 9"}]
+  function   for code: name of the function that the tests call
+  metadata   an object, handed to the verifier as it is
+  domain     name of the domain that the row is for: one file may serve several domains
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_mcpo.rewards.allowlist import ALLOWED
+from megatron_mcpo.rewards.kinds import KINDS
+
+Reason = Literal[
+    "malformed", "no question", "no answer", "bad answer", "no verifier", "bad tests", "too long", "duplicate"
+]
+"""Why a row can't be used."""
+
+COLUMNS = ("question", "prompt", "answer", "verifier", "choices", "tests", "function", "metadata", "domain")
+
+ROLES = ("system", "user", "assistant")
+
+NEED_NO_ANSWER = frozenset({"code", "format", "length", "judge", "function"})
+
+Message = dict[str, str]
+
+
+class RowError(ValueError):
+    """A row that can't be used: `reason` is counted, the text says what exactly is wrong with this one."""
+
+    def __init__(self, reason: Reason, text: str):
+        self.reason: Reason = reason
+        super().__init__(text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One question. position: of its row in the source; messages: the conversation without what the domain adds."""
+
+    position: int
+    messages: tuple[Message, ...]
+    entry: dict[str, Any]
+    """What the verifiers need, as JSON: question, answer (None: it has none), metadata; where the row has them
+    verifier, choices, tests, function."""
+
+    @property
+    def answer(self) -> str | None:
+        return self.entry["answer"]
+
+    @property
+    def key(self) -> bytes:
+        """The same for equal questions, whatever the spaces at the ends of their lines: 16 bytes."""
+        turns = [m["content"].strip() for m in self.messages if m["role"] != "system"]
+        text = "\0".join("\n".join(line.rstrip() for line in turn.splitlines()) for turn in turns)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def generated_item(position: int, item: Mapping[str, Any]) -> Item:
+    """The item that a reasoning-gym generator made."""
+    message = {"role": "user", "content": item["question"].strip()}
+    return Item(position=position, messages=(message,), entry={**item, "verifier": "reasoning_gym"})
+
+
+def parse_row(row: Mapping[str, Any], position: int, kinds: Collection[str]) -> Item:
+    """A row of our schema as an item. kinds: of the domain's verifiers; none: the row must name one.
+
+    Raises RowError.
+    """
+    messages = _messages(row)
+    verifier = _verifier(row)
+    applied = set(kinds) or ({verifier} if verifier else set())
+    if not applied:
+        raise RowError("no verifier", "names no verifier, and the domain has no [[domain.verifiers]]")
+    entry: dict[str, Any] = {"question": messages[-1]["content"], "answer": _answer(row)}
+    entry["metadata"] = _metadata(row)
+    if verifier:
+        entry["verifier"] = verifier
+    if row.get("choices") is not None:
+        entry["choices"] = _texts(row["choices"], "choices")
+    if row.get("tests") is not None:
+        entry["tests"] = _tests(row["tests"])
+    if row.get("function") is not None:
+        entry["function"] = _function(row["function"])
+    _check_applied(entry, applied)
+    _check_text(entry, messages)
+    return Item(position=position, messages=tuple(messages), entry=entry)
+
+
+def _messages(row: Mapping[str, Any]) -> list[Message]:
+    question, prompt = row.get("question"), row.get("prompt")
+    if question is not None and prompt is not None:
+        raise RowError("malformed", "has a question and a prompt; one of them must go")
+    text = prompt if question is None else question
+    if text is None:
+        raise RowError("no question", "has neither question nor prompt")
+    if isinstance(text, str) and not text.strip():
+        raise RowError("no question", "its question is blank")
+    if isinstance(text, str):
+        return [{"role": "user", "content": text.strip()}]
+    if question is not None or not isinstance(text, Sequence):
+        raise RowError("malformed", f"its question is of type {type(text).__name__}, must be text")
+    return _chat(text)
+
+
+def _chat(messages: Sequence[Any]) -> list[Message]:
+    if not messages:
+        raise RowError("no question", "its prompt has no messages")
+    chat = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise RowError("malformed", f"prompt[{number}] has no role and text content")
+        role = message.get("role")
+        if role not in ROLES or (role == "system" and number):
+            raise RowError("malformed", f"prompt[{number}].role = {role!r}: must be user or assistant, or first system")
+        chat.append({"role": role, "content": message["content"]})
+    if chat[-1]["role"] != "user":
+        raise RowError("malformed", f"its last message is of role {chat[-1]['role']!r}, must be user")
+    if not chat[-1]["content"].strip():
+        raise RowError("no question", "its last message is blank")
+    return chat
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    answer = row.get("answer")
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
+        return None
+    if isinstance(answer, str):
+        return answer.strip()
+    if isinstance(answer, bool) or not isinstance(answer, int | float):
+        raise RowError("malformed", f"its answer is of type {type(answer).__name__}, must be text or a number")
+    if not math.isfinite(answer):
+        raise RowError("bad answer", f"its answer is {answer}")
+    return str(answer)
+
+
+def _verifier(row: Mapping[str, Any]) -> str | None:
+    verifier = row.get("verifier")
+    if verifier is None:
+        return None
+    kinds = [name for name, kind in KINDS.items() if kind.of_rows]
+    if verifier not in kinds:
+        raise RowError("no verifier", f"verifier = {verifier!r}: a row can name one of {', '.join(kinds)}")
+    return str(verifier)
+
+
+def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = row.get("metadata")
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise RowError("malformed", f"its metadata is of type {type(metadata).__name__}, must be an object")
+    try:
+        return dict(json.loads(json.dumps(metadata, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("malformed", f"its metadata can't be written as JSON: {error}") from None
+
+
+def _texts(values: Any, name: str) -> list[str]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(v, str) for v in values):
+        raise RowError("malformed", f"its {name} must be a list of texts")
+    return list(values)
+
+
+def _tests(tests: Any) -> list[dict[str, str]]:
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+        raise RowError("bad tests", "its tests must be a list that is not empty")
+    plain = []
+    for number, test in enumerate(tests):
+        # A Parquet struct has all fields of all rows, null where a row lacks them.
+        fields = {k: v for k, v in test.items() if v is not None} if isinstance(test, Mapping) else {}
+        if set(fields) not in ({"input", "output"}, {"assert"}) or not all(isinstance(v, str) for v in fields.values()):
+            raise RowError("bad tests", f"tests[{number}] has neither input and output nor assert, as texts")
+        plain.append(fields)
+    return plain
+
+
+def _function(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise RowError("bad tests", f"function = {name!r}: is no name of a function")
+    return name
+
+
+def _check_applied(entry: Mapping[str, Any], applied: set[str]) -> None:
+    """Raise RowError unless the row has what these verifiers need."""
+    answer = entry["answer"]
+    if answer is None and not applied <= NEED_NO_ANSWER:
+        raise RowError("no answer", f"has no answer, which verifier {min(applied - NEED_NO_ANSWER)!r} needs")
+    if "code" in applied and "tests" not in entry:
+        raise RowError("bad tests", "has no tests, which verifier 'code' needs")
+    if "reasoning_gym" in applied and entry["metadata"].get("source_dataset") not in ALLOWED:
+        raise RowError("no verifier", "metadata.source_dataset names no generator with an allowed scorer")
+    if "math" in applied and "####" in answer:
+        raise RowError("bad answer", "its answer is a whole solution ('####'); keep what follows, or convert the file")
+    if "choice" in applied:
+        _check_choice(answer, entry.get("choices"))
+
+
+def _check_choice(answer: str, choices: Sequence[str] | None) -> None:
+    letter = re.fullmatch(r"\(?([A-Za-z])[).]?", answer)
+    if choices is None:
+        if not letter:
+            raise RowError("bad answer", f"its answer {answer[:40]!r} is no letter, and it has no choices")
+    elif answer not in choices and not (letter and ord(letter[1].upper()) - ord("A") < len(choices)):
+        raise RowError(
+            "bad answer",
+            f"its answer {answer[:40]!r} is neither one of its choices nor the letter of one",
+        )
+
+
+def _check_text(entry: Mapping[str, Any], messages: Sequence[Message]) -> None:
+    """Raise RowError for what a tokenizer or a worker can't take."""
+    for text in [*(m["content"] for m in messages), entry["answer"] or ""]:
+        if "\0" in text:
+            raise RowError("malformed", "has a NUL character")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError("malformed", "has half a surrogate pair, which is no text") from None

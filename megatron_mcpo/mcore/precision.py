@@ -1,0 +1,45 @@
+"""FP8: what it means to Megatron-Core, and where it can run at all."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.sections import Fp8
+
+TOKEN_MULTIPLE = 128
+"""Tokens of a rank's pack are a multiple of it: Transformer Engine's products want 16, its blocks are 128 long."""
+
+_RECIPES = {"blockwise": ("e4m3", "blockwise"), "tensorwise": ("hybrid", "tensorwise")}
+_LEAST_CAPABILITY = (9, 0)
+
+
+def fp8_options(fp8: Fp8) -> dict[str, Any]:
+    """Megatron's settings. The first and the last layer stay in bf16, as output layer, router and head always do.
+
+    Delayed scaling is not offered: passes without gradient would change the history that the update scales by.
+    Parameters stay in bf16 (no `fp8_param`): those in FP8 are tensors of Transformer Engine whose slices and copies
+    would be rounded values, so that a push to the engine (rounded there a second time), an export and a checkpoint
+    loaded in another layout would no longer hold the weights that the optimizer stepped.
+    """
+    if fp8 == "off":
+        return {}
+    values, recipe = _RECIPES[fp8]
+    return {"fp8": values, "fp8_recipe": recipe, "first_last_layers_bf16": True}
+
+
+def check_fp8(fp8: Fp8) -> None:
+    """Raises ConfigError where FP8 can't be computed: there Megatron-Core (0.19.2) would train in bf16, silently."""
+    if fp8 == "off":
+        return
+    if not torch.cuda.is_available():
+        missing = "a GPU, and there is none"
+    elif torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability()
+        missing = f"a GPU of compute capability 9.0 (Hopper) or later, and this one has {major}.{minor}"
+    elif importlib.util.find_spec("transformer_engine") is None:
+        missing = "Transformer Engine, and it is not installed"
+    else:
+        return
+    raise ConfigError([f"model.fp8 = {fp8!r}: needs {missing}; set it to 'off'"])

@@ -1,0 +1,241 @@
+"""Bytes on every rank: what is always there, what each phase adds, and what a phase's peak is.
+
+Mirrors mcore/policy.py (DDP with fp32 gradients, Megatron-Core's distributed optimizer), mcore/schedule.py and
+mcore/logprob.py (logits), weights/sync.py (the push), trainer.py (the engine sleeps outside of the rollout: its weights
+and key-value cache are gone, it wakes its weights for the push and the cache after it).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import lcm, prod
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.head import HeadSpec
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.planner.activations import Activations, Kernels, activations, chunks_in_flight
+from megatron_mcpo.planner.hardware import GIB, Gpu
+from megatron_mcpo.planner.ranks import Chunk, RankSize, Sizes
+from megatron_mcpo.planner.workload import Workload
+from megatron_mcpo.weights.engine_layout import engine_shapes
+from megatron_mcpo.weights.mapping import table
+from megatron_mcpo.weights.sync import BUCKET_BYTES
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+_FP32 = 4
+
+CONTEXT_BYTES = 6 * GIB
+"""Driver context, NCCL's buffers, kernels, CUDA graphs: vLLM's documentation of sleep mode reports that 5.8 GiB stayed
+on a GPU whose engine of a large model slept."""
+FRAGMENTATION = 0.05
+"""Of everything a phase allocates and frees again; assumed."""
+ENGINE_WORKING_BYTES = 2.5 * GIB
+"""Activations of a prefill of 8,192 tokens and CUDA graphs, taken out of the engine's share of the GPU; assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank. parts: what is held, by name; phases: the most that is held at a time, by phase
+
+    host: of host memory, for what is offloaded
+    """
+
+    rank: int
+    stage: int
+    params: int
+    parts: dict[str, float]
+    phases: dict[str, float]
+    host: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.phases.values())
+
+    @property
+    def worst_phase(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """Of one rank of an engine. weights, budget: bytes; cache_tokens: tokens whose keys and values fit
+
+    sequences: decoded together, at most
+    """
+
+    weights: float
+    cache: float
+    budget: float
+    cache_tokens: int
+    sequences: int
+
+
+def buffer_elements(sizes: Sizes, num_ranks: int) -> int:
+    """Length of Megatron-Core's buffer for parameters of these sizes (core/optimizer/param_layout.py, 0.19.2).
+
+    Every parameter begins at a multiple of 64, the end is padded so that `num_ranks` shards of whole 128s fit.
+    """
+    padded = sum(count * -(-size // 64) * 64 for size, count in sizes)
+    divisor = lcm(num_ranks, 128)
+    return -(-padded // divisor) * divisor
+
+
+def shard_ranks(layout: Layout) -> tuple[int, int]:
+    """Ranks that share the optimizer of a dense parameter, and of an expert (weights that are alike)."""
+    return layout.data * layout.context, layout.world_size // (layout.pipeline * layout.expert)
+
+
+def buffers(chunk: Chunk, layout: Layout) -> tuple[int, int]:
+    """(elements of a chunk's buffers, elements of this rank's shard of them, padding included)."""
+    elements, shards = 0, 0
+    for sizes, ranks in zip((chunk.dense, chunk.expert), shard_ranks(layout), strict=True):
+        length = buffer_elements(sizes, ranks)
+        elements += length
+        shards += length // ranks
+    return elements, shards
+
+
+def trained_bytes(size: RankSize, layout: Layout, itemsize: int) -> dict[str, float]:
+    """Weights, gradients (fp32) and optimizer of a rank: an fp32 copy where weights are bf16, and two moments."""
+    elements, shards = (sum(each) for each in zip(*(buffers(chunk, layout) for chunk in size.chunks), strict=True))
+    master = _FP32 if itemsize < _FP32 else 0
+    return {
+        "weights": float(itemsize * elements),
+        "gradients": float(_FP32 * elements),
+        "optimizer": float((master + 2 * _FP32) * shards),
+    }
+
+
+def reference_bytes(config: Config, size: RankSize, itemsize: int) -> float:
+    """Weights of the reference; 0 where there is none."""
+    return float(itemsize * (size.params - size.head)) if config.algorithm.kl_weight > 0 else 0.0
+
+
+def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload) -> EngineMemory:
+    """vLLM's arithmetic: its share of the GPU, less weights and what it works with, is cache."""
+    ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
+    weights = float(e * _engine_elements(model, ranks))
+    budget = config.engine.gpu_memory_utilization * gpu.memory_bytes
+    cache = max(0.0, budget - weights - ENGINE_WORKING_BYTES)
+    a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
+    tokens = int(cache // a_token)
+    mine = -(-load.rollouts * ranks // layout.world_size)
+    return EngineMemory(
+        weights=weights,
+        cache=cache,
+        budget=budget,
+        cache_tokens=tokens,
+        sequences=min(config.engine.max_concurrent, tokens // load.length, mine),
+    )
+
+
+@cache
+def _engine_elements(model: ModelConfig, ranks: int) -> int:
+    return sum(map(prod, engine_shapes(model, ranks).values()))
+
+
+def push_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> float:
+    """Buffers of weights/sync.py: full tensors of a bucket, their shards, and one full parameter put together."""
+    largest = max(sum(map(prod, row.shapes)) for row in table(model)) * itemsize
+    bucket = max(BUCKET_BYTES, largest)
+    return bucket + bucket / layout.tensor + largest
+
+
+def rank_memory(
+    config: Config,
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    size: RankSize,
+    head: HeadSpec | None,
+    load: Workload,
+    engine: EngineMemory,
+    kernels: Kernels,
+) -> RankMemory:
+    """Everything of one rank; its peak in a phase is what is held, what the phase adds, and the allowances."""
+    e = ITEMSIZE[config.model.dtype]
+    last = size.stage == layout.pipeline - 1
+    kept = activations(
+        model,
+        layout,
+        tokens=load.micro_tokens,
+        response=load.response_tokens,
+        itemsize=e,
+        head=head,
+        kernels=kernels,
+    )
+    logits_working = kept.logits_working if last else 0.0
+    saved = _saved_bytes(config, model, layout, kept=kept, stage=size.stage, micros=load.micros)
+    largest = max(elements for chunk in size.chunks for elements, _ in chunk.dense + chunk.expert)
+    # The gradient of a weight is a tensor of its own before it is added to the buffer.
+    working = max(logits_working, kept.working + e * largest)
+    trained, reference = trained_bytes(size, layout, e), reference_bytes(config, size, e)
+    parts = {
+        **trained,
+        "reference": reference,
+        "activations": saved,
+        "working": working,
+        "contrastive": contrast_bytes(load, head) if last else 0.0,
+        "engine_weights": engine.weights,
+        "kv_cache": engine.cache,
+        "sync_buckets": push_bytes(model, layout, e),
+        "allowance": CONTEXT_BYTES,
+    }
+    loose = 1 + FRAGMENTATION
+    added = {
+        "rollout": engine.budget,
+        "score": loose * max(logits_working, kept.layer + kept.working),
+        "update": loose * (saved + working + parts["contrastive"]),
+        "sync": engine.weights + loose * parts["sync_buckets"],
+    }
+    return RankMemory(
+        rank=size.rank,
+        stage=size.stage,
+        params=size.params,
+        parts=parts,
+        phases=_phases(config, trained, reference, added),
+        host=reference * config.model.offload_reference + trained["optimizer"] * config.optimizer.offload,
+    )
+
+
+def _phases(config: Config, trained: dict[str, float], reference: float, added: dict[str, float]) -> dict[str, float]:
+    """What each phase holds: what it adds, and of the rest what does not wait in host memory (mcore/offload.py)."""
+    held = dict.fromkeys(added, trained["weights"] + CONTEXT_BYTES)
+    for phase in held:
+        if phase == "score" or not config.model.offload_reference:
+            held[phase] += reference
+        if not config.optimizer.offload:
+            held[phase] += trained["gradients"] + trained["optimizer"]
+    phases = {phase: held[phase] + added[phase] for phase in added}
+    if config.optimizer.offload:
+        # The backward pass is over when the optimizer's state comes.
+        phases["update"] = held["update"] + trained["gradients"] + max(added["update"], trained["optimizer"])
+    return phases
+
+
+def _saved_bytes(
+    config: Config, model: ModelConfig, layout: Layout, *, kept: Activations, stage: int, micros: int
+) -> float:
+    """The most that autograd keeps on a rank of `stage` at a time."""
+    layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    flying = chunks_in_flight(layout, stage=stage, micros=micros)
+    # Megatron-Core keeps a chunk's output until its gradient has come.
+    outputs = 0.0 if layout.pipeline == 1 else kept.layer_input
+    behind = kept.ends if stage == layout.pipeline - 1 else 0.0
+    if config.model.recompute == "full":
+        # What is behind the layers is gone when the first of them is computed again.
+        return flying * (layers * kept.layer_input + outputs) + max(kept.layer, behind)
+    if config.model.recompute == "selective":
+        return flying * (layers * kept.layer_selective + outputs) + max(kept.layer - kept.layer_selective, behind)
+    return flying * (layers * kept.layer + outputs) + behind
+
+
+def contrast_bytes(load: Workload, head: HeadSpec | None) -> float:
+    """Representations of all rollouts of an optimizer step, their gradient, and a few tiles (algo/contrastive.py).
+
+    It works in blocks of rows: memory grows with the number of rollouts, not with its square.
+    """
+    if head is None:
+        return 0.0
+    rollouts = load.rollouts / load.updates
+    return 6 * _FP32 * rollouts * head.dim

@@ -1,0 +1,226 @@
+"""Seconds of a step's phases, from kernel rates: no figure here is fitted to a measured step.
+
+Training: products at a layer's rate, attention and what is bound by memory at theirs, collectives that nothing hides,
+the pipeline's bubble, the gaps between kernels. Rollout: decoding reads all weights and the cache for every token, and
+is bound by memory; reading prompts is compute. Rewards, data and checkpoints are not in it: they are the task's.
+"""
+
+from dataclasses import dataclass
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.head import HeadSpec
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.planner.hardware import Gpu
+from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
+from megatron_mcpo.planner.ranks import RankSize
+from megatron_mcpo.planner.wire import (
+    context_bytes,
+    data_bytes,
+    expert_bytes,
+    gather_bytes,
+    gathered_bytes,
+    passes,
+    tensor_units,
+)
+from megatron_mcpo.planner.workload import Workload
+
+_TERA, _GIGA = 1e12, 1e9
+_OPTIMIZER_BYTES = 30
+"""A parameter's share of Adam: gradient, master copy and two moments are read, three of them and the weight written."""
+_GRADIENT_BYTES = 16
+"""Gradients are zeroed, looked through for what isn't finite, for their norm, and reduced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Seconds of one micro-batch on a middle stage: forward and backward; last: what the last stage does on top."""
+
+    forward: float
+    backward: float
+    last_forward: float
+    last_backward: float
+
+
+def layer_flops(model: ModelConfig) -> float:
+    """Of the products of one layer, a token, forward: 2 for every weight that the token meets."""
+    hidden = model.hidden_size
+    attention = hidden * model.qkv_rows + model.num_heads * model.head_dim * hidden
+    if model.experts is None:
+        return 2.0 * (attention + 3 * hidden * model.ffn_hidden_size)
+    experts = model.experts.per_token * 3 * hidden * model.experts.ffn_hidden_size + hidden * model.experts.count
+    return 2.0 * (attention + experts)
+
+
+def mlp_share(model: ModelConfig) -> float:
+    """Of a layer's products, those of its MLP or experts: what selective recompute does again."""
+    attention = model.hidden_size * model.qkv_rows + model.num_heads * model.head_dim * model.hidden_size
+    return 1 - 2.0 * attention / layer_flops(model)
+
+
+def attention_flops(model: ModelConfig, length: int) -> float:
+    """Of scores and weighted values of one layer, a token of a sequence of `length`, forward, causal."""
+    return 2.0 * length * model.num_heads * model.head_dim
+
+
+def memory_bound_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> float:
+    """Read and written by what isn't a product, one layer, a token, forward: norms, residuals, rotations, the gate."""
+    sp = layout.tensor if layout.sequence else 1
+    heads = (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tensor
+    if model.experts is None:
+        gate = 7 * model.ffn_hidden_size / layout.tensor
+    else:
+        gate = model.experts.per_token / sp * (10 * model.experts.ffn_hidden_size + 6 * model.hidden_size)
+    return itemsize * (10 * model.hidden_size / sp + (10 + 2 * model.qk_norm) * heads + gate)
+
+
+def link(gpu: Gpu, *, first: int, ranks: int) -> float:
+    """Bytes a second that a rank receives in a group of `ranks` ranks whose neighbours are `first` ranks apart."""
+    return _GIGA * (gpu.nvlink_gbs if first * ranks <= gpu.per_node else gpu.network_gbs)
+
+
+def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload) -> Pass:
+    e, tokens = ITEMSIZE[config.model.dtype], load.micro_tokens
+    layers = model.num_layers / layout.pipeline
+    products = layers * tokens * layer_flops(model) / layout.tensor / (gpu.gemm_tflops * _TERA)
+    attention = layers * tokens * attention_flops(model, load.length) / layout.tensor / _TERA
+    attending, attending_back = (
+        attention / gpu.attention_forward_tflops,
+        2.5 * attention / gpu.attention_backward_tflops,
+    )
+    copies = layers * tokens * memory_bound_bytes(model, layout, e) / (gpu.copy_tbs * _TERA)
+    messages, experts, context, hand_on = _message_seconds(config, model, layout, gpu, load)
+    forward = (products + attending + copies) / gpu.busy + messages + experts + hand_on
+    # A ring of keys and values hides behind attention as far as that takes longer.
+    forward += max(0.0, context - attending)
+    # Of a backward pass's messages, those of column-parallel layers hide behind their products.
+    backward = (2 * products + attending_back + 2 * copies) / gpu.busy + messages / 2 + experts + hand_on
+    backward += max(0.0, 2 * context - attending_back)
+    if config.model.recompute == "full":
+        backward += forward - hand_on
+    elif config.model.recompute == "selective":
+        backward += mlp_share(model) * products / gpu.busy + (experts if model.experts else messages / 2)
+    logits = load.response_tokens * model.vocab_size / layout.tensor
+    last = 2 * logits * model.hidden_size / (gpu.gemm_tflops * _TERA)
+    # Over the logits and their fp32 copies, mcore/logprob.py goes some nine times, and as often on the way back.
+    over = (6 * 4 + 3 * e) * logits / (gpu.copy_tbs * _TERA)
+    return Pass(
+        forward=forward,
+        backward=backward,
+        last_forward=(last + over) / gpu.busy,
+        # Logits are made a second time, and then multiplied by each of their operands.
+        last_backward=(3 * last + over) / gpu.busy,
+    )
+
+
+def _message_seconds(
+    config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload
+) -> tuple[float, float, float, float]:
+    """Of one micro-batch's forward pass on a stage: over tensor, expert and context ranks, and on to the next stage."""
+    e = ITEMSIZE[config.model.dtype]
+    hidden, layers = e * load.micro_tokens * model.hidden_size, model.num_layers / layout.pipeline
+    tensor = experts = hand_on = 0.0
+    if layout.tensor > 1:
+        unit = hidden * (layout.tensor - 1) / layout.tensor / link(gpu, first=1, ranks=layout.tensor)
+        units, _ = tensor_units(model, layout, recompute="none")
+        tensor = layers * units * (unit + gpu.message_us * 1e-6)
+    if layout.expert > 1:
+        rounds = sum(passes(config)) + 1 + (config.model.recompute != "none")
+        experts = expert_bytes(config, model, layout, load) / rounds / link(gpu, first=1, ranks=layout.expert)
+        experts += 2 * layers * gpu.message_us * 1e-6
+    if layout.pipeline > 1:
+        size = hidden / (layout.tensor if layout.sequence else 1)
+        speed = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)
+        hand_on = layout.virtual_pipeline * (size / speed + gpu.message_us * 1e-6)
+    context = context_bytes(model, layout, load, e) / link(gpu, first=layout.tensor, ranks=layout.context)
+    return tensor, experts, context, hand_on
+
+
+def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) -> float:
+    """All stages move at the pace of the slowest, which is the last; the first micro-batch and the last wait for all.
+
+    The bubble is (p - 1) / (v m) of the work: https://arxiv.org/abs/2104.04473 (section 2.2).
+    """
+    bubble = (layout.pipeline - 1) / layout.virtual_pipeline
+    return micros * (middle + last) + bubble * middle
+
+
+def rollout_seconds(
+    config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload, engine: EngineMemory
+) -> float:
+    """All engines at once; a prompt is read once for all its samples (prefix caching), a wave decodes to its end."""
+    ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
+    if engine.sequences == 0:
+        return float("inf")
+    mine = -(-load.rollouts * ranks // layout.world_size)
+    waves = -(-mine // engine.sequences)
+    together = -(-mine // waves)
+    reading = gpu.decode_share * gpu.copy_tbs * _TERA
+    a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
+    cache = together * (load.prompt + load.response / 2) * a_token
+    flops = model.num_layers * layer_flops(model) + 2.0 * model.hidden_size * model.vocab_size
+    products = together * flops / ranks / (gpu.gemm_tflops * _TERA)
+    weights = _weights_read(model, engine.weights, together)
+    messages = 0.0
+    if ranks > 1:
+        size = 2 * e * together * model.hidden_size * (ranks - 1) / ranks
+        messages = 2 * model.num_layers * (size / link(gpu, first=1, ranks=ranks) + gpu.message_us * 1e-6)
+    step = max(weights / reading, products) + cache / reading + messages + gpu.engine_step_ms * 1e-3
+    prompts = -(-config.batch.prompts * ranks // layout.world_size)
+    prefill = prompts * load.prompt * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
+    return waves * load.response * step + prefill
+
+
+def _weights_read(model: ModelConfig, weights: float, sequences: int) -> float:
+    """Bytes of weights that a decoding step reads: of the experts those that some sequence is sent to."""
+    if model.experts is None:
+        return weights
+    x = model.experts
+    expert = 3 * model.hidden_size * x.ffn_hidden_size * x.count * model.num_layers
+    total = expert + model.num_layers * (
+        layer_flops(model) / 2 - x.per_token * 3 * model.hidden_size * x.ffn_hidden_size
+    )
+    total += 2 * model.vocab_size * model.hidden_size
+    met = 1 - (1 - x.per_token / x.count) ** sequences
+    return weights * (1 - expert / total * (1 - met))
+
+
+def step_seconds(
+    config: Config,
+    model: ModelConfig,
+    layout: Layout,
+    gpu: Gpu,
+    *,
+    sizes: list[RankSize],
+    head: HeadSpec | None,
+    load: Workload,
+    engine: EngineMemory,
+) -> dict[str, float]:
+    """rollout, score, update, sync, and step: their sum."""
+    e = ITEMSIZE[config.model.dtype]
+    once = micro_pass(config, model, layout, gpu, load)
+    scores, _ = passes(config)
+    score = scores * load.updates * pipeline_seconds(layout, load.micros, once.forward, once.last_forward)
+    both = once.forward + once.backward
+    ends = once.last_forward + once.last_backward
+    update = load.updates * pipeline_seconds(layout, load.micros, both, ends)
+    shared = layout.data * layout.context
+    of_data = link(gpu, first=layout.tensor, ranks=shared)
+    elements, shards = zip(*(buffers(chunk, layout) for size in sizes for chunk in size.chunks), strict=True)
+    per_stage = len(elements) / len(sizes)
+    optimizer = per_stage * (max(shards) * _OPTIMIZER_BYTES + max(elements) * _GRADIENT_BYTES) / (gpu.copy_tbs * _TERA)
+    update += load.updates * (max(data_bytes(size, layout, e) for size in sizes) / of_data + optimizer)
+    update += gather_bytes(layout, load, head) / of_data
+    if config.optimizer.offload:
+        state = max(trained_bytes(size, layout, e)["optimizer"] for size in sizes)
+        update += load.updates * 2 * state / (gpu.host_gbs * _GIGA)
+    if config.model.offload_reference:
+        score += load.updates * max(reference_bytes(config, size, e) for size in sizes) / (gpu.host_gbs * _GIGA)
+    rollout = rollout_seconds(config, model, layout, gpu, load, engine)
+    across = link(gpu, first=1, ranks=layout.tensor)
+    if layout.pipeline > 1:
+        across = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)
+    received = max(gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline))
+    sync = received / across + 4 * engine.weights / (gpu.copy_tbs * _TERA)
+    seconds = {"rollout": rollout, "score": score, "update": update, "sync": sync}
+    return {**seconds, "step": sum(seconds.values())}

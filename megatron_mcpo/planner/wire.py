@@ -1,0 +1,142 @@
+"""Bytes that all ranks together receive from other ranks in a step, by what the ranks have in common.
+
+Formulas of https://arxiv.org/abs/2205.05198 (section 4.2: tensor and sequence parallelism, an all-gather or a
+reduce-scatter is a `unit`), https://arxiv.org/abs/1910.02054 (distributed optimizer) and of the code they mirror. Left
+out: scalars, sizes, objects; the sums of norms' gradients.
+"""
+
+from functools import cache
+from math import prod
+
+from megatron_mcpo.config import Config
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.head import HeadSpec
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.planner.memory import ITEMSIZE, buffer_elements, shard_ranks
+from megatron_mcpo.planner.ranks import RankSize
+from megatron_mcpo.planner.workload import Workload
+from megatron_mcpo.sections import Recompute
+from megatron_mcpo.weights.layout import shard_shape
+from megatron_mcpo.weights.mapping import Place, Split, table
+
+_FP32 = 4
+
+
+def passes(config: Config) -> tuple[int, int]:
+    """Forward-only passes over the step's rollouts (policy, reference), and passes forward and back."""
+    return (2 if config.algorithm.kl_weight > 0 else 1), 1
+
+
+def tensor_units(model: ModelConfig, layout: Layout, *, recompute: Recompute) -> tuple[int, int]:
+    """All-gathers and reduce-scatters of [tokens, hidden] of a layer: (forward, forward and backward together).
+
+    With sequence parallelism a column-parallel layer gathers its input, and once more for its weight's gradient, whose
+    own is scattered. Without it, each all-reduce counts as two units. Experts are not cut: only attention is.
+    Selective recompute does the MLP's again.
+    """
+    blocks = 1 if model.experts else 2
+    forward = 2 * blocks
+    backward = (3 if layout.sequence else 2) * blocks
+    again = {"none": 0, "selective": 2 * (blocks - 1), "full": forward}[recompute]
+    return forward, forward + backward + again
+
+
+def wire_bytes(
+    config: Config,
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    sizes: list[RankSize],
+    head: HeadSpec | None,
+    load: Workload,
+) -> dict[str, float]:
+    """By group: tensor, pipeline, data, context, expert, sync (weights to the engines), contrastive (the gather)."""
+    e = ITEMSIZE[config.model.dtype]
+    scores, updates = passes(config)
+    micros = load.micros * load.updates  # of a replica, in a step
+    stage_ranks = layout.world_size // layout.pipeline
+    hidden = e * load.micro_tokens * model.hidden_size
+    forward, both = tensor_units(model, layout, recompute=config.model.recompute)
+    layers = scores * forward + updates * both
+    # Embedding and output layer take a unit each, and one for each backward pass.
+    units = model.num_layers * layers + 2 * (scores + 2 * updates)
+    logits = 2 * 4 * _FP32 * load.response_tokens * (scores + updates)
+    tensor = (layout.tensor - 1) / layout.tensor * (units * hidden + logits) * stage_ranks * micros
+    boundaries = layout.pipeline * layout.virtual_pipeline - 1
+    divided = layout.tensor if layout.sequence else 1
+    pipeline = boundaries * hidden / divided * stage_ranks * micros * (scores + 2 * updates)
+    if layout.pipeline == 1:
+        pipeline = 0.0
+    return {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "data": load.updates * sum(data_bytes(size, layout, e) for size in sizes) * stage_ranks,
+        "context": context_bytes(model, layout, load, e) * micros * (scores + 3 * updates) * layout.world_size,
+        "expert": expert_bytes(config, model, layout, load) * micros * layout.world_size,
+        "sync": float(sum(gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline)) * stage_ranks),
+        "contrastive": gather_bytes(layout, load, head) * layout.world_size,
+    }
+
+
+def data_bytes(size: RankSize, layout: Layout, itemsize: int) -> float:
+    """Of one rank and optimizer step: fp32 gradients are scattered, new weights gathered."""
+    total = 0.0
+    for chunk in size.chunks:
+        for elements, ranks in zip((chunk.dense, chunk.expert), shard_ranks(layout), strict=True):
+            total += (_FP32 + itemsize) * buffer_elements(elements, ranks) * (ranks - 1) / ranks
+    return total
+
+
+def context_bytes(model: ModelConfig, layout: Layout, load: Workload, itemsize: int) -> float:
+    """Of one rank, micro-batch and forward pass: the others' keys and values. Backward: again, and their gradients."""
+    if layout.context == 1:
+        return 0.0
+    kv = max(1, model.num_kv_heads // layout.tensor) * model.head_dim
+    layers = model.num_layers / layout.pipeline
+    return (layout.context - 1) * 2 * itemsize * kv * load.micro_tokens * layers
+
+
+def expert_bytes(config: Config, model: ModelConfig, layout: Layout, load: Workload) -> float:
+    """Of one rank and micro-batch: every pick of a token travels to its expert and back, forward and backward."""
+    if model.experts is None or layout.expert == 1:
+        return 0.0
+    scores, updates = passes(config)
+    rounds = 2 * (scores + updates * (3 if config.model.recompute != "none" else 2))
+    picks = load.micro_tokens / layout.tensor * model.experts.per_token
+    once = ITEMSIZE[config.model.dtype] * picks * model.hidden_size * (layout.expert - 1) / layout.expert
+    return rounds * once * model.num_layers / layout.pipeline
+
+
+@cache
+def gathered_bytes(model: ModelConfig, layout: Layout, stage: int, itemsize: int) -> int:
+    """What one rank of a stage receives in a push, on average over expert ranks.
+
+    weights/sync.py sends the shards of every parameter along the pipeline (a divided expert's only to the ranks that
+    stand where it is held), then over the expert ranks, and gathers them over the tensor ranks.
+    """
+    elsewhere = {
+        Place.FIRST: float(stage > 0),
+        Place.LAST: float(stage < layout.pipeline - 1),
+        Place.LAYER: model.num_layers * (1 - 1 / layout.pipeline),
+    }
+    total = 0.0
+    for row in table(model):
+        if row.tied:
+            continue
+        ranks = row.num_shards(layout)
+        shard = prod(shard_shape(row, ranks))
+        copies = model.experts.count if row.expert and model.experts else 1
+        number = copies * (model.num_layers if row.place is Place.LAYER else 1)
+        total += copies * elsewhere[row.place] * shard / (layout.expert if row.expert else 1)
+        if row.expert:
+            total += number * shard * (layout.expert - 1) / layout.expert
+        if row.split is not Split.REPLICATED and ranks > 1:
+            total += number * shard * (ranks - 1)
+    return round(itemsize * total)
+
+
+def gather_bytes(layout: Layout, load: Workload, head: HeadSpec | None) -> float:
+    """Of one rank in a step: representations of the other replicas' rollouts (gather.py)."""
+    if head is None:
+        return 0.0
+    return load.updates * (layout.data - 1) * load.replica_rollouts * head.dim * _FP32

@@ -1,0 +1,102 @@
+// Curves over the steps: by domain, of the whole run, and any other figure by name.
+
+const DOMAIN_CHARTS = [
+  { key: "reward", title: "Reward", about: "mean over the rollouts of a step", share: true, mean: "reward/mean" },
+  { key: "signal", title: "Signal", about: "share of prompts whose rewards differ", share: true, mean: "signal" },
+  { key: "response_tokens", title: "Response length", about: "tokens", mean: "response_tokens" },
+  { key: "truncated", title: "Truncated", about: "share of rollouts at the response limit", share: true, mean: "truncated" },
+  { key: "entropy", title: "Entropy", about: "nats a token", mean: "entropy" },
+  { key: "kl", title: "KL to the reference", about: "nats a token", mean: "kl" },
+  { key: "engine/logprob_diff", title: "Engine against trainer", about: "difference of log-probs", mean: "engine/logprob_diff_mean" },
+  { key: "contrast/anchors", title: "Anchors", about: "rollouts that are one of either term" },
+  { key: "contrast/positives", title: "Positives", about: "of an anchor, from other domains" },
+  { key: "errors", title: "Groups left out", about: "their verifier failed", mean: "groups/errors" },
+];
+
+const PLAIN_CHARTS = [
+  { title: "Policy loss", names: ["loss/policy"] },
+  { title: "KL loss", names: ["loss/kl"] },
+  { title: "Contrastive losses", about: "without their weights", names: ["loss/share", "loss/consolidate"] },
+  { title: "Gradient norm", about: "before it is clipped", names: ["grad_norm"] },
+  { title: "Learning rate", names: ["lr"] },
+  { title: "Ratio and clipping", names: ["ratio", "clip_fraction"] },
+  { title: "Importance", about: "engine against trainer", names: ["importance/weight", "importance/capped"] },
+  { title: "Alignment", about: "of representations", names: ["contrast/alignment"] },
+  { title: "Uniformity", about: "of representations", names: ["contrast/uniformity"] },
+];
+
+function curvesSection() {
+  if (!RUN.figures.total && !RUN.evaluations.total) return absent("No figure is on file yet.");
+  const state = { hidden: new Set(), smoothing: startingSmoothing() };
+  const grid = el("div", { class: "charts" });
+  const redraw = () => grid.replaceChildren(...chartsOf(state));
+  redraw();
+  return el("div", {}, el("div", { class: "controls" }, domainToggles(state.hidden, redraw), smoothingControl(state, redraw)), grid, otherFigures());
+}
+
+/** An odd number of steps: none for a handful, more for a long run. */
+function startingSmoothing() {
+  const steps = RUN.figures.steps.length;
+  return steps < 8 ? 1 : steps < 60 ? 3 : steps < 300 ? 9 : 25;
+}
+
+function domainToggles(hidden, change) {
+  const boxes = RUN.domains.map((_, domain) => {
+    const flip = (event) => {
+      if (event.target.checked) hidden.delete(domain);
+      else hidden.add(domain);
+      change();
+    };
+    return el("label", { class: "toggle" }, el("input", { type: "checkbox", checked: !hidden.has(domain), change: flip }), domainTag(domain));
+  });
+  return el("fieldset", { class: "toggles" }, el("legend", {}, "Domains"), boxes);
+}
+
+function smoothingControl(state, change) {
+  const sizes = [1, 3, 9, 25, 75].filter((size) => size === 1 || size < RUN.figures.steps.length);
+  if (!sizes.includes(state.smoothing)) state.smoothing = 1;
+  const pick = (event) => {
+    state.smoothing = Number(event.target.value);
+    change();
+  };
+  const options = sizes.map((size) => el("option", { value: size, selected: size === state.smoothing }, size === 1 ? "off" : `mean of ${size}`));
+  return el("label", {}, "Smoothing ", el("select", { change: pick }, options));
+}
+
+function chartsOf({ hidden, smoothing }) {
+  const domains = RUN.domains.map((name, domain) => ({ name, ...domainStyle(domain), domain })).filter((one) => !hidden.has(one.domain));
+  const charts = DOMAIN_CHARTS.flatMap((chart) => {
+    const series = domains.map((one) => ({ ...one, values: figure(`${chart.key}/${one.name}`) }));
+    if (chart.mean) series.push({ name: "all", colour: "currentColor", bold: true, values: figure(chart.mean) });
+    const known = [...RUN.domains.map((name) => `${chart.key}/${name}`), chart.mean || ""].some(hasFigure);
+    return known ? [lineChart({ ...chart, steps: RUN.figures.steps, series, smoothing })] : [];
+  });
+  const plain = PLAIN_CHARTS.filter((chart) => chart.names.some(hasFigure)).map((chart) =>
+    lineChart({ ...chart, steps: RUN.figures.steps, series: namedSeries(chart.names), smoothing }),
+  );
+  charts.splice(1, 0, ...accuracyChart(domains));
+  return [...charts, ...plain];
+}
+
+function accuracyChart(domains) {
+  const { steps, columns, total } = RUN.evaluations;
+  if (!total) return [];
+  const series = domains.map((one) => ({ ...one, values: columns[one.name] || steps.map(() => null) }));
+  series.push({ name: "all", colour: "currentColor", bold: true, values: columns.mean });
+  return [lineChart({ title: "Held-out accuracy", about: "greedy; share of the items", steps, series, share: true })];
+}
+
+function namedSeries(names) {
+  return names.filter(hasFigure).map((name, i) => ({ name, ...domainStyle(i), values: figure(name) }));
+}
+
+/** Any figure of metrics.jsonl, chosen by name. */
+function otherFigures() {
+  const names = Object.keys(RUN.figures.columns).filter(hasFigure);
+  if (!names.length) return null;
+  const place = el("div", { class: "charts" });
+  const draw = (name) => place.replaceChildren(lineChart({ title: name, steps: RUN.figures.steps, series: namedSeries([name]) }));
+  const pick = el("select", { id: "figure", change: (event) => draw(event.target.value) }, names.map((name) => el("option", { value: name }, name)));
+  draw(names[0]);
+  return el("section", {}, el("h2", {}, "Any figure"), el("label", { class: "controls" }, "Figure ", pick), place);
+}

@@ -1,0 +1,85 @@
+"""Programs against unit tests: 1 for a program that passes all of its item's tests, else 0; no marks for a share.
+
+The verdict can't be forged from inside: what is expected never enters the process in which the model's code runs
+(code_tests.py), which can only hand out text or values; they are compared in this process or in another sandboxed
+one. Exit codes, patched builtins, exit handlers and objects that equal everything decide nothing.
+"""
+
+import re
+import time
+from typing import Any
+
+from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, parse_tests, same_lines
+from megatron_mcpo.rewards.sandbox import harness, process
+from megatron_mcpo.rewards.sandbox.levels import Level
+
+_FENCED = re.compile(
+    r"^[ \t]*```[ \t]*(?:python3?|py)[ \t]*\r?\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL | re.IGNORECASE
+)
+"""A block of Python in Markdown."""
+
+MAX_CODE_BYTES = 2**18
+
+
+def score(entry: dict[str, Any], answer: str, *, level: Level, seconds: float = 8.0) -> float:
+    """1.0 if the program in `answer` passes every test of `entry["tests"]`, else 0.0.
+
+    The program is the last fenced block of Python, or the whole answer where there is none. A test is
+    {"input": text, "output": text}, judged by the lines of standard output without outer blanks and an exit code of 0,
+    or {"assert": statements} (code_tests.py says what it may hold).
+    seconds: for all the tests together; a program that takes longer is wrong. It must be shorter than the deadline of
+    the worker process that this runs in.
+    level: as available_level found it; the trainer's process asks, once, so that no probe takes an answer's time
+    Raises ValueError for an item whose tests can't be used, SandboxError when the sandbox fails, and, at the level
+    interpreter, Unsupported for a program that CPython might run: none of these says that the answer is wrong.
+    """
+    inputs, asserts = parse_tests(entry)
+    code = extract_code(answer)
+    if len(code.encode(errors="replace")) > MAX_CODE_BYTES or "\0" in code:
+        return 0.0
+    code = code.encode(errors="replace").decode()
+    deadline = time.monotonic() + seconds
+    if level == "interpreter":
+        from megatron_mcpo.rewards.sandbox import interpreter
+
+        return float(interpreter.passes(code, inputs, asserts, deadline))
+    return float(
+        all(_prints(code, test, level, deadline) for test in inputs)
+        and (not asserts.checks or _asserts_hold(code, asserts, level, deadline))
+    )
+
+
+def extract_code(answer: str) -> str:
+    """The last ```python block of a text, or all of it."""
+    blocks = _FENCED.findall(answer)
+    return blocks[-1] if blocks else answer
+
+
+def _left(deadline: float) -> float:
+    return deadline - time.monotonic()
+
+
+def _prints(code: str, test: InputTest, level: process.ProcessLevel, deadline: float) -> bool:
+    """Whether the program turns the test's input into its output."""
+    if _left(deadline) <= 0:
+        return False
+    outcome = process.run(
+        {"mode": "program", "code": code},
+        test.stdin.encode(),
+        level=level,
+        seconds=_left(deadline),
+        output_bytes=process.OUTPUT_BYTES + len(test.stdout.encode()),
+    )
+    return outcome.exit_code == 0 and same_lines(outcome.output.decode(errors="replace"), test.stdout)
+
+
+def _asserts_hold(code: str, tests: AssertTests, level: process.ProcessLevel, deadline: float) -> bool:
+    """Whether the values that one process hands out satisfy the checks that another makes."""
+    if _left(deadline) <= 0:
+        return False
+    job: dict[str, Any] = {"mode": "values", "code": code, "steps": tests.steps}
+    values = process.run(job, b"", level=level, seconds=_left(deadline))
+    if values.stopped or _left(deadline) <= 0:
+        return False
+    job = {"mode": "judge", "setup": tests.setup, "modules": sorted(tests.modules), "checks": tests.checks}
+    return process.run(job, values.output, level=level, seconds=_left(deadline)).output == harness.PASS

@@ -1,0 +1,122 @@
+"""A score from a reward model or judge behind an OpenAI-style endpoint. Imported by worker processes.
+
+One request at a time a worker: rewards.workers is how many there are at once. The response is pasted into the judge's
+instruction as it is, so a response can address the judge: what a judge rewards is what the policy learns.
+"""
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from functools import cache
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+_FIRST_PAUSE_SECONDS = 0.25
+"""Before the second attempt; every further pause is twice as long."""
+
+_LONGEST_REPLY = 2**22
+_WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and every 5xx: other refusals stay what they are
+
+_PLACE = re.compile(r"\{(question|answer|response)\}")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\.?\d[\d.,eE/%+-]*(?:\s*/\s*\d+)?")
+
+
+class JudgeError(RuntimeError):
+    """The judge could not be reached, refused, or said nothing that can be used."""
+
+
+def score(
+    entry: dict[str, Any],
+    answer: str,
+    *,
+    url: str,
+    model: str,
+    prompt: str,
+    api_key_file: str | None,
+    retries: int,
+    seconds: float,
+) -> float:
+    """The last number of the judge's reply, from 0 to 1.
+
+    prompt: file with the instruction, in which {question}, {answer} and {response} are replaced
+    seconds: for all attempts with the pauses between them
+    Raises JudgeError, or TimeoutError when the time is over before a reply can be used.
+    """
+    deadline = time.monotonic() + seconds
+    body = json.dumps(
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": _instruction(prompt, entry, answer)}],
+            "temperature": 0,
+        }
+    )
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body.encode(), _headers(api_key_file))
+    for attempt in range(retries + 1):
+        if attempt:
+            time.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), max(deadline - time.monotonic(), 0)))
+        try:
+            return _score_of(_reply(request, deadline))
+        except JudgeError as error:
+            reason = error
+    raise JudgeError(f"{url}: {retries + 1} attempts failed, the last: {reason}")
+
+
+def _instruction(path: str, entry: dict[str, Any], answer: str) -> str:
+    """Filled in one pass: what is put in place of one name is not searched for the others."""
+    values = {"question": entry.get("question"), "answer": entry.get("answer"), "response": answer}
+    shown = {name: "" if value is None else str(value) for name, value in values.items()}
+    text = _PLACE.sub(lambda match: shown[match[1]], _read(path))
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair can't be sent
+
+
+def _headers(api_key_file: str | None) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if api_key_file is not None:
+        headers["Authorization"] = f"Bearer {_read(api_key_file).strip()}"
+    return headers
+
+
+@cache
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _reply(request: urllib.request.Request, deadline: float) -> str:
+    """What the judge said. Raises JudgeError where another attempt may help, PermissionError where it can't."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the judge gave no reply that can be used in time")
+    try:
+        with urllib.request.urlopen(request, timeout=left) as response:
+            content = response.read(_LONGEST_REPLY)
+    except urllib.error.HTTPError as error:
+        reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+        if error.code < 500 and error.code not in _WORTH_ANOTHER_TRY:
+            raise PermissionError(f"{request.full_url}: refused with {reason}") from None
+        raise JudgeError(reason) from None
+    except (OSError, HTTPException) as error:
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            raise TimeoutError("the judge gave no reply that can be used in time") from None
+        raise JudgeError(f"{type(error).__name__}: {error}") from None
+    try:
+        said = json.loads(content)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        said = None
+    if not isinstance(said, str):
+        raise JudgeError(f"not a chat completion: {content[:200].decode(errors='replace')}")
+    return said
+
+
+def _score_of(reply: str) -> float:
+    """A fraction, a percentage, a range and a number above 1 are not taken for a score: they have another scale."""
+    numbers = _NUMBER.findall(reply)
+    try:
+        value = float(numbers[-1].rstrip(".,-"))
+    except (IndexError, ValueError):
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise JudgeError(f"its reply does not end in a number from 0 to 1: {reply[-200:]!r}")
+    return value

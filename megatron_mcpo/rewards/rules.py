@@ -1,0 +1,116 @@
+"""What can be known to be wrong with [[domain.verifiers]] before torch is imported."""
+
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mcpo.config import Config, ConfigError
+from megatron_mcpo.domain_sections import DomainConfig, VerifierConfig
+from megatron_mcpo.rewards.kinds import KINDS
+from megatron_mcpo.rewards.sandbox.levels import available_level
+
+if TYPE_CHECKING:
+    from megatron_mcpo.data.domains import Domain
+
+
+def problems(config: Config) -> list[str]:
+    """One line (key, value, rule, fix) for every verifier that can't be what is meant."""
+    found: list[str] = []
+    for domain, limit in zip(config.domain, config.response_limits, strict=True):
+        for index, verifier in enumerate(domain.verifiers):
+            where = f"domain {domain.name!r}: verifiers[{index}]"
+            of_keys = [*_missing(verifier, where), *_misplaced(verifier, where)]
+            found += of_keys or _values(verifier, where, response_limit=limit)
+    if any(verifier.kind == "code" for domain in config.domain for verifier in domain.verifiers):
+        found += _sandbox(config)[1]
+    return found
+
+
+def where_code_runs(config: Config, domains: Sequence["Domain"]) -> list[str]:
+    """A note where a domain's responses are programs. Raises ConfigError where this machine has no place for them."""
+    if not any(_runs_code(settings, domain) for settings, domain in zip(config.domain, domains, strict=True)):
+        return []
+    level, problems = _sandbox(config)
+    if problems:
+        raise ConfigError(problems)
+    warning = "WARNING: it can reach what you can reach: " if level == "insecure" else ""
+    return [f"{warning}the model's code runs at level {level!r} (rewards.sandbox = {config.rewards.sandbox!r})"]
+
+
+def _runs_code(settings: DomainConfig, domain: "Domain") -> bool:
+    if settings.scoring:
+        return any(verifier.kind == "code" for verifier in settings.scoring)
+    return any(prompt.entry.get("verifier") == "code" for source in domain.sources for prompt in source.train)
+
+
+def _sandbox(config: Config) -> tuple[str | None, list[str]]:
+    try:
+        return available_level(config.rewards.sandbox), []
+    except ValueError as error:
+        return None, [str(error)]
+
+
+def _missing(verifier: VerifierConfig, where: str) -> Iterator[str]:
+    for key in KINDS[verifier.kind].required:
+        if not getattr(verifier, key):
+            yield f"{where}: kind {verifier.kind!r} needs the key {key!r} ({_meaning(key)}); set it"
+
+
+def _misplaced(verifier: VerifierConfig, where: str) -> Iterator[str]:
+    """Keys of other kinds. One that has its default value does no harm: a resolved configuration has them all."""
+    for key, owner in ((key, name) for name, kind in KINDS.items() for key in kind.keys):
+        value = getattr(verifier, key)
+        if owner != verifier.kind and value != VerifierConfig.model_fields[key].default:
+            yield f"{where}.{key} = {value!r}: is for kind {owner!r}, this one is {verifier.kind!r}; leave it out"
+
+
+def _meaning(key: str) -> str:
+    return (VerifierConfig.model_fields[key].description or "").partition(": ")[2]
+
+
+def _values(verifier: VerifierConfig, where: str, *, response_limit: int) -> Iterator[str]:
+    if verifier.pattern is not None:
+        try:
+            re.compile(verifier.pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"{where}.pattern = {verifier.pattern!r}: is not a regular expression ({error}); correct it"
+    if verifier.buffer_tokens is not None and verifier.buffer_tokens > response_limit:
+        yield (
+            f"{where}.buffer_tokens = {verifier.buffer_tokens}: must be at most the domain's response limit, "
+            f"{response_limit}; lower it"
+        )
+    if verifier.function is not None and (reason := _not_found(verifier.function.partition(":")[0])):
+        yield (
+            f"{where}.function = {verifier.function!r}: {reason}; correct it, or start where the module can be imported"
+        )
+    if verifier.prompt is not None:
+        text, reason = _read(verifier.prompt)
+        if not reason and "{response}" not in text:
+            reason = "has no {response}, so that the judge would never see one"
+        if reason:
+            yield f"{where}.prompt = {verifier.prompt!r}: {reason}; give the path of a text that has it"
+    if verifier.api_key_file is not None:
+        text, reason = _read(verifier.api_key_file)
+        if reason or not text.strip():
+            yield f"{where}.api_key_file: {reason or 'is empty'}; give the path of a file with the key"
+
+
+def _not_found(module: str) -> str:
+    """Why there is no such module; empty where there is one. Imports the packages around it, but not the module."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except Exception as error:  # a package may raise anything while it is imported
+        return f"its package can't be imported ({type(error).__name__}: {error})"
+    return "" if found else f"there is no module {module!r}"
+
+
+def _read(path: str) -> tuple[str, str]:
+    """The text of a file, and why it can't be had."""
+    try:
+        return Path(path).read_text(encoding="utf-8"), ""
+    except OSError as error:
+        return "", f"can't be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return "", "is not UTF-8 text"

@@ -1,0 +1,172 @@
+"""What runs inside the sandbox, given to Python as text; standard library only, nothing of this package.
+
+Arguments: a file descriptor with the job (JSON). It takes away its own privileges, says STARTED on standard output
+and does one of three things, as the job's "mode" says:
+
+program  runs "code" as __main__: standard input is the test's, standard output goes to the parent.
+values   runs "code" as a module, then each of "steps" in it: ["do", statements] or ["value", expression]. Standard
+         output gets one JSON list with the encoded values in order. The program can forge any of it: nothing here
+         knows which values are expected.
+judge    reads such a list from standard input and prints PASS where all of "checks", expressions over value_0,
+         value_1 ..., are true of it. No code of the model runs in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import resource
+import sys
+import types
+from collections import deque
+
+TYPE_CHECKING = False  # typing itself takes too long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+STARTED = b"started\n"
+PASS = b"pass"
+MAX_ITEMS = 100_000  # of an iterator that are looked at
+
+
+def main() -> None:
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        job = json.load(file)
+    drop_privileges(job)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.closerange(3, silence)
+    os.write(1, STARTED)
+    os.dup2(silence, 2)
+    if job["mode"] == "program":
+        os.close(silence)
+        run_program(job["code"])
+    elif job["mode"] == "values":
+        report = os.dup(1)
+        os.dup2(silence, 1)
+        os.close(silence)
+        text = json.dumps(values(job["code"], job["steps"])).encode()
+        while text:
+            text = text[os.write(report, text) :]
+        os._exit(0)  # threads and exit handlers of the program have nothing left to say
+    else:
+        if judge(json.load(sys.stdin), job["setup"], job["modules"], job["checks"]):
+            os.write(1, PASS)
+
+
+def drop_privileges(job: dict) -> None:
+    if job["user"] is not None:  # the parent is root, and so is this process until here
+        os.setresgid(job["user"], job["user"], job["user"])
+        os.setresuid(job["user"], job["user"], job["user"])
+    if job["die_with_parent"]:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    for name, value in job["limits"].items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def run_program(code: str) -> None:
+    namespace = vars(sys.modules["__main__"])
+    for name in [name for name in namespace if not name.startswith("__")]:
+        del namespace[name]
+    program = compile(code, "main.py", "exec")
+    exec(program, namespace)
+
+
+def values(code: str, steps: list) -> list:
+    module = types.ModuleType("solution")
+    sys.modules["solution"] = module
+    found = []
+    try:
+        exec(compile(code, "solution.py", "exec"), vars(module))
+        for kind, source in steps:
+            if kind == "do":
+                exec(source, vars(module))
+            else:
+                found.append(value_of(source, vars(module)))
+    except BaseException:  # SystemExit and KeyboardInterrupt too: the rest has no value
+        pass
+    return found
+
+
+def value_of(source: str, namespace: dict) -> list:
+    try:
+        return encode(eval(source, namespace))  # noqa: S307 -- that is what the sandbox is for
+    except BaseException as error:
+        return ["error", type(error).__name__]
+
+
+def encode(value: Any) -> list:
+    """[kind, ...]: plain data by value, whatever else as something that equals nothing."""
+    if value is None or isinstance(value, bool):
+        return ["plain", value]
+    if isinstance(value, int):
+        return ["int", hex(int(value))]  # no limit on digits, no quadratic time
+    if isinstance(value, float):
+        return ["plain", float(value)]
+    if isinstance(value, str):
+        return ["plain", str.__str__(value)]
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
+    if isinstance(value, bytes | bytearray):
+        return ["bytes", bytes(value).hex()]
+    if isinstance(value, dict):
+        return ["dict", [[encode(key), encode(item)] for key, item in dict.items(value)]]
+    kind: Any
+    for kind in (list, tuple, set, frozenset, deque):
+        if isinstance(value, kind):
+            return [kind.__name__, [encode(item) for item in kind.__iter__(value)]]
+    if isinstance(value, range):
+        return ["range", value.start, value.stop, value.step]
+    if hasattr(type(value), "__iter__"):
+        return ["iterator", [encode(item) for item in itertools.islice(value, MAX_ITEMS)]]
+    return ["opaque", type(value).__name__]
+
+
+def decode(node: list) -> Any:
+    """The value that `encode` described, of built-in types alone."""
+    kind, *rest = node
+    if kind == "plain":
+        return rest[0]
+    if kind == "int":
+        return int(rest[0], 16)
+    if kind == "complex":
+        return complex(*rest)
+    if kind == "bytes":
+        return bytes.fromhex(rest[0])
+    if kind == "dict":
+        return {decode(key): decode(item) for key, item in rest[0]}
+    if kind == "range":
+        return range(*rest)
+    if kind == "opaque":
+        return object()
+    containers: dict[str, Any] = {
+        "list": list,
+        "tuple": tuple,
+        "set": set,
+        "frozenset": frozenset,
+        "deque": deque,
+        "iterator": iter,
+    }
+    return containers[kind]([decode(item) for item in rest[0]])
+
+
+def judge(found: list, setup: str, modules: list, checks: list) -> bool:
+    namespace: dict[str, Any] = {name: importlib.import_module(name) for name in modules}
+    exec(setup, namespace)
+    namespace |= {f"value_{number}": decode(node) for number, node in enumerate(found)}
+    for check in checks:
+        exec(f"verdict = bool({check})", namespace)
+        if namespace["verdict"] is not True:
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

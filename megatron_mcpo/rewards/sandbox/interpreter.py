@@ -1,0 +1,237 @@
+"""The level `interpreter`: programs in pydantic-monty, an interpreter of a part of Python that has no way out.
+
+It knows no files, processes, sockets or native code, and runs in a process of its own, so that one that crashes is
+replaced. What it lacks (del, yield, with, most of the standard library, sys.stdin) is Unsupported: whether the program
+is right can't be said.
+"""
+
+import ast
+import builtins
+import re
+import sys
+import time
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import pydantic_monty
+
+from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, same_lines
+from megatron_mcpo.rewards.sandbox.process import OUTPUT_BYTES
+
+MEMORY_BYTES = 2**28
+"""Heap of a program."""
+
+_SPECIAL_METHODS = frozenset(
+    f"__{name}__" for name in ("init", "repr", "str", "eq", "add", "call", "contains", "getitem", "iter", "next")
+)
+"""Those of a program's classes that the interpreter calls."""
+
+# As in harness.py, in what the interpreter knows: values leave as text, so that nothing is hashed out here.
+_ENCODE = """
+import json as _json
+def _encode(value):
+    kind = type(value)
+    if value is None or kind is bool or kind is float or kind is str:
+        return ["plain", value]
+    if kind is int:
+        return ["int", hex(value)]
+    if kind is bytes:
+        return ["bytes", value.hex()]
+    if isinstance(value, dict):
+        return ["dict", [[_encode(key), _encode(item)] for key, item in value.items()]]
+    for name, container in (("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset)):
+        if isinstance(value, container):
+            return [name, [_encode(item) for item in value]]
+    try:
+        return ["iterator", [_encode(item) for item in value]]
+    except TypeError:
+        return ["opaque", None]
+"""
+_DECODE = """
+import json as _json
+class _Opaque:
+    pass
+def _decode(node):
+    kind, data = node
+    if kind == "plain":
+        return data
+    if kind == "opaque":
+        return _Opaque()
+    if kind == "int":
+        return int(data, 16)
+    if kind == "bytes":
+        return bytes.fromhex(data)
+    if kind == "dict":
+        return {_decode(key): _decode(item) for key, item in data}
+    items = [_decode(item) for item in data]
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}[kind](items)
+"""
+
+
+class Unsupported(RuntimeError):
+    """The program uses what this interpreter lacks and CPython has."""
+
+
+class Failed(Exception):
+    """The program's own failure: it raised, took too long or too much memory, or printed too much."""
+
+
+class Session:
+    """One fresh interpreter until `deadline` (time.monotonic). A context manager."""
+
+    def __init__(self, deadline: float, *, output_bytes: int = OUTPUT_BYTES):
+        self.output = ""
+        seconds = max(deadline - time.monotonic(), 0.0)
+        self._deadline = deadline
+        self._output_bytes = output_bytes
+        self._checkout = _pool().checkout(
+            limits={
+                "max_feed_duration_secs": seconds,
+                "max_memory": MEMORY_BYTES,
+                "max_total_sleep_secs": seconds,
+                "max_suspensions": 100_000,
+            },
+            assert_message_annotations=False,
+        )
+
+    def __enter__(self) -> "Session":
+        self._session = self._checkout.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._checkout.__exit__(*exception)
+
+    def run(self, code: str, *, stdin: Iterable[str] = (), values: dict[str, Any] | None = None) -> Any:
+        """The value of the last expression of `code`; what it prints is added to `output`. stdin: lines for input().
+
+        Raises Failed or Unsupported.
+        """
+        lines = iter(stdin)
+
+        def read_line(prompt: str = "") -> str:
+            line = next(lines, None)
+            if line is None:
+                raise EOFError("EOF when reading a line")
+            return line
+
+        if time.monotonic() > self._deadline:
+            raise Failed("too late")
+        try:
+            return self._session.feed_run(
+                code, inputs=values or {}, external_lookup={"input": read_line}, print_callback=self._print
+            )
+        except pydantic_monty.MontyError as error:
+            if isinstance(error.exception(), SystemExit):
+                return None
+            reason = _lack(error, code)
+            if reason is not None:
+                raise Unsupported(f"the sandbox's interpreter can't run this program: {reason}") from error
+            raise Failed(str(error)[:200]) from error
+        except ValueError as error:  # a value that the library can't hand over, such as an int of 5000 digits
+            raise Failed(str(error)[:200]) from error
+
+    def _print(self, stream: str, text: str) -> None:
+        if stream == "stdout":
+            self.output += text
+        if len(self.output) > self._output_bytes:
+            raise ValueError("too much output")
+
+
+def passes(code: str, inputs: list[InputTest], asserts: AssertTests, deadline: float) -> bool:
+    """Whether a program passes its tests before `deadline` (time.monotonic). Raises Unsupported."""
+    _check_methods(code)
+    try:
+        return all(_prints(code, test, deadline) for test in inputs) and (
+            not asserts.checks or _judge(asserts, _values(code, asserts, deadline), deadline)
+        )
+    except Failed:
+        return False
+
+
+def _prints(code: str, test: InputTest, deadline: float) -> bool:
+    with Session(deadline, output_bytes=OUTPUT_BYTES + len(test.stdout)) as session:
+        session.run(code, stdin=test.stdin.splitlines())
+    return same_lines(session.output, test.stdout)
+
+
+def _values(code: str, tests: AssertTests, deadline: float) -> list[str]:
+    """What the program's values are, as JSON that it may have forged."""
+    with Session(deadline) as session:
+        session.run(_without_main(code))
+        session.run(_ENCODE)
+        found = []
+        for kind, source in tests.steps:
+            if kind == "do":
+                session.run(source)
+            else:  # whatever the program made of these names, what comes out is a str
+                found.append(session.run('f"{_json.dumps(_encode((' + source + ')))}"'))
+    if sum(map(len, found)) > OUTPUT_BYTES:
+        raise Failed("too much output")
+    return found
+
+
+def _judge(tests: AssertTests, values: list[str], deadline: float) -> bool:
+    """Whether all checks are true of the values, in an interpreter that has seen no code of the model."""
+    with Session(deadline) as session:
+        session.run(tests.setup + "".join(f"import {name}\n" for name in sorted(tests.modules)) + _DECODE)
+        for number, text in enumerate(values):
+            session.run(f"value_{number} = _decode(_json.loads(text))", values={"text": text})
+        return all(session.run(f"bool({check})") is True for check in tests.checks)
+
+
+@cache
+def _pool() -> pydantic_monty.Monty:
+    """The interpreter's process, of which each worker has one; it ends with its parent, when its input is closed."""
+    return pydantic_monty.Monty(max_processes=1).__enter__()
+
+
+def _lack(error: pydantic_monty.MontyError, code: str) -> str | None:
+    """What CPython has and this interpreter lacks, where that is what the error says."""
+    text = str(error)
+    inner = error.exception()
+    if isinstance(error, pydantic_monty.MontySyntaxError):
+        return f"syntax: {text}" if _parsed(code) is not None else None
+    if "not yet support" in text or "Internal error in monty" in text or "'list' object is not an iterator" in text:
+        return text  # the last: a generator expression is a list here
+    names = re.findall(r"'(\w+)'", text)
+    if isinstance(inner, ImportError):
+        return text if any(name in sys.stdlib_module_names for name in names) else None
+    if isinstance(inner, NameError):
+        return text if any(hasattr(builtins, name) for name in names) else None
+    if isinstance(inner, AttributeError) and len(names) == 2:
+        owner, attribute = names
+        is_module = "module" in text and owner in sys.stdlib_module_names
+        return text if is_module or hasattr(getattr(builtins, owner, None), attribute) else None
+    return None
+
+
+def _check_methods(code: str) -> None:
+    """Raise Unsupported for a class with a special method that the interpreter passes over, some of them silently."""
+    program = _parsed(code)
+    classes = (node for node in ast.walk(program) if isinstance(node, ast.ClassDef)) if program is not None else ()
+    for method in (statement for node in classes for statement in node.body):
+        if not isinstance(method, ast.FunctionDef) or not re.fullmatch(r"__\w+__", method.name):
+            continue
+        if method.name not in _SPECIAL_METHODS:
+            raise Unsupported(f"the sandbox's interpreter can't run this program: it ignores {method.name}")
+
+
+def _without_main(code: str) -> str:
+    """The program as a module: here `__name__` is always "__main__"."""
+    program = _parsed(code)
+    if program is None:
+        return code
+    program.body = [
+        statement
+        for statement in program.body
+        if not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'")
+    ]
+    return ast.unparse(program)
+
+
+def _parsed(code: str) -> ast.Module | None:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None

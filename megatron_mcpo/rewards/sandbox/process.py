@@ -1,0 +1,158 @@
+"""One program in one sandboxed process: started, watched, ended, with all that it left."""
+
+import contextlib
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_mcpo.rewards.sandbox import bubblewrap, harness
+from megatron_mcpo.rewards.sandbox.seccomp import filter_bytes
+
+ProcessLevel = Literal["bubblewrap", "insecure"]
+
+MEMORY_BYTES = 2**30
+"""Address space of a program."""
+
+OUTPUT_BYTES = 2**20
+"""What is read of a program's standard output before it is ended; a test's expected output adds to it."""
+
+START_SECONDS = 2.0
+"""A program that isn't started in less has used up its time before; given more, it is the sandbox that fails."""
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself failed: nothing is known about the program."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program did. exit_code: None where it was stopped, `stopped` says for what."""
+
+    output: bytes
+    exit_code: int | None
+    stopped: Literal["", "time", "output"] = ""
+
+
+def run(
+    job: dict[str, Any], stdin: bytes, *, level: ProcessLevel, seconds: float, output_bytes: int = OUTPUT_BYTES
+) -> Outcome:
+    """Run `job` (see harness.py) for at most `seconds`; when this returns no process of it is left.
+
+    Ends with its parent: bubblewrap by --die-with-parent, the insecure level by PR_SET_PDEATHSIG.
+    Raises SandboxError where the program was not even started.
+    """
+    as_root = level == "bubblewrap" and os.geteuid() == 0
+    limits = {
+        "RLIMIT_AS": MEMORY_BYTES,
+        "RLIMIT_CPU": math.ceil(seconds) + 1,
+        "RLIMIT_FSIZE": bubblewrap.TEMPORARY_BYTES,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+    }
+    if level == "bubblewrap":  # elsewhere it counts the user's other processes too
+        limits["RLIMIT_NPROC"] = 64
+    shell = {"user": bubblewrap.NOBODY if as_root else None, "limits": limits, "die_with_parent": level == "insecure"}
+    with contextlib.ExitStack() as stack:
+        job_fd = _readable(stack, "job", json.dumps({**job, **shell}).encode())
+        stdin_fd = _readable(stack, "stdin", stdin)
+        complaints = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "r+b"))
+        info, info_fd = os.pipe()
+        stack.callback(os.close, info)
+        with os.fdopen(info_fd, "wb") as far_end:
+            command, fds = _command(stack, level, info_fd=info_fd, as_root=as_root)
+            process = subprocess.Popen(
+                [*command, "-I", "-S", "-B", "-X", "utf8", "-c", _harness(), str(job_fd)],
+                pass_fds=[job_fd, far_end.fileno(), *fds],
+                stdin=stdin_fd,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                cwd="/",
+                env={},
+                start_new_session=level == "insecure",
+                group=bubblewrap.NOBODY if as_root else None,
+                extra_groups=[] if as_root else None,
+            )
+        try:
+            outcome = _watch(process, deadline=time.monotonic() + seconds, output_bytes=output_bytes)
+        finally:
+            _end(process, level, info)
+        too_late = outcome.stopped == "time" and seconds < START_SECONDS
+        if not outcome.output.startswith(harness.STARTED) and not too_late:
+            complaints.seek(0)
+            reason = complaints.read(2000).decode(errors="replace").strip() or f"no start within {seconds:.1f} s"
+            raise SandboxError(f"sandbox {level}: {reason}")
+    return Outcome(outcome.output.removeprefix(harness.STARTED), outcome.exit_code, outcome.stopped)
+
+
+def _command(
+    stack: contextlib.ExitStack, level: ProcessLevel, *, info_fd: int, as_root: bool
+) -> tuple[list[str], list[int]]:
+    """The start of the command line, and the descriptors that it names."""
+    if level == "insecure":
+        return [sys.executable], []
+    seccomp_fd = _readable(stack, "seccomp", filter_bytes())
+    user_fd = bubblewrap.root_user_namespace() if as_root else None
+    command = bubblewrap.command(bubblewrap.usable(), info_fd=info_fd, seccomp_fd=seccomp_fd, user_namespace_fd=user_fd)
+    return command, [seccomp_fd] if user_fd is None else [seccomp_fd, user_fd]
+
+
+def _readable(stack: contextlib.ExitStack, name: str, content: bytes) -> int:
+    """A descriptor from which `content` can be read, and into which nothing can be written."""
+    with os.fdopen(os.memfd_create(name), "wb") as file:
+        file.write(content)
+        file.flush()
+        fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY)
+    stack.callback(os.close, fd)
+    return fd
+
+
+@cache
+def _harness() -> str:
+    return Path(harness.__file__).read_text(encoding="utf-8")
+
+
+def _watch(process: subprocess.Popen[bytes], *, deadline: float, output_bytes: int) -> Outcome:
+    """Read its output to the end, or until it is too long or too late."""
+    assert process.stdout is not None
+    output = bytearray()
+    fd = process.stdout.fileno()
+    while True:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not select.select([fd], [], [], remaining)[0]:
+            return Outcome(bytes(output), None, "time")
+        chunk = os.read(fd, 65536)
+        if not chunk:
+            break
+        output += chunk
+        if len(output) > output_bytes:
+            return Outcome(bytes(output), None, "output")
+    try:
+        return Outcome(bytes(output), process.wait(max(deadline - time.monotonic(), 0.0)))
+    except subprocess.TimeoutExpired:
+        return Outcome(bytes(output), None, "time")
+
+
+def _end(process: subprocess.Popen[bytes], level: ProcessLevel, info: int) -> None:
+    """End it with all that it started. info: where bubblewrap has said which process is the sandbox's first."""
+    if level == "insecure":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    elif process.poll() is None:
+        # With its first process a PID namespace ends, and then bubblewrap itself, which waits for that.
+        os.set_blocking(info, False)
+        with contextlib.suppress(BlockingIOError, ValueError, ProcessLookupError, subprocess.TimeoutExpired):
+            os.kill(json.loads(os.read(info, 4096))["child-pid"], signal.SIGKILL)
+            process.wait(5.0)
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()

@@ -1,0 +1,131 @@
+"""A process group of one trainer rank and the workers of one engine server, for tensors alone. Either side uses it.
+
+It stands beside the default process groups of both programs and touches neither. Gloo on a CPU, NCCL on GPUs.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(seconds=60)
+"""For meeting, and for one tensor."""
+_POLL_SECONDS = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where the sides meet. tag: names this link among those that a server had before"""
+
+    host: str
+    port: int
+    tag: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """What is about to be sent: names, dtypes as torch spells them, shapes."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    tag: str
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, Tensor]], tag: str) -> Self:
+        pairs = list(tensors)
+        return cls(
+            names=[name for name, _ in pairs],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in pairs],
+            shapes=[list(tensor.shape) for _, tensor in pairs],
+            tag=tag,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Sender:
+    """The trainer's side: the group's first rank."""
+
+    def __init__(self, towards: tuple[str, int], tag: str):
+        """towards: host and port of the server, to find out by which address it reaches this machine"""
+        host = _own_address(*towards)
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        self.meeting = Meeting(host=host, port=self._store.port, tag=tag)
+        self._group: Any = None
+
+    def join(self, num_workers: int, device: torch.device) -> None:
+        """Form the group; the workers do so at the same time."""
+        self._group = _group(self._store, self.meeting.host, rank=0, size=1 + num_workers, device=device)
+
+    def send(self, tensors: Iterable[Tensor], stop_when: Callable[[], bool]) -> None:
+        """Broadcast. Returns early as soon as `stop_when` says that nobody receives any more.
+
+        Raises RuntimeError when a worker dies, or takes more than TIMEOUT.
+        """
+        for tensor in tensors:
+            work = _broadcast(self._group, tensor.contiguous())
+            while not work.is_completed():
+                if stop_when():
+                    return
+                time.sleep(_POLL_SECONDS)
+            work.wait()
+
+
+class Receiver:
+    """A worker's side."""
+
+    def __init__(self, meeting: Meeting, *, worker: int, num_workers: int, device: torch.device):
+        """worker: number among the server's `num_workers`. Raises RuntimeError when nobody is there."""
+        self.tag = meeting.tag
+        self._device = device
+        self._store = dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=TIMEOUT)
+        own = _own_address(meeting.host, meeting.port)
+        self._group = _group(self._store, own, rank=1 + worker, size=1 + num_workers, device=device)
+
+    def receive(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
+        """All tensors of a bucket. Raises RuntimeError when the trainer dies, or another one sends."""
+        if bucket.tag != self.tag:
+            raise RuntimeError(f"this server's weights come from {self.tag} now, not from {bucket.tag}")
+        received = []
+        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+            _broadcast(self._group, tensor).wait()
+            received.append((name, tensor))
+        return received
+
+
+def _broadcast(group: Any, tensor: Tensor) -> Any:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    return group.broadcast([tensor], options)
+
+
+def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.device) -> Any:
+    named = dist.PrefixStore("weights", store)
+    if device.type == "cuda":
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = TIMEOUT
+        return dist.ProcessGroupNCCL(named, rank, size, nccl)
+    # Left to itself gloo takes the address that the host's name stands for, which other hosts may not reach.
+    backend: Any = dist.ProcessGroupGloo
+    gloo = backend._Options()
+    gloo._devices = [backend.create_device(hostname=host)]
+    gloo._timeout = TIMEOUT
+    gloo._threads = 2
+    return backend(named, rank, size, gloo)
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address of this machine by which `host` reaches it. Nothing is sent."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])

@@ -1,0 +1,10 @@
+"""A verifier whose import takes longer than a deadline."""
+
+import time
+from typing import Any
+
+time.sleep(2.0)
+
+
+def right(entry: dict[str, Any], answer: str) -> float:
+    return float(answer == entry["answer"])

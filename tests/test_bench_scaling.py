@@ -1,0 +1,34 @@
+"""The messages of a rank whose neighbours are not there are those of real ranks.
+
+Not covered: more ranks than a test can start; what NCCL makes of a message.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mcpo import parallel
+from megatron_mcpo.layout import Layout
+from tools import bench_scaling, tiny_model
+from tools.ranks import run_ranks
+
+
+def measured(folder: Path, layout: Layout) -> dict[str, Any]:
+    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
+    return bench_scaling.received(folder, bench_scaling.sampled(32, 3), ranks)
+
+
+def pretended(folder: Path, layout: Layout) -> dict[str, Any]:
+    with parallel.pretend(layout, rank=0) as ranks:
+        return bench_scaling.received(folder, bench_scaling.sampled(32, 3), ranks)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_a_rank_alone_receives_what_real_ranks_do(tmp_path: Path, replicas: int) -> None:
+    tiny_model.save_model(tmp_path, "untied", num_layers=2)
+    layout = Layout(data=replicas)
+    expected = run_ranks(replicas, measured, tmp_path, layout)[0]
+    (found,) = run_ranks(1, pretended, tmp_path, layout)
+    assert found == expected
+    assert bool(found["bytes"].get("data", 0)) == (replicas > 1)

@@ -1,0 +1,174 @@
+"""Conversions by several processes, and such as were killed: real processes, with torchrun's environment.
+
+Not covered here: several hosts.
+"""
+
+from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
+
+# isort: split
+import contextlib
+import functools
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from converting import make_model, quiet, same, sizes, tensors
+
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.weights import megatron_write
+from megatron_mcpo.weights.compare import compare
+from megatron_mcpo.weights.convert import hf_to_megatron, megatron_to_hf
+from megatron_mcpo.weights.draft import Draft
+from megatron_mcpo.weights.hf_io import HfFolder
+from megatron_mcpo.weights.stored import MegatronFolder
+from tools import hf_to_megatron as to_megatron
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "source", "qwen3", "bfloat16")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_mcpo.weights import convert, megatron_write
+from megatron_mcpo.weights.draft import Draft
+source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+megatron_write.PART_BYTES = 100_000
+finish, parts = Draft.finish, []
+def finish_and_die(self, part, files, record):
+    if len(parts) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(self, part, files, record)
+    parts.append(part)
+Draft.finish = finish_and_die
+if kind == "megatron":
+    layout = convert.layout_of(tensor=2, pipeline=2, virtual_pipeline=1, expert=1)
+    convert.hf_to_megatron(source, final, layout, say=print)
+else:
+    convert.megatron_to_hf(source, final, max_file_bytes=100_000, say=print)
+"""
+
+
+@pytest.mark.parametrize("kind", ["megatron", "hf"])
+def test_a_killed_conversion_goes_on_where_it_stopped(
+    source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megatron_write, "PART_BYTES", 100_000)
+    given, final = source, tmp_path / "out"
+    if kind == "hf":
+        given = tmp_path / "given"
+        hf_to_megatron(source, given, sizes(), verify_forward=False, say=quiet)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(given), str(final), kind], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not final.exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").iterdir()}
+    said: list[str] = []
+    if kind == "megatron":
+        hf_to_megatron(given, final, sizes(tensor=2, pipeline=2), verify_forward=False, say=said.append)
+        model = from_folder(source)
+        assert not compare(HfFolder(source, model), MegatronFolder(final, model)).differing
+    else:
+        megatron_to_hf(given, final, max_file_bytes=100_000, verify_forward=False, say=said.append)
+        assert same(tensors(source), tensors(final))
+    kept = [path.name for path in final.iterdir() if before.get(path.name) == path.stat().st_mtime_ns]
+    assert len(kept) >= 2
+    progress = [line for line in said if line.endswith("parts written")]
+    assert progress[0].startswith("3 of "), said
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def convert(kind: str, given: Path, final: Path, *, dies_at: int | None = None) -> list[str]:
+    """The parts that this process has made. It kills itself (rank 1) at the end of one of them."""
+    finish, made = Draft.finish, []
+
+    def count(self: Draft, part: str, files: Sequence[str], record: Any) -> None:
+        if len(made) == dies_at and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(self, part, files, record)
+        made.append(part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draft, "finish", count)
+        patch.setattr(megatron_write, "PART_BYTES", 30_000)
+        if kind == "megatron":
+            hf_to_megatron(given, final, sizes(tensor=2, pipeline=2), verify_forward=False, say=quiet)
+        else:
+            megatron_to_hf(given, final, max_file_bytes=30_000, verify_forward=False, say=quiet)
+    return made
+
+
+@pytest.fixture(scope="module")
+def megatron(source: Path) -> Path:
+    made = source.parent / "megatron"
+    hf_to_megatron(source, made, sizes(tensor=2), verify_forward=False, say=quiet)
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["megatron", "hf"])
+def test_several_processes_make_what_one_makes(source: Path, megatron: Path, tmp_path: Path, kind: str) -> None:
+    """Also after one of them was killed, and going on with another number of them."""
+    given = source if kind == "megatron" else megatron
+    parts = convert(kind, given, tmp_path / "one")
+    assert len(parts) > 6
+    first, second = run_ranks(2, convert, kind, given, tmp_path / "two")
+    assert abs(len(first) - len(second)) <= 1 and sorted(first + second) == sorted(parts)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+    with pytest.raises(RuntimeError, match="died without a traceback"):
+        run_ranks(2, functools.partial(convert, dies_at=1), kind, given, tmp_path / "three")
+    assert not (tmp_path / "three").exists()
+    kept = {path.name for path in (tmp_path / ".three.partial" / "parts").iterdir()}
+    again = [part for made in run_ranks(3, convert, kind, given, tmp_path / "three") for part in made]
+    assert len(kept) >= 2 and sorted(again) == sorted(part for part in parts if f"{part}.json" not in kept)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def run_tool(given: Path, final: Path) -> tuple[int, str]:
+    """The exit code, and what it says. Rank 1 can't write files of more than 10,000 bytes."""
+    megatron_write.PART_BYTES = 30_000
+    if os.environ["RANK"] == "1":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as said:
+        code = to_megatron.main([str(given), str(final), "--no-verify-forward"])
+    return code, said.getvalue() + errors.getvalue()
+
+
+def test_what_one_process_cannot_write_ends_all_and_is_said_once(source: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, run_tool, source, tmp_path / "out")
+    assert first[0] == second[0] == 2
+    assert "File too large; what was written so far is kept" in first[1]
+    assert second[1] == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
+    draft = Draft.begin(tmp_path / "out", {"from": 1})
+    (draft.path / "a").write_text("x")
+    draft.finish("0", ["a"], None)
+    other = Draft.join(tmp_path / "out")
+    draft.close()
+    with pytest.raises(ConfigError, match="another process"):
+        Draft.begin(tmp_path / "out", {"from": 1})
+    other.close()
+    again = Draft.begin(tmp_path / "out", {"from": 1})
+    assert again.done() == {"0": None}
+    again.close()
+    assert Draft.begin(tmp_path / "out", {"from": 2}).done() == {}
+    assert not (draft.path / "a").exists()

@@ -1,0 +1,128 @@
+"""The checks for a GPU, as far as a CPU can run them: their logic on small models, the driver, its table and files.
+
+Not covered: any figure of a GPU, Transformer Engine, the rows of speed (tests/gpu).
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mcpo.planner import hardware
+from tools import gpu_check, gpu_engine, gpu_numbers
+from tools.gpu_check import check, table, write
+from tools.gpu_models import SMALL
+from tools.gpu_outcome import Band, Outcome, Row
+from tools.ranks import run_ranks
+
+
+def test_a_band_has_two_ends_and_no_room_for_nan() -> None:
+    outcome = Outcome(
+        bands=(
+            Band(name="in", value=0.5, low=0.5, high=1.0),
+            Band(name="off", value=0.0, low=1e-4, high=1.0),
+            Band(name="broken", value=math.nan, low=0.0, high=1.0),
+        )
+    )
+    assert [each.split(" =")[0] for each in outcome.failures] == ["off", "broken"]
+    assert json.loads(outcome.to_json())["bands"]["broken"][0] == "nan"
+
+
+@pytest.mark.parametrize("name", ["logprobs", "gradients", "recompute"])
+def test_numbers_stay_in_their_bands_in_bf16(name: str) -> None:
+    (outcome,) = run_ranks(1, getattr(gpu_numbers, name), timeout=200)
+    assert outcome.bands and outcome.failures == []
+
+
+def test_a_wrong_gradient_leaves_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = gpu_numbers.signed_loss
+
+    def half(batch):  # type: ignore[no-untyped-def]
+        loss = honest(batch)
+        return lambda x: (loss(x)[0] * 0.5, loss(x)[1])
+
+    learned = iter([honest, half, half])
+    monkeypatch.setattr(gpu_numbers, "signed_loss", lambda batch: next(learned)(batch))
+    (outcome,) = run_ranks(1, gpu_numbers.recompute, timeout=200)
+    assert len(outcome.failures) == 2
+
+
+def test_a_checkpoint_comes_back() -> None:
+    (outcome,) = run_ranks(1, gpu_engine.checkpoint, timeout=200)
+    assert outcome.failures == []
+
+
+def test_a_step_has_the_flops_of_its_parameters() -> None:
+    """Six for every weight of a layer and token, three times the causal half of both attention products."""
+    from tools.gpu_speed import training_flops
+    from tools.tiny_model import VOCAB  # noqa: F401 - the package of shapes imports without a GPU
+
+    model = _model()
+    hidden, heads = SMALL.hidden, SMALL.heads * SMALL.head_dim
+    weights = 2 * hidden * heads + 2 * hidden * SMALL.kv_heads * SMALL.head_dim + 3 * hidden * SMALL.ffn
+    expected = 6 * 100 * SMALL.layers * weights + 3 * SMALL.layers * 4 * heads * 100**2 / 2
+    expected += 6 * 40 * hidden * SMALL.vocab
+    assert training_flops(model, rollouts=1, length=100, response=40) == pytest.approx(expected, rel=1e-6)
+
+
+def _model():  # type: ignore[no-untyped-def]
+    from megatron_mcpo.model_config import ModelConfig
+
+    return ModelConfig(
+        family="qwen3",
+        num_layers=SMALL.layers,
+        hidden_size=SMALL.hidden,
+        ffn_hidden_size=SMALL.ffn,
+        num_heads=SMALL.heads,
+        num_kv_heads=SMALL.kv_heads,
+        head_dim=SMALL.head_dim,
+        vocab_size=SMALL.vocab,
+        max_positions=128,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+        experts=None,
+        eos_token_ids=(0,),
+    )
+
+
+def answering(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
+    row = Row(name="row", run=Outcome, seconds=20)
+    outcome = Outcome(bands=(Band(name="error", value=2.0, low=0.0, high=1.0),), figures={"seconds": 0.5})
+    failed = check(row, answering(f"print('noise'); print({outcome.to_json()!r})"))
+    assert (failed["state"], failed["why"]) == ("failed", "error = 2, must lie in 0 .. 1")
+    crashed = check(row, answering("raise SystemExit('out of memory')"))
+    assert (crashed["state"], crashed["why"]) == ("failed", "exit code 1: out of memory")
+    slow = check(Row(name="row", run=Outcome, seconds=1), answering("import time; time.sleep(60)"))
+    assert (slow["state"], slow["why"]) == ("failed", "took more than 1 s")
+    lacking = check(Row(name="row", run=Outcome, seconds=1, needs=("no_such_module",)), answering(""))
+    assert (lacking["state"], lacking["why"]) == ("skipped", "no_such_module not installed")
+    text = table({"first": failed, "second": crashed, "third": lacking})
+    assert "first                failed   error = 2" in text and text.endswith("0 passed, 2 failed, 1 skipped")
+
+
+def test_the_planner_takes_the_rates_that_were_measured(tmp_path: Path) -> None:
+    rates = {"gemm_tflops": 700.0, "copy_tbs": 2.9}
+    results = {"ceilings": {"state": "passed", "why": "", "rates": rates}}
+    figures, measured = write(results, "NVIDIA H100 80GB HBM3", tmp_path)
+    assert figures.name == "gpu-nvidia-h100-80gb-hbm3.json"
+    assert json.loads(figures.read_text())["rows"] == results
+    gpu = hardware.load(str(measured))
+    assert (gpu.gemm_tflops, gpu.copy_tbs, gpu.nvlink_gbs) == (700.0, 2.9, hardware.H100.nvlink_gbs)
+
+
+def test_without_a_gpu_it_says_so_and_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert gpu_check.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(gpu_check.ROWS)
+    assert sum(row.seconds for row in gpu_check.ROWS.values()) <= 40 * 60, "the limits, twice what is due"

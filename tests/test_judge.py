@@ -1,0 +1,171 @@
+"""A judge over HTTP, against a real server in a thread: what it is asked, which replies count, and how it fails.
+
+Not covered: TLS, proxies, and judges that can be talked into a score by the response that they judge.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scoring import group, scorer_of
+
+Reply = tuple[int, str]
+Behaviour = Callable[[int, str], Reply]
+"""From the number of the request, from 0, and what the judge was asked, to status and body."""
+
+
+def chat(text: Any) -> Reply:
+    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+class Judge:
+    """A server that keeps what it was asked."""
+
+    def __init__(self, behaviour: Behaviour):
+        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        judge = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                judge.requests.append((self.path, dict(self.headers), body))
+                status, reply = behaviour(len(judge.requests) - 1, body["messages"][0]["content"])
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(reply.encode())))
+                self.end_headers()
+                self.wfile.write(reply.encode())
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Behaviour], Judge]]:
+    judges: list[Judge] = []
+
+    def begin(behaviour: Behaviour) -> Judge:
+        judges.append(Judge(behaviour))
+        return judges[-1]
+
+    yield begin
+    for judge in judges:
+        judge.close()
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> str:
+    path = tmp_path / "judge.txt"
+    path.write_text("Q {question}\nA {answer}\nR {response}\n{other} {}")
+    return str(path)
+
+
+def settings(judge: Judge, prompt: str, **keys: Any) -> dict[str, Any]:
+    return {"kind": "judge", "url": judge.url, "model": "m", "prompt": prompt, **keys}
+
+
+def test_a_judge_is_asked_once_for_each_answer_and_its_last_number_counts(
+    start: Callable[[Behaviour], Judge], prompt: str, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    judge = start(lambda number, asked: chat("Of 2 points: 1.\nScore: 0.75." if "R good" in asked else "0"))
+    with scorer_of(settings(judge, prompt, api_key_file=str(key))) as scorer:
+        [scored] = scorer.score([group("good {answer} é", "bad", "bad")])
+    assert (scored.error, scored.rewards, scored.correct) == (None, (0.75, 0.0, 0.0), (False,) * 3)
+    assert len(judge.requests) == 2
+    path, headers, body = judge.requests[0]
+    assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    content = "Q q0\nA right\nR good {answer} é\n{other} {}"
+    assert body == {"model": "m", "messages": [{"role": "user", "content": content}], "temperature": 0}
+
+
+def test_replies_that_can_not_be_used_are_asked_for_again(start: Callable[[Behaviour], Judge], prompt: str) -> None:
+    replies = [(500, "oops"), (429, "busy"), (200, "no JSON"), chat("no number"), chat("0.5")]
+    judge = start(lambda number, asked: replies[number])
+    with scorer_of(settings(judge, prompt, retries=4), timeout=30.0) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert (scored.error, scored.rewards, len(judge.requests)) == (None, (0.5,), 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [("1", 1.0), ("**0.5**", 0.5), ("1e-1", 0.1), (".25.", 0.25), ("9/10, so 0", 0.0), ("Score:1.0", 1.0)],
+)
+def test_what_a_reply_ends_in(start: Callable[[Behaviour], Judge], prompt: str, said: str, score: float) -> None:
+    judge = start(lambda number, asked: chat(said))
+    with scorer_of(settings(judge, prompt)) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert (scored.error, scored.rewards) == (None, (score,))
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((500, "oops"), "HTTP 500: oops"),
+        ((200, "[]"), "not a chat completion"),
+        ((200, "[" * 5000), "not a chat completion"),
+        (chat(None), "not a chat completion"),
+        (chat(""), "from 0 to 1"),
+        (chat("8/10"), "from 0 to 1"),
+        (chat("0.8 / 1"), "from 0 to 1"),
+        (chat("80%"), "from 0 to 1"),
+        (chat("on a scale of 0-1"), "from 0 to 1"),
+        (chat("2026-01-01"), "from 0 to 1"),
+        (chat("-0.5"), "from 0 to 1"),
+        (chat("1.5"), "from 0 to 1"),
+        (chat("nan"), "from 0 to 1"),
+        (chat("v0"), "from 0 to 1"),
+    ],
+)
+def test_a_judge_that_fails_is_an_error_and_never_a_zero(
+    start: Callable[[Behaviour], Judge], prompt: str, reply: Reply, message: str
+) -> None:
+    judge = start(lambda number, asked: reply)
+    with scorer_of(settings(judge, prompt, retries=1), timeout=30.0) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert scored.rewards == scored.correct == () and not scored.timed_out
+    assert "2 attempts failed" in str(scored.error) and message in str(scored.error)
+    assert len(judge.requests) == 2
+
+
+def test_a_refusal_is_not_asked_for_again(start: Callable[[Behaviour], Judge], prompt: str) -> None:
+    judge = start(lambda number, asked: (401, "who are you?"))
+    with scorer_of(settings(judge, prompt, retries=5)) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert "HTTP 401: who are you?" in str(scored.error) and len(judge.requests) == 1
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_slow_judge_has_timed_out_and_its_worker_lives(
+    start: Callable[[Behaviour], Judge], prompt: str, status: int
+) -> None:
+    """Also one that is slow to fail, and would be tried again for ever."""
+    judge = start(lambda number, asked: (time.sleep(0.0 if "R quick" in asked else 10.0), chat("1"))[1])
+    if status == 500:
+        judge = start(lambda number, asked: chat("1") if "R quick" in asked else (500, "oops"))
+    with scorer_of(settings(judge, prompt, retries=50), timeout=8.0) as scorer:
+        slow, quick = scorer.score([group("slow"), group("quick", index=1)])
+    assert slow.timed_out and "TimeoutError: the judge" in str(slow.error)
+    assert quick.rewards == (1.0,)
+
+
+def test_nobody_there(start: Callable[[Behaviour], Judge], prompt: str) -> None:
+    judge = start(lambda number, asked: chat("1"))
+    judge.close()
+    with scorer_of(settings(judge, prompt, retries=1)) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert "2 attempts failed" in str(scored.error) and "refused" in str(scored.error)

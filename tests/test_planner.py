@@ -1,0 +1,246 @@
+"""The planner: parameters against transformers and against what was published, the form of its answers, its advice.
+
+Memory: test_planner_memory.py; bytes on the wire: test_planner_wire.py; the example recipes: test_recipes.py. Not
+covered: whether the seconds are those of a GPU; nothing here has run on one.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_mcpo.config import Config, ConfigError
+from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.head import HeadSpec
+from megatron_mcpo.model_config import ModelConfig, layout_problems
+from megatron_mcpo.planner import hardware, planning, search
+from megatron_mcpo.planner.ranks import built_size, rank_size, total_params
+from tools import plan as program
+from tools import tiny_model
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "examples" / "models"
+
+# As the model pages on Hugging Face state them (safetensors metadata).
+PUBLISHED = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen2.5-32b": 32_763_876_352,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+}
+
+
+def model_of(name: str) -> ModelConfig:
+    return from_folder(MODELS / name, with_weights=False)
+
+
+def config_for(name: str, **sections: dict[str, Any]) -> Config:
+    defaults: dict[str, dict[str, Any]] = {
+        "model": {"dtype": "bf16"},
+        "batch": {"prompts": 64, "samples": 32, "micro_batch_tokens": 4096},
+        "rollout": {"max_prompt_tokens": 512, "max_response_tokens": 3584},
+    }
+    merged = {key: defaults.get(key, {}) | sections.get(key, {}) for key in defaults.keys() | sections.keys()}
+    return tiny_model.config(MODELS / name, **merged)
+
+
+def test_every_model_has_a_published_size() -> None:
+    assert {path.name for path in MODELS.iterdir()} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_hugging_face(name: str) -> None:
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODELS / name))
+    assert total_params(model_of(name)) == theirs.num_parameters() == PUBLISHED[name]
+
+
+LAYOUTS = [
+    ("qwen3-0.6b", Layout()),
+    ("qwen3-1.7b", Layout(tensor=2, pipeline=4, data=2, sequence=True)),
+    ("qwen3-4b", Layout(tensor=8, pipeline=1, sequence=True)),
+    ("qwen3-8b", Layout(tensor=2, context=2, data=2, sequence=True)),
+    ("qwen3-14b", Layout(tensor=8, pipeline=2, virtual_pipeline=2, sequence=True)),
+    ("qwen3-32b", Layout(tensor=4, pipeline=4, data=2, sequence=True)),
+    ("qwen3-30b-a3b", Layout(tensor=2, pipeline=2, expert=8, data=8, sequence=True)),
+    ("qwen3-235b-a22b", Layout(tensor=4, pipeline=2, expert=16, data=16, sequence=True)),
+    ("qwen2.5-32b", Layout(tensor=8, pipeline=4, data=2, sequence=True)),
+    ("llama3-70b", Layout(tensor=8, pipeline=8, data=1, sequence=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_a_rank_holds_what_megatron_builds(name: str, layout: Layout) -> None:
+    model, head = model_of(name), HeadSpec(dim=512)
+    assert not layout_problems(model, layout, 1)
+    for stage in {0, layout.pipeline // 2, layout.pipeline - 1}:
+        size = rank_size(model, layout, head, stage)
+        assert built_size(model, layout, head, size) == size.params
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
+def test_ranks_of_a_stage_hold_equally_much(tmp_path: Path, kind: tiny_model.Kind) -> None:
+    """What the planner takes for granted: one rank of a stage stands for all, also where the vocabulary is padded."""
+    tiny_model.save_model(tmp_path, kind)
+    model = from_folder(tmp_path)
+    layout = Layout(tensor=2, pipeline=2, data=2, expert=2 if kind == "experts" else 1, sequence=True)
+    head = HeadSpec(dim=16, kind="mlp")
+    for stage in range(2):
+        size = rank_size(model, layout, head, stage)
+        ranks = range(size.rank, size.rank + layout.world_size // 2)
+        assert {built_size(model, layout, head, replace(size, rank=rank)) for rank in ranks} == {size.params}
+
+
+def test_no_parameter_is_counted_twice_or_forgotten() -> None:
+    """Qwen3-32B: all ranks of a replica together hold the model, and each norm once for every tensor rank."""
+    model, layout = model_of("qwen3-32b"), Layout(tensor=4, pipeline=4, data=2, sequence=True)
+    held = sum(rank_size(model, layout, None, stage).params for stage in range(4)) * 4
+    norms = model.num_layers * (2 * model.hidden_size + 2 * model.head_dim) + model.hidden_size
+    assert held == PUBLISHED["qwen3-32b"] + 3 * norms
+
+
+def run_program(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = program.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def write(path: Path, name: str, **parallel: int) -> str:
+    lines = [
+        "[run]\nsteps = 1",
+        f'[model]\npath = "{MODELS / name}"',
+        "[parallel]\n" + "\n".join(f"{key} = {value}" for key, value in parallel.items()),
+        "[batch]\nprompts = 64\nsamples = 32\nmicro_batch_tokens = 4096",
+        "[rollout]\nmax_prompt_tokens = 512\nmax_response_tokens = 3584",
+        "[optimizer]\nlr = 1e-6",
+        '[[domain]]\nname = "red"\n[[domain.sources]]\ngenerator = "chain_sum"',
+    ]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_json_has_the_names_that_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.toml", "qwen3-32b", tensor=4, pipeline=4)
+    code, out, _ = run_program(
+        file, "--gpu", "h100", "--nodes", "4", "--json", "--engine.tensor_parallel", "4", capsys=capsys
+    )
+    values = json.loads(out)
+    assert (code, values["fits"], values["params_total"]) == (0, True, PUBLISHED["qwen3-32b"])
+    assert [rank["rank"] for rank in values["ranks"]] == [0, 8, 16, 24]
+    for rank in values["ranks"]:
+        assert rank["params"] > 0 and 0 < rank["peak_gib"] < 80
+        assert {"weights", "gradients", "optimizer", "reference", "activations", "kv_cache"} < rank["bytes"].keys()
+    assert {"tensor", "pipeline", "data", "context", "expert", "sync", "contrastive"} == values["wire_bytes"].keys()
+    assert {"rollout", "score", "update", "sync", "step"} == values["step_seconds"].keys()
+    assert values["tokens_per_second_per_gpu"] > 0
+
+
+def test_what_does_not_fit_ends_with_1_and_advice_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.toml", "qwen3-32b", tensor=4, pipeline=1)
+    code, out, _ = run_program(file, "--nodes", "4", "--engine.tensor_parallel", "4", capsys=capsys)
+    assert code == 1
+    assert "more than a GPU has" in out
+    (advice,) = [line for line in out.splitlines() if line.startswith("the cheapest change")]
+    overrides = advice.partition(": ")[2].partition("  (")[0].split()
+    nodes = [] if "--nodes" in overrides else ["--nodes", "4"]
+    code, out, _ = run_program(file, *nodes, "--engine.tensor_parallel", "4", *overrides, capsys=capsys)
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "1", "--parallel.tensor", "3"], "needs a multiple of 3 ranks"),
+        (["--nodes", "1", "--parallel.pipeline", "8"], "must divide the 28 layers"),
+        (["--nodes", "1", "--parallel.tensr", "4"], "tensr"),
+        (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--nodes", "1", "--gpu", "h900"], "--gpu h900: no such GPU and no such file; use one of h100"),
+        (["--nodes", "1", "--model.path", "/nowhere"], "no such folder"),
+        (["--nodes", "1", "--engine.tensor_parallel", "3"], "engine.tensor_parallel = 3"),
+        (["--nodes", "1", "--rollout.max_response_tokens", "90000", "--batch.micro_batch_tokens", "99999"], "exceed"),
+    ],
+)
+def test_bad_configurations_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    file = write(tmp_path / "a.toml", "qwen3-0.6b")
+    code, out, err = run_program(file, *arguments, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_measured_rates_replace_those_of_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"base": "h100", "gemm_tflops": 340, "sources": ["measured here"]}))
+    measured = hardware.load(str(file))
+    assert (measured.name, measured.gemm_tflops, measured.copy_tbs) == ("mine", 340, hardware.H100.copy_tbs)
+    assert measured.sources == ("measured here",)
+    config, model = config_for("qwen3-0.6b"), model_of("qwen3-0.6b")
+    slow, fast = (planning.plan(config, model, gpu, 1).seconds for gpu in (measured, hardware.H100))
+    assert slow["update"] > 1.2 * fast["update"] and slow["sync"] == fast["sync"]
+    for text in (
+        '{"base": "h100"}',
+        "[]",
+        '{"base": "x", "sources": []}',
+        '{"base": "h100", "sources": [], "gemm": 1}',
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError):
+            hardware.load(str(file))
+
+
+def test_the_whole_table_has_sources() -> None:
+    for gpu in hardware.GPUS.values():
+        assert gpu.sources and gpu.memory_gib > 70
+
+
+def test_search_ranks_what_fits() -> None:
+    config, model = config_for("qwen3-0.6b", engine={"max_concurrent": 256}), model_of("qwen3-0.6b")
+    found = search.fastest(config, model, hardware.H100, 1)
+    seconds = [round(each.seconds["step"], 1) for _, each in found]
+    assert found and seconds == sorted(seconds) and all(each.fits for _, each in found)
+    assert seconds[0] <= round(planning.plan(config, model, hardware.H100, 1).seconds["step"], 1)
+    change, best = found[0]
+    assert planning.plan(search.changed(config, change), model, hardware.H100, 1).seconds == best.seconds
+
+
+def test_nothing_fits_a_model_that_is_too_large() -> None:
+    config, model = config_for("qwen3-235b-a22b"), model_of("qwen3-235b-a22b")
+    whole = planning.plan(config, model, hardware.H100, 1)
+    assert not whole.fits and whole.as_json()["step_seconds"]["rollout"] is None
+    assert whole.tokens_per_second_per_gpu == 0
+
+
+# NeMo-RL's performance pages (v0.5, v0.6) of GRPO on 32 H100, 4,096 tokens at most, 64 x 32 rollouts a step: seconds a
+# step and tokens/s/GPU. Their product is the number of tokens, so the mean length of a rollout.
+PUBLIC_STEPS: list[tuple[str, dict[str, int], int, int, int, int]] = [
+    ("qwen3-32b", {"tensor": 4, "pipeline": 4}, 4, 3354, 376, 571),
+    ("qwen3-30b-a3b", {"expert": 8}, 2, 3306, 192, 1102),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "engine", "length", "seconds", "tokens"), PUBLIC_STEPS)
+def test_seconds_of_a_step_are_near_public_figures(
+    name: str, sizes: dict[str, int], engine: int, length: int, seconds: int, tokens: int
+) -> None:
+    config = config_for(
+        name,
+        parallel=sizes,
+        engine={"tensor_parallel": engine, "max_concurrent": 256},
+        rollout={"max_prompt_tokens": 256, "max_response_tokens": length - 256},
+    )
+    found = planning.plan(config, model_of(name), hardware.H100, 4)
+    assert 0.7 < found.seconds["step"] / seconds < 1.3, found.seconds
+    assert 0.7 < found.tokens_per_second_per_gpu / tokens < 1.4

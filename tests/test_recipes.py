@@ -1,0 +1,97 @@
+"""The recipes for many GPUs under examples/: valid, they fit, and the layout holds every weight exactly once.
+
+Not covered: that they train; no test has the GPUs.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_mcpo import parallel
+from megatron_mcpo.config import load
+from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.head import HeadSpec
+from megatron_mcpo.mcore.model import DTYPES, build_chunks
+from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.planner.planning import head_of
+from megatron_mcpo.platform import only_shapes
+from megatron_mcpo.rewards import allowlist
+from megatron_mcpo.weights.bind import bind
+from megatron_mcpo.weights.layout import cut_dim, slices
+from megatron_mcpo.weights.mapping import hf_shapes
+from tools import plan
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "examples").glob("*/h100_*.toml"))
+GPUS_A_NODE = 8
+
+
+def gpus_of(path: Path) -> int:
+    return int(path.stem.removeprefix("h100_"))
+
+
+def test_there_is_a_recipe_for_each_model() -> None:
+    found = {(path.parent.name, gpus_of(path)) for path in RECIPES}
+    expected = {("qwen3_32b", 32), ("qwen3_32b", 64), ("qwen2_5_32b", 32), ("llama3_70b", 64), ("qwen3_30b_a3b", 32)}
+    assert found == expected
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_fits_as_its_plan_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan that has changed: `.venv/bin/python tools/plan.py RECIPE --nodes N > plan_GPUS.txt`."""
+    monkeypatch.chdir(ROOT)
+    config = load(path)
+    assert allowlist.problems(config) == [] and len(config.domain) == 5
+    code = plan.main([str(path.relative_to(ROOT)), "--gpu", "h100", "--nodes", str(gpus_of(path) // GPUS_A_NODE)])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed == (path.parent / f"plan_{gpus_of(path)}.txt").read_text(encoding="utf-8")
+    assert re.search(r"^fits +yes$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_replica_holds_every_weight_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of all ranks of a replica, built without memory: their shards tile each Hugging Face tensor, no gap."""
+    monkeypatch.chdir(ROOT)
+    config = load(path)
+    model, layout = from_folder(Path(config.model.path), with_weights=False), config.layout(gpus_of(path))
+    covered: dict[str, Counter[Piece]] = defaultdict(Counter)
+    num_ranks, stage_ranks = max(layout.tensor, layout.expert), layout.world_size // layout.pipeline
+    for stage in range(layout.pipeline):
+        for rank in range(num_ranks):
+            for name, piece in held(model, layout, head_of(config, model), stage * stage_ranks + rank):
+                covered[name][piece] += 1
+    shapes = hf_shapes(model)
+    assert covered.keys() == shapes.keys()
+    for name, pieces in covered.items():
+        dims = {dim for dim, _, _ in pieces}
+        ends = [0, *(stop for _, _, stop in sorted(pieces))]
+        assert ends[:-1] == [start for _, start, _ in sorted(pieces)], f"{name}: a gap or an overlap"
+        assert [ends[-1]] == [shapes[name][dim] for dim in dims], f"{name}: ends too early"
+        # A rank in num_ranks has a piece of a divided tensor, all of them have all of a replicated one.
+        (copies,) = set(pieces.values())
+        divided = layout.expert if ".experts." in name else layout.tensor
+        assert copies == num_ranks // (divided if ".experts." in name or len(pieces) > 1 else 1), name
+
+
+Piece = tuple[int, int, int]
+"""The dimension that is cut, and the range along it."""
+
+
+def held(model: ModelConfig, layout: Layout, head: HeadSpec | None, rank: int) -> Iterator[tuple[str, Piece]]:
+    """What a rank has of each Hugging Face tensor, read from the model that Megatron-Core builds for it."""
+    with parallel.pretend(layout, rank=rank) as groups, only_shapes():
+        chunks = build_chunks(model, groups, dtype=DTYPES["bf16"], head=head)
+        for parameter, mine in bind(chunks, model, groups):
+            if mine is None or parameter.row.tied:
+                continue
+            row, ranks = parameter.row, parameter.row.num_shards(layout)
+            number = 0 if ranks == 1 else groups.tensor_rank
+            for piece in slices(row, rank=number, num_ranks=ranks):
+                yield parameter.hugging_face[piece.tensor], (cut_dim(row), piece.start, piece.stop)

@@ -1,0 +1,443 @@
+"""Engines in other processes: two real servers of a tiny tied model on a CPU, and trainers of one and two ranks.
+
+Not covered: GPUs and NCCL, other hosts than this one, servers of several workers, models whose rounding depends on
+what else is in a batch.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import vllm_cases as cases
+from program import ROOT, lasting, metrics, train_forked, write_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_mcpo import parallel, serve, train
+from megatron_mcpo.config import Config, ConfigError, load
+from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest
+from megatron_mcpo.rollout.server_client import Client
+from megatron_mcpo.rollout.vllm_engine import VllmEngine
+from megatron_mcpo.rollout.vllm_server import VllmServers
+from megatron_mcpo.rollout.weight_link import Bucket
+from tools.ranks import run_ranks
+
+MAX_LEN = 204  # as in program.CONFIG
+START_SECONDS = 400
+PROMPTS = [[7, 8, 9], [30] * 40 + [9], list(range(20, 45)), [50, 3]]
+Q_PROJ = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+pytestmark = pytest.mark.timeout(600)
+
+
+class Running:
+    """A server of our own."""
+
+    def __init__(self, config: Path, log: Path):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [sys.executable, "-m", "megatron_mcpo.serve", str(config), "--port", str(port)]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            try:
+                return Client(self.url).get("/health")
+            except RuntimeError:
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        """All its processes, as a host that fails would."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a model in a/, the same with other weights in b/, and config.toml."""
+    folder = tmp_path_factory.mktemp("servers")
+    for name in "ab":
+        tiny.save_chat_model(folder / name, warm_steps=120 if name == "a" else 0)
+    shaken = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in weights(folder / "b").items()}
+    save_file(shaken, folder / "b" / "model.safetensors", {"format": "pt"})
+    write_config(folder / "a", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starting(folder: Path) -> Iterator[list[Running]]:
+    running = [Running(folder / "config.toml", folder / f"server{number}.log") for number in range(2)]
+    yield running
+    for server in running:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def fresh(folder: Path, starting: list[Running]) -> dict[str, Any]:
+    """Samples, while the servers start, of engines in a process of their own that read the weights from the disk."""
+    return cases.run(_fresh_samples, folder, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def servers(starting: list[Running], fresh: dict[str, Any]) -> list[Running]:
+    for server in starting:
+        server.wait_ready()
+    return starting
+
+
+def _fresh_samples(folder: Path) -> dict[str, Any]:
+    samples = {}
+    for name in "ab":
+        engine = VllmEngine(
+            folder / name,
+            dtype="fp32",
+            quantization="none",
+            tensor_parallel=1,
+            max_model_len=MAX_LEN,
+            max_concurrent=64,
+            kv_cache_gib=0.1,
+            gpu_memory_utilization=0.5,
+            distributed=False,
+            job_tag="fresh",
+            load_weights=True,
+        )
+        samples[name] = sampled(engine)
+        samples[f"long {name}"] = sampled(engine, prompts=[PROMPTS[0]], max_tokens=200, num_samples=1)
+        engine.close()
+    return samples
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def connect(folder: Path, *servers: Running, tag: str, **changes: Any) -> VllmServers:
+    options: dict[str, Any] = {"max_model_len": MAX_LEN, "max_concurrent": 8, "device": torch.device("cpu")} | changes
+    return VllmServers([server.url for server in servers], from_folder(folder / "a"), tag=tag, **options)
+
+
+def sampled(engine: Any, *, prompts: list[list[int]] = PROMPTS, **changes: Any) -> list[tuple[Any, Any]]:
+    """Tokens and log-probs of seeded samples, as test_vllm_engine takes them."""
+    options = {"num_samples": 2, "seed": 11, "max_tokens": 8} | changes
+    groups = engine.generate([SamplingRequest(token_ids=prompt, **options) for prompt in prompts])
+    return [(sample.token_ids, sample.logprobs) for group in groups for sample in group]
+
+
+def asked(server: Running) -> list[tuple[Any, Any]]:
+    """Somebody else's long request, in the form of `sampled`."""
+    params = {"n": 1, "seed": 11, "temperature": 1.0, "max_tokens": 200, "ignore_eos": True, "logprobs": 0}
+    body = {"token_ids": PROMPTS[0], "sampling_params": params}
+    (choice,) = Client(server.url).post("/inference/v1/generate", body)["choices"]
+    return [(tuple(choice["token_ids"]), tuple(token["logprob"] for token in choice["logprobs"]["content"]))]
+
+
+def version(server: Running) -> str:
+    return str(Client(server.url).get("/weight_info")["weight_version"])
+
+
+def failure(call: Callable[[], Any], *, within: float = 60) -> str:
+    begin = time.monotonic()
+    with pytest.raises(EngineError) as caught:
+        call()
+    assert time.monotonic() - begin < within
+    return str(caught.value)
+
+
+def test_two_ranks_feed_two_servers(folder: Path, servers: list[Running], fresh: dict[str, Any]) -> None:
+    """The weights come from a tensor-parallel trainer; each rank has a server."""
+    results = run_ranks(2, _feed, folder, servers, timeout=200)
+    for rank, (seen, versions, sent) in enumerate(results):
+        assert seen == [fresh["a"], fresh["b"], fresh["a"]], rank
+        assert versions == [f"feed version {number}" for number in (1, 2, 3)]
+        assert sent == sum(tensor.nbytes for tensor in weights(folder / "a").values())
+
+
+def _feed(folder: Path, servers: list[Running]) -> Any:
+    config, model = load(folder / "config.toml"), from_folder(folder / "a")
+    groups = parallel.init(Layout(tensor=2, sequence=True), seed=0, timeout_seconds=60)
+    policy = Policy(config, model, groups)
+    mine = servers[groups.rank]
+    engine = connect(folder, mine, tag="feed", bucket_bytes=100_000)
+    seen, versions, sent = [], [], 0
+    for number in (1, 2, 3):
+        sent = engine.update(policy.weights() if number != 2 else weights(folder / "b").items(), number)
+        seen.append(sampled(engine))
+        versions.append(version(mine))
+    return seen, versions, sent
+
+
+def test_one_rank_spreads_its_requests_and_a_rank_may_have_no_server(
+    folder: Path, servers: list[Running], fresh: dict[str, Any]
+) -> None:
+    engine = connect(folder, *servers, tag="spread")
+    idle = connect(folder, tag="idle")
+    a = weights(folder / "a")
+    assert "no weights" in failure(lambda: engine.generate([_request()]))
+    assert engine.update(a.items(), 5) == idle.update(a.items(), 5) == sum(tensor.nbytes for tensor in a.values())
+    assert sampled(engine) == fresh["a"]
+    assert {sample.version for group in engine.generate([_request()]) for sample in group} == {5}
+    assert idle.generate([]) == []
+    assert idle.compare(a.items()) == Comparison(different=(), unread=(), num_tensors=len(a))
+    together = sampled(engine, num_samples=3, seed=40)
+    alone = [sampled(engine, num_samples=1, seed=40 + k) for k in range(3)]
+    assert [tokens for tokens, _ in together] == [alone[k][p][0] for p in range(len(PROMPTS)) for k in range(3)]
+    greedy = sampled(engine, temperature=0.0)
+    assert greedy[::2] == greedy[1::2]
+    engine.sleep()
+    engine.wake()
+    with pytest.raises(ValueError, match="max_model_len"):
+        engine.generate([_request(max_tokens=MAX_LEN)])
+    engine.close()
+    assert "closed" in failure(lambda: engine.generate([_request()]))
+
+
+def _request(**changes: Any) -> SamplingRequest:
+    options: dict[str, Any] = {"token_ids": PROMPTS[0], "num_samples": 2, "seed": 1, "max_tokens": 4} | changes
+    return SamplingRequest(**options)
+
+
+def test_a_stop_token_ends_a_completion(folder: Path, servers: list[Running]) -> None:
+    engine = connect(folder, servers[0], tag="stop")
+    engine.update(weights(folder / "b").items(), 1)
+    ((free,),) = engine.generate([_request(num_samples=1, max_tokens=8)])
+    stop = free.token_ids[3]
+    place = free.token_ids.index(stop) + 1
+    ((stopped,),) = engine.generate([_request(num_samples=1, max_tokens=8, stop_token_ids=(stop,))])
+    assert (free.stop_reason.value, stopped.stop_reason.value) == ("length", "stop")
+    assert (stopped.token_ids, stopped.logprobs) == (free.token_ids[:place], free.logprobs[:place])
+
+
+def test_a_comparison_names_the_tensors(folder: Path, servers: list[Running]) -> None:
+    engine = connect(folder, *servers, tag="compare", bucket_bytes=100_000)
+    a = weights(folder / "a")
+    engine.update(a.items(), 1)
+    assert engine.compare(a.items()) == Comparison(different=(), unread=(), num_tensors=len(a))
+    swapped = a | {Q_PROJ[0]: a[Q_PROJ[1]], Q_PROJ[1]: a[Q_PROJ[0]]}
+    assert sorted(engine.compare(swapped.items()).different) == Q_PROJ
+    embedding = "model.embed_tokens.weight"
+    assert engine.compare([(embedding, a[embedding] + 1)]).different == (embedding, "lm_head.weight")
+
+
+def test_bad_pushes_poison_the_engine_and_leave_the_server_paused(folder: Path, servers: list[Running]) -> None:
+    server, a = servers[0], weights(folder / "a")
+    bad = {
+        "missing": ([pair for pair in a.items() if pair[0] != Q_PROJ[0]], "were not sent"),
+        "shape": ([(name, tensor[:8] if name == Q_PROJ[1] else tensor) for name, tensor in a.items()], "has shape"),
+    }
+    for kind, (tensors, message) in bad.items():
+        engine = connect(folder, server, tag=kind)
+        engine.update(a.items(), 1)
+        assert message in failure(lambda e=engine, t=tensors: e.update(t, 2))  # type: ignore[misc]
+        assert message in failure(lambda e=engine: e.generate([_request()]))  # type: ignore[misc]
+        assert version(server) == f"{kind} version 2 (incomplete)"
+        assert Client(server.url).get("/is_paused") == {"is_paused": True}
+
+
+def test_others_requests_get_old_or_new_weights_and_wait_meanwhile(
+    folder: Path, servers: list[Running], fresh: dict[str, Any]
+) -> None:
+    server = servers[0]
+    engine = connect(folder, server, tag="busy")
+    engine.update(weights(folder / "a").items(), 1)
+    assert asked(server) == fresh["long a"]
+    with ThreadPoolExecutor(2) as pool:
+        before = pool.submit(asked, server)
+        time.sleep(0.2)
+
+        def slowly() -> Iterator[tuple[str, Tensor]]:
+            during.append(pool.submit(asked, server))
+            time.sleep(1)
+            assert not during[0].done()
+            yield from weights(folder / "b").items()
+
+        during: list[Any] = []
+        engine.update(slowly(), 2)
+        assert before.result() in (fresh["long a"], fresh["long b"])
+        assert during[0].result() == fresh["long b"]
+
+
+@pytest.mark.parametrize("use", ["generate", "update", "compare"])
+def test_a_foreign_push_is_noticed(folder: Path, servers: list[Running], fresh: dict[str, Any], use: str) -> None:
+    a = weights(folder / "a")
+    theirs = connect(folder, servers[0], tag="theirs")
+    theirs.update(weights(folder / "b").items(), 1)
+    ours = connect(folder, servers[0], tag="ours")
+    ours.update(a.items(), 1)
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: sampled(theirs),
+        "update": lambda: theirs.update(a.items(), 2),
+        "compare": lambda: theirs.compare(a.items()),
+    }
+    message = failure(calls[use])
+    assert f"{servers[0].url}: holds weights 'ours version 1', this run pushed 'theirs version 1'" in message
+    assert sampled(ours) == fresh["a"]
+
+
+def test_the_trainer_that_connected_last_is_the_one_that_pushes(
+    folder: Path, servers: list[Running], fresh: dict[str, Any]
+) -> None:
+    first, last = (connect(folder, servers[0], tag=tag) for tag in ("first", "last"))
+    message = failure(lambda: first.update(weights(folder / "a").items(), 1), within=20)
+    assert "this server's weights come from last now, not from first" in message
+    last.update(weights(folder / "b").items(), 1)
+    assert sampled(last) == fresh["b"]
+
+
+def test_a_trainer_killed_in_a_push_leaves_a_server_that_the_next_can_use(
+    folder: Path, servers: list[Running], fresh: dict[str, Any]
+) -> None:
+    for number, where in enumerate(("between buckets", "in a bucket")):
+        engine = connect(folder, servers[0], tag=f"victim{number}")
+        engine.update(weights(folder / "a").items(), 1)
+        engine.close()
+        pid = os.fork()
+        if pid == 0:
+            _die_in_a_push(folder, servers[0], f"killed{number}", where)
+        os.waitpid(pid, 0)
+        assert version(servers[0]) == f"killed{number} version 1 (incomplete)"
+        assert Client(servers[0].url).get("/is_paused") == {"is_paused": True}
+        after = connect(folder, servers[0], tag=f"after{number}")
+        after.update(weights(folder / "b").items(), 1)
+        assert sampled(after) == fresh["b"]
+
+
+def _die_in_a_push(folder: Path, server: Running, tag: str, where: str) -> None:
+    try:
+        engine = connect(folder, server, tag=tag, bucket_bytes=100_000)
+        (remote,) = engine._servers
+        remote.begin_update(1)
+        tensors = list(weights(folder / "a").items())
+        remote.load(tensors[:3])
+        if where == "in a bucket":
+            body = {"update_info": Bucket.of(tensors[3:7], tag).as_json()}
+            Thread(target=Client(server.url).post, args=("/update_weights", body)).start()
+            time.sleep(1)
+            assert remote._sender is not None
+            remote._sender.send([tensors[3][1]], stop_when=lambda: False)
+    finally:
+        os._exit(0)
+
+
+def test_a_whole_run_has_the_figures_of_one_with_engines_in_the_ranks(
+    folder: Path, servers: list[Running], tmp_path: Path
+) -> None:
+    config = write_config(folder / "a", tmp_path)
+    where = ["--engine.servers", json.dumps([server.url for server in servers])]
+    rows = []
+    for name, options in (("ranks", []), ("servers", where)):
+        finished = train_forked(config, "--run.name", name, *options, ranks=2)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        rows.append(lasting(metrics(tmp_path / "runs" / name)))
+    assert rows[0] == rows[1]
+
+
+def test_refusals(folder: Path, servers: list[Running], tmp_path: Path) -> None:
+    urls = [server.url for server in servers]
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Other) as other, socket.create_server(("127.0.0.1", 0)) as free:
+        Thread(target=other.serve_forever, daemon=True).start()
+        foreign, nobody = (f"http://127.0.0.1:{port}" for port in (other.server_port, free.getsockname()[1]))
+        free.close()
+        assert problems(folder, urls) == []
+        assert "no answer to GET /health" in one(problems(folder, [urls[0], nobody]))
+        assert "was refused (404)" in one(problems(folder, [foreign]))
+        other.shutdown()
+    alias = urls[0].replace("127.0.0.1", "localhost")
+    assert "are one server" in one(problems(folder, [urls[0], alias]))
+    assert "is there twice" in one(problems(folder, [urls[0], urls[0]]))
+    assert "has a port above 65535" in one(problems(folder, ["http://127.0.0.1:70000"]))
+    for bad in ("127.0.0.1:8000", "http://127.0.0.1", "https://127.0.0.1:1", "http://u@h:1"):
+        assert f"engine.servers[0] = {bad!r}" in one(problems(folder, [bad]))
+    assert "has dtype float32, this run needs bfloat16" in one(problems(folder, urls[:1], "--model.dtype", "bf16"))
+    longer = ["--rollout.max_response_tokens", "5"]
+    assert "has max_model_len 204, this run needs 205" in one(problems(folder, urls[:1], *longer))
+    split = problems(folder, urls[:1], "--engine.tensor_parallel", "2")
+    assert [line.split(" has ")[1].split(";")[0] for line in split] == [
+        f"{name} 1, this run needs 2" for name in ("tensor_parallel", "workers")
+    ]
+    tiny.save_chat_model(tmp_path, experts=True, warm_steps=0)
+    assert any("has model family llama, this run needs qwen3_moe" in line for line in problems(tmp_path, urls[:1]))
+
+
+def test_a_server_that_could_not_serve_is_not_started(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(folder / "a", tmp_path)
+    assert serve.main([str(config), "--engine.tensor_parallel", "3", "--rollout.max_prompt_tokens", "300"]) == 2
+    errors = capfd.readouterr().err
+    assert "engine.tensor_parallel = 3: must divide the 2 attention heads" in errors
+    assert "possible: 1, 2" in errors
+    assert "must not exceed the model's max_position_embeddings = 256" in errors
+
+
+class _Other(BaseHTTPRequestHandler):
+    """Not an engine."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+
+def problems(folder: Path, urls: list[str], *overrides: str) -> list[str]:
+    model = folder / "a" if (folder / "a").exists() else folder
+    path = write_config(model, folder) if not (folder / "config.toml").exists() else folder / "config.toml"
+    try:
+        config: Config = load(path, ["--engine.servers", json.dumps(urls), *overrides])
+        train.check(config, None)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def one(problems: list[str]) -> str:
+    (problem,) = problems
+    return problem
+
+
+def test_a_server_that_dies_is_an_error_soon(folder: Path, servers: list[Running]) -> None:
+    """The last test here: it ends the servers."""
+    a = weights(folder / "a")
+    engines = [connect(folder, server, tag="death", bucket_bytes=100_000) for server in servers]
+    for engine in engines:
+        engine.update(a.items(), 1)
+    long = [_request(max_tokens=200, num_samples=8, seed=number) for number in range(64)]
+
+    def dies_in_the_middle() -> Iterator[tuple[str, Tensor]]:
+        for number, pair in enumerate(a.items()):
+            if number == 5:
+                servers[1].kill()
+            yield pair
+
+    killer = ThreadPoolExecutor(1)
+    killer.submit(lambda: (time.sleep(0.5), servers[0].kill()))
+    assert f"generation failed: {servers[0].url}" in failure(lambda: engines[0].generate(long), within=30)
+    assert f"{servers[1].url}" in failure(lambda: engines[1].update(dies_in_the_middle(), 2), within=30)
+    assert "can't be used" in failure(lambda: engines[1].generate([_request()]))
+    killer.shutdown()

@@ -1,0 +1,166 @@
+"""Checks of what stands around the model: vLLM fed with weights, checkpoints beside training, the whole program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from megatron_mcpo import parallel
+from megatron_mcpo.layout import Layout
+from megatron_mcpo.mcore.checkpoint import Checkpoints
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.platform import device
+from megatron_mcpo.rollout.engine import SamplingRequest
+from megatron_mcpo.rollout.vllm_engine import VllmEngine
+from megatron_mcpo.weights.transfer import choose
+from tools import gpu_models
+from tools.gpu_models import MEDIUM, SMALL, batch_of, seconds_of, signed_loss
+from tools.gpu_outcome import Band, Outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+_GIGA = 1e9
+
+
+def engine() -> Outcome:
+    """Pushes to an engine in this process: its weights bit for bit, its log-probs, seconds, memory while it sleeps."""
+    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        gpu_models.save_model(folder, MEDIUM, dtype=torch.bfloat16)
+        learner = gpu_models.policy(gpu_models.settings(folder), groups)
+        sampler = VllmEngine(
+            folder,
+            dtype="bf16",
+            quantization="none",
+            tensor_parallel=1,
+            max_model_len=128,
+            max_concurrent=64,
+            kv_cache_gib=1.0,
+            gpu_memory_utilization=0.3,
+            distributed=True,
+            job_tag="gpu-check",
+        )
+    executor, why = choose(learner.chunks, learner.model_config, groups, sampler, engine_ranks=1)
+    executor.push(0)
+    pushing = seconds_of(lambda: executor.push(0), repeats=5, warm_up=1)
+    size = sum(tensor.nbytes for _, tensor in learner.weights())
+    different = len(sampler.compare(learner.weights()).different)
+    apart = _apart(learner, sampler)
+    free_awake = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
+    sampler.sleep()
+    free_asleep = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
+    sampler.wake()
+    executor.push(1)
+    return Outcome(
+        bands=(
+            Band(name="tensors that differ", value=different, low=0, high=0),
+            Band(name="log-probs, mean difference", value=apart, low=0.0, high=0.02),
+            Band(name="log-probs after sleep, mean difference", value=_apart(learner, sampler), low=0.0, high=0.02),
+        ),
+        figures={
+            "executor": executor.name + (f" ({why})" if why else ""),
+            "seconds_push": pushing,
+            "gigabytes_a_second": size / pushing / _GIGA,
+            "gib_free_asleep": (free_asleep - free_awake) / 2**30,
+        },
+    )
+
+
+def _apart(learner: Policy, sampler: VllmEngine) -> float:
+    """Mean difference of log-probs between engine and trainer, on what the engine samples."""
+    asked = gpu_models.rollouts(MEDIUM.vocab, prompts=8, samples=1, prompt=(20, 60), response=(1, 1))
+    requests = [
+        SamplingRequest(
+            token_ids=group.prompt.token_ids,
+            num_samples=4,
+            seed=number,
+            max_tokens=30,
+            temperature=1.0,
+            stop_token_ids=(0,),
+        )
+        for number, group in enumerate(asked)
+    ]
+    sampled = [
+        type(group)(
+            prompt=group.prompt,
+            completions=completions,
+            rewards=(0.0,) * len(completions),
+            correct=(False,) * len(completions),
+        )
+        for group, completions in zip(asked, sampler.generate(requests), strict=True)
+    ]
+    batch = batch_of(sampled, learner)
+    return (learner.score(batch).logp_R.cpu() - batch.engine_logp_R).abs().mean().item()
+
+
+def checkpoint() -> Outcome:
+    """A checkpoint that is written while training goes on: what comes back is the state of the call."""
+    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+    with TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        gpu_models.save_model(folder, SMALL, dtype=torch.bfloat16)
+        learner = gpu_models.policy(gpu_models.settings(folder), groups)
+        sampled = gpu_models.rollouts(SMALL.vocab, prompts=6, samples=4, prompt=(20, 60), response=(1, 30))
+        batch = batch_of(sampled, learner)
+        learner.update(batch, signed_loss(batch))
+        saved = {each: tensor.clone() for each, tensor in learner.weights()}
+        kept = _checkpoints(learner, Path(name, "checkpoints"))
+        kept.save(1, {})
+        following = learner.update(batch, signed_loss(batch))
+        kept.finish()
+        fresh = gpu_models.policy(gpu_models.settings(folder), groups)
+        _checkpoints(fresh, Path(name, "checkpoints")).load()
+    different = sum(not torch.equal(tensor, saved[each]) for each, tensor in fresh.weights())
+    again = fresh.update(batch, signed_loss(batch))
+    return Outcome(
+        bands=(
+            Band(name="tensors that differ", value=different, low=0, high=0),
+            Band(
+                name="gradient norm of the next update, relative difference",
+                value=abs(again.grad_norm / following.grad_norm - 1),
+                low=0.0,
+                high=1e-3,
+            ),
+        )
+    )
+
+
+def _checkpoints(learner: Policy, folder: Path) -> Checkpoints:
+    return Checkpoints(
+        policy=learner,
+        folder=folder,
+        vocabulary="tokens",
+        assets={},
+        keep=2,
+        keep_every=0,
+        in_background=device().type != "cpu",
+    )
+
+
+def program() -> Outcome:
+    """The quick start's first steps as a user starts them, every push verified."""
+    config = ROOT / "examples" / "quickstart" / "config.toml"
+    with TemporaryDirectory() as name:
+        arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
+        finished = subprocess.run(
+            [sys.executable, "-m", "megatron_mcpo.train", str(config), *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if finished.returncode:
+            raise RuntimeError(finished.stdout[-2000:])
+        (lines,) = [path.read_text().splitlines() for path in Path(name).glob("*/metrics.jsonl")]
+    steps = [json.loads(line) for line in lines]
+    apart = max(step["engine/logprob_diff_mean"] for step in steps)
+    return Outcome(
+        bands=(
+            Band(name="steps", value=len(steps), low=3, high=3),
+            Band(name="engine and trainer, mean difference of log-probs", value=apart, low=0.0, high=0.1),
+        ),
+        figures={"seconds_step": steps[-1]["time/step"], "peak_gib": steps[-1]["memory/peak_gib"]},
+    )
