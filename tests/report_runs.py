@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
+from megatron_mcpo import accuracy
 from megatron_mcpo.algo.advantage import group_advantages
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.batch import make_batch, rewards_of
@@ -113,7 +114,12 @@ class MadeRun:
         self.reports: dict[int, list[BatchReport]] = {}
 
     def evaluate(self, step: int) -> None:
-        self.journal.evaluation(step, {name: 0.1 * (number + 1) for number, name in enumerate(NAMES)})
+        """10, 20 and 30 % of ten held-out items are answered right."""
+        items = {
+            name: [accuracy.Item(correct=(item <= domain,), answers=("",)) for item in range(10)]
+            for domain, name in enumerate(NAMES)
+        }
+        self.journal.evaluation(step, accuracy.figures(items))
 
     def step(self, step: int, *, text: Texts = plain_text, figures: dict[str, float] | None = None) -> None:
         groups = groups_of(step, **self.sizes, text=text, tokenizer=self.tokenizer)

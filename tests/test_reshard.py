@@ -247,7 +247,8 @@ def test_engines_that_vllm_could_not_divide_the_vocabulary_over_are_refused(engi
 def test_the_plan_of_a_configuration_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model.save_model(tmp_path, "experts")
     config = Path(__file__).parent.parent / "examples" / "quickstart" / "config.toml"
-    arguments = [str(config), "--ranks", "4", "--model.path", str(tmp_path), "--parallel.pipeline", "2"]
+    arguments = [str(config), "--ranks", "4", "--model.path", str(tmp_path), "--model.dtype", "bf16"]
+    arguments += ["--parallel.pipeline", "2"]
     arguments += ["--parallel.expert", "2", "--engine.tensor_parallel", "2"]
     assert show_plan.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +40,47 @@ def allowed(level: Level) -> Level:
         pytest.skip(str(error))
 
 
+type Attack = Callable[[str, Level], check_sandbox.Result]
+
+_hosts: list[check_sandbox.Host] = []
+"""In the process that is attacked: what is attacked there."""
+
+
 @pytest.fixture(scope="module")
-def host() -> Iterator[check_sandbox.Host]:
-    with check_sandbox.Host() as host:
-        yield host
+def attack() -> Iterator[Attack]:
+    """Attacks in a process of their own: what it starts is watched, and this process has what other tests started."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_enter) as pool:
+        yield lambda name, level: pool.submit(_attack, name, ATTACKS[name], level).result(timeout=120)
+        pool.submit(_leave).result(timeout=60)
+
+
+def _enter() -> None:
+    _hosts.append(check_sandbox.Host().__enter__())
+
+
+def _attack(name: str, program: tuple[str, str], level: Level) -> check_sandbox.Result:
+    ATTACKS[name] = program
+    result = check_sandbox.attack(name, _hosts[0], level)
+    for child in psutil.Process().children(recursive=True):
+        if child.pid != _hosts[0].victim.pid and child.name() != "monty":
+            child.kill()
+    return result
+
+
+def _leave() -> None:
+    _hosts.pop().__exit__()
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("level", ["bubblewrap", "interpreter"])
-def test_attack_is_contained(host: check_sandbox.Host, level: Level, name: str) -> None:
-    result = check_sandbox.attack(name, host, allowed(level))
+def test_attack_is_contained(attack: Attack, level: Level, name: str) -> None:
+    result = attack(name, allowed(level))
     assert result.problems == (), result
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_attack_succeeds_where_there_is_no_sandbox(host: check_sandbox.Host, name: str) -> None:
-    result = check_sandbox.attack(name, host, "insecure")
+def test_attack_succeeds_where_there_is_no_sandbox(attack: Attack, name: str) -> None:
+    result = attack(name, "insecure")
     assert "the program was called right" in result.problems, "an attack that can't succeed tests nothing"
 
 
@@ -67,13 +94,10 @@ def test_attack_succeeds_where_there_is_no_sandbox(host: check_sandbox.Host, nam
     ],
 )
 def test_damage_to_the_host_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, host: check_sandbox.Host, deed: str, problem: str
+    monkeypatch: pytest.MonkeyPatch, attack: Attack, deed: str, problem: str
 ) -> None:
     monkeypatch.setitem(ATTACKS, "deed", ("escape", deed))
-    result = check_sandbox.attack("deed", host, "insecure")
-    for child in psutil.Process().children(recursive=True):
-        if child.pid != host.victim.pid and child.name() != "monty":
-            child.kill()
+    result = attack("deed", "insecure")
     assert any(problem in text for text in result.problems), result
 
 

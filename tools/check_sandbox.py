@@ -59,7 +59,10 @@ class Result:
 
 
 class Host:
-    """What attacks are after: a secret in a file, in the environment and behind a descriptor, sockets, a process."""
+    """What attacks are after: a secret in a file, in the environment and behind a descriptor, sockets, a process.
+
+    Everything else that its process starts counts as left over by an attack: there must be nothing else.
+    """
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="mcpo-host-"))

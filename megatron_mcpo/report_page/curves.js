@@ -79,11 +79,11 @@ function chartsOf({ hidden, smoothing }) {
 }
 
 function accuracyChart(domains) {
-  const { steps, columns, total } = RUN.evaluations;
+  const { steps, total } = RUN.evaluations;
   if (!total) return [];
-  const series = domains.map((one) => ({ ...one, values: columns[one.name] || steps.map(() => null) }));
-  series.push({ name: "all", colour: "currentColor", bold: true, values: columns.mean });
-  return [lineChart({ title: "Held-out accuracy", about: "greedy; share of the items", steps, series, share: true })];
+  const series = domains.map((one) => ({ ...one, values: accuracyOf(one.name) }));
+  series.push({ name: "all", colour: "currentColor", bold: true, values: accuracyOf("mean") });
+  return [lineChart({ title: "Held-out accuracy", about: "share of responses to held-out items", steps, series, share: true })];
 }
 
 function namedSeries(names) {

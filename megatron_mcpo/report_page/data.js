@@ -29,6 +29,11 @@ function hasFigure(name) {
   return (RUN.figures.columns[name] || []).some((value) => value !== null);
 }
 
+/** Held-out accuracy of a domain, or "mean", by evaluation; nulls where there is none. */
+function accuracyOf(name) {
+  return RUN.evaluations.columns[name] || RUN.evaluations.steps.map(() => null);
+}
+
 /** Mean of what is known of values[from, to); null without any. */
 function meanOf(values, from, to) {
   const known = values.slice(Math.max(0, from), to).filter((value) => value !== null);

@@ -5,7 +5,7 @@ function overviewSection() {
   const seconds = figure("time/step");
   const pace = meanOf(seconds, 0, seconds.length);
   const [first, last] = ends("reward/mean");
-  const accuracy = RUN.evaluations.columns.mean || [];
+  const accuracy = accuracyOf("mean");
   const tiles = [
     tile("Status", RUN.status, `step ${steps} of ${RUN.planned}`),
     tile("Mean reward", `${fixed(first)} → ${fixed(last)}`, `first and last ${count(summaryWindow(), "step")}`),
@@ -43,7 +43,7 @@ function overviewTable() {
   const evaluated = RUN.evaluations.total > 0;
   const rows = [...RUN.domains, "mean"].map((name, domain) => {
     const [first, last] = ends(`reward/${name}`);
-    const accuracy = RUN.evaluations.columns[name] || [];
+    const accuracy = accuracyOf(name);
     const cells = [first, last, difference(first, last)];
     if (evaluated) cells.push(accuracy[0], lastOf(accuracy), difference(accuracy[0], lastOf(accuracy)));
     const label = domain < RUN.domains.length ? domainTag(domain) : el("strong", {}, name);
