@@ -107,16 +107,16 @@ def test_terminated_twice_the_program_saves_and_leaves_no_process(
     config, run, log = write_config(model, tmp_path), tmp_path / "runs" / "tiny", tmp_path / "output.txt"
     program = start(command(config, *SEVERAL_STEPS), log)
     metrics = run / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, program, log)
+    wait_until(lambda: metrics.exists() and bool(metrics.read_text()), program, log)
     assert end_of_all(program, log, signal.SIGTERM, signal.SIGTERM) == 128 + signal.SIGTERM
     done = len(metrics.read_text().splitlines())
+    assert done < 6, "the signals came too late to be tested"
     assert [step for step, _ in step_files(run / "checkpoints")][-1] == done
     assert "Traceback" not in log.read_text()
     assert wants_restart(config, *SEVERAL_STEPS)
     assert not wants_restart(config, *SEVERAL_STEPS), "once"
-    if done < 6:
-        go_on(model, tmp_path, *SEVERAL_STEPS)
-        assert figures(run) == whole
+    go_on(model, tmp_path, *SEVERAL_STEPS)
+    assert figures(run) == whole
 
 
 def holds_signals(process: psutil.Process) -> bool:
