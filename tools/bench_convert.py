@@ -23,6 +23,13 @@ SMALL = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 _WORK = ROOT / ".cache"
 LAYOUT = ("--tp", "4", "--pp", "2")
 MAX_FILE_BYTES = 2 * 10**9
+# Between this process and the tool: a process begins with the peak of the one that started it, and this one's is large.
+_PEAK_OF = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
 SHAPES_OF_32B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -111,12 +118,10 @@ def measure(direction: str, given: Path, made: Path, *options: str, processes: i
     command = [sys.executable, *launcher, str(ROOT / "tools" / f"{direction}.py"), str(given), str(made), *options]
     command.append("--no-verify-forward")
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", _PEAK_OF, *command], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
+    return time.perf_counter() - start, int(done.stdout) * 1024
 
 
 def _copy(source: Path, target: Path) -> float:
