@@ -27,6 +27,17 @@ def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
+def minibatches(groups: Sequence[RolloutGroup], count: int) -> list[list[RolloutGroup]]:
+    """The groups of each of at most `count` optimizer steps, without those whose verifier failed: they teach nothing.
+
+    Every domain is spread over all of them: where one is alone, nothing is shared.
+    """
+    usable = [group for group in groups if group.error is None]
+    by_domain = sorted(range(len(usable)), key=lambda place: usable[place].prompt.domain)
+    parts = [sorted(by_domain[number::count]) for number in range(count)]
+    return [[usable[place] for place in part] for part in parts if part]
+
+
 def make_batch(
     groups: Sequence[RolloutGroup],
     *,

@@ -119,6 +119,11 @@ class Comparison:
         if len(last) > 1:
             notes.append(f"the last evaluations are of different steps: {', '.join(map(str, last))}")
         measured = {(run.config.evaluation.samples, run.config.evaluation.temperature) for run in runs}
+        items = sorted({run.config.evaluation.items for run in runs})
+        if len(items) > 1:
+            notes.append(
+                f"held-out accuracies are of different questions; evaluation.items: {', '.join(map(str, items))}"
+            )
         if len(measured) > 1:
             ways = ", ".join(f"{k} at temperature {temperature:g}" for k, temperature in sorted(measured))
             notes.append(f"held-out accuracies are not of the same kind; responses an item: {ways}")

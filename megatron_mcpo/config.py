@@ -224,12 +224,19 @@ def _longest_rollout(config: Config) -> list[str]:
 
 
 def _minibatches(config: Config) -> list[str]:
-    if config.batch.minibatches <= config.batch.prompts:
-        return []
-    return [
-        f"batch.minibatches = {config.batch.minibatches}: at most batch.prompts = {config.batch.prompts}, because a "
-        "group is not divided; lower it"
-    ]
+    batch = config.batch
+    if batch.minibatches > batch.prompts:
+        return [
+            f"batch.minibatches = {batch.minibatches}: at most batch.prompts = {batch.prompts}, because a group is not "
+            "divided; lower it"
+        ]
+    shares = config.contrastive.share_weight > 0 and len(config.domain) > 1
+    if shares and batch.prompts < 2 * batch.minibatches:
+        return [
+            f"batch.minibatches = {batch.minibatches}: at most half of batch.prompts = {batch.prompts}, because "
+            "domains share within an optimizer step, which needs two; lower it, or set contrastive.share_weight to 0"
+        ]
+    return []
 
 
 def _rewarding(config: Config) -> list[str]:
@@ -315,7 +322,7 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("engine",), _servers),
     (("parallel",), _virtual_pipeline),
     (("batch", "rollout"), _longest_rollout),
-    (("batch",), _minibatches),
+    (("batch", "contrastive", "domain"), _minibatches),
     (("contrastive",), _rewarding),
     (("contrastive",), _diagnosis),
     (("algorithm",), _importance),

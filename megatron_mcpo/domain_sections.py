@@ -147,7 +147,10 @@ class RewardsConfig(Section):
     workers: PositiveInt = Field(1, description="worker processes an engine's first rank scores with")
     timeout: PositiveFloat = Field(10.0, description="seconds a verifier may take before its worker is killed")
     memory_gib: PositiveFloat = Field(4.0, description="address space of a worker")
-    max_error_rate: Fraction = Field(0.05, description="share of groups a verifier may fail on before the run stops")
+    max_error_rate: Fraction = Field(
+        0.05,
+        description="share of a step's groups a verifier may fail on before the run stops; above 0, one of several may",
+    )
     sandbox: Literal["auto", "bubblewrap", "interpreter", "insecure"] = Field(
         "auto",
         description="where the model's code runs, for verifier code; bubblewrap: CPython in a namespace of its own; "

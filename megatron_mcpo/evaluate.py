@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         # Nothing is tracked, and the frozen model is all that there is on the device.
         overrides += [*model_path, "--run.trackers", "[]", "--model.offload_reference", "false"]
         config = load(known.config, overrides)
+        _check_items(config, known.checkpoint)
         layout, model = check(config, world_size)
         baseline = None if known.baseline is None else read_baseline(known.baseline, config.domain_names)
         _check_out(known.out)
@@ -117,6 +118,23 @@ def _weights(checkpoint: Path | None, hf: Path | None) -> tuple[int, list[str]]:
     if not isinstance(step, int):
         raise ConfigError(problems or [f"{checkpoint / _STATE}: step = {step!r}: no number; copy the checkpoint again"])
     return step, ["--model.path", str(checkpoint)]
+
+
+def _check_items(config: Config, checkpoint: Path | None) -> None:
+    """More held-out items than the run kept apart would be some of those that it trained on."""
+    run = None if checkpoint is None else checkpoint.resolve().parent.parent / "config.toml"
+    own = [d.name for d in config.domain if any(not s.held_out_file and not s.held_out_split for s in d.sources)]
+    if run is None or not run.is_file() or not own:
+        return
+    kept, asked = load(run).evaluation.items, config.evaluation.items
+    if asked > kept:
+        raise ConfigError(
+            [
+                f"evaluation.items = {asked}: the run of this checkpoint kept {kept} items a domain apart ({run}) and "
+                f"trained on the others, of {', '.join(own)} at least; lower it to {kept}, or give every source a "
+                "held_out_file or held_out_split"
+            ]
+        )
 
 
 def _check_out(path: Path | None) -> None:

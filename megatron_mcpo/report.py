@@ -1,7 +1,7 @@
 """What a step tells: the figures of metrics.jsonl, the rows of the rollout dump. Shape legend: megatron_mcpo.types.
 
-Of the rollouts, at the weights that sampled them. Those with * are also there as NAME/<domain>. Groups whose verifier
-failed count as errors and nowhere else; a mean over nothing is NaN.
+Of all rollouts that were sampled, also of those that dynamic sampling then replaced. Those with * are also there as
+NAME/<domain>. Groups whose verifier failed count as errors and nowhere else; a mean over nothing is NaN.
   reward/<domain>            mean over rollouts
   reward/mean                mean over the domains of the step, each counting the same; NaN when one is
   reward_std/<domain>        standard deviation of the rewards within a group (over G): mean over groups
@@ -10,13 +10,15 @@ failed count as errors and nowhere else; a mean over nothing is NaN.
   signal *                   share of groups whose rewards differ
   response_tokens *          mean over rollouts
   truncated *                share of rollouts that reached the response limit
+  groups/errors              groups whose verifier failed; errors/<domain> by domain; timeouts/<domain> those of them
+                             whose verifier took too long
+
+Of the rollouts that were trained on, at the weights that sampled them.
   entropy *                  of the policy, in nats: mean over response tokens
   kl *                       k3 estimate of KL(policy || reference), in nats: mean over response tokens; 0 without one
   engine/logprob_diff_mean   |policy - engine| of the sampled token, in nats: mean over response tokens;
                              engine/logprob_diff/<domain> by domain
   engine/logprob_diff_max    the largest of these
-  groups/errors              groups whose verifier failed; errors/<domain> by domain; timeouts/<domain> those of them
-                             whose verifier took too long
 
 Of the optimizer steps: means over them, where a step has several.
   loss/policy, loss/kl, clip_fraction, ratio, importance/weight, importance/capped   see algo.policy_loss.PolicyLoss
@@ -36,7 +38,7 @@ Of the optimizer steps: means over them, where a step has several.
   lr                         0 where the update was not applied
   update/applied             0 where the gradient was not finite, so that nothing moved; else 1
 
-Of dynamic sampling (data.resample). The figures of rollouts are of the groups that were trained on.
+Of dynamic sampling (data.resample).
   resample/rounds            rounds of replacement that the step took
   resample/replaced          groups without signal that were replaced by others
   resample/prompts           prompts sampled altogether: those of the step, and the replacements
@@ -94,19 +96,21 @@ def rollout_stats(batch: TrainBatch, old: Scores, reference_logp_R: Tensor | Non
 
 
 def step_figures(
-    reports: Sequence[BatchReport], collected: Sequence[RolloutGroup], domain_names: Sequence[str]
+    reports: Sequence[BatchReport], sampled: Sequence[RolloutGroup], domain_names: Sequence[str]
 ) -> dict[str, float]:
     """The figures of a step that the head of this file describes, but for those of the work done.
 
-    collected: all groups; the reports hold those of them whose verifier did not fail.
+    sampled: all groups; the reports hold those of them that were trained on.
     The figures of a domain that had no group in this step are left out.
     """
+    trained = {id(group) for report in reports for group in report.groups}
+    assert trained <= {id(group) for group in sampled}, "the reports hold other groups than those sampled"
     figures = _mean_of([report.metrics for report in reports])
-    figures["groups/errors"] = float(sum(group.error is not None for group in collected))
-    figures |= _figures_of(collected, reports, domain=None, suffix="")
+    figures["groups/errors"] = float(sum(group.error is not None for group in sampled))
+    figures |= _figures_of(sampled, reports, domain=None, suffix="")
     for number, name in enumerate(domain_names):
-        if any(group.prompt.domain == number for group in collected):
-            figures |= _figures_of(collected, reports, domain=number, suffix=f"/{name}")
+        if any(group.prompt.domain == number for group in sampled):
+            figures |= _figures_of(sampled, reports, domain=number, suffix=f"/{name}")
     figures |= _mean_of_known([{**_geometry(report, domain_names), **report.diagnosis} for report in reports])
     rewards = [figures[f"reward/{name}"] for name in domain_names if f"reward/{name}" in figures]
     figures["reward/mean"] = sum(rewards) / len(rewards) if rewards else float("nan")
@@ -166,17 +170,17 @@ def _pair_counts(contrast: Contrast | None, num_rollouts: int) -> dict[str, list
 
 
 def _figures_of(
-    collected: Sequence[RolloutGroup], reports: Sequence[BatchReport], *, domain: int | None, suffix: str
+    sampled: Sequence[RolloutGroup], reports: Sequence[BatchReport], *, domain: int | None, suffix: str
 ) -> dict[str, float]:
-    groups = [g for g in collected if domain is None or g.prompt.domain == domain]
+    groups = [g for g in sampled if domain is None or g.prompt.domain == domain]
     scored = [g for g in groups if g.error is None]
     completions = [c for g in scored for c in g.completions]
     selected = [_rows_of(report.groups, domain) for report in reports]
     stats = torch.cat(
         [torch.zeros(0, len(COLUMNS)), *(r.stats_MK.cpu()[rows] for r, rows in zip(reports, selected, strict=True))]
     )
-    assert len(stats) == len(completions), "the reports hold other rollouts than the scored groups"
-    num_tokens = sum(len(c.token_ids) for c in completions)
+    trained = [g for r in reports for g in r.groups if domain is None or g.prompt.domain == domain]
+    num_tokens = sum(len(c.token_ids) for g in trained for c in g.completions)
     entropy, kl, mismatch = (stats[:, :3].double().sum(dim=0) / num_tokens).tolist()
     figures = {
         f"response_tokens{suffix}": _mean([len(c.token_ids) for c in completions]),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from megatron_mcpo.algo.contrastive import Contrast
-from megatron_mcpo.batch import make_batch
+from megatron_mcpo.batch import make_batch, minibatches
 from megatron_mcpo.canary import Canary
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
@@ -87,7 +87,7 @@ class Trainer:
             self.seconds = {}
             with self.timed("step"):
                 collected = self.collect()
-                scored = [self.score(part) for part in self.split(collected.groups)]
+                scored = [self.score(part) for part in minibatches(collected.groups, config.batch.minibatches)]
                 learned = [self.learn(part) for part in scored]
                 trim()
                 self.push_weights(verify=config.engine.verify_sync)
@@ -130,12 +130,6 @@ class Trainer:
             collected.sampled, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate
         )
         return collected
-
-    def split(self, collected: Sequence[RolloutGroup]) -> list[list[RolloutGroup]]:
-        """The groups of each optimizer step; groups whose verifier failed teach nothing and are left out."""
-        usable = [group for group in collected if group.error is None]
-        count = self.config.batch.minibatches
-        return [part for number in range(count) if (part := usable[number::count])]
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scored:
         """What policy and reference say of the rollouts before anything is learned."""
@@ -210,7 +204,7 @@ class Trainer:
             self.saved = self.step
 
     def log(self, collected: Collected, learned: Sequence[BatchReport]) -> None:
-        figures = step_figures(learned, collected.groups, self.config.domain_names) | collected.figures
+        figures = step_figures(learned, collected.sampled, self.config.domain_names) | collected.figures
         figures |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
         figures |= {
             "sync/seconds": self.seconds["sync"],

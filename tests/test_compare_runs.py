@@ -37,6 +37,7 @@ name = "logic"
 sources = [{ generator = "syllogism" }]
 """
 PLAIN = ("--contrastive.share_weight", "0")
+OTHERWISE = ("--evaluation.samples", "4", "--evaluation.temperature", "1", "--evaluation.items", "9")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -142,7 +143,17 @@ def test_what_makes_figures_hard_to_compare_is_said(tmp_path: Path) -> None:
         write_run(tmp_path, "whole"),
         write_run(tmp_path, "again"),
         write_run(tmp_path, "short", *PLAIN, right=((2, 4),), steps=3, finished=False),
-        write_run(tmp_path, "none", "--evaluation.samples", "4", "--evaluation.temperature", "1", right=()),
+        write_run(
+            tmp_path,
+            "none",
+            "--evaluation.samples",
+            "4",
+            "--evaluation.temperature",
+            "1",
+            "--evaluation.items",
+            "9",
+            right=(),
+        ),
     ]
     comparison = compare(runs)
     assert comparison.window == 1, "a third of the shortest run"
@@ -152,6 +163,7 @@ def test_what_makes_figures_hard_to_compare_is_said(tmp_path: Path) -> None:
         "none has no evaluation",
         "of different steps: 0, 6",
         "1 at temperature 0, 4 at temperature 1",
+        "of different questions",
         "whole: several runs have the same seed: 0, 0",
     ):
         assert words in notes, words

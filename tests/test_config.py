@@ -152,6 +152,7 @@ def test_bad_overrides(tmp_path, overrides, expected):
         ("model", 'path = "m"\ndtype = "fp16"', "model.dtype = 'fp16': must be 'bf16' or 'fp32'"),
         ("batch", "prompts = 4\nsamples = 1", "batch.samples = 1: must be greater than 1"),
         ("batch", "prompts = 4\nsamples = 2\nminibatches = 5", "at most batch.prompts = 4"),
+        ("batch", "prompts = 4\nsamples = 2\nminibatches = 3", "at most half of batch.prompts = 4"),
         ("batch", "prompts = 4\nsamples = 2\nmicro_batch_tokens = 9", "must hold the longest rollout"),
         ("optimizer", "lr = nan", "optimizer.lr = nan: must be"),
         ("optimizer", "lr = inf", "optimizer.lr = inf: must be"),

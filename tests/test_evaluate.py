@@ -128,6 +128,10 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     "baseline folder": (["--baseline", "RUN"], ["--baseline", "can't be read"]),
     "out": (["--out", "nowhere/figures.json"], ["--out = 'nowhere/figures.json'", "folder that exists"]),
     "greedy": (["--evaluation.samples", "4"], ["evaluation.samples = 4", "evaluation.temperature"]),
+    "items that were trained on": (
+        ["--checkpoint", "RUN/checkpoints/step_000006", "--evaluation.items", "9"],
+        ["evaluation.items = 9", "kept 8 items a domain apart", "divisors, letters", "held_out_file"],
+    ),
     "unknown key": (["--evaluation.sample", "4"], ["evaluation.sample", "did you mean 'samples'?"]),
 }
 

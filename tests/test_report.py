@@ -371,6 +371,18 @@ def test_a_domain_of_empty_responses_has_no_token_means() -> None:
     assert found["entropy"] == found["entropy/red"] == pytest.approx((4 * entropy_of(0) + 2 * entropy_of(1)) / 6)
 
 
+def test_replaced_groups_count_in_what_was_sampled_not_in_what_was_trained_on() -> None:
+    """Else a domain that is mastered, or whose verifier fails, would look as if it were not."""
+    easy = group(0, [7, 7], [1.0, 1.0])
+    found = step_figures([report_of(FIRST)], [*FIRST, easy, FAILED], NAMES)
+    without = step_figures([report_of(FIRST)], FIRST, NAMES)
+    assert found["errors/green"] == found["groups/errors"] == 1.0
+    assert (found["pass_rate/red"], found["reward/red"], found["all_right/red"]) == (0.75, 0.75, 0.5)
+    assert (without["pass_rate/red"], without["all_right/red"]) == (0.5, 0.0)
+    for name in ("entropy", "kl/red", "engine/logprob_diff_mean", "engine/logprob_diff/red"):
+        assert found[name] == without[name]
+
+
 def test_a_step_whose_groups_all_failed_has_figures_without_values() -> None:
     found = step_figures([], [FAILED], NAMES)
     assert found["groups/errors"] == found["errors/green"] == 1.0
@@ -378,9 +390,9 @@ def test_a_step_whose_groups_all_failed_has_figures_without_values() -> None:
         assert math.isnan(found[name]), name
 
 
-def test_rollouts_that_no_report_holds_are_a_mistake_of_ours() -> None:
-    with pytest.raises(AssertionError, match="other rollouts"):
-        step_figures([report_of(FIRST)], COLLECTED, NAMES)
+def test_groups_that_were_not_sampled_are_a_mistake_of_ours() -> None:
+    with pytest.raises(AssertionError, match="other groups"):
+        step_figures([report_of(SECOND)], FIRST, NAMES)
 
 
 def test_positives_are_rows_of_the_same_minibatch() -> None:

@@ -244,3 +244,12 @@ def test_error_rate() -> None:
     check_error_rate([], domain_names=["algebra"], max_error_rate=0.0)
     with pytest.raises(TooManyErrors, match=r"2 of 20 groups.*'algebra'.*item 7: KeyError: 'x'"):
         check_error_rate([good] * 18 + [bad] * 2, domain_names=["algebra"], max_error_rate=0.05)
+
+
+def test_one_failure_of_several_ends_no_run_that_allows_any() -> None:
+    good = replace(group("right"), rewards=(1.0,))
+    bad = replace(group("wrong"), error="timeout")
+    check_error_rate([good, bad], domain_names=["algebra"], max_error_rate=0.05)
+    for groups, rate in (([bad], 0.05), ([good] * 9 + [bad], 0.0), ([good] * 8 + [bad] * 2, 0.05)):
+        with pytest.raises(TooManyErrors):
+            check_error_rate(groups, domain_names=["algebra"], max_error_rate=rate)

@@ -8,12 +8,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_mcpo.batch import minibatches
 from megatron_mcpo.data.domains import Domain, Source
 from megatron_mcpo.data.mixing import capped, mixing_shares, nearness
 from megatron_mcpo.data.stream import PromptStream
@@ -109,6 +111,32 @@ def expected_shares(weights: list[float], num: int) -> list[float]:
         return shares
     biggest = shares.index(top)
     return [cap if i == biggest else (1 - cap) * share / (1 - top) for i, share in enumerate(shares)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("num_domains", [2, 3, 4, 5])
+def test_every_optimizer_step_has_every_domain(num_domains: int, count: int) -> None:
+    """Dealt by turns, two domains would alternate between two minibatches and never meet."""
+    stream = make_stream(weights=[1.0] * num_domains)
+    for _ in range(3):
+        groups = [scored(prompt, [True, False]) for prompt in stream.next(num_domains * count)]
+        parts = minibatches(groups, count)
+        assert [Counter(g.prompt.domain for g in part) for part in parts] == [Counter(range(num_domains))] * count
+        place_of = {id(group): place for place, group in enumerate(groups)}
+        places = [[place_of[id(group)] for group in part] for part in parts]
+        assert all(part == sorted(part) for part in places)
+        assert sorted(chain.from_iterable(places)) == list(range(len(groups)))
+
+
+def test_a_domain_in_want_of_groups_is_in_as_many_optimizer_steps_as_it_can_be() -> None:
+    prompts = make_stream(weights=[1.0, 1.0, 4.0]).next(12)
+    groups = [scored(prompt, [True, False]) for prompt in prompts]
+    parts = minibatches(groups, 4)
+    assert [len(part) for part in parts] == [3] * 4
+    assert sum(any(g.prompt.domain == 0 for g in part) for part in parts) == 2
+    assert all(len({g.prompt.domain for g in part}) > 1 for part in parts)
+    failed = scored(prompts[0], [], error="timeout")
+    assert minibatches([failed], 2) == [] and minibatches([failed, groups[1]], 2) == [[groups[1]]]
 
 
 def test_equal_weights_take_turns() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_mcpo import parallel
@@ -47,6 +48,8 @@ def _fork(
     code = 1
     port = server.getsockname()[1]
     try:
+        # A fork makes torch's thread pool anew when it is first asked for, and two of gloo's threads at once break it.
+        torch.set_num_threads(torch.get_num_threads())
         # The ranks meet at a store that listens already: a port found free might be taken when rank 0 binds it.
         if rank == 0:
             store = dist.TCPStore(

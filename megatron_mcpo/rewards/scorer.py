@@ -162,9 +162,13 @@ class DomainRules:
 
 
 def check_error_rate(groups: Sequence[RolloutGroup], *, domain_names: Sequence[str], max_error_rate: float) -> None:
-    """Raise TooManyErrors when more than `max_error_rate` of ALL groups of a step failed to be verified."""
+    """Raise TooManyErrors when more than `max_error_rate` of ALL groups of a step failed to be verified.
+
+    One of several may fail at any rate but 0: a response that makes its verifier hang must not end a small run.
+    """
     failed = [group for group in groups if group.error is not None]
-    if len(failed) <= max_error_rate * len(groups):
+    one_of_several = max_error_rate > 0 and len(failed) == 1 < len(groups)
+    if one_of_several or len(failed) <= max_error_rate * len(groups):
         return
     first = failed[0]
     counts = {name: sum(domain_names[g.prompt.domain] == name for g in failed) for name in domain_names}
