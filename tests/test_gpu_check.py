@@ -98,7 +98,7 @@ def answering(text: str) -> list[str]:
 def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     row = Row(name="row", run=Outcome, seconds=20)
     outcome = Outcome(bands=(Band(name="error", value=2.0, low=0.0, high=1.0),), figures={"seconds": 0.5})
-    failed = check(row, answering(f"print('noise'); print({outcome.to_json()!r})"))
+    failed = check(row, answering(f"print('noise'); print({outcome.to_json()!r}); print('[]'); print('bye')"))
     assert (failed["state"], failed["why"]) == ("failed", "error = 2, must lie in 0 .. 1")
     crashed = check(row, answering("raise SystemExit('out of memory')"))
     assert (crashed["state"], crashed["why"]) == ("failed", "exit code 1: out of memory")

@@ -7,6 +7,7 @@ crashed; a row whose modules are missing is skipped, and says so.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -87,7 +88,7 @@ ROWS = {
 
 
 def check(row: Row, command: Sequence[str]) -> dict[str, Any]:
-    """Run a row's command, whose last line of output is an outcome; what became of it."""
+    """Run a row's command, one of whose lines is an outcome; what became of it."""
     missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if missing:
         return {"state": "skipped", "why": f"{', '.join(missing)} not installed"}
@@ -97,13 +98,22 @@ def check(row: Row, command: Sequence[str]) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"state": "failed", "why": f"took more than {row.seconds} s"}
     taken = {"row_seconds": round(time.monotonic() - start, 1)}
-    lines = finished.stdout.strip().splitlines()
-    if finished.returncode or not lines:
-        last = (finished.stderr.strip().splitlines() or ["no output"])[-1]
+    outcome = _outcome(finished.stdout)
+    if finished.returncode or outcome is None:
+        last = (finished.stderr.strip().splitlines() or ["no outcome"])[-1]
         return {"state": "failed", "why": f"exit code {finished.returncode}: {last[:300]}", **taken}
-    outcome: dict[str, Any] = json.loads(lines[-1])
     failures = outcome.pop("failures")
     return {"state": "failed" if failures else "passed", "why": "; ".join(failures), **taken, **outcome}
+
+
+def _outcome(output: str) -> dict[str, Any] | None:
+    """The last line that is one: libraries write to standard output too, also when they are taken down."""
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            found = json.loads(line)
+            if isinstance(found, dict) and "failures" in found:
+                return found
+    return None
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
