@@ -79,7 +79,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """What a command of Slurm prints."""
-        finished = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        finished = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
         assert finished.returncode == 0, f"{command}: {finished.stdout}{finished.stderr}"
         return finished.stdout.strip()
 
@@ -90,7 +90,7 @@ class Cluster:
     def num_idle(self) -> int:
         """Nodes that are ready and have no job; 0 before the controller answers."""
         command = ["sinfo", "--noheader", "--Node", "--format=%t"]
-        found = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        found = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
         return found.stdout.split().count("idle")
 
     def break_node(self, name: str) -> None:
@@ -157,7 +157,7 @@ def _wait(cluster: Cluster, what: str, condition: Callable[[], bool], seconds: f
 def _stop(cluster: Cluster) -> None:
     """End the jobs, the processes of their steps and the daemons, each by its process id."""
     if "n1" in cluster.daemons:
-        subprocess.run(["scancel", "--user=root"], env=cluster.environment, capture_output=True, timeout=60)
+        subprocess.run(["scancel", "--user=root"], env=cluster.environment, capture_output=True, timeout=180)
     left = _with_environment("SLURM_CONF", str(cluster.folder / "slurm.conf"))
     for process in left:
         _send(process, signal.SIGKILL)

@@ -56,7 +56,7 @@ def refuse(config: str, folder: Path, *overrides: str, seconds: float = 30) -> s
     path.write_text(config)
     start = time.monotonic()
     command = [sys.executable, "-m", "megatron_mcpo.train", str(path), *overrides]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert time.monotonic() - start < seconds, "torch was imported, or something slower"
@@ -213,7 +213,7 @@ def dry_run(config: str, folder: Path, *overrides: str) -> str:
     path = folder / "config.toml"
     path.write_text(config)
     command = [sys.executable, "-m", "megatron_mcpo.train", str(path), "--dry-run", *overrides]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     assert not (folder / "runs").exists()
     return result.stdout

@@ -178,7 +178,7 @@ def run_on_terminal(folder: Path, mode: str) -> str:
         if not part:
             break
         content += part
-    process.wait(timeout=60)
+    process.wait(timeout=180)
     os.close(parent)
     return content.decode()
 

@@ -229,7 +229,7 @@ def gathered_vocab(logits_1TV: Tensor, groups: Groups) -> Tensor:
 
 
 def test_bf16_models_are_read_and_exported_in_bf16(cases: list[Case]) -> None:
-    assert run_ranks(4, check_bf16, cases[0], timeout=60) == [[]] * 4
+    assert run_ranks(4, check_bf16, cases[0]) == [[]] * 4
 
 
 def check_bf16(case: Case) -> list[str]:

@@ -150,7 +150,7 @@ def test_a_folder_with_the_name_of_a_tracker_is_not_its_package(tmp_path: Path) 
 def test_no_tracker_is_no_problem_and_checking_imports_no_torch() -> None:
     assert check_trackers(config_with([])) == []
     code = "import sys, megatron_mcpo.metrics; sys.exit('torch' in sys.modules or 'tensorboard' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0
 
 
 def test_rollouts_survive_whatever_the_model_wrote(folder: Path) -> None:

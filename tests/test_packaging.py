@@ -90,7 +90,7 @@ def test_gpu_requirements_differ_in_vllm_only():
 
 def test_setup_reads_version_and_requirements():
     command = [sys.executable, "setup.py", "-q", "--name", "--version"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=180)
     assert answer.stdout.split() == ["megatron-mcpo", __version__]
 
 
@@ -138,7 +138,7 @@ def make_env(folder: Path, path: str) -> subprocess.CompletedProcess[str]:
         (folder / name).write_bytes((ROOT / name).read_bytes())
     environment = {"PATH": path, "HOME": str(folder)}
     command = ["/bin/sh", str(folder / "tools" / "make_env.sh")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
 
 def script(path: Path, text: str) -> None:

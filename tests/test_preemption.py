@@ -53,7 +53,7 @@ PHASES: dict[str, tuple[type, str, int, int]] = {
 def wants_restart(config: Path, *overrides: str) -> bool:
     """What a job script asks; the mark is then gone."""
     tool = [sys.executable, ROOT / "tools" / "requeue.py", config, *overrides]
-    code = subprocess.run(tool, cwd=ROOT, timeout=60).returncode
+    code = subprocess.run(tool, cwd=ROOT, timeout=180).returncode
     assert code in (0, 1)
     return code == 0
 

@@ -51,7 +51,7 @@ def attack() -> Iterator[Attack]:
     """Attacks in a process of their own: what it starts is watched, and this process has what other tests started."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_enter) as pool:
         yield lambda name, level: pool.submit(_attack, name, ATTACKS[name], level).result(timeout=120)
-        pool.submit(_leave).result(timeout=60)
+        pool.submit(_leave).result(timeout=180)
 
 
 def _enter() -> None:

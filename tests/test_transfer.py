@@ -67,7 +67,6 @@ CASES: list[tuple[str, Layout, int]] = [
 TWO = Layout(tensor=2)
 BUCKET_BYTES = 40_000
 HALF = 125_000
-pytestmark = pytest.mark.timeout(240)
 
 
 @dataclass(frozen=True)

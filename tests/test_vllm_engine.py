@@ -29,7 +29,6 @@ SIZES: dict[str, Any] = dict(
     initializer_range=0.1,
     eos_token_id=5,
 )
-pytestmark = pytest.mark.timeout(240)
 needs_fp8 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="FP8 needs AVX512-BF16 on a CPU")
 
 

@@ -20,7 +20,7 @@ from megatron_mcpo import parallel
 GRACE_SECONDS = 3.0
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
     """`function(*args)` on `num_ranks` ranks with torchrun's environment; their results in order of rank.
 
     Results are pickled, the function and its arguments are not (ranks are forks). Groups left over by the function are
