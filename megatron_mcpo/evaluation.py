@@ -6,7 +6,7 @@ from megatron_mcpo.accuracy import Item, figures
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
 from megatron_mcpo.data.domains import Domain
-from megatron_mcpo.rewards.answers import after_hashes, last_boxed
+from megatron_mcpo.rewards.boxes import after_hashes, last_boxed
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
