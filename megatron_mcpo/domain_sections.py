@@ -85,7 +85,7 @@ class VerifierConfig(Section):
     prompt: PathText | None = Field(
         None,
         description="for judge: file with the instruction, in which {question}, {answer} and {response} are replaced; "
-        "the reply's last number, from 0 to 1, is the score",
+        "the number behind 'score' in the reply, or its only one, from 0 to 1, is the score",
     )
     api_key_file: PathText | None = Field(None, description="for judge: file that holds the key, where one is needed")
     retries: NonNegativeInt = Field(2, description="for judge: further attempts after an answer that can't be used")

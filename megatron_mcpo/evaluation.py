@@ -1,13 +1,16 @@
 """Held-out accuracy by domain."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_mcpo.accuracy import Item, figures
 from megatron_mcpo.collect import Collector, Sampling
 from megatron_mcpo.config import Config
 from megatron_mcpo.data.domains import Domain
-from megatron_mcpo.rewards.answers import after_hashes, last_boxed
+from megatron_mcpo.domain_sections import DomainConfig
+from megatron_mcpo.rewards.kinds import KINDS
 from megatron_mcpo.rewards.scorer import check_error_rate
+from megatron_mcpo.rewards.votes import EXTRACTING, stated
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
 _SEED = 0
@@ -31,22 +34,25 @@ def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) ->
     check_error_rate(groups, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate)
     return figures(
         {
-            domain.name: [_item(g) for g in groups if g.prompt.domain == number and g.error is None]
-            for number, domain in enumerate(domains)
+            settings.name: [item_of(g, settings) for g in groups if g.prompt.domain == number and g.error is None]
+            for number, settings in enumerate(config.domain)
         }
     )
 
 
-def _item(group: RolloutGroup) -> Item:
-    return Item(correct=group.correct, answers=tuple(map(answer, group.completions)))
+def item_of(group: RolloutGroup, settings: DomainConfig) -> Item:
+    kind = voting_kind(settings, group.prompt.entry)
+    return Item(correct=group.correct, answers=tuple(answer(completion, kind) for completion in group.completions))
 
 
-def answer(completion: Completion) -> str:
-    r"""What a response votes for: its answer in lower case with single spaces; "" where the response was cut.
+def voting_kind(settings: DomainConfig, entry: Mapping[str, Any]) -> str:
+    """The kind of verifier whose answer counts in a vote: of several that judge, the first that extracts one."""
+    kinds = [verifier.kind for verifier in settings.scoring if KINDS[verifier.kind].judges]
+    if not settings.scoring:
+        kinds = [entry.get("verifier") or "reasoning_gym"]
+    return next((kind for kind in kinds if kind in EXTRACTING), "")
 
-    The answer is what stands in the last \boxed{}, or after the last ####, or, without either, all of the text.
-    """
-    if completion.stop_reason is not StopReason.STOP:
-        return ""
-    boxed = last_boxed(completion.text)
-    return " ".join((boxed[1] if boxed else after_hashes(completion.text)).casefold().split())
+
+def answer(completion: Completion, kind: str) -> str:
+    """What a response votes for, by the kind of its verifier; "" where it states nothing, or was cut."""
+    return stated(kind, completion.text.strip()) if completion.stop_reason is StopReason.STOP else ""

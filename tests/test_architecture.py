@@ -64,6 +64,7 @@ WITHOUT_TORCH = (
     "weights.reshard",
     "rewards.allowlist",
     "rewards.rules",
+    "rewards.votes",
     "rollout.vllm_options",
     "rollout.server_client",
     "train",

@@ -6,6 +6,7 @@ Real ranks, Megatron-Core, vLLM and verifiers. Not covered here: the formulas (t
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import tiny
 from converting import quiet
 from program import ROOT, Finished, forked, train_forked, write_config
+from scoring import completion, group
 
+from megatron_mcpo.accuracy import majority_is_correct
+from megatron_mcpo.domain_sections import DomainConfig
 from megatron_mcpo.evaluate import main
-from megatron_mcpo.evaluation import answer
-from megatron_mcpo.types import Completion, StopReason
+from megatron_mcpo.evaluation import answer, item_of, voting_kind
+from megatron_mcpo.types import StopReason
 from megatron_mcpo.weights.convert import megatron_to_hf
 
 PROGRAM = "megatron_mcpo.evaluate"
@@ -160,16 +164,62 @@ def test_a_damaged_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("kind", "text", "expected"),
     [
-        (" The  Answer\nis 5 ", "the answer is 5"),
-        (r"So \boxed{4} or rather \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
-        (r"So \boxed{4} is not \boxed{5", "4"),
-        ("2 + 2 = 4\n#### 4", "4"),
-        ("  ", ""),
+        ("choice", "I think the answer is (b), a bank.", "B"),
+        ("choice", r"\boxed{\text{B}}", "B"),
+        ("choice", "The answer is A or B", ""),
+        ("numeric", "So it is 1,234 apples.", "1234.0"),
+        ("numeric", r"\boxed{1{,}234.0}", "1234.0"),
+        ("numeric", "#### -0", "0.0"),
+        ("numeric", "50%", "50.0%"),
+        ("numeric", "10^5", ""),
+        ("math", r"So \boxed{4} or rather \boxed{\dfrac{1}{2}} it is", r"\frac{1}{2}"),
+        ("math", r"Thus $x = \frac{1}{2}$.", r"\frac{1}{2}"),
+        ("math", r"So \boxed{4} is not \boxed{5", "4"),
+        ("math", "2 + 2 = 4\n#### 4", "4"),
+        ("math", "We add $2+2$, which makes 4.0 apples.", "4"),
+        ("math", "From $3 to $4", "4"),
+        ("math", r"\boxed{x = 1, y = 2}", "x=1,y=2"),
+        ("exact", r" It is \boxed{ A  b} ", "A  b"),
+        ("exact", " A b ", "A b"),
+        ("text", "The  Eiffel tower.", "eiffel tower"),
+        ("text", r"So \boxed{an Eiffel-tower}", "eiffeltower"),
+        ("", " The  Answer\nis 5 ", "the answer is 5"),
+        ("math", "  ", ""),
     ],
 )
-def test_what_a_response_votes_for(text: str, expected: str) -> None:
-    sampled: dict[str, Any] = dict(token_ids=(1,), logprobs=(0.0,), version=0, text=text)
-    assert answer(Completion(**sampled, stop_reason=StopReason.STOP)) == expected
-    assert answer(Completion(**sampled, stop_reason=StopReason.LENGTH)) == "", "it was cut"
+def test_what_a_response_votes_for(kind: str, text: str, expected: str) -> None:
+    assert answer(completion(text), kind) == expected
+    assert answer(completion(text, StopReason.LENGTH), kind) == "", "it was cut"
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "texts"),
+    [
+        ("choice", "B", ("The answer is A.", "I say: the answer is B", "Answer: (B) bank", "C, or so I think")),
+        ("numeric", "42", ("43", "It is 42.", "so 42 apples", "no idea")),
+        ("math", "42", ("So it is $43$.", "It is $42$.", "so x = 42.", r"\boxed{44}")),
+    ],
+)
+def test_responses_without_a_box_vote_for_what_their_verifier_takes(
+    kind: str, right: str, texts: tuple[str, ...]
+) -> None:
+    """Of four texts that all differ two give the right answer, and the first a wrong one."""
+    scored = replace(group(*texts, verifier=kind, answer=right), correct=(False, True, True, False))
+    settings = DomainConfig.model_validate({"name": "d", "sources": [{"file": "a.jsonl"}]})
+    assert majority_is_correct(item_of(scored, settings))
+
+
+def test_the_kind_that_a_vote_goes_by() -> None:
+    def kind(entry: dict[str, Any], *kinds: dict[str, Any]) -> str:
+        sources = [{"file": "a.jsonl"}]
+        return voting_kind(
+            DomainConfig.model_validate({"name": "d", "sources": sources, "verifiers": list(kinds)}), entry
+        )
+
+    form, length = {"kind": "format", "pattern": "a"}, {"kind": "length", "buffer_tokens": 1}
+    assert kind({"verifier": "choice"}) == kind({"verifier": "choice"}, length) == "choice"
+    assert kind({"verifier": "choice"}, form, {"kind": "math"}) == "math"
+    assert kind({}, {"kind": "judge", "url": "http://a", "model": "m", "prompt": "p"}, {"kind": "text"}) == "text"
+    assert kind({"metadata": {"source_dataset": "chain_sum"}}) == kind({"verifier": "code"}) == kind({}, form) == ""

@@ -77,7 +77,7 @@ def settings(judge: Judge, prompt: str, **keys: Any) -> dict[str, Any]:
     return {"kind": "judge", "url": judge.url, "model": "m", "prompt": prompt, **keys}
 
 
-def test_a_judge_is_asked_once_for_each_answer_and_its_last_number_counts(
+def test_a_judge_is_asked_once_for_each_answer_and_its_score_counts(
     start: Callable[[Behaviour], Judge], prompt: str, tmp_path: Path
 ) -> None:
     key = tmp_path / "key"
@@ -103,9 +103,22 @@ def test_replies_that_can_not_be_used_are_asked_for_again(start: Callable[[Behav
 
 @pytest.mark.parametrize(
     ("said", "score"),
-    [("1", 1.0), ("**0.5**", 0.5), ("1e-1", 0.1), (".25.", 0.25), ("9/10, so 0", 0.0), ("Score:1.0", 1.0)],
+    [
+        ("1", 1.0),
+        ("**0.5**", 0.5),
+        ("1e-1", 0.1),
+        (".25.", 0.25),
+        ("Score:1.0", 1.0),
+        ("9/10, so the score is 0", 0.0),
+        ("Score: 0.3 out of 1", 0.3),
+        ("**Score**: 0.3 (on a scale from 0 to 1)", 0.3),
+        ("Score (0 to 1): 0.3", 0.3),
+        ('{"score": 0.3, "steps": 4}', 0.3),
+        ("I first thought of a score of 0.5.\nScore: 0.3", 0.3),
+        ("The score is 0.3; the highest score is 1.", 0.3),
+    ],
 )
-def test_what_a_reply_ends_in(start: Callable[[Behaviour], Judge], prompt: str, said: str, score: float) -> None:
+def test_the_score_of_a_reply(start: Callable[[Behaviour], Judge], prompt: str, said: str, score: float) -> None:
     judge = start(lambda number, asked: chat(said))
     with scorer_of(settings(judge, prompt)) as scorer:
         [scored] = scorer.score([group("x")])
@@ -129,6 +142,11 @@ def test_what_a_reply_ends_in(start: Callable[[Behaviour], Judge], prompt: str, 
         (chat("1.5"), "from 0 to 1"),
         (chat("nan"), "from 0 to 1"),
         (chat("v0"), "from 0 to 1"),
+        (chat("0.3 (scale: 0 to 1)"), "from 0 to 1"),
+        (chat("9/10, so 0"), "from 0 to 1"),
+        (chat("Score: 0.3 out of 10"), "from 0 to 1"),
+        (chat("Score: 1 on a scale of 1 to 10"), "from 0 to 1"),
+        (chat("a score of 0.5, or a score of 0.6"), "from 0 to 1"),
     ],
 )
 def test_a_judge_that_fails_is_an_error_and_never_a_zero(

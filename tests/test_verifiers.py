@@ -27,6 +27,22 @@ RIGHT: list[tuple[str, Any, str]] = [
     ("choice", "B", r"The answer is A or C? No: \boxed{B}"),
     ("choice", "(b)", "B"),
     ("choice", "A", "The answer is A."),
+    ("choice", "B", "The answer is B. That is why this answer is correct."),
+    ("choice", "B", r"\boxed{B} I hope the answer is clear."),
+    ("choice", "B", "Answer: B\n\nExplanation: the answer is not A since it is dry."),
+    ("choice", "B", "The answer is B. I do not think that the correct answer is A."),
+    ("choice", "B", "The answer is B. If the answer was C or if the answer is A, it would rain. A wrong answer is C."),
+    ("choice", "B", "It is not C so the answer is B"),
+    *(
+        ("choice", "B", f"The answer is B{rest}")
+        for rest in (", a bank.", ", B.", " and I am sure", ", an item", " I think")
+    ),
+    *(("choice", "B", text) for text in (r"The answer is \text{B}", r"The answer is \(\mathbf{B}\).", "**Answer**: B")),
+    *(
+        ("choice", "A", f"The answer is A{rest}")
+        for rest in (" because banks", " since it is", "\n\nBanks are", ", a bank")
+    ),
+    *(("choice", "A", text) for text in ("The answer is **A** bank", "The answer is (A) bank", "Answer: A as I said")),
     ("exact", "a b", "  a b\n"),
     ("exact", "a b", r"It is \boxed{a b}."),
     ("exact", r"\boxed{3}", r"\boxed{3}"),
@@ -38,14 +54,29 @@ RIGHT: list[tuple[str, Any, str]] = [
     ("text", "-3.5", "-3.5!"),
     *(
         ("numeric", "42", text)
-        for text in ("42", "so 42.", "41 + 1 = 42", "1, 2 or 42", r"\boxed{42} of 43", "#### 42")
+        for text in ("42", "so 42.", "41 + 1 = 42", "2^3 + 34 = 42", "1, 2 or 42", r"\boxed{42} of 43", "#### 42")
     ),
     *(("numeric", "42", text) for text in ("+42", "42.0", "$42", r"\$42 a day", "42 apples", "42m2", "(42)", "4.2e1")),
     *(("numeric", "-1234.5", text) for text in ("-1,234.5", "x=-1234.5", "−1234.50", "-$1,234.5", "$-1,234.5")),
     *(("numeric", "1.75", text) for text in ("7/4", "1 3/4", r"\frac{7}{4}", r"\boxed{\dfrac{7}{4}}", "1.750", "175%")),
     ("numeric", "50", "50%"),
     ("numeric", "50%", "0.5"),
-    ("numeric", "5", "10-5"),
+    *(
+        ("numeric", "12", f"12{unit}")
+        for unit in (" cm^2", "cm²", r"\text{ cm}^2", r"\,\mathrm{m}/s^{2}", " square km^2")
+    ),
+    *(("numeric", "12", f"12{unit}") for unit in ("°", r"^\circ", r"^{\circ}C", " CO2", " kg CO2", "/day", "\n- done")),
+    *(("numeric", "1234", rf"\boxed{{1{mark}234}}") for mark in (",", "{,}", r"\!", r",\!", r"\,")),
+    *(("numeric", rf"10{mark}000", "10,000") for mark in (",", "{,}", r"\!", r",\!", r"\,")),
+    *(
+        ("numeric", "42", text)
+        for text in ("**42**", "**Answer** 42", "Answer - 42", "1. 42", "- 41\n- 42", "It is 42!")
+    ),
+    *(("numeric", "42", text) for text in (r"$x = 42$", r"\(42\)", r"\text{So }42", "x = 3 * 14 = 42", "42 (apples)")),
+    *(("numeric", "-5", text) for text in ("is -5", "x = - 5", r"\boxed{- 5}", "(-5)", "-(5)", "−5", "-5 m")),
+    *(("numeric", "-0.75", text) for text in (r"-\frac{3}{4}", r"\frac{-3}{4}", "-3/4")),
+    ("numeric", "1.75", r"1\frac{3}{4}"),
+    *(("numeric", "-1.75", text) for text in ("-1 3/4", r"-1\frac{3}{4}")),
     ("numeric", "so 6 * 7 #### 1,042", "1042"),
     ("numeric", 0.1, ".1"),
     *(
@@ -77,6 +108,18 @@ WRONG: list[tuple[str, Any, str]] = [
     ("choice", "B", "I think B is nice. The answer is unknown"),
     ("choice", "A", "The answer is A bank"),
     ("choice", "A", "The answer is a bank"),
+    *(
+        ("choice", "A", f"The answer is A{rest}")
+        for rest in (" for-profit bank", " or B", " and B", ", B", " B", ", A, B")
+    ),
+    *(
+        ("choice", "B", f"The answer is B{rest}")
+        for rest in (" or maybe C", " (or C)", r"} or \text{A", ", a or c", " (A)")
+    ),
+    *(
+        ("choice", "B", text)
+        for text in ("I don't think the answer is B", "The wrong answer is B", "Not the answer: B")
+    ),
     ("exact", "a b", "A b"),
     ("exact", "a b", "a b."),
     ("exact", "a b", r"\boxed{a b} or \boxed{c}"),
@@ -88,6 +131,29 @@ WRONG: list[tuple[str, Any, str]] = [
         for text in ("", "43", "none", "42 or 43", "4,2", "42,0", "4 2", r"\boxed{4} 42", "٤٢", "H42")
     ),
     *(("numeric", "42", text) for text in ("nan", "inf", "42/0", "1/42/2024", "42.0.0", "42e999", "42.0001")),
+    *(
+        ("numeric", "5", text)
+        for text in ("10^5", "10^{5}", "10-5", "10 - 5", "10–5", "10 km - 5", "x+5", "x - 5", "10 / 5")
+    ),
+    *(
+        ("numeric", "5", text)
+        for text in ("2*5", "2 * 5", "2**5", "2 x 5", "2×5", r"2 \cdot 5", r"\pm 5", "3:5", "(2)(5)")
+    ),
+    *(
+        ("numeric", "5", text)
+        for text in (r"\sqrt{5}", r"\sqrt 5", "√5", "log(5)", r"\frac{x}{5}", "x_{5}", r"\frac35")
+    ),
+    *(
+        ("numeric", "5", text)
+        for text in ("5^2", "5²", "5½", r"5\sqrt{3}", r"5\pi", "5π", "5x", "5 + x", "5(x+1)", "5x^2", "5!")
+    ),
+    ("numeric", "5", r"0.\overline{5}"),
+    ("numeric", "5", "- (-5)"),
+    ("numeric", "5", "- 5"),
+    ("numeric", "234", r"\boxed{1{,}234}"),
+    ("numeric", "234", "1 234"),
+    ("numeric", "31", "0x1F"),
+    ("numeric", "0", "0x1F"),
     ("numeric", "5000%", "50%"),
     ("numeric", "-5", "5"),
     *(
@@ -124,7 +190,12 @@ def test_an_item_without_a_usable_answer_is_an_error_not_a_zero(kind: str, answe
 
 
 @pytest.mark.parametrize(
-    ("kind", "answer"), [("choice", "BC"), ("choice", "bank"), ("numeric", "many"), ("numeric", "1/0"), ("text", "The")]
+    ("kind", "answer"),
+    [("choice", "BC"), ("choice", "bank"), ("numeric", "many"), ("numeric", "1/0"), ("text", "The")]
+    + [
+        ("numeric", answer)
+        for answer in ("10^5", r"\sqrt{2}", "3,14", "x+3", r"2\pi", "1 234", "3:4", "5!", r"\frac{x}{2}")
+    ],
 )
 def test_an_answer_that_the_kind_can_not_read_is_an_error(kind: str, answer: str) -> None:
     with pytest.raises(ValueError, match="item's answer"):
@@ -135,6 +206,16 @@ def test_a_choice_may_be_given_as_its_text() -> None:
     assert score("choice", "mall", "The answer is (B)", choices=["bank", "mall"]) == 1.0
     assert score("choice", "B", "B", choices=["bank", "mall"]) == 1.0
     assert score("choice", "mall", "A", choices=["bank", "mall"]) == 0.0
+
+
+def test_the_letter_of_a_choice_comes_before_its_text() -> None:
+    blood = ["O", "A", "B", "AB"]
+    assert score("choice", "A", "The answer is A.", choices=blood) == 1.0
+    assert score("choice", "A", "The answer is B.", choices=blood) == 0.0
+    assert score("choice", "AB", "The answer is D.", choices=blood) == 1.0
+    assert score("choice", "O", "The answer is A.", choices=blood) == 1.0, "O is the letter of none of four"
+    with pytest.raises(ValueError, match="'E', is neither the letter"):
+        score("choice", "E", "E", choices=blood)
 
 
 def test_tolerance_is_relative_above_one_and_absolute_below() -> None:

@@ -7,7 +7,7 @@ A row of our schema has these columns; others are ignored, so are those that are
   answer     text or number. Needed by all verifiers but code, format, length, judge and function
   verifier   math, choice, exact, text, numeric, code or reasoning_gym (metadata.source_dataset then names the
              generator); left out where the domain has [[domain.verifiers]]
-  choices    texts of a multiple choice; the answer is a letter (A is the first), or one of them
+  choices    texts of a multiple choice; the answer is a letter (A is the first), or else one of them
   tests      for code: [{"input": "3\n", "output": "9\n"}] (standard input and output), or
              [{"assert": "assert f(3) == 9"}]
   function   for code: name of the function that the tests call
@@ -18,12 +18,12 @@ A row of our schema has these columns; others are ignored, so are those that are
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_mcpo.rewards.allowlist import ALLOWED
+from megatron_mcpo.rewards.answers import check_answer
 from megatron_mcpo.rewards.kinds import KINDS
 
 Reason = Literal[
@@ -206,20 +206,11 @@ def _check_applied(entry: Mapping[str, Any], applied: set[str]) -> None:
         raise RowError("no verifier", "metadata.source_dataset names no generator with an allowed scorer")
     if "math" in applied and "####" in answer:
         raise RowError("bad answer", "its answer is a whole solution ('####'); keep what follows, or convert the file")
-    if "choice" in applied:
-        _check_choice(answer, entry.get("choices"))
-
-
-def _check_choice(answer: str, choices: Sequence[str] | None) -> None:
-    letter = re.fullmatch(r"\(?([A-Za-z])[).]?", answer)
-    if choices is None:
-        if not letter:
-            raise RowError("bad answer", f"its answer {answer[:40]!r} is no letter, and it has no choices")
-    elif answer not in choices and not (letter and ord(letter[1].upper()) - ord("A") < len(choices)):
-        raise RowError(
-            "bad answer",
-            f"its answer {answer[:40]!r} is neither one of its choices nor the letter of one",
-        )
+    for kind in sorted(applied):
+        try:
+            check_answer(kind, entry)
+        except ValueError as error:
+            raise RowError("bad answer", f"is nothing that verifier {kind!r} can score: {error}") from None
 
 
 def _check_text(entry: Mapping[str, Any], messages: Sequence[Message]) -> None:

@@ -22,6 +22,15 @@ _WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and every 5xx: other refusals stay 
 
 _PLACE = re.compile(r"\{(question|answer|response)\}")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\.?\d[\d.,eE/%+-]*(?:\s*/\s*\d+)?")
+_MARKUP = r"(?:[\s*_\"'`]|\([^()\n]{0,80}\))*+"
+_LABELLED = re.compile(
+    r"(?P<bound>\b(?:max(?:imum)?|min(?:imum)?|highest|lowest|best|worst|perfect|full|possible)\s+)?"
+    rf"\bscored?\b{_MARKUP}"
+    rf"(?:(?P<colon>[:=]){_MARKUP}|(?:(?:it|this|that|the|response|answer|is|of|would|be|at|an?|as)\b{_MARKUP})*+)"
+    rf"(?P<number>{_NUMBER.pattern})(?P<scale>{_MARKUP}(?:out\s+of|on\s+an?\s+scale\s+(?:of|from)\s+\d+\s*(?:to|-|–))\s*)?",
+    re.IGNORECASE,
+)
+_ENDS_AT_ONE = re.compile(r"1(?:\.0*)?(?![\w.]*\d)")
 
 
 class JudgeError(RuntimeError):
@@ -39,7 +48,7 @@ def score(
     retries: int,
     seconds: float,
 ) -> float:
-    """The last number of the judge's reply, from 0 to 1.
+    """The number behind "score" in the judge's reply, or its only number, from 0 to 1.
 
     prompt: file with the instruction, in which {question}, {answer} and {response} are replaced
     seconds: for all attempts with the pauses between them
@@ -111,12 +120,19 @@ def _reply(request: urllib.request.Request, deadline: float) -> str:
 
 
 def _score_of(reply: str) -> float:
-    """A fraction, a percentage, a range and a number above 1 are not taken for a score: they have another scale."""
-    numbers = _NUMBER.findall(reply)
+    """The number behind the word score, of several the last with a colon; without the word the only number.
+
+    A fraction, a percentage, a range and a number above 1 are not taken for a score: they have another scale.
+    """
+    labelled = [match for match in _LABELLED.finditer(reply) if not match["bound"]]
+    labelled = [match for match in labelled if match["colon"]][-1:] or labelled
+    numbers = {match["number"] for match in labelled} or _NUMBER.findall(reply)
+    other_scale = any(match["scale"] and not _ENDS_AT_ONE.match(reply, match.end()) for match in labelled)
     try:
-        value = float(numbers[-1].rstrip(".,-"))
-    except (IndexError, ValueError):
+        [number] = numbers
+        value = -1.0 if other_scale else float(number.rstrip(".,-"))
+    except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise JudgeError(f"its reply does not end in a number from 0 to 1: {reply[-200:]!r}")
+        raise JudgeError(f"its reply has no single score from 0 to 1: {reply[-200:]!r}")
     return value

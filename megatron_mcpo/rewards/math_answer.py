@@ -10,7 +10,8 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from megatron_mcpo.rewards.answers import after_hashes, last_boxed, right_answer
+from megatron_mcpo.rewards.answers import right_answer
+from megatron_mcpo.rewards.boxes import after_hashes, last_boxed
 
 _LONGEST_END = 2000
 """Characters at the end of a response without a box that are searched: its patterns take quadratic time."""

@@ -1,0 +1,41 @@
+r"""Where a response states its answer: its last complete \boxed{...}, or what follows its last ####."""
+
+import re
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def last_boxed(text: str) -> tuple[int, str] | None:
+    r"""Position and content of the last \boxed{...} whose braces close; escaped braces don't count."""
+    opened: list[tuple[int, int]] = []
+    last: tuple[int, int, int] | None = None
+    for match in _BRACES.finditer(text):
+        token = match[0]
+        if token == "{" or token.startswith("\\boxed"):
+            opened.append((match.start(), match.end() if token != "{" else -1))
+        elif token == "}" and opened:
+            start, content = opened.pop()
+            if content >= 0 and (last is None or start > last[0]):
+                last = (start, content, match.start())
+    return (last[0], text[last[1] : last[2]]) if last else None
+
+
+def after_hashes(text: str) -> str:
+    """What follows the last ####, as in GSM8K's answers; all of it where there is none."""
+    return text.rpartition("####")[2].strip()
+
+
+def where_stated(text: str) -> str:
+    boxed = last_boxed(text)
+    return boxed[1] if boxed else after_hashes(text)
+
+
+def braces_close(text: str) -> bool:
+    """Whether every brace has its other one; escaped ones don't count."""
+    depth = 0
+    for match in _BRACES.finditer(text):
+        depth += match[0].endswith("{") and match[0] != "\\{"
+        depth -= match[0] == "}"
+        if depth < 0:
+            return False
+    return depth == 0
