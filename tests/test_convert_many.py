@@ -7,6 +7,8 @@ from tools.ranks import run_ranks  # first: it makes Megatron-Core run without C
 
 # isort: split
 import contextlib
+import errno
+import fcntl
 import functools
 import io
 import json
@@ -16,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +231,38 @@ def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
     again.close()
     assert Draft.begin(tmp_path / "out", {"from": 2}).done() == {}
     assert not (draft.path / "a").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_draft_is_made_where_the_file_system_has_no_locks(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one warning, however many processes make it."""
+    monkeypatch.setattr(fcntl, "flock", refuses(number))
+    draft = Draft.begin(tmp_path / "out", {"from": 1})
+    other = Draft.join(tmp_path / "out")
+    (other.path / "a").write_text("x")
+    other.finish("0", ["a"], None)
+    other.close()
+    assert draft.done() == {"0": None}
+    draft.publish()
+    assert contents(tmp_path / "out") == {"a": b"x"}
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path / 'out'}: this file system has no locks ({os.strerror(number)}); ")
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES], ids=errno.errorcode.get)
+def test_a_draft_that_another_host_holds_is_refused(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way a network file system says that the lock is taken."""
+    monkeypatch.setattr(fcntl, "flock", refuses(number))
+    with pytest.raises(ConfigError, match="another process"):
+        Draft.begin(tmp_path / "out", {"from": 1})
+
+
+def refuses(number: int) -> Callable[[object, int], None]:
+    def flock(_file: object, _kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
