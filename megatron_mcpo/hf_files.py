@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder: JSON, and what its safetensors hold. Reads no weights and imports no torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A tensor in a file. dtype: as safetensors spells it, such as BF16"""
+    """A tensor in a file.
+
+    start: where in the file its values begin
+    dtype: as safetensors spells it, such as BF16
+    """
 
     file: Path
+    start: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -46,41 +51,91 @@ def is_sharded(folder: Path) -> bool:
 def read_headers(folder: Path) -> dict[str, Header]:
     """Name -> header of every tensor, but for the rotary frequencies of old checkpoints, which are computed.
 
-    Raises ConfigError that names every file that is missing or can't be read.
+    Where there is an index it decides: files that it doesn't name are not read, and a tensor that it names is read from
+    the file that it gives, whatever other files hold under that name.
+    Raises ConfigError that names every file that is missing or can't be read, every tensor that is not where the index
+    says, and every tensor in two files between which the index doesn't decide.
     """
     problems: list[str] = []
-    headers: dict[str, Header] = {}
-    for file in _weight_files(folder):
+    found: dict[Path, dict[str, Header]] = {}
+    weight_map = _weight_map(folder)
+    for file in sorted(set(weight_map.values())) or [_single_file(folder)]:
         try:
-            headers |= {name: header for name, header in _headers(file) if not name.endswith(".rotary_emb.inv_freq")}
+            found[file] = _headers(file)
         except FileNotFoundError:
             problems.append(f"{file}: listed in {_INDEX} but missing; download it again")
         except (OSError, SafetensorError) as error:
             problems.append(f"{file}: can't be read as safetensors ({error}); download it again")
+    headers = _choose(found, weight_map, problems)
     if problems:
         raise ConfigError(problems)
     return headers
 
 
-def _headers(file: Path) -> Iterator[tuple[str, Header]]:
-    # Of the frameworks that safe_open can be opened for, numpy alone is light; nothing but headers is asked for.
-    with safe_open(file, framework="np") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            header = tensors.get_slice(name)
-            yield name, Header(file=file, shape=tuple(header.get_shape()), dtype=header.get_dtype())
+def _choose(
+    found: Mapping[Path, Mapping[str, Header]], weight_map: Mapping[str, Path], problems: list[str]
+) -> dict[str, Header]:
+    """One header for every name."""
+    headers: dict[str, Header] = {}
+    for file, held in found.items():
+        for name, header in held.items():
+            if weight_map.get(name, file) != file:
+                continue
+            if name in headers:
+                rule = f"also in {file}, and {_INDEX} doesn't say which counts; download both again"
+                problems.append(f"{headers[name].file}: {name} is {rule}")
+            headers.setdefault(name, header)
+    for name, file in weight_map.items():
+        if file in found and name not in found[file] and not _is_computed(name):
+            problems.append(f"{file}: has no {name}, which {_INDEX} says is in it; download both again")
+    return headers
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Raises ConfigError where there is neither one file nor an index of several."""
-    if (folder / _INDEX).is_file():
-        problems: list[str] = []
-        names = (read_json(folder / _INDEX, problems) or {}).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            rule = f"{folder / _INDEX}: must have a table weight_map of file names; download it again"
-            raise ConfigError(problems or [rule])
-        return [folder / name for name in sorted(set(names.values()))]
+def _is_computed(name: str) -> bool:
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    """As https://github.com/huggingface/safetensors#format says."""
+    # Checks header and size, but doesn't tell where values begin. Of the frameworks to open for, numpy alone is light.
+    with safe_open(file, framework="np"):
+        pass
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(length))
+    return {
+        name: Header(
+            file=file,
+            start=8 + length + entry["data_offsets"][0],
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+        )
+        for name, entry in entries.items()
+        if name != "__metadata__" and not _is_computed(name)
+    }
+
+
+def _weight_map(folder: Path) -> dict[str, Path]:
+    """Which file the index gives for every tensor; empty where there is no index."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return {}
+    problems: list[str] = []
+    names = (read_json(index, problems) or {}).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ConfigError(problems or [f"{index}: must have a table weight_map of file names; download it again"])
+    return {name: folder / file for name, file in names.items()}
+
+
+def _single_file(folder: Path) -> Path:
+    """Raises ConfigError where a folder without an index has its weights in anything but one file."""
     if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+        return folder / "model.safetensors"
+    parts = sorted(file.name for file in folder.glob("model*.safetensors"))
+    if parts:
+        listed = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
+        rule = f"only {_INDEX} can say which tensors to read from them, and it is missing; download it too"
+        raise ConfigError([f"{folder}: has {listed} but no model.safetensors: {rule}"])
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
         fix = "convert the folder with save_pretrained(..., safe_serialization=True)"

@@ -175,6 +175,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def try_lock(file: int, kind: int) -> str | None:
+    """Lock an open file, or turn its lock into another kind (of fcntl's), without waiting.
+
+    Returns why it is not locked where the file system has no locks: to go on is then better than to refuse all work.
+    Raises BlockingIOError when another process holds it.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except PermissionError as error:  # how some network file systems say so
+        raise BlockingIOError(error.errno, error.strerror) from error
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
+
+
 def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
     notes: list[str] = []
     for path in _candidates(parent, config.run.name):
@@ -273,7 +290,7 @@ class Lock:
         """Raises ConfigError when another process holds the folder."""
         self._descriptor: int | None = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            without = try_lock(self._descriptor, fcntl.LOCK_EX)
         except BlockingIOError:
             owner = os.read(self._descriptor, 200).decode(errors="replace") or "unknown"
             self.close()
@@ -283,8 +300,8 @@ class Lock:
                     "or start a second run with --run.resume never or another --run.name"
                 ]
             ) from None
-        except OSError as error:
-            log.warning("%s: this file system has no locks (%s); don't start a run twice", path, error.strerror)
+        if without:
+            log.warning("%s: this file system has no locks (%s); don't start a run twice", path, without)
         os.truncate(self._descriptor, 0)
         os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         # A forked worker shares the lock: left behind by a killed trainer, it would keep the next one out.

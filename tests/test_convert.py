@@ -19,7 +19,7 @@ import pytest
 import torch
 from converting import FAMILIES, ROOT, make_model, program, quiet, same, save_folder, sizes, tensors
 from megatron.core import dist_checkpointing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_mcpo import parallel
@@ -294,6 +294,28 @@ def test_two_exchanged_tensors_are_found_and_named(source: Path, tmp_path: Path)
     compared = compare(HfFolder(source, model), HfFolder(tmp_path / "other", model))
     assert [line.split(":")[0] for line in compared.differing] == [a, b]
     assert compared.num_bits_different > 1000
+
+
+@pytest.mark.parametrize("decided", ["1.safetensors", "2.safetensors"])
+def test_a_tensor_in_two_files_has_the_values_that_the_index_chooses(
+    source: Path, tmp_path: Path, decided: str
+) -> None:
+    """Files in which it lies at different places, read whole and in part, along both dimensions."""
+    name, found = "model.layers.1.self_attn.q_proj.weight", tensors(source)
+    others = {other: values for other, values in found.items() if "layers.1" in other and other != name}
+    rest = {other: values for other, values in found.items() if other not in others}
+    folder = save_folder(source, tmp_path / "other", {})
+    (folder / "model.safetensors").unlink()
+    held = {"1.safetensors": {**rest, name: found[name] + 1}, "2.safetensors": {**others, name: found[name] - 1}}
+    for file, each in held.items():
+        save_file(each, folder / file)
+    weight_map = {other: file for file, each in held.items() for other in each} | {name: decided}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    opened, expected = HfFolder(folder, from_folder(folder)), {**found, name: held[decided][name]}
+    for each in opened.names:
+        assert torch.equal(opened.read(each), expected[each]), each
+        for dim in range(expected[each].dim()):
+            assert torch.equal(opened.read(each, 3, 11, dim=dim), expected[each].narrow(dim, 3, 8)), each
 
 
 class Evil:

@@ -7,18 +7,23 @@ from tools.ranks import run_ranks  # first: it makes Megatron-Core run without C
 
 # isort: split
 import contextlib
+import errno
+import fcntl
 import functools
 import io
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from converting import make_model, quiet, same, sizes, tensors
 
 from megatron_mcpo.config import ConfigError
@@ -87,6 +92,60 @@ def test_a_killed_conversion_goes_on_where_it_stopped(
     progress = [line for line in said if line.endswith("parts written")]
     assert progress[0].startswith("3 of "), said
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+KILLED_AT = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from megatron_mcpo.weights import convert
+source, final, kind, function, limit = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
+wanted = getattr(convert, function)
+def cut(*arguments):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    wanted(*arguments)
+setattr(convert, function, cut)
+if kind == "megatron":
+    layout = convert.layout_of(tensor=1, pipeline=1, virtual_pipeline=1, expert=1)
+    convert.hf_to_megatron(source, final, layout, dtype=torch.float32, say=print)
+else:
+    convert.megatron_to_hf(source, final, dtype=torch.float32, say=print)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "limit", "dies_in"),
+    [
+        ("megatron", "copy_assets", 10_000, "tokenizer.json"),
+        ("hf", "copy_assets", 10_000, "tokenizer.json"),
+        ("megatron", "copy_assets", 100, "config.json"),
+        ("hf", "_set_dtype", 100, "config.json"),
+    ],
+)
+def test_configuration_and_tokenizer_are_whole_after_a_kill_in_the_middle_of_one(
+    source: Path, tmp_path: Path, kind: str, function: str, limit: int, dies_in: str
+) -> None:
+    given, final = tmp_path / "given", tmp_path / "out"
+    shutil.copytree(source, given)
+    (given / "tokenizer.json").write_text(json.dumps(["word"] * 5000))
+    if kind == "hf":
+        assets, given = given, tmp_path / "megatron"
+        hf_to_megatron(assets, given, sizes(), verify_forward=False, say=quiet)
+    command = [sys.executable, "-c", KILLED_AT, str(given), str(final), kind, function, str(limit)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGXFSZ, killed.stderr
+    [cut] = [path.name for path in (tmp_path / ".out.partial").iterdir() if path.stat().st_size == limit]
+    assert dies_in in cut
+    if kind == "megatron":
+        hf_to_megatron(given, final, sizes(), dtype=torch.float32, verify_forward=False, say=quiet)
+    else:
+        megatron_to_hf(given, final, dtype=torch.float32, verify_forward=False, say=quiet)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (final / name).read_bytes() == (given / name).read_bytes(), name
+    written, before = (json.loads((folder / "config.json").read_text()) for folder in (final, given))
+    assert written == {**before, "dtype": "float32"}
+    assert [path.name for path in final.iterdir() if path.name.endswith(".tmp")] == []
 
 
 def convert(kind: str, given: Path, final: Path, *, dies_at: int | None = None) -> list[str]:
@@ -172,3 +231,38 @@ def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
     again.close()
     assert Draft.begin(tmp_path / "out", {"from": 2}).done() == {}
     assert not (draft.path / "a").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_draft_is_made_where_the_file_system_has_no_locks(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one warning, however many processes make it."""
+    monkeypatch.setattr(fcntl, "flock", refuses(number))
+    draft = Draft.begin(tmp_path / "out", {"from": 1})
+    other = Draft.join(tmp_path / "out")
+    (other.path / "a").write_text("x")
+    other.finish("0", ["a"], None)
+    other.close()
+    assert draft.done() == {"0": None}
+    draft.publish()
+    assert contents(tmp_path / "out") == {"a": b"x"}
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path / 'out'}: this file system has no locks ({os.strerror(number)}); ")
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES], ids=errno.errorcode.get)
+def test_a_draft_that_another_host_holds_is_refused(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way a network file system says that the lock is taken."""
+    monkeypatch.setattr(fcntl, "flock", refuses(number))
+    with pytest.raises(ConfigError, match="another process"):
+        Draft.begin(tmp_path / "out", {"from": 1})
+
+
+def refuses(number: int) -> Callable[[object, int], None]:
+    def flock(_file: object, _kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock

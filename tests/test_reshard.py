@@ -267,3 +267,12 @@ def test_the_plan_of_a_configuration_is_printed(tmp_path: Path, capsys: pytest.C
     assert f"{name} model.layers.3.mlp.experts.routed_experts.w2_weight[1] at 0" in capsys.readouterr().out.splitlines()
     assert show_plan.main([*arguments, "--engine.tensor_parallel", "4", "--parallel.expert", "3"]) == 2
     assert "parallel.expert = 3" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """config.json alone, as of the models that the recipes name."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert show_plan.main(["examples/qwen3_32b/h100_32.toml", "--ranks", "32"]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "8 engine(s) on 4 rank(s) each" in printed
+    assert "lower bound of what travels in a push:" in printed

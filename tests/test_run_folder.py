@@ -1,9 +1,11 @@
 """Run folders: names, reuse, the lock, what a resumed run keeps, and errors.
 
-Not covered: file systems without symbolic links or locks (warnings only), two hosts on one network file system, and
-whether a resumed run has the same figures (that is the trainer's test).
+Not covered: file systems without symbolic links (a warning only), two hosts on one network file system, and whether a
+resumed run has the same figures (that is the trainer's test).
 """
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -294,6 +296,19 @@ def test_truncate_with_minus_one_starts_over(file: Path) -> None:
     assert (folder.path / "eval.jsonl").read_text() == (folder.path / "notes.jsonl").read_text() == ""
     assert step_files(folder.path / "rollouts") == []
     folder.close()
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(_file: int, _kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = RunFolder.open(config_of(file))
+    folder.close()
+    [said] = caplog.messages
+    assert "this file system has no locks (No locks available); don't start a run twice" in said
 
 
 def test_truncate_of_an_empty_run_does_nothing(file: Path) -> None:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load(known.config, overrides)
-        layout, model = config.layout(known.ranks), from_folder(Path(config.model.path))
+        layout, model = config.layout(known.ranks), from_folder(Path(config.model.path), with_weights=False)
         problems = layout_problems(model, layout, config.engine.tensor_parallel)
         if problems:
             raise ConfigError(problems)

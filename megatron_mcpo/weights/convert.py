@@ -25,6 +25,7 @@ from megatron_mcpo.hf_files import is_sharded
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig, layout_problems
 from megatron_mcpo.parallel import Team, agree
+from megatron_mcpo.run_folder import write_atomically
 from megatron_mcpo.weights import megatron_write
 from megatron_mcpo.weights.compare import (
     Comparison,
@@ -319,7 +320,7 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     stated = {key for key in ("dtype", "torch_dtype") if key in values}
     if any(values[key] != name for key in stated) or not stated:
         values |= dict.fromkeys(stated or {"dtype"}, name)
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _hint(folder: Path) -> str:

@@ -5,6 +5,7 @@ Several processes may make parts of it, on machines that share a file system: on
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,16 +14,19 @@ from typing import Any, Self, TextIO
 
 from megatron_mcpo.checkpoint_files import sync
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.run_folder import write_atomically
+from megatron_mcpo.run_folder import try_lock, write_atomically
 
 _PLAN = "plan.json"
 _PARTS = "parts"
+
+log = logging.getLogger(__name__)
 
 
 class Draft:
     """The folder `.NAME.partial` beside what is to become NAME.
 
-    Nobody can begin a draft that any process still holds. See `begin` and `join`, which make one.
+    Nobody can begin a draft that any process still holds, where the file system has locks. See `begin` and `join`,
+    which make one.
     """
 
     def __init__(self, final: Path, plan: TextIO):
@@ -117,10 +121,12 @@ class Draft:
 
     def _lock(self, kind: int) -> None:
         try:
-            fcntl.flock(self._plan, kind | fcntl.LOCK_NB)
-        except OSError:
+            without = try_lock(self._plan.fileno(), kind)
+        except BlockingIOError:
             self.close()
             raise ConfigError([f"{self.final}: another process is writing it; wait for it, or end it"]) from None
+        if without and kind == fcntl.LOCK_EX:  # asked for once, by the one process that begins it
+            log.warning("%s: this file system has no locks (%s); don't write it twice at a time", self.final, without)
 
 
 def _place(final: Path) -> Path:

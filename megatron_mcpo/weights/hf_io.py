@@ -1,6 +1,5 @@
 """Reads a Hugging Face folder, any part of any tensor, and fills this rank's parameters from a folder of any kind."""
 
-import json
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,11 +62,6 @@ class HfFolder:
             for name in parameter.hugging_face
         }
         self.names = tuple(self._dims)
-        self._starts = {
-            name: start
-            for file in {header.file for header in self._headers.values()}
-            for name, start in _starts(file).items()
-        }
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._headers[name].dtype]
@@ -78,7 +72,7 @@ class HfFolder:
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
         header, dtype = self._headers[name], self.dtype(name)
         dim = self._dims[name] if dim is None else dim
-        shape, first = list(header.shape), self._starts[name]
+        shape, first = list(header.shape), header.start
         stop = shape[dim] if stop is None else stop
         with header.file.open("rb", buffering=0) as file:
             if dim == 0 or stop - start == shape[dim]:
@@ -148,11 +142,3 @@ def _fill(tensor: nn.Parameter, parameter: Parameter, source: Source, groups: Gr
 
     num_shards = row.num_shards(groups.layout)
     fill(row, tensor, read, rank=groups.tensor_rank if num_shards > 1 else 0, num_ranks=num_shards)
-
-
-def _starts(file: Path) -> dict[str, int]:
-    """Where in a file the values of each tensor begin (https://github.com/huggingface/safetensors#format)."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

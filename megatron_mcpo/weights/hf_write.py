@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_mcpo.run_folder import write_atomically
 from megatron_mcpo.weights.hf_io import DTYPES
 from megatron_mcpo.weights.torch_dist import byte_view
 
@@ -77,8 +78,7 @@ def read_assets(source: Path) -> dict[str, bytes]:
 
 
 def copy_assets(source: Path, folder: Path) -> None:
-    """Copy what `read_assets` reads; keeps what is there already."""
+    """Copy what `read_assets` reads, over what is there: nothing else would find out that it is another content."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in read_assets(source).items():
-        if not (folder / name).exists():
-            (folder / name).write_bytes(content)
+        write_atomically(folder / name, content)
