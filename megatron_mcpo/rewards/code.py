@@ -98,7 +98,7 @@ def _asserts_hold(code: str, tests: AssertTests, level: process.ProcessLevel, de
     if _left(deadline) <= 0:
         return False
     job: dict[str, Any] = {"mode": "values", "code": code, "steps": tests.steps}
-    values = process.run(job, b"", level=level, seconds=_left(deadline))
+    values = process.run(job, b"", level=level, seconds=_left(deadline), output_bytes=process.VALUES_BYTES)
     if values.stopped or _left(deadline) <= 0:
         return False
     job = {"mode": "judge", "setup": tests.setup, "modules": sorted(tests.modules), "checks": tests.checks}
