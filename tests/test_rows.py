@@ -21,9 +21,10 @@ from test_data import TOKENIZER, make_config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.config import Config, ConfigError
+from megatron_mcpo.data import verl
 from megatron_mcpo.data.domains import Domain, inspect_domains, load_domains
 from megatron_mcpo.data.pools import read_pools
-from megatron_mcpo.data.rows import RowError, parse_row
+from megatron_mcpo.data.rows import COLUMNS, RowError, parse_row
 from megatron_mcpo.data.verl import from_verl
 from tools import check_data
 
@@ -117,6 +118,10 @@ def test_unit_tests_of_verls_code_sets() -> None:
     ]
 
 
+def code_row(*tests: str) -> dict[str, Any]:
+    return {"question": "q", "verifier": "code", "tests": [{"assert": test} for test in tests]}
+
+
 CHAT = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "What?"}]
 BAD: list[tuple[Any, str, str]] = [
     (b'{"question": "trailing", }', "malformed", "no JSON"),
@@ -136,7 +141,9 @@ BAD: list[tuple[Any, str, str]] = [
     ({**GOOD, "answer": ["2"]}, "malformed", "type list"),
     ({**GOOD, "answer": True}, "malformed", "type bool"),
     ({**GOOD, "domain": "somms"}, "malformed", "no such"),
+    ({**GOOD, "domain": ["Algebra"]}, "malformed", "domain = ['Algebra']: must be text"),
     ({**GOOD, "choices": "ab"}, "malformed", "list of texts"),
+    ({**GOOD, "choices": ["x"] * 27}, "malformed", "has 27 choices, at most 26"),
     ({"answer": "2", "verifier": "math"}, "no question", "neither"),
     ({**GOOD, "question": "  "}, "no question", "blank"),
     ({"prompt": [], "answer": "2", "verifier": "math"}, "no question", "no messages"),
@@ -146,6 +153,11 @@ BAD: list[tuple[Any, str, str]] = [
     ({"question": "q", "answer": "2"}, "no verifier", "names no verifier"),
     ({**GOOD, "verifier": "judge"}, "no verifier", "can name one of"),
     ({**GOOD, "verifier": "reasoning_gym"}, "no verifier", "source_dataset"),
+    (
+        {**GOOD, "verifier": "reasoning_gym", "metadata": {"source_dataset": ["gcd"]}},
+        "no verifier",
+        "source_dataset = ['gcd']: names no generator",
+    ),
     ({**GOOD, "answer": "2 is 1 + 1 #### 2"}, "bad answer", "whole solution"),
     ({**GOOD, "answer": "blue", "verifier": "choice"}, "bad answer", "no letter"),
     ({**GOOD, "answer": "C", "verifier": "choice", "choices": ["x", "y"]}, "bad answer", "choices"),
@@ -159,6 +171,11 @@ BAD: list[tuple[Any, str, str]] = [
     ({"question": "q", "verifier": "code", "tests": []}, "bad tests", "not empty"),
     ({"question": "q", "verifier": "code", "tests": [{"input": "1"}]}, "bad tests", "tests[0]"),
     ({"question": "q", "verifier": "code", "tests": [{"assert": "a"}], "function": "f()"}, "bad tests", "f()"),
+    (code_row("assert f(1) == 1", "assert f("), "bad tests", "tests[1]: '(' was never closed"),
+    (code_row("assert all(f(x) == x for x in (1, 2))"), "bad tests", "loop's variable"),
+    (code_row("try:\n    f(1)\nexcept ValueError:\n    pass"), "bad tests", "at the top level"),
+    (code_row("assert P(1) == P(1)"), "bad tests", "both sides"),
+    ({**code_row("assert f(1)"), "function": "class"}, "bad tests", "function = 'class'"),
     ({**GOOD, "question": "long " * 600}, "too long", "allows 512"),
     (questions(4)[3], "duplicate", "line 4"),
     ({"reward_model": {"ground_truth": "2"}, "data_source": "gsm8k"}, "no question", "neither"),
@@ -209,6 +226,70 @@ def test_more_bad_rows_than_allowed_stop_the_run_and_as_many_do_not(
         "no verifier (first: line 99 names no verifier, and the domain has no [[domain.verifiers]]). Mend the rows, or "
         "raise data.max_bad_rows"
     ]
+
+
+ODD_VALUES: list[Any] = [None, True, 3, 2.5, "x", "", [], ["x"], [["x"]], {}, {"x": ["y"]}, [{"x": 1}]]
+
+
+@pytest.mark.parametrize("column", [*COLUMNS, "metadata.source_dataset", "ability", *verl.COLUMNS])
+def test_no_value_of_a_column_is_more_than_a_bad_row(column: str, tmp_path: Path) -> None:
+    bases: list[dict[str, Any]] = [
+        {**GOOD, "verifier": "reasoning_gym", "metadata": {"source_dataset": "gcd"}},
+        {"question": "q", "answer": "A", "choices": ["x", "y"], "verifier": "choice"},
+        {"question": "q", "verifier": "code", "function": "f", "tests": [{"assert": "assert f(1)"}]},
+        {"prompt": "q", "data_source": "taco", "reward_model": {"ground_truth": "{}"}, "extra_info": {}},
+    ]
+    outer, _, inner = column.partition(".")
+    rows = [{**base, outer: {inner: value} if inner else value} for base in bases for value in ODD_VALUES]
+    rows = [{**row, "question": f"{row['question']} {i}"} if row.get("question") == "q" else row
+            for i, row in enumerate(rows)]  # fmt: skip
+    [[pools]] = read_pools(config_of(write_jsonl(tmp_path / "rows.jsonl", rows)), cache_dir=tmp_path)
+    assert pools.train.census.rows == len(rows) == len(pools.train.items) + pools.train.census.bad
+
+
+@pytest.mark.parametrize("ground_truth", ODD_VALUES)
+@pytest.mark.parametrize("key", ["inputs", "outputs", "fn_name"])
+def test_no_unit_tests_of_verls_are_more_than_a_bad_row(key: str, ground_truth: Any) -> None:
+    truth = {"fn_name": "f", "inputs": [[1]], "outputs": [1], key: ground_truth}
+    row = {"data_source": "taco", "prompt": "q", "reward_model": {"ground_truth": json.dumps(truth)}}
+    try:
+        parse_row(from_verl(row, []), 0, [])
+    except RowError as error:
+        assert error.reason in ("bad tests", "malformed")
+
+
+CHOICES = {"choices": ["red", "blue sky"], "answer": "B", "verifier": "choice"}
+
+
+def test_choices_are_put_below_the_question() -> None:
+    for column in ("question", "prompt"):
+        item = parse_row({column: "The sky is?\n", **CHOICES}, 0, [])
+        assert item.messages == ({"role": "user", "content": "The sky is?\nA. red\nB. blue sky"},)
+        assert item.entry["question"] == item.messages[0]["content"] and item.entry["choices"] == CHOICES["choices"]
+    named = parse_row({"question": "Is it red or blue sky?", **CHOICES}, 0, [])
+    assert named.entry["question"].endswith("\nA. red\nB. blue sky"), "named, but without letters"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "A. red\nB. blue sky",
+        "(A) red (B) blue\nsky",
+        "a) Red, b) Blue sky",
+        "A: red; B: blue sky",
+        "[A]red [B]blue sky.",
+    ],
+)
+def test_choices_that_the_question_has_are_not_put_twice(shown: str) -> None:
+    question = f"The sky is?\n{shown}"
+    assert parse_row({"question": question, **CHOICES}, 0, []).entry["question"] == question
+
+
+def test_choices_are_not_put_into_chats_nor_bare_letters_below_a_question() -> None:
+    chat = [{"role": "user", "content": "The sky is?"}]
+    assert parse_row({"prompt": chat, **CHOICES}, 0, []).messages == tuple(chat)
+    letters = {"question": "The sky is? A red B blue", **CHOICES, "choices": ["A", "B"]}
+    assert parse_row(letters, 0, []).entry["question"] == letters["question"]
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_fault(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

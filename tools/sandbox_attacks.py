@@ -52,6 +52,11 @@ _READING = {
         "    except OSError:\n        continue\n    if text.startswith(b'secret-'):\n        print(text.decode())\n"
         "        break",
     ),
+    "find a descriptor left open": (
+        "escape",
+        "import os\nfound = []\nfor fd in range(3, 256):\n    try:\n        os.fstat(fd)\n    except OSError:\n"
+        "        continue\n    found.append(fd)\nassert found" + _ESCAPED,
+    ),
     "read the environment": ("secret", "import os\nprint(os.environ['MCPO_SECRET'])"),
     "read another process's environment": (
         "secret",
@@ -336,6 +341,12 @@ _FORGERY = {
         "assert",
         "import os\ndef f(x):\n    for fd in range(64):\n        try:\n"
         "            os.write(fd, b'[[\"plain\", true]]')\n"
+        "        except OSError:\n            pass\n    os._exit(0)",
+    ),
+    "have something rebuilt that equals everything": (
+        "assert",
+        "import os\ndef f(x):\n    for fd in range(64):\n        try:\n"
+        '            os.write(fd, b\'[["rebuilt", "unittest.mock.ANY", []]]\')\n'
         "        except OSError:\n            pass\n    os._exit(0)",
     ),
     "leave with success": ("assert", "import os\nos._exit(0)"),

@@ -108,9 +108,10 @@ def _items(config: Config, domain: DomainConfig, origin: Origin, census: Census)
         try:
             if isinstance(row, RowError):
                 raise row
-            if row.get("domain") in others:
+            named = row.get("domain")
+            if isinstance(named, str) and named in others:
                 continue
-            _check_domain(row.get("domain"), domain.name)
+            _check_domain(named, domain.name)
             item = parse_row(from_verl(row, kinds) if is_verl(row) else row, position, kinds)
         except RowError as error:
             census.rows += 1
@@ -121,8 +122,10 @@ def _items(config: Config, domain: DomainConfig, origin: Origin, census: Census)
 
 
 def _check_domain(named: object, domain: str) -> None:
+    if named is not None and not isinstance(named, str):
+        raise RowError("malformed", f"domain = {named!r:.60}: must be text, the name of a [[domain]]")
     if named is not None and named != domain:
-        raise RowError("malformed", f"domain = {named!r}: there is no such [[domain]]")
+        raise RowError("malformed", f"domain = {named!r:.60}: there is no such [[domain]]")
 
 
 def _distinct(items: Iterator[Item], origin: Origin, census: Census) -> Iterator[Item]:

@@ -7,10 +7,11 @@ A row of our schema has these columns; others are ignored, so are those that are
   answer     text or number. Needed by all verifiers but code, format, length, judge and function
   verifier   math, choice, exact, text, numeric, code or reasoning_gym (metadata.source_dataset then names the
              generator); left out where the domain has [[domain.verifiers]]
-  choices    texts of a multiple choice; the answer is a letter (A is the first), or else one of them
+  choices    texts of a multiple choice; the answer is a letter (A is the first), or else one of them. They are put
+             below a question that is text and doesn't have them
   tests      for code: [{"input": "3\n", "output": "9\n"}] (standard input and output), or
              [{"assert": "assert f(3) == 9"}]
-  function   for code: name of the function that the tests call
+  function   for code: name of the function that the tests call; a method of that name of a class Solution will do
   metadata   an object, handed to the verifier as it is
   domain     name of the domain that the row is for: one file may serve several domains
 """
@@ -20,10 +21,12 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any, Literal
 
 from megatron_mcpo.rewards.allowlist import ALLOWED
 from megatron_mcpo.rewards.answers import check_answer
+from megatron_mcpo.rewards.code_tests import parse_tests
 from megatron_mcpo.rewards.kinds import KINDS
 
 Reason = Literal[
@@ -36,6 +39,9 @@ COLUMNS = ("question", "prompt", "answer", "verifier", "choices", "tests", "func
 ROLES = ("system", "user", "assistant")
 
 NEED_NO_ANSWER = frozenset({"code", "format", "length", "judge", "function"})
+
+_LETTER_MARKS = (".", ")", ":", "]", ").", ".)", "):")
+"""What may stand between the letter of a choice and its text."""
 
 Message = dict[str, str]
 
@@ -81,7 +87,8 @@ def parse_row(row: Mapping[str, Any], position: int, kinds: Collection[str]) -> 
 
     Raises RowError.
     """
-    messages = _messages(row)
+    choices = None if row.get("choices") is None else _texts(row["choices"], "choices")
+    messages = _messages(row, choices or [])
     verifier = _verifier(row)
     applied = set(kinds) or ({verifier} if verifier else set())
     if not applied:
@@ -90,8 +97,8 @@ def parse_row(row: Mapping[str, Any], position: int, kinds: Collection[str]) -> 
     entry["metadata"] = _metadata(row)
     if verifier:
         entry["verifier"] = verifier
-    if row.get("choices") is not None:
-        entry["choices"] = _texts(row["choices"], "choices")
+    if choices is not None:
+        entry["choices"] = choices
     if row.get("tests") is not None:
         entry["tests"] = _tests(row["tests"])
     if row.get("function") is not None:
@@ -101,7 +108,7 @@ def parse_row(row: Mapping[str, Any], position: int, kinds: Collection[str]) -> 
     return Item(position=position, messages=tuple(messages), entry=entry)
 
 
-def _messages(row: Mapping[str, Any]) -> list[Message]:
+def _messages(row: Mapping[str, Any], choices: Sequence[str]) -> list[Message]:
     question, prompt = row.get("question"), row.get("prompt")
     if question is not None and prompt is not None:
         raise RowError("malformed", "has a question and a prompt; one of them must go")
@@ -111,10 +118,27 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
     if isinstance(text, str) and not text.strip():
         raise RowError("no question", "its question is blank")
     if isinstance(text, str):
-        return [{"role": "user", "content": text.strip()}]
+        return [{"role": "user", "content": _with_choices(text.strip(), choices)}]
     if question is not None or not isinstance(text, Sequence):
         raise RowError("malformed", f"its question is of type {type(text).__name__}, must be text")
     return _chat(text)
+
+
+def _with_choices(question: str, choices: Sequence[str]) -> str:
+    """The question with its choices below, each behind its letter, unless it has all of them already."""
+    if len(choices) > len(ascii_uppercase):
+        raise RowError("malformed", f"has {len(choices)} choices, at most {len(ascii_uppercase)} have a letter")
+    if list(choices) == list(ascii_uppercase[: len(choices)]):  # nothing but the letters of what the question has
+        return question
+    lettered = list(zip(ascii_uppercase, choices, strict=False))
+    known = _compact(question)
+    if all(any(_compact(letter + mark + choice) in known for mark in _LETTER_MARKS) for letter, choice in lettered):
+        return question
+    return "\n".join([question, *(f"{letter}. {choice}" for letter, choice in lettered)])
+
+
+def _compact(text: str) -> str:
+    return "".join(text.lower().split())
 
 
 def _chat(messages: Sequence[Any]) -> list[Message]:
@@ -200,10 +224,13 @@ def _check_applied(entry: Mapping[str, Any], applied: set[str]) -> None:
     answer = entry["answer"]
     if answer is None and not applied <= NEED_NO_ANSWER:
         raise RowError("no answer", f"has no answer, which verifier {min(applied - NEED_NO_ANSWER)!r} needs")
-    if "code" in applied and "tests" not in entry:
-        raise RowError("bad tests", "has no tests, which verifier 'code' needs")
-    if "reasoning_gym" in applied and entry["metadata"].get("source_dataset") not in ALLOWED:
-        raise RowError("no verifier", "metadata.source_dataset names no generator with an allowed scorer")
+    if "code" in applied:
+        _check_tests(entry)
+    generator = entry["metadata"].get("source_dataset")
+    if "reasoning_gym" in applied and not (isinstance(generator, str) and generator in ALLOWED):
+        raise RowError(
+            "no verifier", f"metadata.source_dataset = {generator!r:.60}: names no generator with an allowed scorer"
+        )
     if "math" in applied and "####" in answer:
         raise RowError("bad answer", "its answer is a whole solution ('####'); keep what follows, or convert the file")
     for kind in sorted(applied):
@@ -211,6 +238,15 @@ def _check_applied(entry: Mapping[str, Any], applied: set[str]) -> None:
             check_answer(kind, entry)
         except ValueError as error:
             raise RowError("bad answer", f"is nothing that verifier {kind!r} can score: {error}") from None
+
+
+def _check_tests(entry: Mapping[str, Any]) -> None:
+    if "tests" not in entry:
+        raise RowError("bad tests", "has no tests, which verifier 'code' needs")
+    try:
+        parse_tests(entry)
+    except ValueError as error:
+        raise RowError("bad tests", f"has a test that can't be used: {error}") from None
 
 
 def _check_text(entry: Mapping[str, Any], messages: Sequence[Message]) -> None:

@@ -84,7 +84,7 @@ def _call(function: str, arguments: Any, wanted: Any) -> str:
     try:
         values = [json.loads(line) for line in arguments.splitlines()] if isinstance(arguments, str) else arguments
         result = json.loads(wanted) if isinstance(wanted, str) and isinstance(arguments, str) else wanted
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError("bad tests", f"the arguments of {function} are no JSON: {error}") from None
     if not isinstance(values, list):
         raise RowError("bad tests", f"the arguments of {function} are no list")

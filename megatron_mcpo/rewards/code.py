@@ -7,16 +7,18 @@ one. Exit codes, patched builtins, exit handlers and objects that equal everythi
 
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, parse_tests, same_lines
 from megatron_mcpo.rewards.sandbox import harness, process
 from megatron_mcpo.rewards.sandbox.levels import Level
 
-_FENCED = re.compile(
-    r"^[ \t]*```[ \t]*(?:python3?|py)[ \t]*\r?\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL | re.IGNORECASE
-)
-"""A block of Python in Markdown."""
+_FENCE = re.compile(r"[ \t]*`{3,}[ \t]*(?P<label>[^\s`]*)[^`]*")
+"""A line of Markdown that begins or ends a block of code."""
+
+_PYTHON = re.compile(r"py(thon)?[0-9.]*", re.IGNORECASE)
+"""What programs in Python are labelled with."""
 
 MAX_CODE_BYTES = 2**18
 
@@ -24,7 +26,7 @@ MAX_CODE_BYTES = 2**18
 def score(entry: dict[str, Any], answer: str, *, level: Level, seconds: float = 8.0) -> float:
     """1.0 if the program in `answer` passes every test of `entry["tests"]`, else 0.0.
 
-    The program is the last fenced block of Python, or the whole answer where there is none. A test is
+    `extract_code` says which part of the answer is the program. A test is
     {"input": text, "output": text}, judged by the lines of standard output without outer blanks and an exit code of 0,
     or {"assert": statements} (code_tests.py says what it may hold).
     seconds: for all the tests together; a program that takes longer is wrong. It must be shorter than the deadline of
@@ -50,9 +52,27 @@ def score(entry: dict[str, Any], answer: str, *, level: Level, seconds: float = 
 
 
 def extract_code(answer: str) -> str:
-    """The last ```python block of a text, or all of it."""
-    blocks = _FENCED.findall(answer)
-    return blocks[-1] if blocks else answer
+    """The last fenced block that is labelled as Python, else the last without a label, else the last; where there is
+    no whole block, all of the text."""
+    blocks = list(_blocks(answer))
+    python = [code for label, code in blocks if _PYTHON.fullmatch(label)]
+    bare = [code for label, code in blocks if not label]
+    return (python or bare or [code for _, code in blocks] or [answer])[-1]
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Label and content of every fenced block. A fence with a label begins one even in a block that was never ended."""
+    label: str | None = None
+    lines: list[str] = []
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        fence = _FENCE.fullmatch(line)
+        if fence is None:
+            lines.append(line)
+            continue
+        if label is not None:
+            yield label, "".join(lines)
+        label = fence["label"] if label is None or fence["label"] else None
+        lines = []
 
 
 def _left(deadline: float) -> float:
@@ -78,7 +98,7 @@ def _asserts_hold(code: str, tests: AssertTests, level: process.ProcessLevel, de
     if _left(deadline) <= 0:
         return False
     job: dict[str, Any] = {"mode": "values", "code": code, "steps": tests.steps}
-    values = process.run(job, b"", level=level, seconds=_left(deadline))
+    values = process.run(job, b"", level=level, seconds=_left(deadline), output_bytes=process.VALUES_BYTES)
     if values.stopped or _left(deadline) <= 0:
         return False
     job = {"mode": "judge", "setup": tests.setup, "modules": sorted(tests.modules), "checks": tests.checks}

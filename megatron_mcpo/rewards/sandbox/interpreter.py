@@ -17,7 +17,7 @@ from typing import Any
 import pydantic_monty
 
 from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, same_lines
-from megatron_mcpo.rewards.sandbox.process import OUTPUT_BYTES
+from megatron_mcpo.rewards.sandbox.process import OUTPUT_BYTES, VALUES_BYTES
 
 MEMORY_BYTES = 2**28
 """Heap of a program."""
@@ -29,7 +29,7 @@ _SPECIAL_METHODS = frozenset(
 
 # As in harness.py, in what the interpreter knows: values leave as text, so that nothing is hashed out here.
 _ENCODE = """
-import json as _json
+import collections as _collections, datetime as _datetime, decimal as _decimal, json as _json
 def _encode(value):
     kind = type(value)
     if value is None or kind is bool or kind is float or kind is str:
@@ -38,9 +38,22 @@ def _encode(value):
         return ["int", hex(value)]
     if kind is bytes:
         return ["bytes", value.hex()]
+    if kind is complex:
+        return ["complex", [value.real, value.imag]]
+    if kind is range:
+        return ["range", [int(number) for number in str(value)[6:-1].split(",")]]
+    if kind is _decimal.Decimal:
+        return ["Decimal", str(value)]
+    if kind is _datetime.timedelta:
+        return ["timedelta", [value.days, value.seconds, value.microseconds]]
+    for name, moment in (("datetime", _datetime.datetime), ("date", _datetime.date), ("time", _datetime.time)):
+        if kind is moment:
+            return [name, value.isoformat()]
     if isinstance(value, dict):
         return ["dict", [[_encode(key), _encode(item)] for key, item in value.items()]]
-    for name, container in (("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset)):
+    for name, container in (
+        ("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset), ("deque", _collections.deque)
+    ):
         if isinstance(value, container):
             return [name, [_encode(item) for item in value]]
     try:
@@ -49,7 +62,7 @@ def _encode(value):
         return ["opaque", None]
 """
 _DECODE = """
-import json as _json
+import collections as _collections, datetime as _datetime, decimal as _decimal, json as _json
 class _Opaque:
     pass
 def _decode(node):
@@ -62,10 +75,25 @@ def _decode(node):
         return int(data, 16)
     if kind == "bytes":
         return bytes.fromhex(data)
+    if kind == "complex":
+        return complex(data[0], data[1])
+    if kind == "range":
+        return range(*data)
+    if kind == "Decimal":
+        return _decimal.Decimal(data)
+    if kind == "timedelta":
+        return _datetime.timedelta(data[0], data[1], data[2])
+    if kind == "datetime":
+        return _datetime.datetime.fromisoformat(data)
+    if kind == "date":
+        return _datetime.date.fromisoformat(data)
+    if kind == "time":
+        return _datetime.time.fromisoformat(data)
     if kind == "dict":
         return {_decode(key): _decode(item) for key, item in data}
     items = [_decode(item) for item in data]
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}[kind](items)
+    kinds = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
+    return _collections.deque(items) if kind == "deque" else kinds[kind](items)
 """
 
 
@@ -166,7 +194,7 @@ def _values(code: str, tests: AssertTests, deadline: float) -> list[str]:
                 session.run(source)
             else:  # whatever the program made of these names, what comes out is a str
                 found.append(session.run('f"{_json.dumps(_encode((' + source + ')))}"'))
-    if sum(map(len, found)) > OUTPUT_BYTES:
+    if sum(map(len, found)) > VALUES_BYTES:
         raise Failed("too much output")
     return found
 

@@ -25,6 +25,9 @@ MEMORY_BYTES = 2**30
 OUTPUT_BYTES = 2**20
 """What is read of a program's standard output before it is ended; a test's expected output adds to it."""
 
+VALUES_BYTES = 2**22
+"""What is read of the values that tests asked for, encoded: some 200,000 numbers."""
+
 START_SECONDS = 2.0
 """A program that isn't started in less has used up its time before; given more, it is the sandbox that fails."""
 
