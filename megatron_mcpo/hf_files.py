@@ -79,11 +79,9 @@ def _choose(
     headers: dict[str, Header] = {}
     for file, held in found.items():
         for name, header in held.items():
-            if weight_map.get(name, file) != file:
-                continue
+            # Refused whatever the index says: other libraries read the copy of the last file.
             if name in headers:
-                rule = f"also in {file}, and {_INDEX} doesn't say which counts; download both again"
-                problems.append(f"{headers[name].file}: {name} is {rule}")
+                problems.append(f"{headers[name].file}: {name} is also in {file}; download both again")
             headers.setdefault(name, header)
     for name, file in weight_map.items():
         if file in found and name not in found[file] and not _is_computed(name):
