@@ -166,6 +166,8 @@ def test_what_does_not_fit_ends_with_1_and_advice_that_fits(tmp_path: Path, caps
         (["--nodes", "1", "--parallel.pipeline", "8"], "must divide the 28 layers"),
         (["--nodes", "1", "--parallel.tensr", "4"], "tensr"),
         (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "--gpus-per-node 0: must be at least 1"),
+        (["--nodes", "3", "--gpus-per-node", "4", "--parallel.tensor", "8"], "there are 12"),
         (["--nodes", "1", "--gpu", "h900"], "--gpu h900: no such GPU and no such file; use one of h100"),
         (["--nodes", "1", "--model.path", "/nowhere"], "no such folder"),
         (["--nodes", "1", "--engine.tensor_parallel", "3"], "engine.tensor_parallel = 3"),

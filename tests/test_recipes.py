@@ -26,7 +26,7 @@ from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import cut_dim, slices
 from megatron_mcpo.weights.mapping import hf_shapes
-from tools import plan
+from tools import plan, submit
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples").glob("*/h100_*.toml"))
@@ -75,7 +75,7 @@ def save_empty_weights(folder: Path, model: ModelConfig) -> None:
 def test_a_recipe_passes_the_dry_run(
     path: Path, ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where its data and its model are; --ranks is what examples/launch/submit.sh says."""
+    """Where its data and its model are, also as examples/launch/submit.sh calls it."""
     config, folder = load(path), tmp_path / "model"
     original = ROOT / config.model.path
     shutil.copytree(original, folder)
@@ -86,12 +86,16 @@ def test_a_recipe_passes_the_dry_run(
         for name in (source.file, source.held_out_file):
             if name:
                 Path(name).touch()
-    said = ["--ranks", str(gpus_of(path))] if ranks else []
-    code = train.main([str(path), "--dry-run", *said, "--model.path", str(folder)])
+    run = [str(path), "--model.path", str(folder)]
+    nodes = gpus_of(path) // GPUS_A_NODE
+    if ranks:
+        code = submit.check(submit.parse([f"-N{nodes}", f"--gpus-per-node={GPUS_A_NODE}", "--", *run], script=""))
+    else:
+        code = train.main([*run, "--dry-run"])
     (folder / "model.safetensors").unlink()
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert not ranks or f"layout   {gpus_of(path)} rank(s)" in printed.out
+    assert not ranks or f"layout   {gpus_of(path)} rank(s)" in printed.err
 
 
 def test_ranks_are_told_to_a_dry_run_only(capsys: pytest.CaptureFixture[str]) -> None:
