@@ -4,12 +4,17 @@ What a real Slurm makes of them: test_slurm.py. Not covered: options of sbatch i
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 from program import write_config
 
+from megatron_mcpo.config import load
+from megatron_mcpo.run_folder import RunFolder
 from tools import submit
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +120,28 @@ def test_without_options_the_fewest_ranks_are_checked(
     printed = capsys.readouterr()
     assert printed.out == "", "sbatch's own is all that goes to stdout"
     assert "For how many ranks is not known" in printed.err and "layout   2 rank(s)" in printed.err
+
+
+@pytest.mark.parametrize("requeued", [True, False], ids=["requeued", "not requeued"])
+def test_a_requeue_that_fails_is_said_and_leaves_the_mark(model: Path, tmp_path: Path, requeued: bool) -> None:
+    config = write_config(model, tmp_path)
+    folder = RunFolder.open(load(config))
+    folder.ask_for_restart()
+    folder.close()
+    for program, code in (("srun", 1), ("scontrol", 0 if requeued else 3)):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho {program} "$1"\nexit {code}\n')
+        (tmp_path / program).chmod(0o755)
+    slurm = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "1"}
+    ours = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    job = subprocess.run(
+        ["bash", "examples/launch/train.sbatch", str(config)],
+        cwd=ROOT,
+        env={**os.environ, **slurm, **ours},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "scontrol requeue" in job.stdout, job.stderr
+    assert job.returncode == (0 if requeued else 3)
+    assert ("Job 7 could not be requeued: scontrol exited with 3" in job.stderr) is not requeued
+    assert (folder.path / "REQUEUE").exists() is not requeued
