@@ -152,10 +152,27 @@ def test_what_does_not_fit_ends_with_1_and_advice_that_fits(tmp_path: Path, caps
     code, out, _ = run_program(file, "--nodes", "4", "--engine.tensor_parallel", "4", capsys=capsys)
     assert code == 1
     assert "more than a GPU has" in out
-    (advice,) = [line for line in out.splitlines() if line.startswith("the cheapest change")]
-    overrides = advice.partition(": ")[2].partition("  (")[0].split()
+    overrides = advice(out)
     nodes = [] if "--nodes" in overrides else ["--nodes", "4"]
     code, out, _ = run_program(file, *nodes, "--engine.tensor_parallel", "4", *overrides, capsys=capsys)
+    assert code == 0, out
+
+
+def advice(out: str) -> list[str]:
+    (line,) = [line for line in out.splitlines() if line.startswith("the cheapest change")]
+    return line.partition(": ")[2].partition("  (")[0].split()
+
+
+@pytest.mark.parametrize("settings", [[], ["--parallel.data", "1"]], ids=["data left out", "data set"])
+def test_more_nodes_are_tried_with_other_layouts(capsys: pytest.CaptureFixture[str], settings: list[str]) -> None:
+    """Llama-3-70B in two stages fits on no number of nodes, in more stages it does."""
+    file = str(ROOT / "examples" / "llama3_70b" / "h100_64.toml")
+    fixed = ["--model.path", str(MODELS / "llama3-70b")]
+    code, out, _ = run_program(file, "--nodes", "2", "--parallel.pipeline", "2", *settings, *fixed, capsys=capsys)
+    change = advice(out)
+    assert code == 1 and change[0] == "--nodes" and "--parallel.pipeline" in change
+    assert ("--parallel.data" in change) is (settings != [] and int(change[1]) > 4)
+    code, out, _ = run_program(file, *settings, *fixed, *change, capsys=capsys)
     assert code == 0, out
 
 

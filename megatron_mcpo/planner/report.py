@@ -66,7 +66,10 @@ def describe(change: Change) -> str:
 def remedy_lines(plan: Plan, remedies: Sequence[tuple[Change, Plan]]) -> Iterator[str]:
     """The cheapest of the changes that make a plan fit."""
     if not remedies:
-        yield "no change of layout, recompute, micro-batch, offload or engine makes it fit, nor do 16 times the nodes"
+        yield (
+            "no change of layout, recompute, micro-batch, offload or engine makes it fit, nor do 16 times the nodes in "
+            "other layouts"
+        )
         return
     change, found = remedies[0]
     nodes = "" if found.nodes == plan.nodes else f"--nodes {found.nodes} "
