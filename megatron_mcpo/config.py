@@ -5,6 +5,7 @@ What each key means: sections.py, which is the only list of keys.
 """
 
 from collections.abc import Callable, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,19 +74,22 @@ class Config(Section):
         return [d.max_response_tokens or self.rollout.max_response_tokens for d in self.domain]
 
     def layout(self, world_size: int | None) -> Layout:
-        """The layout on `world_size` ranks, or, for None, on as many as the configuration asks for.
+        """The layout on `world_size` ranks, or, for None, on the fewest that the sizes of the configuration divide.
 
         Raises ConfigError when they don't divide.
         """
         p = self.parallel
         replica = p.tensor * p.pipeline * p.context
+        # Engines divide the ranks of the run, experts those of a stage.
+        engine = 1 if self.engine.servers else self.engine.tensor_parallel
+        fewest = lcm(replica, p.pipeline * p.expert, engine)
         layout = Layout(
             tensor=p.tensor,
             pipeline=p.pipeline,
             virtual_pipeline=p.virtual_pipeline,
             context=p.context,
             expert=p.expert,
-            data=p.data or max(1, (world_size or replica) // replica),
+            data=p.data or max(1, (fewest if world_size is None else world_size) // replica),
             sequence=p.sequence and p.tensor > 1,
         )
         problems = []

@@ -128,11 +128,24 @@ def take_restart(config: Config) -> bool:
 
     So a start that fails before it opens the folder is not asked for a second time.
     """
+    path = _resumable(config)
+    return path is not None and _remove(path / REQUEUE)
+
+
+def put_back_restart(config: Config) -> None:
+    """Undo `take_restart`: nobody could start the run again."""
+    path = _resumable(config)
+    if path is not None:
+        write_atomically(path / REQUEUE, b"")
+
+
+def _resumable(config: Config) -> Path | None:
+    """The folder that this configuration would go on in; None: it would begin a new one."""
     for path in _candidates(Path(config.run.dir), config.run.name):
         if not path.exists():
-            return False
+            return None
         if _why_not_resumed(path, config) is None:
-            return _remove(path / REQUEUE)
+            return path
     raise AssertionError("itertools.count ended")
 
 

@@ -1,4 +1,4 @@
-"""The program: `python -m megatron_mcpo.train CONFIG [--dry-run] [--section.key VALUE ...]`.
+"""The program: `python -m megatron_mcpo.train CONFIG [--dry-run [--ranks N]] [--section.key VALUE ...]`.
 
 Started by itself it checks the configuration and is torchrun for as many ranks as the layout needs; started by torchrun
 (or srun torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
@@ -29,13 +29,22 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_mcpo.train", description="Train with MCPO.")
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --dry-run: the ranks that the job will have, nodes x GPUs a node; else the fewest that all sizes "
+        "divide",
+    )
     known, overrides = parser.parse_known_args(arguments)
+    if known.ranks is not None and not known.dry_run:
+        parser.error("--ranks: needs --dry-run; a run has the ranks that torchrun starts")
     world_size = started_ranks()
     if world_size:
         hold_signals()
     try:
         config = load(known.config, overrides)
-        layout, model = check(config, world_size)
+        layout, model = check(config, world_size if known.ranks is None else known.ranks)
     except ConfigError as error:
         return refuse(error)
     if os.environ.get("RANK", "0") == "0" and (known.dry_run or world_size):

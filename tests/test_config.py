@@ -308,6 +308,19 @@ def test_layout_takes_the_rest_of_the_ranks_for_data(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "fewest"),
+    [
+        (["--parallel.pipeline=2", "--engine.tensor_parallel=4"], 4),
+        (["--parallel.tensor=3", "--engine.tensor_parallel=2"], 6),
+        (["--parallel.pipeline=2", "--parallel.expert=8", "--engine.tensor_parallel=4"], 16),
+        (["--engine.tensor_parallel=4", '--engine.servers=["http://127.0.0.1:8000"]'], 1),
+    ],
+)
+def test_the_fewest_ranks_are_those_that_every_size_divides(tmp_path, overrides, fewest):
+    assert load(write(tmp_path), ["--batch.prompts=16", *overrides]).layout(None).world_size == fewest
+
+
+@pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
         (["--parallel.tensor=4"], 6, "needs a multiple of 4 ranks, there are 6"),

@@ -18,7 +18,7 @@ from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.model_config import ModelConfig, layout_problems
-from megatron_mcpo.planner import hardware, planning, search
+from megatron_mcpo.planner import hardware, planning, report, search
 from megatron_mcpo.planner.ranks import built_size, rank_size, total_params
 from tools import plan as program
 from tools import tiny_model
@@ -152,10 +152,27 @@ def test_what_does_not_fit_ends_with_1_and_advice_that_fits(tmp_path: Path, caps
     code, out, _ = run_program(file, "--nodes", "4", "--engine.tensor_parallel", "4", capsys=capsys)
     assert code == 1
     assert "more than a GPU has" in out
-    (advice,) = [line for line in out.splitlines() if line.startswith("the cheapest change")]
-    overrides = advice.partition(": ")[2].partition("  (")[0].split()
+    overrides = advice(out)
     nodes = [] if "--nodes" in overrides else ["--nodes", "4"]
     code, out, _ = run_program(file, *nodes, "--engine.tensor_parallel", "4", *overrides, capsys=capsys)
+    assert code == 0, out
+
+
+def advice(out: str) -> list[str]:
+    (line,) = [line for line in out.splitlines() if line.startswith("the cheapest change")]
+    return line.partition(": ")[2].partition("  (")[0].split()
+
+
+@pytest.mark.parametrize("settings", [[], ["--parallel.data", "1"]], ids=["data left out", "data set"])
+def test_more_nodes_are_tried_with_other_layouts(capsys: pytest.CaptureFixture[str], settings: list[str]) -> None:
+    """Llama-3-70B in two stages fits on no number of nodes, in more stages it does."""
+    file = str(ROOT / "examples" / "llama3_70b" / "h100_64.toml")
+    fixed = ["--model.path", str(MODELS / "llama3-70b")]
+    code, out, _ = run_program(file, "--nodes", "2", "--parallel.pipeline", "2", *settings, *fixed, capsys=capsys)
+    change = advice(out)
+    assert code == 1 and change[0] == "--nodes" and "--parallel.pipeline" in change
+    assert ("--parallel.data" in change) is (settings != [] and int(change[1]) > 4)
+    code, out, _ = run_program(file, *settings, *fixed, *change, capsys=capsys)
     assert code == 0, out
 
 
@@ -166,6 +183,8 @@ def test_what_does_not_fit_ends_with_1_and_advice_that_fits(tmp_path: Path, caps
         (["--nodes", "1", "--parallel.pipeline", "8"], "must divide the 28 layers"),
         (["--nodes", "1", "--parallel.tensr", "4"], "tensr"),
         (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "--gpus-per-node 0: must be at least 1"),
+        (["--nodes", "3", "--gpus-per-node", "4", "--parallel.tensor", "8"], "there are 12"),
         (["--nodes", "1", "--gpu", "h900"], "--gpu h900: no such GPU and no such file; use one of h100"),
         (["--nodes", "1", "--model.path", "/nowhere"], "no such folder"),
         (["--nodes", "1", "--engine.tensor_parallel", "3"], "engine.tensor_parallel = 3"),
@@ -214,6 +233,54 @@ def test_search_ranks_what_fits() -> None:
     assert seconds[0] <= round(planning.plan(config, model, hardware.H100, 1).seconds["step"], 1)
     change, best = found[0]
     assert planning.plan(search.changed(config, change), model, hardware.H100, 1).seconds == best.seconds
+
+
+def test_servers_leave_the_trainer_s_gpus_to_the_trainer() -> None:
+    urls = [f"http://127.0.0.1:{8000 + number}" for number in range(3)]
+    model, shape = model_of("qwen3-0.6b"), {"tensor_parallel": 4}
+    config = config_for("qwen3-0.6b", engine=shape, batch={"prompts": 66})
+    served = config_for("qwen3-0.6b", engine=shape | {"servers": urls}, batch={"prompts": 66})
+    gpu = replace(hardware.H100, per_node=6)
+    with pytest.raises(ConfigError, match="must divide the number of ranks"):
+        planning.plan(config, model, gpu, 1)
+    found, inside = planning.plan(served, model, gpu, 1), planning.plan(config, model, gpu, 2)
+    for rank, with_engine in zip(found.ranks, inside.ranks, strict=True):
+        assert rank.parts["engine_weights"] == rank.parts["kv_cache"] == 0 < with_engine.parts["engine_weights"]
+        assert rank.phases["rollout"] < with_engine.phases["rollout"] - inside.engine.budget
+    assert (found.engine.engines, inside.engine.engines) == (3, 3)
+    assert found.seconds["rollout"] == inside.seconds["rollout"], "as many engines of the same kind"
+    assert found.seconds["sync"] > inside.seconds["sync"]
+    (missing,) = found.not_modelled
+    assert "servers' GPUs" in missing and inside.not_modelled == []
+    assert f"not modelled: {missing}" in report.report(found)
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("qwen3-32b", 0.5, 0.56), ("qwen3-30b-a3b", 0.5, 0.53)])
+def test_a_quantised_engine_holds_a_byte_an_element_of_its_layers(name: str, least: float, most: float) -> None:
+    ranks = 4
+    sections: dict[str, dict[str, Any]] = {
+        "engine": {"tensor_parallel": ranks},
+        "algorithm": {"importance": "truncate"},
+        "parallel": {"tensor": 4, "pipeline": 4},
+    }
+    plain = planning.plan(config_for(name, **sections), model_of(name), hardware.H100, 4)
+    sections["engine"]["quantization"] = "fp8_per_block"
+    found = planning.plan(config_for(name, **sections), model_of(name), hardware.H100, 4)
+    assert least < found.engine.weights / plain.engine.weights < most
+    model = model_of(name)
+    kept = 2 * 2 * model.hidden_size * (-(-model.vocab_size // 64) * 64) / ranks
+    matrices = plain.engine.weights - kept
+    assert found.engine.weights == pytest.approx(kept + matrices / 2 * (1 + 4 / 128**2), rel=2e-3)
+    assert found.engine.cache_tokens > plain.engine.cache_tokens
+    assert found.seconds["rollout"] < plain.seconds["rollout"]
+    assert any("engine.quantization" in text for text in found.not_modelled)
+
+
+def test_what_is_not_modelled_is_said() -> None:
+    config, model = config_for("qwen3-0.6b", model={"dtype": "bf16", "fp8": "blockwise"}), model_of("qwen3-0.6b")
+    found = planning.plan(config, model, hardware.H100, 1)
+    assert found.as_json()["not_modelled"] == ["model.fp8 = 'blockwise' (planned as bf16)"]
+    assert "not modelled: model.fp8 = 'blockwise' (planned as bf16)" in report.report(found)
 
 
 def test_nothing_fits_a_model_that_is_too_large() -> None:

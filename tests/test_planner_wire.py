@@ -16,12 +16,17 @@ from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
+from megatron_mcpo.planner.memory import ITEMSIZE
 from megatron_mcpo.planner.planning import head_of
+from megatron_mcpo.planner.push import direct_elements, gathered_bytes, is_direct, received_bytes
 from megatron_mcpo.planner.ranks import rank_size
 from megatron_mcpo.planner.wire import wire_bytes
 from megatron_mcpo.planner.workload import workload
+from megatron_mcpo.weights.reshard import Plan
 from megatron_mcpo.weights.sync import Meter, export
+from tools import tiny_model
 from tools.ranks import run_ranks
 from tools.received import Received
 
@@ -83,10 +88,55 @@ def test_bytes_are_those_of_real_messages(
     found: Counter[str] = Counter()
     for rank in run_ranks(world_size, counted, config, world_size, timeout=240):
         found.update(rank)
-    assert found["sync"] == expected["sync"]
+    e = ITEMSIZE[config.model.dtype]
+    gathered = [gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline)]
+    assert found["sync"] == sum(gathered) * layout.world_size // layout.pipeline
+    assert kind != "experts" or found["sync"] == expected["sync"]
     assert found["contrastive"] == expected["contrastive"]
     # Where two kinds of groups are the same ranks, a message could be of either: their sum is compared.
     training = expected.keys() - {"sync", "contrastive"}
     assert sum(found[name] for name in training) == pytest.approx(sum(expected[name] for name in training), rel=0.05)
     if group not in ("expert", "context"):
         assert found[group] == pytest.approx(expected[group], rel=0.05)
+
+
+@pytest.mark.parametrize("engine_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(data=4),
+        Layout(tensor=2, data=2, context=2, sequence=True),
+        Layout(tensor=4, data=2, sequence=True),
+        Layout(pipeline=4),
+        Layout(tensor=2, pipeline=2, virtual_pipeline=2, data=2, sequence=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_bytes_from_rank_to_rank_are_those_of_the_push_plan(
+    tmp_path: Path, kind: tiny_model.Kind, layout: Layout, engine_ranks: int
+) -> None:
+    tiny_model.save_model(tmp_path, kind)
+    model = from_folder(tmp_path)
+    expected = Plan(model=model, layout=layout, engine_ranks=engine_ranks).totals().received
+    assert direct_elements(model, layout, engine_ranks) == expected
+    config = tiny_model.config(tmp_path, model={"dtype": "bf16"}, engine={"tensor_parallel": engine_ranks})
+    assert is_direct(config, model)
+    assert sum(received_bytes(config, model, layout, 2)) == 2 * sum(expected)
+
+
+def test_the_way_of_a_push_is_the_program_s(tmp_path: Path) -> None:
+    quantized: dict[str, dict[str, Any]] = {
+        "engine": {"quantization": "fp8_per_block"},
+        "model": {"dtype": "bf16"},
+        "algorithm": {"importance": "truncate"},
+    }
+    for name, kind, sections, direct in (
+        ("plain", "untied", {}, True),
+        ("experts", "experts", {}, False),
+        ("packed", "untied", quantized, False),
+        ("servers", "untied", {"engine": {"servers": ["http://127.0.0.1:8000"]}}, False),
+    ):
+        tiny_model.save_model(tmp_path / name, kind)
+        config = tiny_model.config(tmp_path / name, **sections)
+        assert is_direct(config, from_folder(tmp_path / name)) is direct, name

@@ -3,14 +3,17 @@
 Not covered: that they train; no test has the GPUs.
 """
 
+import json
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import pytest
 
-from megatron_mcpo import parallel
+from megatron_mcpo import parallel, train
 from megatron_mcpo.config import load
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
@@ -23,7 +26,7 @@ from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.layout import cut_dim, slices
 from megatron_mcpo.weights.mapping import hf_shapes
-from tools import plan
+from tools import plan, submit
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples").glob("*/h100_*.toml"))
@@ -53,6 +56,52 @@ def test_a_recipe_fits_as_its_plan_says(
     assert code == 0, printed
     assert printed == (path.parent / f"plan_{gpus_of(path)}.txt").read_text(encoding="utf-8")
     assert re.search(r"^fits +yes$", printed, re.MULTILINE)
+
+
+def save_empty_weights(folder: Path, model: ModelConfig) -> None:
+    """A file that has every tensor of the model and takes no room: a header, and a hole for the values."""
+    header, size = {}, 0
+    for name, shape in hf_shapes(model).items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, size + 2 * prod(shape)]}
+        size += 2 * prod(shape)
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + size)
+
+
+@pytest.mark.parametrize("ranks", [True, False], ids=["of the job", "the fewest"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_passes_the_dry_run(
+    path: Path, ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its data and its model are, also as examples/launch/submit.sh calls it."""
+    config, folder = load(path), tmp_path / "model"
+    original = ROOT / config.model.path
+    shutil.copytree(original, folder)
+    save_empty_weights(folder, from_folder(original, with_weights=False))
+    monkeypatch.chdir(tmp_path)
+    Path("datasets").mkdir()
+    for source in (source for domain in config.domain for source in domain.sources):
+        for name in (source.file, source.held_out_file):
+            if name:
+                Path(name).touch()
+    run = [str(path), "--model.path", str(folder)]
+    nodes = gpus_of(path) // GPUS_A_NODE
+    if ranks:
+        code = submit.check(submit.parse([f"-N{nodes}", f"--gpus-per-node={GPUS_A_NODE}", "--", *run], script=""))
+    else:
+        code = train.main([*run, "--dry-run"])
+    (folder / "model.safetensors").unlink()
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert not ranks or f"layout   {gpus_of(path)} rank(s)" in printed.err
+
+
+def test_ranks_are_told_to_a_dry_run_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main([str(RECIPES[0]), "--ranks", "32"])
+    assert "--ranks: needs --dry-run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -1,6 +1,7 @@
 """What a configuration needs on GPUs before any is booked: memory by rank, bytes on the wire, seconds a step.
 
-`.venv/bin/python tools/plan.py CONFIG --gpu h100 --nodes 4 [--json] [--search] [--section.key VALUE ...]`
+`.venv/bin/python tools/plan.py CONFIG --gpu h100 --nodes 4 [--gpus-per-node 8] [--json] [--search]
+[--section.key VALUE ...]`
 Needs no GPU and no weights: of the model's folder config.json is enough. Builds the model of a rank of every stage
 without memory. Exit code 1: it does not fit; 2: the configuration is bad.
 """
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mcpo.config import ConfigError, load
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--gpu", default="h100", help="h100, h200, a100, b200, or a JSON file of measured rates")
     parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, help="else 8, or what the JSON file says")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted step time")
     known, overrides = parser.parse_known_args(arguments)
@@ -33,9 +36,11 @@ def main(arguments: Sequence[str]) -> int:
         # Late: a bad configuration is refused before torch is imported.
         from megatron_mcpo.planner import hardware, planning, report, search
 
-        if known.nodes < 1:
-            raise ConfigError([f"--nodes {known.nodes}: must be at least 1"])
+        for option, number in (("--nodes", known.nodes), ("--gpus-per-node", known.gpus_per_node)):
+            if number is not None and number < 1:
+                raise ConfigError([f"{option} {number}: must be at least 1"])
         gpu = hardware.load(known.gpu)
+        gpu = replace(gpu, per_node=known.gpus_per_node or gpu.per_node)
         plan = planning.plan(config, model, gpu, known.nodes)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)

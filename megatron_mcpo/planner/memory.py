@@ -15,11 +15,11 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.activations import Activations, Kernels, activations, chunks_in_flight
 from megatron_mcpo.planner.hardware import GIB, Gpu
+from megatron_mcpo.planner.push import staged_bytes
 from megatron_mcpo.planner.ranks import Chunk, RankSize, Sizes
 from megatron_mcpo.planner.workload import Workload
+from megatron_mcpo.rollout.blockwise import BLOCK
 from megatron_mcpo.weights.engine_layout import engine_shapes
-from megatron_mcpo.weights.mapping import table
-from megatron_mcpo.weights.sync import BUCKET_BYTES
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 _FP32 = 4
@@ -27,6 +27,8 @@ _FP32 = 4
 CONTEXT_BYTES = 6 * GIB
 """Driver context, NCCL's buffers, kernels, CUDA graphs: vLLM's documentation of sleep mode reports that 5.8 GiB stayed
 on a GPU whose engine of a large model slept."""
+CONTEXT_WITHOUT_ENGINE_BYTES = 3 * GIB
+"""Of these, what is the trainer's own: all there is where the engines are servers; assumed."""
 FRAGMENTATION = 0.05
 """Of everything a phase allocates and frees again; assumed."""
 ENGINE_WORKING_BYTES = 2.5 * GIB
@@ -60,14 +62,23 @@ class RankMemory:
 class EngineMemory:
     """Of one rank of an engine. weights, budget: bytes; cache_tokens: tokens whose keys and values fit
 
+    engines: how many there are; in_ranks: they share the trainer's GPUs, else they have GPUs of their own
+    expert_share: of the bytes of weights, those that belong to routed experts
     sequences: decoded together, at most
     """
 
+    engines: int
+    in_ranks: bool
     weights: float
+    expert_share: float
     cache: float
     budget: float
     cache_tokens: int
     sequences: int
+
+    def on_a_rank(self, size: float) -> float:
+        """What of `size` is on a GPU of the trainer."""
+        return size if self.in_ranks else 0.0
 
 
 def buffer_elements(sizes: Sizes, num_ranks: int) -> int:
@@ -114,31 +125,40 @@ def reference_bytes(config: Config, size: RankSize, itemsize: int) -> float:
 def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload) -> EngineMemory:
     """vLLM's arithmetic: its share of the GPU, less weights and what it works with, is cache."""
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
-    weights = float(e * _engine_elements(model, ranks))
+    of_experts, of_others = _engine_bytes(model, ranks, e, config.engine.quantization != "none")
+    weights = of_experts + of_others
     budget = config.engine.gpu_memory_utilization * gpu.memory_bytes
     cache = max(0.0, budget - weights - ENGINE_WORKING_BYTES)
     a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
     tokens = int(cache // a_token)
-    mine = -(-load.rollouts * ranks // layout.world_size)
+    engines = len(config.engine.servers) or layout.world_size // ranks
     return EngineMemory(
+        engines=engines,
+        in_ranks=not config.engine.servers,
         weights=weights,
+        expert_share=of_experts / weights,
         cache=cache,
         budget=budget,
         cache_tokens=tokens,
-        sequences=min(config.engine.max_concurrent, tokens // load.length, mine),
+        sequences=min(config.engine.max_concurrent, tokens // load.length, -(-load.rollouts // engines)),
     )
 
 
 @cache
-def _engine_elements(model: ModelConfig, ranks: int) -> int:
-    return sum(map(prod, engine_shapes(model, ranks).values()))
+def _engine_bytes(model: ModelConfig, ranks: int, itemsize: int, quantized: bool) -> tuple[float, float]:
+    """Weights of an engine rank: routed experts, and everything else.
 
-
-def push_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> float:
-    """Buffers of weights/sync.py: full tensors of a bucket, their shards, and one full parameter put together."""
-    largest = max(sum(map(prod, row.shapes)) for row in table(model)) * itemsize
-    bucket = max(BUCKET_BYTES, largest)
-    return bucket + bucket / layout.tensor + largest
+    quantized: the layers' matrices are FP8, with an fp32 scale a block (sections.EngineConfig, rollout/blockwise.py)
+    """
+    experts = others = 0.0
+    for name, shape in engine_shapes(model, ranks).items():
+        routed = ".routed_experts." in name
+        size = float(itemsize * prod(shape))
+        if quantized and (routed or name.endswith("_proj.weight")):
+            *number, rows, columns = shape
+            size = float(prod(shape) + _FP32 * prod(number) * -(-rows // BLOCK) * -(-columns // BLOCK))
+        experts, others = (experts + size, others) if routed else (experts, others + size)
+    return experts, others
 
 
 def rank_memory(
@@ -176,31 +196,33 @@ def rank_memory(
         "activations": saved,
         "working": working,
         "contrastive": contrast_bytes(load, head) if last else 0.0,
-        "engine_weights": engine.weights,
-        "kv_cache": engine.cache,
-        "sync_buckets": push_bytes(model, layout, e),
-        "allowance": CONTEXT_BYTES,
+        "engine_weights": engine.on_a_rank(engine.weights),
+        "kv_cache": engine.on_a_rank(engine.cache),
+        "sync_buckets": staged_bytes(config, model, layout, e),
+        "allowance": CONTEXT_BYTES if engine.in_ranks else CONTEXT_WITHOUT_ENGINE_BYTES,
     }
     loose = 1 + FRAGMENTATION
     added = {
-        "rollout": engine.budget,
+        "rollout": engine.on_a_rank(engine.budget),
         "score": loose * max(logits_working, kept.layer + kept.working),
         "update": loose * (saved + working + parts["contrastive"]),
-        "sync": engine.weights + loose * parts["sync_buckets"],
+        "sync": parts["engine_weights"] + loose * parts["sync_buckets"],
     }
     return RankMemory(
         rank=size.rank,
         stage=size.stage,
         params=size.params,
         parts=parts,
-        phases=_phases(config, trained, reference, added),
+        phases=_phases(config, trained, reference, added, parts["allowance"]),
         host=reference * config.model.offload_reference + trained["optimizer"] * config.optimizer.offload,
     )
 
 
-def _phases(config: Config, trained: dict[str, float], reference: float, added: dict[str, float]) -> dict[str, float]:
+def _phases(
+    config: Config, trained: dict[str, float], reference: float, added: dict[str, float], allowance: float
+) -> dict[str, float]:
     """What each phase holds: what it adds, and of the rest what does not wait in host memory (mcore/offload.py)."""
-    held = dict.fromkeys(added, trained["weights"] + CONTEXT_BYTES)
+    held = dict.fromkeys(added, trained["weights"] + allowance)
     for phase in held:
         if phase == "score" or not config.model.offload_reference:
             held[phase] += reference

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.head import HeadSpec
-from megatron_mcpo.model_config import ModelConfig, engine_problems, layout_problems
+from megatron_mcpo.model_config import ModelConfig, engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.planner.activations import TRANSFORMER_ENGINE
 from megatron_mcpo.planner.hardware import GIB, Gpu
 from megatron_mcpo.planner.memory import EngineMemory, RankMemory, engine_memory, rank_memory
@@ -53,6 +53,22 @@ class Plan:
         return not self.shortages
 
     @property
+    def not_modelled(self) -> list[str]:
+        """What this configuration asks for and no figure knows of."""
+        engine = self.config.engine
+        found = {
+            f"model.fp8 = {self.config.model.fp8!r} (planned as bf16)": self.config.model.fp8 != "off",
+            f"the speed of products with engine.quantization = {engine.quantization!r} (its bytes are in the plan)": (
+                engine.quantization != "none"
+            ),
+            "the comparisons of engine.verify_sync = true": engine.verify_sync,
+            f"the servers' GPUs and network (planned as {self.gpu.name}, with nothing else on them)": bool(
+                engine.servers
+            ),
+        }
+        return [text for text, asked in found.items() if asked]
+
+    @property
     def tokens_per_second_per_gpu(self) -> float:
         """Prompt and response tokens of the step's rollouts; 0 where the step would never end."""
         return self.load.rollouts * self.load.length / self.seconds["step"] / self.layout.world_size
@@ -88,6 +104,7 @@ class Plan:
             "step_seconds": {name: _finite(value) for name, value in self.seconds.items()},
             "tokens_per_second_per_gpu": round(self.tokens_per_second_per_gpu, 1),
             "shortages": self.shortages,
+            "not_modelled": self.not_modelled,
             "gpu": self.gpu.name,
             "world_size": self.layout.world_size,
         }
@@ -106,12 +123,15 @@ def head_of(config: Config, model: ModelConfig) -> HeadSpec | None:
 def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> Plan:
     """Builds nothing (see `Plan.check_built`). Raises ConfigError for what can't be divided or served like this."""
     layout = config.layout(nodes * gpu.per_node)
-    problems = layout_problems(model, layout, config.engine.tensor_parallel) + engine_problems(
+    engine_ranks, servers = config.engine.tensor_parallel, bool(config.engine.servers)
+    problems = layout_problems(model, layout, engine_ranks, engine_in_ranks=not servers) + engine_problems(
         model,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         on_cpu=False,
     )
+    if config.engine.quantization != "none":
+        problems += quantization_problems(model, engine_ranks, in_servers=servers, on_cpu=False)
     if problems:
         raise ConfigError(problems)
     head, load = head_of(config, model), workload(config, layout)

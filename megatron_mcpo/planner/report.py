@@ -26,6 +26,8 @@ def report(plan: Plan) -> Iterator[str]:
         if plan.model.experts
         else f"assumed  every rollout has {load.prompt} + {load.response} tokens; Transformer Engine's layers"
     )
+    if plan.not_modelled:
+        yield f"not modelled: {'; '.join(plan.not_modelled)}"
     yield ""
     yield from _memory(plan)
     yield ""
@@ -34,7 +36,8 @@ def report(plan: Plan) -> Iterator[str]:
     yield ""
     engine = plan.engine
     yield (
-        f"engine   {engine.weights / GIB:.1f} GiB of weights and {engine.cache / GIB:.1f} GiB of cache a rank: "
+        f"engine   {engine.weights / GIB:.1f} GiB of weights and {engine.cache / GIB:.1f} GiB of cache a "
+        f"{'rank' if engine.in_ranks else 'GPU of a server'}: "
         f"{engine.cache_tokens:,} tokens, {engine.sequences} rollouts together"
     )
     yield "seconds  " + "  ".join(f"{name} {value:,.1f}" for name, value in plan.seconds.items())
@@ -66,7 +69,10 @@ def describe(change: Change) -> str:
 def remedy_lines(plan: Plan, remedies: Sequence[tuple[Change, Plan]]) -> Iterator[str]:
     """The cheapest of the changes that make a plan fit."""
     if not remedies:
-        yield "no change of layout, recompute, micro-batch, offload or engine makes it fit, nor do 16 times the nodes"
+        yield (
+            "no change of layout, recompute, micro-batch, offload or engine makes it fit, nor do 16 times the nodes in "
+            "other layouts"
+        )
         return
     change, found = remedies[0]
     nodes = "" if found.nodes == plan.nodes else f"--nodes {found.nodes} "

@@ -1,6 +1,7 @@
 """Other configurations of the same run: the cheapest that makes it fit, and the fastest of all that fit."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -8,6 +9,7 @@ from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.planning import Plan, plan
+from megatron_mcpo.sections import Recompute
 
 Change = dict[str, Any]
 """Dotted keys with their new values, as on the command line."""
@@ -61,21 +63,59 @@ def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[t
 
 
 def _more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, Plan]]:
+    """The fewest nodes on which some layout fits, the layout as it is before all others."""
     for factor in (2, 4, 8, 16):
-        found = list(_fitting(config, model, gpu, nodes * factor, [{"parallel.data": None}]))
-        if found:
-            return found
+        num_ranks = nodes * factor * gpu.per_node
+        p = config.parallel
+        as_it_is = {"parallel.data": _data(config, num_ranks, p.tensor * p.pipeline * p.context)}
+        for changes in ([as_it_is], _layouts(config, model, gpu, num_ranks, _ROOMY)):
+            found = sorted(_fitting(config, model, gpu, nodes * factor, changes), key=_speed)
+            if found:
+                return [(_news(config, change), each) for change, each in found]
     return []
 
 
 def fastest(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, Plan]]:
     """Layouts that fit, by predicted seconds a step; the batch, the lengths and the objective stay."""
+    candidates = _layouts(config, model, gpu, nodes * gpu.per_node, _ALL)
+    return sorted(_fitting(config, model, gpu, nodes, candidates), key=_speed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choices:
+    """What is tried with every division of the ranks. micro_batches: rollouts in one; shares: the engine's, of a GPU"""
+
+    virtual: tuple[int, ...]
+    experts: tuple[int, ...]
+    recompute: tuple[Recompute, ...]
+    micro_batches: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+_ALL = _Choices(
+    virtual=(1, 2),
+    experts=(1, 2, 4, 8, 16),
+    recompute=("none", "selective", "full"),
+    micro_batches=(1, 2, 4),
+    shares=(0.35, 0.5, 0.65),
+)
+_ROOMY = _Choices(
+    virtual=(1,),
+    experts=(1, 2, 4, 8, 16, 32, 64, 128),
+    recompute=("none", "full"),
+    micro_batches=(1,),
+    shares=(0.35, 0.6, 0.85),
+)
+"""To find out whether anything fits, without most of what only makes it faster: seconds."""
+
+
+def _layouts(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, choices: _Choices) -> list[Change]:
     load = config.rollout
     length = load.max_prompt_tokens + load.max_response_tokens
     sizes = [n for n in (1, 2, 4, 8) if n <= gpu.per_node]
-    experts = [1, 2, 4, 8, 16] if model.experts else [1]
-    stages = [n for n in range(1, nodes * gpu.per_node + 1) if model.num_layers % n == 0]
-    candidates = [
+    experts = choices.experts if model.experts else (1,)
+    stages = [n for n in range(1, num_ranks + 1) if model.num_layers % n == 0]
+    return [
         {
             "parallel.tensor": tensor,
             "parallel.pipeline": pipeline,
@@ -83,18 +123,40 @@ def fastest(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tu
             "parallel.context": context,
             "parallel.expert": expert,
             "parallel.sequence": True,
-            "parallel.data": None,
+            "parallel.data": _data(config, num_ranks, tensor * pipeline * context),
             "model.recompute": recompute,
             "batch.micro_batch_tokens": times * -(-length // (2 * tensor * context)) * 2 * tensor * context,
             "engine.tensor_parallel": engine,
             "engine.gpu_memory_utilization": share,
         }
         for tensor, pipeline, virtual, context, expert, recompute, times, engine, share in product(
-            sizes, stages, (1, 2), (1, 2), experts, ("none", "selective", "full"), (1, 2, 4), sizes, (0.35, 0.5, 0.65)
+            sizes,
+            stages,
+            choices.virtual,
+            (1, 2),
+            experts,
+            choices.recompute,
+            choices.micro_batches,
+            sizes,
+            choices.shares,
         )
-        if virtual == 1 or pipeline > 1
+        if (virtual == 1 or pipeline > 1) and num_ranks % (tensor * pipeline * context) == 0
     ]
-    return sorted(_fitting(config, model, gpu, nodes, candidates), key=_speed)
+
+
+def _data(config: Config, num_ranks: int, replica: int) -> int | None:
+    """As many replicas as there are; a number that is set gets another, since the command line can't take it back."""
+    return None if config.parallel.data is None else num_ranks // replica
+
+
+def _news(config: Config, change: Change) -> Change:
+    """Of a change, what is not so already."""
+    sections = {key: key.split(".") for key in change}
+    return {
+        key: change[key]
+        for key, (part, name) in sections.items()
+        if getattr(getattr(config, part), name) != change[key]
+    }
 
 
 def _speed(each: tuple[Change, Plan]) -> tuple[float, ...]:

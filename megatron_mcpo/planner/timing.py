@@ -13,13 +13,13 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
-from megatron_mcpo.planner.ranks import RankSize
+from megatron_mcpo.planner.push import is_direct, received_bytes
+from megatron_mcpo.planner.ranks import RankSize, total_params
 from megatron_mcpo.planner.wire import (
     context_bytes,
     data_bytes,
     expert_bytes,
     gather_bytes,
-    gathered_bytes,
     passes,
     tensor_units,
 )
@@ -145,14 +145,12 @@ def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) ->
     return micros * (middle + last) + bubble * middle
 
 
-def rollout_seconds(
-    config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload, engine: EngineMemory
-) -> float:
+def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, load: Workload, engine: EngineMemory) -> float:
     """All engines at once; a prompt is read once for all its samples (prefix caching), a wave decodes to its end."""
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
     if engine.sequences == 0:
         return float("inf")
-    mine = -(-load.rollouts * ranks // layout.world_size)
+    mine = -(-load.rollouts // engine.engines)
     waves = -(-mine // engine.sequences)
     together = -(-mine // waves)
     reading = gpu.decode_share * gpu.copy_tbs * _TERA
@@ -160,29 +158,39 @@ def rollout_seconds(
     cache = together * (load.prompt + load.response / 2) * a_token
     flops = model.num_layers * layer_flops(model) + 2.0 * model.hidden_size * model.vocab_size
     products = together * flops / ranks / (gpu.gemm_tflops * _TERA)
-    weights = _weights_read(model, engine.weights, together)
+    weights = _weights_read(model, engine, together)
     messages = 0.0
     if ranks > 1:
         size = 2 * e * together * model.hidden_size * (ranks - 1) / ranks
         messages = 2 * model.num_layers * (size / link(gpu, first=1, ranks=ranks) + gpu.message_us * 1e-6)
     step = max(weights / reading, products) + cache / reading + messages + gpu.engine_step_ms * 1e-3
-    prompts = -(-config.batch.prompts * ranks // layout.world_size)
+    prompts = -(-config.batch.prompts // engine.engines)
     prefill = prompts * load.prompt * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
     return waves * load.response * step + prefill
 
 
-def _weights_read(model: ModelConfig, weights: float, sequences: int) -> float:
+def _weights_read(model: ModelConfig, engine: EngineMemory, sequences: int) -> float:
     """Bytes of weights that a decoding step reads: of the experts those that some sequence is sent to."""
     if model.experts is None:
-        return weights
-    x = model.experts
-    expert = 3 * model.hidden_size * x.ffn_hidden_size * x.count * model.num_layers
-    total = expert + model.num_layers * (
-        layer_flops(model) / 2 - x.per_token * 3 * model.hidden_size * x.ffn_hidden_size
-    )
-    total += 2 * model.vocab_size * model.hidden_size
-    met = 1 - (1 - x.per_token / x.count) ** sequences
-    return weights * (1 - expert / total * (1 - met))
+        return engine.weights
+    met = 1 - (1 - model.experts.per_token / model.experts.count) ** sequences
+    return engine.weights * (1 - engine.expert_share * (1 - met))
+
+
+def sync_seconds(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, engine: EngineMemory) -> float:
+    """What the rank that receives most receives, a server's workers besides, and the engine's loading."""
+    e = ITEMSIZE[config.model.dtype]
+    across = link(gpu, first=1, ranks=layout.tensor)
+    if is_direct(config, model):
+        across = link(gpu, first=1, ranks=layout.world_size)
+    elif layout.pipeline > 1:
+        across = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)
+    seconds = max(received_bytes(config, model, layout, e)) / across + 4 * engine.weights / (gpu.copy_tbs * _TERA)
+    if engine.in_ranks:
+        return seconds
+    # A rank sends every full tensor to each of its servers, over the network.
+    mine = -(-engine.engines // layout.world_size)
+    return seconds + mine * e * total_params(model) / (gpu.network_gbs * _GIGA)
 
 
 def step_seconds(
@@ -216,11 +224,7 @@ def step_seconds(
         update += load.updates * 2 * state / (gpu.host_gbs * _GIGA)
     if config.model.offload_reference:
         score += load.updates * max(reference_bytes(config, size, e) for size in sizes) / (gpu.host_gbs * _GIGA)
-    rollout = rollout_seconds(config, model, layout, gpu, load, engine)
-    across = link(gpu, first=1, ranks=layout.tensor)
-    if layout.pipeline > 1:
-        across = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)
-    received = max(gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline))
-    sync = received / across + 4 * engine.weights / (gpu.copy_tbs * _TERA)
+    rollout = rollout_seconds(config, model, gpu, load, engine)
+    sync = sync_seconds(config, model, layout, gpu, engine)
     seconds = {"rollout": rollout, "score": score, "update": update, "sync": sync}
     return {**seconds, "step": sum(seconds.values())}

@@ -5,19 +5,15 @@ reduce-scatter is a `unit`), https://arxiv.org/abs/1910.02054 (distributed optim
 out: scalars, sizes, objects; the sums of norms' gradients.
 """
 
-from functools import cache
-from math import prod
-
 from megatron_mcpo.config import Config
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.memory import ITEMSIZE, buffer_elements, shard_ranks
+from megatron_mcpo.planner.push import received_bytes
 from megatron_mcpo.planner.ranks import RankSize
 from megatron_mcpo.planner.workload import Workload
 from megatron_mcpo.sections import Recompute
-from megatron_mcpo.weights.layout import shard_shape
-from megatron_mcpo.weights.mapping import Place, Split, table
 
 _FP32 = 4
 
@@ -73,7 +69,7 @@ def wire_bytes(
         "data": load.updates * sum(data_bytes(size, layout, e) for size in sizes) * stage_ranks,
         "context": context_bytes(model, layout, load, e) * micros * (scores + 3 * updates) * layout.world_size,
         "expert": expert_bytes(config, model, layout, load) * micros * layout.world_size,
-        "sync": float(sum(gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline)) * stage_ranks),
+        "sync": float(sum(received_bytes(config, model, layout, e))),
         "contrastive": gather_bytes(layout, load, head) * layout.world_size,
     }
 
@@ -105,34 +101,6 @@ def expert_bytes(config: Config, model: ModelConfig, layout: Layout, load: Workl
     picks = load.micro_tokens / layout.tensor * model.experts.per_token
     once = ITEMSIZE[config.model.dtype] * picks * model.hidden_size * (layout.expert - 1) / layout.expert
     return rounds * once * model.num_layers / layout.pipeline
-
-
-@cache
-def gathered_bytes(model: ModelConfig, layout: Layout, stage: int, itemsize: int) -> int:
-    """What one rank of a stage receives in a push, on average over expert ranks.
-
-    weights/sync.py sends the shards of every parameter along the pipeline (a divided expert's only to the ranks that
-    stand where it is held), then over the expert ranks, and gathers them over the tensor ranks.
-    """
-    elsewhere = {
-        Place.FIRST: float(stage > 0),
-        Place.LAST: float(stage < layout.pipeline - 1),
-        Place.LAYER: model.num_layers * (1 - 1 / layout.pipeline),
-    }
-    total = 0.0
-    for row in table(model):
-        if row.tied:
-            continue
-        ranks = row.num_shards(layout)
-        shard = prod(shard_shape(row, ranks))
-        copies = model.experts.count if row.expert and model.experts else 1
-        number = copies * (model.num_layers if row.place is Place.LAYER else 1)
-        total += copies * elsewhere[row.place] * shard / (layout.expert if row.expert else 1)
-        if row.expert:
-            total += number * shard * (layout.expert - 1) / layout.expert
-        if row.split is not Split.REPLICATED and ranks > 1:
-            total += number * shard * (ranks - 1)
-    return round(itemsize * total)
 
 
 def gather_bytes(layout: Layout, load: Workload, head: HeadSpec | None) -> float:

@@ -5,7 +5,7 @@ An engine rank takes what its own process holds from there, and everything else 
 it: so what travels is the least that can.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -58,8 +58,7 @@ class Step:
 
     def elements(self, move: Move) -> int:
         """How many numbers a move carries."""
-        shape, dim = self.parameter.row.shapes[0], cut_dim(self.parameter.row)
-        return sum(map(len, move.pieces)) * prod(shape[:dim] + shape[dim + 1 :])
+        return num_elements(self.parameter.row, move.pieces)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,8 @@ class Plan:
         num_shards, engine_rank = parameter.row.num_shards(self.layout), target % self.engine_ranks
         expert = engine_name(parameter)[1]
         if expert is None or not self.whole_experts:
-            return _overlap(parameter.row, shard, num_shards, engine_rank, self.engine_ranks)
-        return _overlap(parameter.row, shard, num_shards, 0, 1) if self._place(expert)[0] == engine_rank else ()
+            return overlap(parameter.row, shard, num_shards, engine_rank, self.engine_ranks)
+        return overlap(parameter.row, shard, num_shards, 0, 1) if self._place(expert)[0] == engine_rank else ()
 
     def steps(self) -> Iterator[Step]:
         """In the order of export, the same on every rank. Of several holders the one that sent least is the source."""
@@ -158,8 +157,14 @@ def _holders(parameter: Parameter, layout: Layout, shard: int) -> range:
     return range(first + shard, stop, layout.tensor)
 
 
+def num_elements(row: Row, pieces: Sequence[Piece]) -> int:
+    """How many numbers there are in pieces of a parameter."""
+    shape, dim = row.shapes[0], cut_dim(row)
+    return sum(map(len, pieces)) * prod(shape[:dim] + shape[dim + 1 :])
+
+
 @cache
-def _overlap(row: Row, shard: int, num_shards: int, engine_rank: int, engine_ranks: int) -> tuple[Piece, ...]:
+def overlap(row: Row, shard: int, num_shards: int, engine_rank: int, engine_ranks: int) -> tuple[Piece, ...]:
     """What an engine rank needs of a trainer's shard, in the order in which the engine rank has it."""
     held = list(_placed(slices(row, rank=shard, num_ranks=num_shards)))
     needed = _placed(engine_slices(row, rank=engine_rank, num_ranks=engine_ranks))

@@ -230,12 +230,22 @@ def choose(
     return Direct(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
 
 
-def _problem(engine: Receiver, model: ModelConfig, engine_ranks: int) -> str | None:
+def why_gather(model: ModelConfig, *, packed: bool) -> str | None:
+    """Why an engine of this model can't be written into, as far as that is known without one; None: it can.
+
+    packed: it keeps its weights otherwise than its loaders leave them
+    """
     if model.experts is not None:
         return "some of vLLM's kernels rearrange experts after loading"
+    return "the engine keeps its weights packed or quantised" if packed else None
+
+
+def _problem(engine: Receiver, model: ModelConfig, engine_ranks: int) -> str | None:
+    if model.experts is not None:
+        return why_gather(model, packed=False)
     parameters, shapes = engine.parameters(), engine_shapes(model, engine_ranks)
     if parameters is None:
-        return "the engine keeps its weights packed or quantised"
+        return why_gather(model, packed=True)
     for name in sorted(set(parameters) ^ set(shapes)):
         return f"{name}: only {'the engine' if name in parameters else 'the plan'} has it"
     for name, shape in shapes.items():

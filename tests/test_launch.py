@@ -1,0 +1,147 @@
+"""The scripts of a Slurm job without a Slurm: what is read from sbatch's options, and a requeue that fails.
+
+What a real Slurm makes of them: test_slurm.py. Not covered: options of sbatch in variables (SBATCH_GPUS_PER_NODE).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from program import write_config
+
+from megatron_mcpo.config import load
+from megatron_mcpo.run_folder import RunFolder
+from tools import submit
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --time=1\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "gpus"),
+    [
+        ([], 2, None),
+        (["-N4"], 4, None),
+        (["-N", "4"], 4, None),
+        (["-HN4"], 4, None),
+        (["--nodes=4"], 4, None),
+        (["--nodes", "4", "--nodelist=n[1-4]"], 4, None),
+        (["-N4", "--nodes=3"], 3, None),
+        (["--gpus-per-node=4"], 2, 4),
+        (["--gpus-per-node", "h100:4", "-t", "60"], 2, 4),
+        (["--gres=gpu:4"], 2, 4),
+        (["--gres=license:1,gpu:h100:4(S:0-1)"], 2, 4),
+        (["--gres=gpu"], 2, 1),
+        (["--gres-flags=enforce-binding", "--gres", "shard:1"], 2, None),
+    ],
+)
+def test_nodes_and_gpus_are_read_in_every_form(options: list[str], nodes: int, gpus: int | None) -> None:
+    for gpu in (["--gpu", "h100"], ["--gpu=h100"]):
+        found = submit.parse([*options, *gpu, "--", "a.toml", "--run.steps", "3"], SCRIPT)
+        assert (found.nodes, found.gpus_per_node, found.gpu) == (nodes, gpus, "h100")
+        assert (found.options, found.run) == (options, ["a.toml", "--run.steps", "3"])
+
+
+def test_the_job_script_says_what_no_option_says() -> None:
+    found = submit.parse(["a.toml"], SCRIPT + "#SBATCH --gpus-per-node=4\n")
+    assert (found.nodes, found.gpus_per_node, found.gpu, found.options, found.run) == (2, 4, None, [], ["a.toml"])
+    assert submit.parse(["--gpu=h100", "a.toml"], SCRIPT).gpu == "h100"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes=2-4", "--", "a.toml"], "-N/--nodes: '2-4': the ranks are divided before the job starts; give one"),
+        (["-N2-4", "--", "a.toml"], "'2-4'"),
+        (["-N", "0", "--", "a.toml"], "'0'"),
+        (["--gpus-per-node=a100:2,h100:2", "--", "a.toml"], "give one number of GPUs"),
+        (["--gres=gpu:a:2,gpu:b:2", "--", "a.toml"], "give one number of GPUs"),
+        (["--gpus=32", "--", "a.toml"], "-G/--gpus: '32': every node has equally many ranks; say --gpus-per-node=N"),
+        (["--nodes=4", "a.toml"], "no CONFIG: it comes first, after the options of sbatch and --"),
+        (["--nodes=4", "--"], "no CONFIG"),
+    ],
+)
+def test_what_leaves_the_number_of_ranks_open_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        submit.parse(arguments, SCRIPT)
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_chat_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "gib", "code", "said"),
+    [
+        (["-N4", "--gpus-per-node=2"], 80.0, 0, "4 node(s) of 2 x small"),
+        (["-N", "4", "--gpus-per-node=2"], 0.01, 1, "Not queued: on 4 node(s) it does not fit"),
+        (["-N1"], 80.0, 0, "1 node(s) of 8 x small"),
+        (["-N4", "--gpus-per-node=4"], 80.0, 2, "needs 8 ranks, there are 16"),
+        (["-N4"], 80.0, 2, "needs 8 ranks, there are 32"),
+    ],
+)
+def test_checks_are_of_the_job_s_own_nodes(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    gib: float,
+    code: int,
+    said: str,
+) -> None:
+    queued: list[list[str]] = []
+    monkeypatch.setattr("os.execvp", lambda _, command: queued.append(command))
+    monkeypatch.chdir(ROOT)
+    gpu = tmp_path / "small.json"
+    gpu.write_text(json.dumps({"base": "h100", "sources": ["made up"], "memory_gib": gib}))
+    run = [str(write_config(model, tmp_path)), "--parallel.data", "8"]
+    assert (submit.main([f"--gpu={gpu}", *options, "--", *run]) or 0) == code
+    assert said in capsys.readouterr().err
+    assert queued == ([] if code else [["sbatch", *options, submit.SCRIPT, *run]])
+
+
+def test_without_options_the_fewest_ranks_are_checked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    request = submit.parse([str(write_config(model, tmp_path)), "--parallel.pipeline", "2"], SCRIPT)
+    assert submit.check(request) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "", "sbatch's own is all that goes to stdout"
+    assert "For how many ranks is not known" in printed.err and "layout   2 rank(s)" in printed.err
+
+
+@pytest.mark.parametrize("requeued", [True, False], ids=["requeued", "not requeued"])
+def test_a_requeue_that_fails_is_said_and_leaves_the_mark(model: Path, tmp_path: Path, requeued: bool) -> None:
+    config = write_config(model, tmp_path)
+    folder = RunFolder.open(load(config))
+    folder.ask_for_restart()
+    folder.close()
+    for program, code in (("srun", 1), ("scontrol", 0 if requeued else 3)):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho {program} "$1"\nexit {code}\n')
+        (tmp_path / program).chmod(0o755)
+    slurm = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "1"}
+    ours = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    job = subprocess.run(
+        ["bash", "examples/launch/train.sbatch", str(config)],
+        cwd=ROOT,
+        env={**os.environ, **slurm, **ours},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "scontrol requeue" in job.stdout, job.stderr
+    assert job.returncode == (0 if requeued else 3)
+    assert ("Job 7 could not be requeued: scontrol exited with 3" in job.stderr) is not requeued
+    assert (folder.path / "REQUEUE").exists() is not requeued
