@@ -107,7 +107,7 @@ def test_settings_fit_the_house_rules():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     assert settings["ruff"]["line-length"] == 120
     assert settings["mypy"]["disallow_untyped_defs"]
-    assert settings["pytest"]["ini_options"]["timeout"] == 300
+    assert settings["pytest"]["ini_options"]["timeout"] == 600
 
 
 def test_what_the_package_imports_is_declared():

@@ -20,6 +20,7 @@ from megatron_mcpo.layout import Layout
 from megatron_mcpo.resample import Collected, collect_with_signal, has_signal, num_seeds
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
+from tools.ranks import run_ranks
 
 SIZES = [2, 5, 3]
 LIMITS = [4, 8, 16]
@@ -68,21 +69,28 @@ def collect(
     tokenizer: PreTrainedTokenizerBase, *, rounds: int, num_engines: int = 1, steps: int = 1
 ) -> tuple[list[Collected], list[SamplingRequest], PromptStream]:
     """Some steps of 6 prompts of three domains of 12 items."""
+
+    def rank_main() -> tuple[list[Collected], list[SamplingRequest], PromptStream]:
+        return _collect(tokenizer, rounds=rounds, num_engines=num_engines, steps=steps)
+
+    return run_ranks(1, rank_main)[0]
+
+
+def _collect(
+    tokenizer: PreTrainedTokenizerBase, *, rounds: int, num_engines: int, steps: int
+) -> tuple[list[Collected], list[SamplingRequest], PromptStream]:
     engine = ScriptedEngine()
     stream = PromptStream([made_up_domain(i, [12]) for i in range(3)], weights=[1.0] * 3, seed=0, data=DataConfig())
     groups = parallel.init(Layout(), seed=0, timeout_seconds=60)
-    try:
-        scripted: Any = (engine, ScriptedScorer())
-        collector = Collector(
-            *scripted, tokenizer, groups, num_engines=num_engines, my_engines=range(num_engines), stop_token_ids=()
-        )
-        collected = []
-        for step in range(steps):
-            seed = step * num_seeds(6, SIZES, rounds=rounds)
-            sampling = Sampling(num_samples=SIZES, max_tokens=LIMITS, temperature=1.0, seed=seed)
-            collected.append(collect_with_signal(collector, stream, stream.next(6), sampling, rounds=rounds))
-    finally:
-        parallel.destroy()
+    scripted: Any = (engine, ScriptedScorer())
+    collector = Collector(
+        *scripted, tokenizer, groups, num_engines=num_engines, my_engines=range(num_engines), stop_token_ids=()
+    )
+    collected = []
+    for step in range(steps):
+        seed = step * num_seeds(6, SIZES, rounds=rounds)
+        sampling = Sampling(num_samples=SIZES, max_tokens=LIMITS, temperature=1.0, seed=seed)
+        collected.append(collect_with_signal(collector, stream, stream.next(6), sampling, rounds=rounds))
     return collected, engine.requests, stream
 
 

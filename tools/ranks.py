@@ -23,8 +23,10 @@ GRACE_SECONDS = 3.0
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
     """`function(*args)` on `num_ranks` ranks with torchrun's environment; their results in order of rank.
 
-    Results are pickled, the function and its arguments are not (ranks are forks). Groups left over by the function are
-    destroyed. When a rank fails, the others get a few seconds more; at the deadline all are killed.
+    Results are pickled, the function and its arguments are not (ranks are forks). This process must never have had a
+    process group: Megatron-Core keeps some, and a fork that drops one waits for ever for threads that it doesn't have.
+    Groups left over by the function are destroyed. When a rank fails, the others get a few seconds more; at the
+    deadline all are killed.
     Raises RuntimeError with the traceback of every rank that failed and the stack of every rank that hung.
     """
     assert not dist.is_initialized(), "a process with a process group can't fork ranks; destroy it first"
