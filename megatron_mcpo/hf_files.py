@@ -51,10 +51,9 @@ def is_sharded(folder: Path) -> bool:
 def read_headers(folder: Path) -> dict[str, Header]:
     """Name -> header of every tensor, but for the rotary frequencies of old checkpoints, which are computed.
 
-    Where there is an index it decides: files that it doesn't name are not read, and a tensor that it names is read from
-    the file that it gives, whatever other files hold under that name.
+    Files that an index doesn't name are not read.
     Raises ConfigError that names every file that is missing or can't be read, every tensor that is not where the index
-    says, and every tensor in two files between which the index doesn't decide.
+    says, and every tensor that two of the files have.
     """
     problems: list[str] = []
     found: dict[Path, dict[str, Header]] = {}

@@ -185,7 +185,7 @@ def _figures_of(
     figures = {
         f"response_tokens{suffix}": _mean([len(c.token_ids) for c in completions]),
         f"truncated{suffix}": _mean([c.stop_reason is StopReason.LENGTH for c in completions]),
-        f"signal{suffix}": _mean([len(set(g.rewards)) > 1 for g in scored]),
+        f"signal{suffix}": _mean([g.has_signal for g in scored]),
         f"entropy{suffix}": entropy,
         f"kl{suffix}": kl,
     }

@@ -41,18 +41,13 @@ def collect_with_signal(
     """
     collected = Collected(groups=tuple(collector.collect(prompts, sampling)))
     for number in range(1, rounds + 1):
-        places = [place for place, group in enumerate(collected.groups) if not has_signal(group)]
+        places = [place for place, group in enumerate(collected.groups) if not group.has_signal]
         if not places:
             break
         fresh = stream.replacements([collected.groups[place].prompt.domain for place in places])
         shifted = replace(sampling, seed=sampling.seed + number * num_seeds(len(prompts), sampling.num_samples))
         collected = _replaced(collected, places, collector.collect(fresh, shifted))
     return collected
-
-
-def has_signal(group: RolloutGroup) -> bool:
-    """Whether the rewards differ, so that some rollout has an advantage; not where the verifier failed."""
-    return group.error is None and len(set(group.rewards)) > 1
 
 
 def num_seeds(num_prompts: int, num_samples: Sequence[int], *, rounds: int = 0) -> int:

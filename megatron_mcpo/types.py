@@ -69,6 +69,11 @@ class RolloutGroup:
     error: str | None = None
     timed_out: bool = False
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ, so that some rollout has an advantage; not where the verifier failed."""
+        return self.error is None and len(set(self.rewards)) > 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
