@@ -6,10 +6,7 @@ what else is in a batch.
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +19,7 @@ import pytest
 import tiny
 import torch
 import vllm_cases as cases
-from program import ROOT, lasting, metrics, train_forked, write_config
+from program import lasting, metrics, train_forked, write_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,41 +34,12 @@ from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.rollout.weight_link import Bucket
 from tools.ranks import run_ranks
+from tools.serving import Server
 
 MAX_LEN = 204  # as in program.CONFIG
-START_SECONDS = 400
 PROMPTS = [[7, 8, 9], [30] * 40 + [9], list(range(20, 45)), [50, 3]]
 Q_PROJ = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
 pytestmark = pytest.mark.timeout(600)
-
-
-class Running:
-    """A server of our own."""
-
-    def __init__(self, config: Path, log: Path):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        command = [sys.executable, "-m", "megatron_mcpo.serve", str(config), "--port", str(port)]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            try:
-                return Client(self.url).get("/health")
-            except RuntimeError:
-                time.sleep(0.5)
-
-    def kill(self) -> None:
-        """All its processes, as a host that fails would."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +55,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starting(folder: Path) -> Iterator[list[Running]]:
-    running = [Running(folder / "config.toml", folder / f"server{number}.log") for number in range(2)]
+def starting(folder: Path) -> Iterator[list[Server]]:
+    running = [Server(folder / "config.toml", folder / f"server{number}.log") for number in range(2)]
     yield running
     for server in running:
         server.kill()
 
 
 @pytest.fixture(scope="module")
-def fresh(folder: Path, starting: list[Running]) -> dict[str, Any]:
+def fresh(folder: Path, starting: list[Server]) -> dict[str, Any]:
     """Samples, while the servers start, of engines in a process of their own that read the weights from the disk."""
     return cases.run(_fresh_samples, folder, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def servers(starting: list[Running], fresh: dict[str, Any]) -> list[Running]:
+def servers(starting: list[Server], fresh: dict[str, Any]) -> list[Server]:
     for server in starting:
         server.wait_ready()
     return starting
@@ -133,7 +101,7 @@ def weights(path: Path) -> dict[str, Tensor]:
     return load_file(path / "model.safetensors")
 
 
-def connect(folder: Path, *servers: Running, tag: str, **changes: Any) -> VllmServers:
+def connect(folder: Path, *servers: Server, tag: str, **changes: Any) -> VllmServers:
     options: dict[str, Any] = {"max_model_len": MAX_LEN, "max_concurrent": 8, "device": torch.device("cpu")} | changes
     return VllmServers([server.url for server in servers], from_folder(folder / "a"), tag=tag, **options)
 
@@ -145,7 +113,7 @@ def sampled(engine: Any, *, prompts: list[list[int]] = PROMPTS, **changes: Any) 
     return [(sample.token_ids, sample.logprobs) for group in groups for sample in group]
 
 
-def asked(server: Running) -> list[tuple[Any, Any]]:
+def asked(server: Server) -> list[tuple[Any, Any]]:
     """Somebody else's long request, in the form of `sampled`."""
     params = {"n": 1, "seed": 11, "temperature": 1.0, "max_tokens": 200, "ignore_eos": True, "logprobs": 0}
     body = {"token_ids": PROMPTS[0], "sampling_params": params}
@@ -153,7 +121,7 @@ def asked(server: Running) -> list[tuple[Any, Any]]:
     return [(tuple(choice["token_ids"]), tuple(token["logprob"] for token in choice["logprobs"]["content"]))]
 
 
-def version(server: Running) -> str:
+def version(server: Server) -> str:
     return str(Client(server.url).get("/weight_info")["weight_version"])
 
 
@@ -165,7 +133,7 @@ def failure(call: Callable[[], Any], *, within: float = 60) -> str:
     return str(caught.value)
 
 
-def test_two_ranks_feed_two_servers(folder: Path, servers: list[Running], fresh: dict[str, Any]) -> None:
+def test_two_ranks_feed_two_servers(folder: Path, servers: list[Server], fresh: dict[str, Any]) -> None:
     """The weights come from a tensor-parallel trainer; each rank has a server."""
     results = run_ranks(2, _feed, folder, servers, timeout=200)
     for rank, (seen, versions, sent) in enumerate(results):
@@ -174,7 +142,7 @@ def test_two_ranks_feed_two_servers(folder: Path, servers: list[Running], fresh:
         assert sent == sum(tensor.nbytes for tensor in weights(folder / "a").values())
 
 
-def _feed(folder: Path, servers: list[Running]) -> Any:
+def _feed(folder: Path, servers: list[Server]) -> Any:
     config, model = load(folder / "config.toml"), from_folder(folder / "a")
     groups = parallel.init(Layout(tensor=2, sequence=True), seed=0, timeout_seconds=60)
     policy = Policy(config, model, groups)
@@ -189,7 +157,7 @@ def _feed(folder: Path, servers: list[Running]) -> Any:
 
 
 def test_one_rank_spreads_its_requests_and_a_rank_may_have_no_server(
-    folder: Path, servers: list[Running], fresh: dict[str, Any]
+    folder: Path, servers: list[Server], fresh: dict[str, Any]
 ) -> None:
     engine = connect(folder, *servers, tag="spread")
     idle = connect(folder, tag="idle")
@@ -218,7 +186,7 @@ def _request(**changes: Any) -> SamplingRequest:
     return SamplingRequest(**options)
 
 
-def test_a_stop_token_ends_a_completion(folder: Path, servers: list[Running]) -> None:
+def test_a_stop_token_ends_a_completion(folder: Path, servers: list[Server]) -> None:
     engine = connect(folder, servers[0], tag="stop")
     engine.update(weights(folder / "b").items(), 1)
     ((free,),) = engine.generate([_request(num_samples=1, max_tokens=8)])
@@ -229,7 +197,7 @@ def test_a_stop_token_ends_a_completion(folder: Path, servers: list[Running]) ->
     assert (stopped.token_ids, stopped.logprobs) == (free.token_ids[:place], free.logprobs[:place])
 
 
-def test_a_comparison_names_the_tensors(folder: Path, servers: list[Running]) -> None:
+def test_a_comparison_names_the_tensors(folder: Path, servers: list[Server]) -> None:
     engine = connect(folder, *servers, tag="compare", bucket_bytes=100_000)
     a = weights(folder / "a")
     engine.update(a.items(), 1)
@@ -240,7 +208,7 @@ def test_a_comparison_names_the_tensors(folder: Path, servers: list[Running]) ->
     assert engine.compare([(embedding, a[embedding] + 1)]).different == (embedding, "lm_head.weight")
 
 
-def test_bad_pushes_poison_the_engine_and_leave_the_server_paused(folder: Path, servers: list[Running]) -> None:
+def test_bad_pushes_poison_the_engine_and_leave_the_server_paused(folder: Path, servers: list[Server]) -> None:
     server, a = servers[0], weights(folder / "a")
     bad = {
         "missing": ([pair for pair in a.items() if pair[0] != Q_PROJ[0]], "were not sent"),
@@ -256,7 +224,7 @@ def test_bad_pushes_poison_the_engine_and_leave_the_server_paused(folder: Path, 
 
 
 def test_others_requests_get_old_or_new_weights_and_wait_meanwhile(
-    folder: Path, servers: list[Running], fresh: dict[str, Any]
+    folder: Path, servers: list[Server], fresh: dict[str, Any]
 ) -> None:
     server = servers[0]
     engine = connect(folder, server, tag="busy")
@@ -279,7 +247,7 @@ def test_others_requests_get_old_or_new_weights_and_wait_meanwhile(
 
 
 @pytest.mark.parametrize("use", ["generate", "update", "compare"])
-def test_a_foreign_push_is_noticed(folder: Path, servers: list[Running], fresh: dict[str, Any], use: str) -> None:
+def test_a_foreign_push_is_noticed(folder: Path, servers: list[Server], fresh: dict[str, Any], use: str) -> None:
     a = weights(folder / "a")
     theirs = connect(folder, servers[0], tag="theirs")
     theirs.update(weights(folder / "b").items(), 1)
@@ -296,7 +264,7 @@ def test_a_foreign_push_is_noticed(folder: Path, servers: list[Running], fresh: 
 
 
 def test_the_trainer_that_connected_last_is_the_one_that_pushes(
-    folder: Path, servers: list[Running], fresh: dict[str, Any]
+    folder: Path, servers: list[Server], fresh: dict[str, Any]
 ) -> None:
     first, last = (connect(folder, servers[0], tag=tag) for tag in ("first", "last"))
     message = failure(lambda: first.update(weights(folder / "a").items(), 1), within=20)
@@ -306,7 +274,7 @@ def test_the_trainer_that_connected_last_is_the_one_that_pushes(
 
 
 def test_a_trainer_killed_in_a_push_leaves_a_server_that_the_next_can_use(
-    folder: Path, servers: list[Running], fresh: dict[str, Any]
+    folder: Path, servers: list[Server], fresh: dict[str, Any]
 ) -> None:
     for number, where in enumerate(("between buckets", "in a bucket")):
         engine = connect(folder, servers[0], tag=f"victim{number}")
@@ -323,7 +291,7 @@ def test_a_trainer_killed_in_a_push_leaves_a_server_that_the_next_can_use(
         assert sampled(after) == fresh["b"]
 
 
-def _die_in_a_push(folder: Path, server: Running, tag: str, where: str) -> None:
+def _die_in_a_push(folder: Path, server: Server, tag: str, where: str) -> None:
     try:
         engine = connect(folder, server, tag=tag, bucket_bytes=100_000)
         (remote,) = engine._servers
@@ -341,7 +309,7 @@ def _die_in_a_push(folder: Path, server: Running, tag: str, where: str) -> None:
 
 
 def test_a_whole_run_has_the_figures_of_one_with_engines_in_the_ranks(
-    folder: Path, servers: list[Running], tmp_path: Path
+    folder: Path, servers: list[Server], tmp_path: Path
 ) -> None:
     config = write_config(folder / "a", tmp_path)
     where = ["--engine.servers", json.dumps([server.url for server in servers])]
@@ -353,7 +321,7 @@ def test_a_whole_run_has_the_figures_of_one_with_engines_in_the_ranks(
     assert rows[0] == rows[1]
 
 
-def test_refusals(folder: Path, servers: list[Running], tmp_path: Path) -> None:
+def test_refusals(folder: Path, servers: list[Server], tmp_path: Path) -> None:
     urls = [server.url for server in servers]
     with ThreadingHTTPServer(("127.0.0.1", 0), _Other) as other, socket.create_server(("127.0.0.1", 0)) as free:
         Thread(target=other.serve_forever, daemon=True).start()
@@ -421,7 +389,7 @@ def one(problems: list[str]) -> str:
     return problem
 
 
-def test_a_server_that_dies_is_an_error_soon(folder: Path, servers: list[Running]) -> None:
+def test_a_server_that_dies_is_an_error_soon(folder: Path, servers: list[Server]) -> None:
     """The last test here: it ends the servers."""
     a = weights(folder / "a")
     engines = [connect(folder, server, tag="death", bucket_bytes=100_000) for server in servers]

@@ -10,10 +10,10 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
@@ -153,6 +153,16 @@ class Case:
     share_prompts: bool
     expected: dict[str, Tensor]
 
+    def in_bf16(self) -> Self:
+        """The same rollouts for a policy that computes in bf16."""
+        model = self.config.model.model_copy(update={"dtype": "bf16"})
+        return replace(self, config=self.config.model_copy(update={"model": model}))
+
+
+def cases_for(layout: Layout, cases: Sequence[Case]) -> list[Case]:
+    """Context parallelism divides the tokens of a rollout, so that its cases leave out the ratio of a whole rollout."""
+    return [case for case in cases if layout.context == 1 or case.config.algorithm.clip != "gspo"]
+
 
 def models_for(layout: Layout) -> list[str]:
     """The keys of MODELS that a layout is tried with."""
@@ -271,11 +281,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def check(
     layout: Layout, cases: Sequence[Case], objective_type: type[Objective] = Objective
 ) -> dict[tuple[str, str], float]:
-    """The error of every parameter in every case, the worst of all ranks: (case, parameter) to error.
-
-    Context parallelism divides the tokens of a rollout, so that its cases leave out the ratio of a whole rollout.
-    """
-    cases = [case for case in cases if layout.context == 1 or case.config.algorithm.clip != "gspo"]
+    """The error of every parameter in every case, the worst of all ranks: (case, parameter) to error."""
+    cases = cases_for(layout, cases)
     reports = run_ranks(layout.world_size, errors_on_this_rank, layout, cases, objective_type, timeout=240)
     worst: dict[tuple[str, str], float] = {}
     for report in reports:

@@ -23,10 +23,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from tools.gpu_outcome import Outcome, Row  # noqa: E402
 
+_KEPT_LOG = 4000
+"""Characters of a failed row's standard error that go into the file."""
 ENGINE, PROGRAM = ("vllm",), ("vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard")
 
 
@@ -70,7 +73,9 @@ ROWS = {
         Row(name="environment", run=environment, seconds=60),
         _row("gpu_speed", "ceilings", 60),
         _row("gpu_numbers", "logprobs", 120),
-        _row("gpu_numbers", "gradients", 180),
+        _row("gpu_layouts", "gradients", 180),
+        _row("gpu_layouts", "layouts", 240),
+        _row("gpu_layouts", "experts", 180),
         _row("gpu_numbers", "recompute", 120),
         _row("gpu_numbers", "fp8_products", 90, *FP8),
         _row("gpu_numbers", "fp8", 180, *FP8),
@@ -79,6 +84,8 @@ ROWS = {
         _row("gpu_speed", "export", 120),
         _row("gpu_engine", "checkpoint", 120),
         _row("gpu_engine", "engine", 240, *ENGINE),
+        _row("gpu_engine", "engine_fp8", 240, *ENGINE),
+        _row("gpu_engine", "servers", 300, *ENGINE),
         _row("gpu_speed", "step_1_7b", 180),
         _row("gpu_speed", "step_8b", 180),
         _row("gpu_speed", "fp8_speed", 240, *FP8),
@@ -93,17 +100,31 @@ def check(row: Row, command: Sequence[str]) -> dict[str, Any]:
     if missing:
         return {"state": "skipped", "why": f"{', '.join(missing)} not installed"}
     start = time.monotonic()
+    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=row.seconds)
+        output, errors = process.communicate(timeout=row.seconds)
     except subprocess.TimeoutExpired:
-        return {"state": "failed", "why": f"took more than {row.seconds} s"}
+        _kill(process)
+        return {"state": "failed", "why": f"took more than {row.seconds} s"} | _log(process.communicate()[1])
     taken = {"row_seconds": round(time.monotonic() - start, 1)}
-    outcome = _outcome(finished.stdout)
-    if finished.returncode or outcome is None:
-        last = (finished.stderr.strip().splitlines() or ["no outcome"])[-1]
-        return {"state": "failed", "why": f"exit code {finished.returncode}: {last[:300]}", **taken}
+    outcome = _outcome(output)
+    if process.returncode or outcome is None:
+        last = (errors.strip().splitlines() or ["no outcome"])[-1]
+        why = f"exit code {process.returncode}: {last[:300]}"
+        return {"state": "failed", "why": why, **taken} | _log(errors)
     failures = outcome.pop("failures")
     return {"state": "failed" if failures else "passed", "why": "; ".join(failures), **taken, **outcome}
+
+
+def _kill(process: psutil.Process) -> None:
+    """With the ranks and servers that it started: they would hold the GPU's memory, and our pipes."""
+    for each in [*process.children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def _log(errors: str) -> dict[str, str]:
+    return {"log": errors[-_KEPT_LOG:]}
 
 
 def _outcome(output: str) -> dict[str, Any] | None:

@@ -67,14 +67,21 @@ def save_model(folder: Path, shape: Shape, *, dtype: torch.dtype) -> PreTrainedM
 
 
 def settings(
-    folder: Path, *, tokens: int = 512, prompt: int = 60, response: int = 30, model: dict[str, str] | None = None
+    folder: Path,
+    *,
+    tokens: int = 512,
+    prompt: int = 60,
+    response: int = 30,
+    model: dict[str, str] | None = None,
+    engine: dict[str, float] | None = None,
 ) -> Config:
-    """tokens: most in a micro-batch; prompt, response: the longest; model: keys of that section beside bf16"""
+    """tokens: most in a micro-batch; prompt, response: the longest; model, engine: keys of those sections"""
     return tiny_model.config(
         folder,
         model={"dtype": "bf16", **(model or {})},
         batch={"micro_batch_tokens": tokens},
         rollout={"max_prompt_tokens": prompt, "max_response_tokens": response},
+        engine=engine or {},
     )
 
 

@@ -12,7 +12,7 @@ from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.mcore.spec import uses_transformer_engine
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.sections import Fp8
-from tools import check_layouts, gpu_models
+from tools import gpu_models
 from tools.gpu_models import MEDIUM, SMALL, Shape, batch_of, cosine, norm, signed_loss
 from tools.gpu_outcome import Band, Outcome
 
@@ -41,42 +41,6 @@ def logprobs() -> Outcome:
             Band(name="packed or one by one, largest difference", value=apart_R.max().item(), low=0.0, high=0.1),
         ),
         figures={"layers": "Transformer Engine" if uses_transformer_engine() else "torch"},
-    )
-
-
-def gradients() -> Outcome:
-    """The whole objective's, both contrastive terms in it, in bf16 against autograd in float64."""
-    groups = _alone()
-    cosines: dict[str, float] = {}
-    ratios = []
-    with TemporaryDirectory() as name:
-        for case in check_layouts.make_cases(Path(name), "halves"):
-            if not case.name.startswith("untied"):
-                continue  # its heads of 18 are no multiple of 8
-            config = case.config.model_copy(update={"model": case.config.model.model_copy(update={"dtype": "bf16"})})
-            found = check_layouts.found_gradients(
-                check_layouts.Case(
-                    name=case.name,
-                    config=config,
-                    groups=case.groups,
-                    share_prompts=case.share_prompts,
-                    expected=case.expected,
-                ),
-                groups,
-                check_layouts.Objective,
-            )
-            mine, exact = (
-                torch.cat([tensors[each].double().cpu().flatten() for each in case.expected])
-                for tensors in (found, case.expected)
-            )
-            cosines[case.name] = cosine(mine, exact)
-            ratios.append(norm(mine) / norm(exact))
-    return Outcome(
-        bands=(
-            Band(name="least cosine", value=min(cosines.values()), low=0.97, high=1.0),
-            Band(name="least ratio of norms", value=min(ratios), low=0.9, high=1.1),
-            Band(name="largest ratio of norms", value=max(ratios), low=0.9, high=1.1),
-        )
     )
 
 
