@@ -13,9 +13,9 @@ from megatron_mcpo.accuracy import Transfer, backward_transfer
 from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.console import summary_window
 from megatron_mcpo.plots import Curve, smoothed, smoothing_window, write_curves
-from megatron_mcpo.run_folder import differences, read_jsonl, settings
+from megatron_mcpo.run_folder import CONFIG, EVALUATIONS, METRICS, differences, read_jsonl, settings
 
-_NEEDED = ("config.toml", "metrics.jsonl")
+_NEEDED = (CONFIG, METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,18 +188,18 @@ def _read(folder: Path) -> Run:
     if missing:
         what = "no such folder" if not folder.is_dir() else f"is no run's folder, {' and '.join(missing)} missing"
         raise ConfigError([f"{folder}: {what}; give runs/NAME of a run that has logged a step"])
-    steps = read_jsonl(folder / "metrics.jsonl")
+    steps = read_jsonl(folder / METRICS)
     if not steps:
         raise ConfigError([f"{folder}: its metrics.jsonl holds no step; wait for one"])
     try:
-        config = load(folder / "config.toml")
+        config = load(folder / CONFIG)
     except ConfigError as error:
-        raise ConfigError([f"{folder / 'config.toml'}: {problem}" for problem in error.problems]) from error
+        raise ConfigError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
     return Run(
         folder=folder,
         config=config,
         steps=tuple(steps),
-        evaluations=tuple(read_jsonl(folder / "eval.jsonl")),
+        evaluations=tuple(read_jsonl(folder / EVALUATIONS)),
         finished=(folder / "FINISHED").exists(),
     )
 

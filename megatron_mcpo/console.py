@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_mcpo.config import Config
-from megatron_mcpo.run_folder import read_jsonl
+from megatron_mcpo.run_folder import CONFIG, EVALUATIONS, METRICS, NOTES, read_jsonl
 
 ETA_WINDOW = 5
 SUMMARY_WINDOW = 5
@@ -27,13 +27,13 @@ SUMMARY_WINDOW = 5
 PLACES = (
     ("report.html", "figures, maps and rollouts on one page, for a browser"),
     ("plots", "plots (PNG)"),
-    ("metrics.jsonl", "figures of every step"),
-    ("eval.jsonl", "held-out evaluations"),
-    ("notes.jsonl", "notes and warnings of the run"),
+    (METRICS, "figures of every step"),
+    (EVALUATIONS, "held-out evaluations"),
+    (NOTES, "notes and warnings of the run"),
     ("rollouts", "every prompt, completion, reward and advantage"),
     ("representations", "representations by step"),
     ("checkpoints", "checkpoints"),
-    ("config.toml", "resolved configuration"),
+    (CONFIG, "resolved configuration"),
     ("tensorboard", "event files for TensorBoard"),
     ("trackers", "ids of the trackers' runs, files of wandb"),
 )
@@ -104,9 +104,9 @@ class Console:
     def summary(self, folder: Path) -> None:
         """Print the table of the whole run, from its files, and where everything lies. Ends the bar."""
         self.close()
-        steps = read_jsonl(folder / "metrics.jsonl")
+        steps = read_jsonl(folder / METRICS)
         if steps:
-            self._rich.print(_summary_table(steps, read_jsonl(folder / "eval.jsonl"), self._domains))
+            self._rich.print(_summary_table(steps, read_jsonl(folder / EVALUATIONS), self._domains))
         else:
             self.note("no training step was logged")
         for line in places(folder):

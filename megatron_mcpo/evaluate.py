@@ -21,7 +21,7 @@ from megatron_mcpo.accuracy import backward_transfer, domain_accuracies
 from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.hf_files import is_sharded, read_json
 from megatron_mcpo.launch import launch, on_rank, refuse, started_ranks
-from megatron_mcpo.run_folder import read_jsonl, write_atomically
+from megatron_mcpo.run_folder import CONFIG, read_jsonl, write_atomically
 from megatron_mcpo.train import check
 
 _STATE = "state.json"
@@ -122,7 +122,7 @@ def _weights(checkpoint: Path | None, hf: Path | None) -> tuple[int, list[str]]:
 
 def _check_items(config: Config, checkpoint: Path | None) -> None:
     """More held-out items than the run kept apart would be some of those that it trained on."""
-    run = None if checkpoint is None else checkpoint.resolve().parent.parent / "config.toml"
+    run = None if checkpoint is None else checkpoint.resolve().parent.parent / CONFIG
     own = [d.name for d in config.domain if any(not s.held_out_file and not s.held_out_split for s in d.sources)]
     if run is None or not run.is_file() or not own:
         return

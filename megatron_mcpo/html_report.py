@@ -22,7 +22,7 @@ from megatron_mcpo.config import Config
 from megatron_mcpo.console import SUMMARY_WINDOW
 from megatron_mcpo.plots import load_representations, principal_plane
 from megatron_mcpo.rollout_sample import coarse_to_fine, sample_rollouts, shortened
-from megatron_mcpo.run_folder import REQUEUE, iterate_jsonl, step_files, write_atomically
+from megatron_mcpo.run_folder import EVALUATIONS, METRICS, NOTES, REQUEUE, iterate_jsonl, step_files, write_atomically
 from megatron_mcpo.sections import Section
 
 REPORT = "report.html"
@@ -64,9 +64,9 @@ def collect(folder: Path, config: Config) -> dict[str, Any]:
         "consolidate": config.contrastive.consolidate,
         "window": SUMMARY_WINDOW,
         "settings": _settings(config),
-        "notes": _notes(folder / "notes.jsonl"),
-        "figures": columns(folder / "metrics.jsonl"),
-        "evaluations": columns(folder / "eval.jsonl"),
+        "notes": _notes(folder / NOTES),
+        "figures": columns(folder / METRICS),
+        "evaluations": columns(folder / EVALUATIONS),
         "map": _map(folder / "representations", len(config.domain_names)),
         "rollouts": vars(sample_rollouts(folder, config)),
     }

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.run_folder import read_jsonl, step_file, write_atomically
+from megatron_mcpo.run_folder import CONFIG, EVALUATIONS, METRICS, NOTES, read_jsonl, step_file, write_atomically
 
 PROJECT = "megatron_mcpo"
 TRACKER_FOLDER = "trackers"
@@ -40,29 +40,29 @@ class MetricsLog:
         Raises ConfigError when a tracker can't be started.
         """
         self.failures = 0
-        self._steps = _JsonLines(folder / "metrics.jsonl")
-        self._evaluations = _JsonLines(folder / "eval.jsonl")
-        self._notes = _JsonLines(folder / "notes.jsonl")
+        self._steps = _JsonLines(folder / METRICS)
+        self._evaluations = _JsonLines(folder / EVALUATIONS)
+        self._notes = _JsonLines(folder / NOTES)
         self._sinks: dict[str, Sink] = {}
         self._warned: set[str] = set()
-        steps = [row["step"] for row in read_jsonl(folder / "metrics.jsonl")]
+        steps = [row["step"] for row in read_jsonl(folder / METRICS)]
         self._guard("TensorBoard", lambda: self._add_tensorboard(folder, first_step=max(steps, default=0) + 1))
         for name in trackers:
             self._sinks[name] = _start_tracker(name, folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the figures of one training step; figures that are not finite become null."""
-        self._write("metrics.jsonl", self._steps, step, values, order=sorted(values))
+        self._write(METRICS, self._steps, step, values, order=sorted(values))
         self._to_sinks(step, values)
 
     def log_eval(self, step: int, values: Mapping[str, float]) -> None:
         """Write the figures of one held-out evaluation, which megatron_mcpo.accuracy describes."""
-        self._write("eval.jsonl", self._evaluations, step, values, order=list(values))
+        self._write(EVALUATIONS, self._evaluations, step, values, order=list(values))
         self._to_sinks(step, {f"eval/{name}": value for name, value in values.items()})
 
     def log_note(self, step: int, text: str) -> None:
         """Keep something that is no figure, said after `step`."""
-        self._guard("notes.jsonl", lambda: self._notes.append({"step": step, "text": text}))
+        self._guard(NOTES, lambda: self._notes.append({"step": step, "text": text}))
 
     def close(self) -> None:
         """End the trackers' runs."""
@@ -275,7 +275,7 @@ _TRACKERS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Tra
 def _start_tracker(name: str, folder: Path) -> Sink:
     if problem := _missing(name):
         raise ConfigError([problem])
-    config = folder / "config.toml"
+    config = folder / CONFIG
     settings = tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     try:
         (folder / TRACKER_FOLDER).mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_mcpo.console import summary_window
-from megatron_mcpo.run_folder import read_jsonl, step_files, write_atomically
+from megatron_mcpo.run_folder import EVALUATIONS, METRICS, read_jsonl, step_files, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +62,8 @@ def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
 
     A plot that has no data is not written; a note says why. Raises OSError when the folder can't be written.
     """
-    steps = read_jsonl(folder / "metrics.jsonl")
-    evaluations = read_jsonl(folder / "eval.jsonl")
+    steps = read_jsonl(folder / METRICS)
+    evaluations = read_jsonl(folder / EVALUATIONS)
     maps, shares = _project(folder / "representations", len(domain_names))
     (folder / "plots").mkdir(exist_ok=True)
     files: list[Path] = []

@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_mcpo.config import Config, ConfigError, dump, load
 
+CONFIG, METRICS, EVALUATIONS, NOTES = "config.toml", "metrics.jsonl", "eval.jsonl", "notes.jsonl"
 REQUEUE = "REQUEUE"
 FOLDERS = ("tensorboard", "rollouts", "representations", "checkpoints", "plots")
 
@@ -97,7 +98,7 @@ class RunFolder:
         half-written line goes too. -1 drops everything: without a checkpoint even the evaluation of step 0 is made
         again.
         """
-        for name in ("metrics.jsonl", "eval.jsonl", "notes.jsonl"):
+        for name in (METRICS, EVALUATIONS, NOTES):
             _truncate_lines(self.path / name, step)
         for name in ("rollouts", "representations"):
             for leftover in (self.path / name).glob(".*.tmp"):
@@ -108,7 +109,7 @@ class RunFolder:
 
     def evaluated(self, step: int) -> bool:
         """Whether eval.jsonl has a line of this step (a run killed between checkpoint and evaluation has none)."""
-        return any(row["step"] == step for row in read_jsonl(self.path / "eval.jsonl"))
+        return any(row["step"] == step for row in read_jsonl(self.path / EVALUATIONS))
 
     def finish(self) -> None:
         """Mark the run as complete: it is never resumed, the next launch gets a folder of its own."""
@@ -248,7 +249,7 @@ def _create(path: Path, config: Config) -> "Lock | None":
         lock = Lock(draft)
         for name in FOLDERS:
             (draft / name).mkdir()
-        write_atomically(draft / "config.toml", dump(config).encode())
+        write_atomically(draft / CONFIG, dump(config).encode())
         os.rename(draft, path)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -271,7 +272,7 @@ def _why_not_resumed(path: Path, config: Config) -> str | None:
     if (path / "FINISHED").exists():
         return "is finished"
     try:
-        theirs = load(path / "config.toml")
+        theirs = load(path / CONFIG)
     except (ConfigError, OSError):
         return "holds no configuration that can be read"
     different = differences(settings(theirs), settings(config))

@@ -7,8 +7,9 @@ covered: Transformer Engine's kernels, and everything that is only on a GPU (eng
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pytest
 import torch
@@ -28,13 +29,14 @@ from megatron_mcpo.config import Config
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
+from megatron_mcpo.parallel import Groups
 from megatron_mcpo.planner.activations import PLAIN
 from megatron_mcpo.planner.hardware import H100
 from megatron_mcpo.planner.memory import ITEMSIZE, RankMemory, engine_memory, rank_memory
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.planner.ranks import rank_size
 from megatron_mcpo.planner.workload import workload
-from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
+from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
 from tools import tiny_model
 from tools.ranks import run_ranks
 
@@ -141,25 +143,38 @@ class _Held:
         return value.tensor if isinstance(value, _Held) else value
 
 
+@dataclass(frozen=True)
+class Trainer:
+    """A real one on this rank, and its part of a step."""
+
+    groups: Groups
+    policy: Policy
+    reference: Reference
+    batch: TrainBatch
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Self:
+        layout, model = config.layout(world_size), from_folder(Path(config.model.path))
+        groups = parallel.init(layout, seed=0, timeout_seconds=60)
+        batch = make_batch(
+            rollouts(config), num_data_ranks=layout.data, data_rank=groups.data_rank, share_prompts=False
+        )
+        return cls(groups, Policy(config, model, groups), Reference(config, model, groups), batch)
+
+
+def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+    """That asks for the gradients of everything."""
+    assert x.z_nD is not None
+    return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
+
+
 def measured(config: Config, world_size: int) -> dict[str, float]:
     """Bytes of a real trainer on this rank after an update."""
-    layout, model = config.layout(world_size), from_folder(Path(config.model.path))
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
-    policy, reference = Policy(config, model, groups), Reference(config, model, groups)
-    batch = make_batch(
-        rollouts(config),
-        num_data_ranks=layout.data,
-        data_rank=groups.data_rank,
-        share_prompts=False,
-    )
+    trainer = Trainer.of(config, world_size)
+    policy, reference = trainer.policy, trainer.reference
     kept = Kept(policy)
-
-    def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-        assert x.z_nD is not None
-        return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
-
     with kept.counting():
-        policy.update(batch, loss)
+        policy.update(trainer.batch, small_loss)
     buffers = policy.gradient_buffers
     return {
         "weights": sum(buffer.param_data.nbytes for buffer in buffers),

@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_planner_memory import Kind, config_of, rollouts, save_model
-from torch import Tensor
+from test_planner_memory import Kind, Trainer, config_of, save_model, small_loss
 
-from megatron_mcpo import parallel
-from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
 from megatron_mcpo.planner.memory import ITEMSIZE
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.planner.push import direct_elements, gathered_bytes, is_direct, received_bytes
@@ -33,29 +29,17 @@ from tools.received import Received
 
 def counted(config: Config, world_size: int) -> dict[str, float]:
     """One step of a real trainer, without an engine."""
-    layout, model = config.layout(world_size), from_folder(Path(config.model.path))
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
-    policy, reference = Policy(config, model, groups), Reference(config, model, groups)
-    batch = make_batch(
-        rollouts(config),
-        num_data_ranks=layout.data,
-        data_rank=groups.data_rank,
-        share_prompts=False,
-    )
-
-    def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-        assert x.z_nD is not None
-        return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
-
+    trainer = Trainer.of(config, world_size)
+    groups, policy, batch = trainer.groups, trainer.policy, trainer.batch
     with Received(groups) as training:
         z_ND = policy.score(batch).z_ND
-        reference.score(batch)
-        policy.update(batch, loss)
+        trainer.reference.score(batch)
+        policy.update(batch, small_loss)
     with Received(groups) as contrast:
         assert z_ND is not None
         gather_rows(z_ND, batch, groups)
     meter = Meter()
-    for _ in export(policy.chunks, model, groups, meter=meter):
+    for _ in export(policy.chunks, policy.model_config, groups, meter=meter):
         pass
     return {**training.bytes, "sync": meter.received, "contrastive": sum(contrast.bytes.values())}
 

@@ -25,7 +25,7 @@ from megatron_mcpo.hf_files import is_sharded
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig, layout_problems
 from megatron_mcpo.parallel import Team, agree
-from megatron_mcpo.run_folder import write_atomically
+from megatron_mcpo.run_folder import CONFIG, write_atomically
 from megatron_mcpo.weights import megatron_write
 from megatron_mcpo.weights.compare import (
     Comparison,
@@ -182,7 +182,7 @@ def assets_of(checkpoint: Path) -> Path:
     """
     if (checkpoint / "config.json").is_file():
         return checkpoint
-    settings = checkpoint.resolve().parent.parent / "config.toml"  # runs/NAME/checkpoints/step_N
+    settings = checkpoint.resolve().parent.parent / CONFIG  # runs/NAME/checkpoints/step_N
     if settings.is_file():
         path = Path(load(settings).model.path)
         if (path / "config.json").is_file():
