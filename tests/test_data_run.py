@@ -1,9 +1,7 @@
-"""The whole program on files, with mixing by pass rates, resampling and domains of different sizes.
-
-Not covered: going on after an interruption, and several ranks (of the stream alone: test_stream.py).
-"""
+"""The whole program on files, with mixing by pass rates, resampling and domains of different sizes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import program
 import pytest
 import tiny
 from program import metrics, train_forked
+from test_resume import figures
 
 DYNAMIC = """
 [data]
@@ -86,3 +85,27 @@ def test_domains_have_their_own_sizes_and_limits_and_resampling_is_accounted_for
         assert row["resample/prompts"] == 8 + row["resample/replaced"] and row["resample/rounds"] <= 2
         assert row["response_tokens/letters"] <= 2
     assert sum(row["resample/replaced"] for row in rows) > 0
+
+
+def test_killed_and_started_again_it_ends_with_the_same_figures(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """As if killed at the very end: what mixing and the items' curriculum knew after step 4 of 6 is in a checkpoint."""
+    run = shutil.copytree(whole[0], tmp_path / "tiny")
+    (run / "FINISHED").unlink()
+    shutil.rmtree(run / "checkpoints" / "step_000006")
+    resumed = train_forked(whole[0].parent.parent / "config.toml", "--run.dir", str(tmp_path))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "going on after step 4" in resumed.stdout
+    assert figures(run) == figures(whole[0])
+
+
+def test_two_ranks_resample_what_one_does(whole: tuple[Path, str], tmp_path: Path) -> None:
+    overrides = ("--run.dir", str(tmp_path), "--run.steps", "1", "--parallel.data", "2")
+    two = train_forked(whole[0].parent.parent / "config.toml", *overrides, ranks=2)
+    assert two.returncode == 0, two.stderr[-3000:]
+    expected, (found,) = metrics(whole[0])[0], metrics(tmp_path / "tiny")
+    assert found["resample/replaced"] > 0
+    for name in ("resample/prompts", "resample/replaced", "resample/rounds", "reward/mean", "signal/letters"):
+        assert found[name] == expected[name], name
+    keys = ("domain", "index", "completion", "reward")
+    one, both = ([[each[key] for key in keys] for each in rollouts(run)[0]] for run in (whole[0], tmp_path / "tiny"))
+    assert both == one
