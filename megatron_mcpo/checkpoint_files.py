@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_mcpo.run_folder import step_files, write_atomically
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ Of the work done.
   tokens/trained             prompt and response tokens, a prompt counted with each of its rollouts
   time/step                  seconds; parts of it: time/rollout, time/score, time/update, sync/seconds (new weights),
                              time/verify (engine.verify_sync), and time/diagnose in the steps that measure gradients
-  sync/bytes                 bytes of the new weights that rank 0 received from other ranks
+  sync/bytes                 bytes of the new weights that rank 0 received from other ranks; every worker of a
+                             server gets a full copy besides
   memory/peak_gib            see memory.peak_memory_gib
 """
 

@@ -27,23 +27,24 @@ from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config, ConfigError, dump
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import checkpoint
+from megatron_mcpo.mcore import checkpoint, pickles
 from megatron_mcpo.mcore.compare_logits import TOLERANCE
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks, unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.model_config import layout_problems
 from megatron_mcpo.weights import compare as comparing
-from megatron_mcpo.weights import convert
+from megatron_mcpo.weights import convert, torch_dist
 from megatron_mcpo.weights.compare import compare
 from megatron_mcpo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_mcpo.weights.hf_io import HfFolder, load_hf, load_source
 from megatron_mcpo.weights.stored import MegatronFolder
 from megatron_mcpo.weights.sync import export
+from tools import check_roundtrip, tiny_model
 from tools import hf_to_megatron as to_megatron
 from tools import megatron_to_hf as to_hf
-from tools import tiny_model
 
+EMBEDDED = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 LAYOUTS = [
     {},
     {"tensor": 2},
@@ -248,6 +249,91 @@ print(logits_error(MegatronFolder(megatron, model), model, folder, torch.float32
 """
 
 
+def test_the_embedded_model_goes_there_and_back(tmp_path: Path) -> None:
+    checked = program("check_roundtrip", EMBEDDED, "--layouts", "tp3pp2", "--json", "--work", tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    row = json.loads(checked.stdout)
+    assert (row["tensors"], row["bits"]) == (272, 0) and 0 < row["logits"] < 1e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_conversion_gets_wrong_is_counted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the conversion itself, and by the last comparison, of the first folder with the last."""
+    whole = convert.write_safetensors
+
+    def flip_a_bit(path: Path, *arguments: Any) -> None:
+        whole(path, *arguments)
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    arguments = [str(source), "--layouts", "tp2", "--json", "--work", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_safetensors", flip_a_bit)
+        assert check_roundtrip.main(arguments) == 1
+    row = json.loads(capsys.readouterr().out)
+    assert row["bits"] == 1 and row["problems"][1].endswith(": 1 bits differ")
+
+    def flip_afterwards(*given: Any, **options: Any) -> None:
+        megatron_to_hf(*given, **options)
+        file = given[1] / "model.safetensors"
+        flipped = file.read_bytes()
+        file.write_bytes(flipped[:-1] + bytes([flipped[-1] ^ 1]))
+
+    monkeypatch.setattr(check_roundtrip, "megatron_to_hf", flip_afterwards)
+    monkeypatch.setattr(comparing, "SMALL_BYTES", 0)
+    assert check_roundtrip.main(arguments) == 1
+    row = json.loads(capsys.readouterr().out)
+    assert row["bits"] == 1 and row["problems"][0].endswith(": 1 bits differ")
+
+
+@pytest.mark.parametrize("option", ["--tp", "--pp", "--vpp", "--ep"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_sizes_are_whole_numbers(source: Path, tmp_path: Path, capsys: Any, option: str, value: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        to_megatron.main([str(source), str(tmp_path / "out"), option, value])
+    assert left.value.code == 2 and "must be a whole number from 1 up" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_left_behind_or_unchecked_is_said(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = save_folder(source, tmp_path / "given", tensors(source))
+    (given / "additional_chat_templates").mkdir()
+    hf_to_megatron(given, tmp_path / "megatron", sizes(), verify_forward=False, say=quiet)
+    assert "additional_chat_templates: is not taken along" in caplog.text
+    for name in ("manifest.json", "conversion.json"):
+        (tmp_path / "megatron" / name).unlink()
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "out", verify_forward=False, say=quiet)
+    assert "has no manifest.json: whether its files are whole is not checked" in caplog.text
+
+
+def test_the_table_of_contents_is_gone_through_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for every chunk: a large model of experts has tens of thousands."""
+    hf_to_megatron(source, tmp_path / "megatron", sizes(), verify_forward=False, say=quiet)
+    turns: list[int] = []
+
+    class Counted(list[Any]):
+        def __iter__(self) -> Any:
+            turns.append(len(self))
+            return super().__iter__()
+
+    def read(folder: Path) -> Any:
+        metadata = pickles.read_metadata(folder)
+        for described in metadata.state_dict_metadata.values():
+            if hasattr(described, "chunks"):
+                described.chunks = Counted(described.chunks)
+        return metadata
+
+    monkeypatch.setattr(torch_dist, "read_metadata", read)
+    opened = torch_dist.ShardedFolder(tmp_path / "megatron")
+    assert len(turns) == len(opened.shapes()) and max(turns) > 1
+
+
 def test_wrong_logits_are_found(source: Path, tmp_path: Path) -> None:
     """Weights that are read under other settings than those they were made for."""
     megatron = tmp_path / "megatron"
@@ -344,7 +430,8 @@ def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkey
     ("case", "message"),
     [
         ("exists", "exists; give a folder that doesn't"),
-        ("itself", "is the source; give another folder"),
+        ("itself", "is the source or lies in it; give another folder"),
+        ("inside", "is the source or lies in it; give another folder"),
         ("layout", "must divide the 2 key-value heads"),
         ("mixed", "must all be bfloat16 or all float32"),
         ("megatron", "megatron_to_hf.py converts these"),
@@ -360,6 +447,8 @@ def test_what_cannot_be_converted_is_refused(
         final.mkdir()
     elif case == "itself":
         final = source
+    elif case == "inside":
+        final = source / "out"
     elif case == "layout":
         more = ["--tp", "3"]
     elif case == "mixed":
@@ -392,7 +481,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(source: Path, tmp_path: Pat
     (megatron / "manifest.json").unlink()
     assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
     assert "manifest.json is missing" in capsys.readouterr().err
-    (megatron / "conversion.json").unlink()  # now it is as one of unknown origin
+    (megatron / "conversion.json").rename(megatron / "state.json")  # as in a run's checkpoint
+    assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
+    (megatron / "state.json").unlink()  # now it is as one of unknown origin
     (megatron / "config.json").unlink()
     assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
     assert "give --hf FOLDER" in capsys.readouterr().err

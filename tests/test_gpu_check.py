@@ -62,6 +62,11 @@ def test_a_checkpoint_comes_back() -> None:
     assert outcome.failures == []
 
 
+def test_a_conversion_comes_back() -> None:
+    outcome = gpu_engine.conversion()
+    assert len(outcome.bands) == 2 and outcome.failures == []
+
+
 def test_a_step_has_the_flops_of_its_parameters() -> None:
     """Six for every weight of a layer and token, three times the causal half of both attention products."""
     from tools.gpu_speed import training_flops
@@ -117,8 +122,15 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     assert psutil.Process().children(recursive=True) == []
     lacking = check(Row(name="row", run=Outcome, seconds=1, needs=("no_such_module",)), answering(""))
     assert (lacking["state"], lacking["why"]) == ("skipped", "no_such_module not installed")
-    text = table({"first": failed, "second": crashed, "third": lacking})
-    assert "first                failed   error = 2" in text and text.endswith("0 passed, 2 failed, 1 skipped")
+    cannot = check(row, answering(f"print({Outcome(skipped='no FP8 here').to_json()!r})"))
+    assert (cannot["state"], cannot["why"]) == ("skipped", "no FP8 here")
+    text = table({"first": failed, "second": crashed, "third": lacking, "fourth": cannot})
+    assert "first                failed   error = 2" in text and text.endswith("0 passed, 2 failed, 2 skipped")
+
+
+def test_rows_of_fp8_say_why_they_are_skipped() -> None:
+    (outcome,) = run_ranks(1, gpu_numbers.fp8)
+    assert "needs a GPU, and there is none" in outcome.skipped
 
 
 def test_the_planner_takes_the_rates_that_were_measured(tmp_path: Path) -> None:

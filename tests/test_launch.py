@@ -111,6 +111,15 @@ def test_checks_are_of_the_job_s_own_nodes(
     assert queued == ([] if code else [["sbatch", *options, submit.SCRIPT, *run]])
 
 
+def test_where_there_is_no_slurm_it_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit.main([str(write_config(model, tmp_path))]) == submit.NOT_QUEUED
+    assert "sbatch: not found" in capsys.readouterr().err
+
+
 def test_without_options_the_fewest_ranks_are_checked(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

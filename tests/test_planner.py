@@ -153,6 +153,10 @@ def test_what_does_not_fit_ends_with_1_and_advice_that_fits(tmp_path: Path, caps
     assert code == 1
     assert "more than a GPU has" in out
     overrides = advice(out)
+    code, text, _ = run_program(file, "--nodes", "4", "--engine.tensor_parallel", "4", "--json", capsys=capsys)
+    remedy = json.loads(text)["remedy"]
+    assert code == 1 and remedy["fits"]
+    assert [f"--{key}" for key in remedy["change"]] == [each for each in overrides if "." in each]
     nodes = [] if "--nodes" in overrides else ["--nodes", "4"]
     code, out, _ = run_program(file, *nodes, "--engine.tensor_parallel", "4", *overrides, capsys=capsys)
     assert code == 0, out

@@ -8,6 +8,7 @@ Megatron's modules from the converted folder, against transformers; relative to 
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
 
 from megatron_mcpo.config import ConfigError  # noqa: E402
 from megatron_mcpo.hf_config import from_folder  # noqa: E402
@@ -73,7 +76,7 @@ def rows(
                 megatron_to_hf(megatron, back, verify_forward=False, say=_nothing)
                 compared = compare(source, HfFolder(back, model))
             except VerificationError as error:
-                yield row | {"problems": str(error).splitlines()}
+                yield row | {"bits": error.compared.num_bits_different, "problems": str(error).splitlines()}
                 continue
             problems = list(compared.differing)
             if verify_forward or is_small(source):

@@ -29,6 +29,13 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     return known
 
 
+def size(text: str) -> int:
+    """Of a parallel dimension, on a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 up")
+    return int(text)
+
+
 def guarded(work: Callable[[], int]) -> int:
     """The exit code: `work`'s; 1 where the result was found wrong; 2 where the user has to mend something.
 
@@ -36,7 +43,7 @@ def guarded(work: Callable[[], int]) -> int:
     """
     try:
         return work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if _is_first():
             print(error, file=sys.stderr)
         return 1 if isinstance(error, VerificationError) else 2

@@ -83,6 +83,7 @@ ROWS = {
         _row("gpu_speed", "contrastive_terms", 120),
         _row("gpu_speed", "export", 120),
         _row("gpu_engine", "checkpoint", 120),
+        _row("gpu_engine", "conversion", 120),
         _row("gpu_engine", "engine", 240, *ENGINE),
         _row("gpu_engine", "engine_fp8", 240, *ENGINE),
         _row("gpu_engine", "servers", 300, *ENGINE),
@@ -112,7 +113,9 @@ def check(row: Row, command: Sequence[str]) -> dict[str, Any]:
         last = (errors.strip().splitlines() or ["no outcome"])[-1]
         why = f"exit code {process.returncode}: {last[:300]}"
         return {"state": "failed", "why": why, **taken} | _log(errors)
-    failures = outcome.pop("failures")
+    failures, skipped = outcome.pop("failures"), outcome.pop("skipped")
+    if skipped:
+        return {"state": "skipped", "why": skipped, **taken}
     return {"state": "failed" if failures else "passed", "why": "; ".join(failures), **taken, **outcome}
 
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_mcpo import parallel
 from megatron_mcpo.canary import TOLERANCE
-from megatron_mcpo.config import dump
+from megatron_mcpo.config import dump, load
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy
@@ -208,9 +208,27 @@ def _checkpoints(learner: Policy, folder: Path) -> Checkpoints:
     )
 
 
+def conversion() -> Outcome:
+    """To Megatron's format and back with the tool, whatever layers the trainer has on this machine."""
+    with TemporaryDirectory() as name:
+        gpu_models.save_model(Path(name), SMALL, dtype=torch.bfloat16)
+        command = [sys.executable, "tools/check_roundtrip.py", name, "--layouts", "tp2pp2", "--json"]
+        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    row = json.loads(output)
+    return Outcome(
+        bands=(
+            Band(name="bits that differ", value=row["bits"], low=0, high=0),
+            Band(name="largest difference of logits", value=row["logits"], low=0.0, high=1e-4),
+        )
+    )
+
+
 def program() -> Outcome:
     """The quick start's first steps as a user starts them, every push verified."""
     config = ROOT / "examples" / "quickstart" / "config.toml"
+    model = ROOT / load(config).model.path
+    if not model.exists():
+        return Outcome(skipped=f"{model} is not there; make it with `make model`")
     with TemporaryDirectory() as name:
         arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
         finished = subprocess.run(

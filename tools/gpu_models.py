@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config
+from megatron_mcpo.config import Config, ConfigError
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
+from megatron_mcpo.mcore.precision import check_fp8
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.platform import device
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
@@ -150,6 +151,16 @@ def cosine(left: Tensor, right: Tensor) -> float:
 
 def norm(values: Tensor) -> float:
     return values.square().sum(dtype=torch.float64).sqrt().item()
+
+
+def fp8_problem() -> str:
+    """Why layers can't compute in FP8 here; empty: they can."""
+    try:
+        for recipe in ("blockwise", "tensorwise"):
+            check_fp8(recipe)
+    except ConfigError as error:
+        return "; ".join(error.problems)
+    return ""
 
 
 def wait() -> None:

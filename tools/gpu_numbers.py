@@ -63,6 +63,8 @@ def recompute() -> Outcome:
 
 def fp8() -> Outcome:
     """Log-probs, loss and gradient with FP8 layers against bf16; too near means that FP8 is not on."""
+    if problem := gpu_models.fp8_problem():
+        return Outcome(skipped=problem)
     groups = _alone()
     loss, logp_R, gradient = _learn(groups, MEDIUM, {})
     bands = []
@@ -90,6 +92,8 @@ def fp8() -> Outcome:
 
 def fp8_products() -> Outcome:
     """All three products of a linear layer with each recipe, relative to fp32 in the Frobenius norm."""
+    if problem := gpu_models.fp8_problem():
+        return Outcome(skipped=problem)
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
 

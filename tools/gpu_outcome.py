@@ -24,11 +24,15 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """figures: what was measured, for the table and the file; rates: numbers of planner.hardware.Gpu."""
+    """figures: what was measured, for the table and the file; rates: numbers of planner.hardware.Gpu.
+
+    skipped: why nothing was
+    """
 
     bands: tuple[Band, ...] = ()
     figures: Mapping[str, float | str] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    skipped: str = ""
 
     @property
     def failures(self) -> list[str]:
@@ -46,6 +50,7 @@ class Outcome:
             "bands": {band.name: [_plain(band.value), band.low, band.high] for band in self.bands},
             "rates": dict(self.rates),
             "failures": self.failures,
+            "skipped": self.skipped,
         }
         return json.dumps(values)
 

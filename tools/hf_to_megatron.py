@@ -7,21 +7,24 @@ interrupted call goes on where it stopped. Exit code 1: the result is not the so
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
 
 from megatron_mcpo.weights.convert import hf_to_megatron, layout_of  # noqa: E402
-from tools.conversion import guarded, parse, say, tell  # noqa: E402
+from tools.conversion import guarded, parse, say, size, tell  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, meaning in {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert"}.items():
-        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallel size")
+        parser.add_argument(f"--{name}", type=size, default=1, metavar="N", help=f"{meaning} parallel size")
     known = parse(parser, arguments)
 
     def work() -> int:

@@ -6,12 +6,15 @@ checkpoint belongs to. Nothing in SRC can run code, whoever wrote it. Otherwise 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
 
 from megatron_mcpo.weights.convert import MAX_FILE_BYTES, megatron_to_hf  # noqa: E402
 from tools.conversion import guarded, parse, say, tell  # noqa: E402

@@ -47,15 +47,18 @@ def main(arguments: Sequence[str]) -> int:
         return REFUSED
     plan.check_built()
     found = search.fastest(config, model, gpu, known.nodes) if known.search else []
+    remedies = [] if plan.fits else search.remedies(config, model, gpu, known.nodes)
     if known.json:
         values = plan.as_json()
+        if not plan.fits:
+            values["remedy"] = {"change": remedies[0][0], **remedies[0][1].as_json()} if remedies else None
         if known.search:
             values["search"] = [{"change": change, **each.as_json()} for change, each in found[:10]]
         print(json.dumps(values))
     else:
         lines = list(report.report(plan))
         if not plan.fits:
-            lines += report.remedy_lines(plan, search.remedies(config, model, gpu, known.nodes))
+            lines += report.remedy_lines(plan, remedies)
         print("\n".join(lines + (["", *report.search_lines(found)] if known.search else [])))
     return 0 if plan.fits else DOES_NOT_FIT
 

@@ -145,7 +145,11 @@ def main(arguments: Sequence[str]) -> int:
     if refused:
         return refused
     sys.stderr.flush()
-    os.execvp("sbatch", ["sbatch", *request.options, SCRIPT, *request.run])
+    try:
+        os.execvp("sbatch", ["sbatch", *request.options, SCRIPT, *request.run])
+    except FileNotFoundError:
+        print("sbatch: not found; submit from a host that has Slurm's commands", file=sys.stderr)
+        return NOT_QUEUED
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mcpo import checkpoint_files
+from megatron_mcpo.checkpoint_files import STATE
 from megatron_mcpo.config import ConfigError
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore import megatron_fixes, pickles
@@ -33,7 +34,6 @@ from megatron_mcpo.weights.mapping import parameters
 FORMAT = 2
 """Of state.json and what stands in the sharded files. The manifest has no version: it is read before this is known."""
 
-_STATE = "state.json"
 _NEW_RUN = "or start a new run with --run.resume never"
 
 
@@ -78,7 +78,7 @@ class Checkpoints:
         saving = Saving(
             self.folder / f"step_{step:06d}",
             {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(self.policy.groups)},
-            {_STATE: header, **self.assets},
+            {STATE: header, **self.assets},
             self.policy.groups,
         )
         self._under_way = step, saving
@@ -197,22 +197,20 @@ class Checkpoints:
         """state.json, of this format, model and vocabulary. Raises ConfigError with all that differs."""
         own = self._header(0)
         try:
-            found = json.loads((path / _STATE).read_bytes())
+            found = json.loads((path / STATE).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError([f"{path / _STATE}: can't be read ({error}); put it back, {_NEW_RUN}"]) from error
+            raise ConfigError([f"{path / STATE}: can't be read ({error}); put it back, {_NEW_RUN}"]) from error
         if not isinstance(found, dict) or type(found.get("format")) is not int or found["format"] != FORMAT:
             value = found.get("format") if isinstance(found, dict) else None
             raise ConfigError(
                 [
-                    f"{path / _STATE}: format = {value!r}: this version reads {FORMAT}; go on with the version that "
+                    f"{path / STATE}: format = {value!r}: this version reads {FORMAT}; go on with the version that "
                     f"wrote it, {_NEW_RUN}"
                 ]
             )
         wrong = [key for key in (*own, "state") if type(found.get(key)) is not type(own.get(key, {}))]
         if wrong:
-            raise ConfigError(
-                [f"{path / _STATE}: {wrong[0]} = {found.get(wrong[0])!r}: no value of it; {_NEW_RUN[3:]}"]
-            )
+            raise ConfigError([f"{path / STATE}: {wrong[0]} = {found.get(wrong[0])!r}: no value of it; {_NEW_RUN[3:]}"])
         if found["experts_apart"] != own["experts_apart"]:
             fix = "set parallel.expert above 1" if found["experts_apart"] else "set parallel.expert and tensor to 1"
             raise ConfigError(
@@ -229,7 +227,7 @@ class Checkpoints:
             )
         if problems:
             fix = f"set model.path to the model that the run began with, {_NEW_RUN}"
-            raise ConfigError([f"{path / _STATE}: {problem}; {fix}" for problem in problems])
+            raise ConfigError([f"{path / STATE}: {problem}; {fix}" for problem in problems])
         return found
 
 

@@ -1,6 +1,9 @@
 """FP8: what it means to Megatron-Core, and where it can run at all."""
 
+import functools
+import importlib
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +16,31 @@ TOKEN_MULTIPLE = 128
 
 _RECIPES = {"blockwise": ("e4m3", "blockwise"), "tensorwise": ("hybrid", "tensorwise")}
 _LEAST_CAPABILITY = (9, 0)
+_LEAST_CUDA = (12, 9)
+"""For blockwise products (cuBLAS)."""
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def transformer_engine_problem() -> str | None:
+    """Why its layers can't be used; None: they can. One that is installed and can't be imported is warned of, once.
+
+    `pip install transformer-engine` alone brings no layers for torch, and a build for another CUDA can't be loaded.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "and it is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # OSError or RuntimeError, too, where a library is missing or of another version
+        reason = f"and it can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        log.warning("Transformer Engine is installed, %s: layers are made of torch's modules", reason)
+        return reason
+    return None
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in (torch.version.cuda or "0").split("."))
 
 
 def fp8_options(fp8: Fp8) -> dict[str, Any]:
@@ -38,8 +66,10 @@ def check_fp8(fp8: Fp8) -> None:
     elif torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability()
         missing = f"a GPU of compute capability 9.0 (Hopper) or later, and this one has {major}.{minor}"
-    elif importlib.util.find_spec("transformer_engine") is None:
-        missing = "Transformer Engine, and it is not installed"
+    elif fp8 == "blockwise" and _cuda_version() < _LEAST_CUDA:
+        missing = f"CUDA 12.9 or later, and torch is built for {torch.version.cuda}"
+    elif problem := transformer_engine_problem():
+        missing = f"Transformer Engine, {problem}"
     else:
         return
     raise ConfigError([f"model.fp8 = {fp8!r}: needs {missing}; set it to 'off'"])

@@ -1,7 +1,5 @@
 """Which modules a transformer layer is made of: Transformer Engine's on a GPU, plain torch everywhere else."""
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.attention import CoreAttention, PackedSelfAttention
+from megatron_mcpo.mcore.precision import transformer_engine_problem
 from megatron_mcpo.platform import device
 
 
@@ -38,7 +37,7 @@ class RMSNorm(nn.Module):
 
 def uses_transformer_engine() -> bool:
     """Whether layers are made of Transformer Engine's modules on this machine."""
-    return device().type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    return device().type == "cuda" and transformer_engine_problem() is None
 
 
 def shares_prompts(layout: Layout) -> bool:

@@ -56,7 +56,11 @@ Say = Callable[[str], None]
 
 
 class VerificationError(ValueError):
-    """What was read back is not what was written."""
+    """What was read back is not what was written. compared: the tensors, of which all may be right"""
+
+    def __init__(self, message: str, compared: Comparison):
+        super().__init__(message)
+        self.compared = compared
 
 
 def layout_of(*, tensor: int, pipeline: int, virtual_pipeline: int, expert: int) -> Layout:
@@ -264,8 +268,8 @@ def _open_draft(source: Path, final: Path, plan: dict[str, Any], size: int, team
     """The first process begins it, the others join when it is there."""
     with attempt(team):
         if team.rank == 0:
-            if source.resolve() == final.resolve():
-                raise ConfigError([f"{final}: is the source; give another folder"])
+            if final.resolve().is_relative_to(source.resolve()):
+                raise ConfigError([f"{final}: is the source or lies in it; give another folder"])
             draft = Draft.begin(final, plan)
             needed = size + size // 50 - draft.bytes()
             free = shutil.disk_usage(draft.path).free
@@ -294,7 +298,8 @@ def _publish(
     problems = [*compared.differing, *problems]
     if problems:
         draft.discard()
-        raise VerificationError("\n".join([f"{draft.final}: not written, it would not be the source:", *problems]))
+        lines = [f"{draft.final}: not written, it would not be the source:", *problems]
+        raise VerificationError("\n".join(lines), compared)
     with attempt(Team()):
         record = {**plan, "sha256": compared.sha256}
         (draft.path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")

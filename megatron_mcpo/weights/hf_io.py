@@ -1,5 +1,6 @@
 """Reads a Hugging Face folder, any part of any tensor, and fills this rank's parameters from a folder of any kind."""
 
+import logging
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ RECORD = "conversion.json"
 """What a converted folder was made from, and the SHA-256 of every tensor."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """How safetensors spells them."""
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -96,13 +99,15 @@ class HfFolder:
 def check_files(folder: Path, peers: Peers) -> None:
     """Make sure that the files of a sharded checkpoint are those that were written; every process reads a share.
 
-    Folders of safetensors, and checkpoints of foreign origin without a manifest, have nothing to check.
-    Raises ConfigError that names every file that is damaged.
+    Folders of safetensors, and checkpoints of foreign origin without a manifest, have nothing to check; of the latter
+    the log says so. Raises ConfigError that names every file that is damaged.
     """
     with together(peers):
-        files = [folder / name for name in (checkpoint_files.MANIFEST, RECORD)]
+        ours = any((folder / name).exists() for name in (checkpoint_files.MANIFEST, checkpoint_files.STATE, RECORD))
         found: list[str] = []
-        if is_sharded(folder) and any(file.exists() for file in files):
+        if is_sharded(folder) and not ours and peers.rank == 0:
+            log.warning("%s: has no %s: whether its files are whole is not checked", folder, checkpoint_files.MANIFEST)
+        if is_sharded(folder) and ours:
             found = checkpoint_files.problems(folder, part=peers.rank, num_parts=peers.world_size)
     problems = sorted({problem for part in gather_objects(found, peers) for problem in part})
     if problems:

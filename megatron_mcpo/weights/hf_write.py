@@ -1,6 +1,7 @@
 """Writes safetensors files one tensor at a time, and what else belongs into a Hugging Face folder."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,10 @@ ASSETS = (
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "LICENSE*", "README.md"),
 )
 """Everything in a folder that is no weight and that a tokenizer, an engine or a reader may need."""
+_OTHER_TEMPLATES = "additional_chat_templates"
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+
+log = logging.getLogger(__name__)
 
 
 def spread(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -72,7 +76,12 @@ def write_safetensors(
 
 
 def read_assets(source: Path) -> dict[str, bytes]:
-    """Name -> content of configuration, tokenizer, chat template, generation settings and licence."""
+    """Name -> content of configuration, tokenizer, chat template, generation settings and licence.
+
+    Folders are left out: where transformers keeps more templates in one, the log says so.
+    """
+    if (source / _OTHER_TEMPLATES).is_dir():
+        log.warning("%s: is not taken along; copy it by hand where it is needed", source / _OTHER_TEMPLATES)
     paths = {path for pattern in ASSETS for path in source.glob(pattern) if path.is_file()}
     return {path.name: path.read_bytes() for path in sorted(paths)}
 

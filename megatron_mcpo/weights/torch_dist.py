@@ -8,7 +8,7 @@ can be written file by file. Nothing but tensors and the table of contents is re
 import hashlib
 import io
 import pickle
-from collections.abc import Buffer, Iterable, Sequence
+from collections.abc import Buffer, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,16 @@ class ShardedFolder:
             ) from error
         described = metadata.state_dict_metadata
         self._described = {key: found for key, found in described.items() if isinstance(found, TensorStorageMetadata)}
+        chunks = {
+            key: {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in found.chunks}
+            for key, found in self._described.items()
+        }
         self._entries: dict[str, list[Entry]] = {key: [] for key in self._described}
         self._indexed: dict[str, dict[tuple[int, ...], list[Entry]]] = {}
         self._firsts: dict[Entry, int] = {}
         for index, info in metadata.storage_data.items():
             if index.fqn in self._described:
-                self._entries[index.fqn].append(self._entry(index, info))
+                self._entries[index.fqn].append(self._entry(index, info, chunks[index.fqn]))
         self._check_files()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,9 +114,9 @@ class ShardedFolder:
         if missing:
             raise ConfigError([f"{self.folder}: {key}{list(index)}: {missing} values are in no file; copy it again"])
 
-    def _entry(self, index: MetadataIndex, info: Any) -> Entry:
+    def _entry(self, index: MetadataIndex, info: Any, shapes: Mapping[tuple[int, ...], tuple[int, ...]]) -> Entry:
+        """shapes: of all chunks of its tensor, by where they begin"""
         key, name = index.fqn, str(info.relative_path)
-        shapes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._described[key].chunks}
         offsets = tuple(index.offset or (0,) * len(self._described[key].size))
         if name != Path(name).name or info.transform_descriptors or offsets not in shapes:
             rule = "a part of it lies outside the folder, is compressed, or is in no list of parts"

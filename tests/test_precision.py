@@ -1,0 +1,77 @@
+"""Where FP8 and Transformer Engine's layers can be used: what is said where they can't.
+
+There is neither a GPU nor Transformer Engine on the usual machine: what torch says of a GPU is made up, and so is a
+package that can't be imported. Not covered: one that can (tests/gpu).
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mcpo.config import ConfigError
+from megatron_mcpo.mcore.precision import check_fp8, transformer_engine_problem
+from megatron_mcpo.sections import Fp8
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What was found out about Transformer Engine, before and after; no test leaves modules of its own."""
+    transformer_engine_problem.cache_clear()
+    yield
+    monkeypatch.undo()
+    transformer_engine_problem.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+def pretend_engine(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (folder / "transformer_engine" / "pytorch").mkdir(parents=True)
+    (folder / "transformer_engine" / "__init__.py").touch()
+    (folder / "transformer_engine" / "pytorch" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "capability", "cuda", "said"),
+    [
+        ("tensorwise", (8, 9), "13.0", "a GPU of compute capability 9.0 (Hopper) or later, and this one has 8.9"),
+        ("blockwise", (9, 0), "12.8", "CUDA 12.9 or later, and torch is built for 12.8"),
+        ("tensorwise", (9, 0), "12.8", "Transformer Engine, and it is not installed"),
+        ("blockwise", (9, 0), "13.0", "Transformer Engine, and it is not installed"),
+    ],
+)
+def test_fp8_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, fp8: Fp8, capability: tuple[int, int], cuda: str, said: str
+) -> None:
+    pretend_gpu(monkeypatch, capability, cuda)
+    with pytest.raises(ConfigError) as refused:
+        check_fp8(fp8)
+    assert refused.value.problems == [f"model.fp8 = {fp8!r}: needs {said}; set it to 'off'"]
+
+
+def test_an_engine_that_cannot_be_imported_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_engine(tmp_path, monkeypatch, "raise OSError('libcublas.so.13: undefined symbol')")
+    pretend_gpu(monkeypatch, (9, 0), "13.0")
+    problem = "and it can't be imported (OSError: libcublas.so.13: undefined symbol)"
+    assert [transformer_engine_problem() for _ in range(2)] == [problem] * 2
+    assert caplog.messages == [f"Transformer Engine is installed, {problem}: layers are made of torch's modules"]
+    with pytest.raises(ConfigError, match="undefined symbol"):
+        check_fp8("blockwise")
+
+
+def test_one_that_can_be_imported_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_engine(tmp_path, monkeypatch, "")
+    pretend_gpu(monkeypatch, (9, 0), "13.0")
+    assert transformer_engine_problem() is None
+    check_fp8("blockwise")
