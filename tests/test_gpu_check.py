@@ -117,9 +117,10 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     assert (crashed["state"], crashed["why"]) == ("failed", "exit code 1: out of memory")
     assert crashed["log"] == "out of memory\n"
     hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    others = psutil.Process().children(recursive=True)  # earlier tests' fork servers
     slow = check(Row(name="row", run=Outcome, seconds=1), answering(hanging))
     assert (slow["state"], slow["why"]) == ("failed", "took more than 1 s")
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= set(others)
     lacking = check(Row(name="row", run=Outcome, seconds=1, needs=("no_such_module",)), answering(""))
     assert (lacking["state"], lacking["why"]) == ("skipped", "no_such_module not installed")
     cannot = check(row, answering(f"print({Outcome(skipped='no FP8 here').to_json()!r})"))

@@ -115,7 +115,8 @@ CASES = (
 def sync_rows(part: str) -> Iterator[dict[str, Any]]:
     """A row a case and executor, of the cases with `part` in their names. Times are those of the slowest rank.
 
-    seconds_memcpy: of copying what the engine holds; seconds_processor, bytes_moved: over all ranks
+    seconds_memcpy: of copying what the engine holds, by one rank at a time
+    seconds_processor, bytes_moved: over all ranks
     seconds_gathering: of gather for an engine that loads nothing; seconds_loading: what the engine took in `seconds`.
         That they add up to more than `seconds` is what they overlap.
     peak_extra_bytes: of the rank that took most
@@ -203,7 +204,11 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
         for tensor in engine.own.values():
             scratch[: tensor.numel()].copy_(tensor.view(-1))
 
-    copying = min(timed(memcpy) for _ in range(3))
+    for rank in range(groups.world_size):  # one after the other, or they would share the memory's bandwidth
+        if rank == groups.rank:
+            memcpy()
+            copying = statistics.median(timed(memcpy) for _ in range(REPEATS))
+        dist.barrier()
     repeats = LARGE_REPEATS if sum(map(Tensor.numel, engine.own.values())) > LARGE else REPEATS
     gather = Gather(chunks=chunks, model=case.model, groups=groups, engine=engine)
     costs = {
