@@ -34,7 +34,7 @@ _KNOWN_WARNINGS = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "If you are using transformer_engine as the transformer implementation",
-    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",  # by the distributed optimizer, in fp32
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     "full scope is deprecated",
     "MimoModelConfig is experimental",
     "invalid escape sequence",
