@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import secrets
+import select
 import shutil
 import socket
 import subprocess
@@ -45,6 +46,7 @@ GRACE_SECONDS = 20.0
 SPARE_BYTES = 2**28
 """What a process may hold beside its address space: its page tables, Python's files."""
 
+_ANSWER_SECONDS = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -56,6 +58,27 @@ class Result:
     verdict: str
     problems: tuple[str, ...]
     seconds: float
+
+
+class Victim:
+    """A process that answers. Of one that was killed a moment ago the kernel still says for a while that it lives."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self.pid = self._process.pid
+
+    def answers(self) -> bool:
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(b"?")
+        except BrokenPipeError:
+            return False
+        readable, _, _ = select.select([self._process.stdout], [], [], _ANSWER_SECONDS)
+        return bool(readable and self._process.stdout.read(1))
+
+    def end(self) -> None:
+        with self._process:  # waits for it in the end, and closes its pipes
+            self._process.kill()
 
 
 class Host:
@@ -81,13 +104,12 @@ class Host:
         self._sockets = [tcp, udp, _unix_server(self.unix_path), _unix_server(f"\0{self.unix_path}")]
         for endpoint in self._sockets:
             endpoint.setblocking(False)
-        self.victim = subprocess.Popen(["sleep", "3600"])
+        self.victim = Victim()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of this process's children become its own
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.victim.kill()
-        self.victim.wait()
+        self.victim.end()
         for endpoint in self._sockets:
             endpoint.close()
         os.close(self._inherited)
@@ -114,8 +136,9 @@ class Host:
         if not self.canary.exists() or self.canary.read_text() != self.secret:
             self.canary.write_text(self.secret)
             yield "a file of the host was changed"
-        if self.victim.poll() is not None:
-            self.victim = subprocess.Popen(["sleep", "3600"])
+        if not self.victim.answers():
+            self.victim.end()
+            self.victim = Victim()
             yield "another process was ended"
         if any(_was_touched(endpoint) for endpoint in self._sockets):
             yield "a socket was reached"
