@@ -65,8 +65,9 @@ def _source_problems(source: SourceConfig) -> list[str]:
 
 def missing_files(config: _Data) -> list[str]:
     """Files that sources name and that are not there: to be asked where the run is started."""
+    fix = "correct it, or make it (of public data sets: tools/prepare_data.py)"
     return [
-        f"domain {domain.name!r}: sources[{index}].{key} = {path!r}: no such file; correct it"
+        f"domain {domain.name!r}: sources[{index}].{key} = {path!r}: no such file; {fix}"
         for domain in config.domain
         for index, source in enumerate(domain.sources)
         for key, path in (("file", source.file), ("held_out_file", source.held_out_file))

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from megatron_mcpo.config import ConfigError
 
 _INDEX = "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+"""Files of which a tokenizer has one at least, of all kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,20 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{path}: must be a JSON object, is a {type(values).__name__}")
         return None
     return values
+
+
+def tokenizer_problems(folder: Path) -> list[str]:
+    """Why prompts can't be made with what a folder holds, as far as its files tell."""
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return [f"model.path = {str(folder)!r}: has no tokenizer ({_TOKENIZERS[0]}); download it, too"]
+    problems: list[str] = []
+    if (folder / _TOKENIZERS[0]).is_file():
+        read_json(folder / _TOKENIZERS[0], problems)
+    settings = folder / "tokenizer_config.json"
+    told = (read_json(settings, problems) or {}) if settings.is_file() else {}
+    if not problems and not told.get("chat_template") and not any(folder.glob("chat_template.*")):
+        problems.append(f"model.path = {str(folder)!r}: has no chat template; use an instruction-tuned model")
+    return problems
 
 
 def is_sharded(folder: Path) -> bool:
@@ -139,4 +155,5 @@ def _single_file(folder: Path) -> Path:
         raise ConfigError(
             [f"{folder}: {', '.join(pickled[:3])}: pickled weights are refused (loading them runs code); {fix}"]
         )
-    raise ConfigError([f"{folder}: no weights; model.safetensors or {_INDEX} with its files is needed"])
+    rule = f"model.safetensors or {_INDEX} with its files is needed; put them there, or name another folder"
+    raise ConfigError([f"{folder}: no weights; {rule}"])

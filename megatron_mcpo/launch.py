@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
 
 from megatron_mcpo.config import ConfigError
 from megatron_mcpo.preemption import GRACE_SECONDS, SIGNALS
@@ -70,7 +71,9 @@ def launch(program: str, arguments: Sequence[str], num_ranks: int) -> int:
         f"--shutdown-timeout={GRACE_SECONDS}",
     ]
     try:
-        torchrun.run(torchrun.parse_args([*options, "-m", program, *arguments]))
+        with TemporaryDirectory(prefix="torchrun-") as folder:
+            options += ["--log-dir", folder]  # that it makes anyway, and would leave behind
+            torchrun.run(torchrun.parse_args([*options, "-m", program, *arguments]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode

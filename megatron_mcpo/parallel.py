@@ -108,6 +108,10 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
     Raises ValueError when `layout` does not fit the number of ranks.
     """
     timeout = timedelta(seconds=timeout_seconds)
+    if layout.tensor > 1:
+        # Before CUDA starts: kernels then begin in the order in which they are queued, and Megatron-Core counts on that
+        # to send while it multiplies.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         _start(timeout)
     world_size = dist.get_world_size()

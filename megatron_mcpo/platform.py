@@ -33,6 +33,9 @@ _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 _KNOWN_WARNINGS = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+    "The argument order of load has been changed",
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
     "If you are using transformer_engine as the transformer implementation",
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     "full scope is deprecated",

@@ -211,6 +211,7 @@ def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
     for path in _candidates(parent, config.run.name):
         lock = None if path.exists() and any(_entries(path)) else _create(path, config)
         if lock is not None:
+            notes += [f"a new run begins in {path}"] if notes else []
             return RunFolder(path=path, resumed=False, notes=tuple(notes), lock=lock)
         obstacle = _why_not_resumed(path, config)
         if obstacle is None:

@@ -13,6 +13,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PathText = Annotated[str, Field(min_length=1)]
 # Names become folders and keys of metrics: no slash, no leading dot.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
@@ -29,7 +30,7 @@ class RunConfig(Section):
 
     name: Name = Field("run", description="folder of the run under `dir`")
     dir: PathText = Field("runs", description="folder that holds all runs")
-    seed: NonNegativeInt = Field(0, description="of everything random: sampling, order of the data, the new head")
+    seed: Seed = Field(0, description="of everything random: sampling, order of the data, the new head")
     steps: PositiveInt = Field(description="rollout-and-update steps")
     checkpoint_every: PositiveInt = Field(5, description="steps between checkpoints; the last step always has one")
     keep_checkpoints: PositiveInt = Field(

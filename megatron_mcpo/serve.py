@@ -34,6 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     known, overrides = parser.parse_known_args(arguments)
+    if not 0 < known.port < 2**16:
+        parser.error(f"--port {known.port}: must be from 1 to {2**16 - 1}")
     try:
         config = load(known.config, overrides)
         _check(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.domain_rules import missing_files
 from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.hf_files import tokenizer_problems
 from megatron_mcpo.launch import launch, on_rank, refuse, started_ranks
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.metrics import check_trackers
@@ -75,7 +76,7 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
     path = Path(config.model.path)
     try:
         model = from_folder(path)
-        problems += tensor_problems(model, path)
+        problems += tensor_problems(model, path) + tokenizer_problems(path)
     except ConfigError as error:
         problems += error.problems
     if model is not None:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import Header, read_headers
+from megatron_mcpo.hf_files import Header, read_headers, tokenizer_problems
 
 OLD = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
@@ -80,3 +80,23 @@ def test_an_index_without_a_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors")
     write_index(tmp_path, {})
     assert "must have a table weight_map" in problems_of(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({}, "has no tokenizer (tokenizer.json); download it, too"),
+        ({"tokenizer.json": "{"}, "not readable as JSON"),
+        ({"tokenizer.json": "{}"}, "has no chat template; use an instruction-tuned model"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "[]"}, "must be a JSON object"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": null}'}, "has no chat template"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": "x"}'}, None),
+        ({"tokenizer.json": "{}", "chat_template.jinja": "x"}, None),
+        ({"tokenizer.model": "", "chat_template.json": "{}"}, None),
+    ],
+)
+def test_whether_prompts_can_be_made(tmp_path: Path, files: dict[str, str], problem: str | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    problems = tokenizer_problems(tmp_path)
+    assert len(problems) == (problem is not None) and (problem or "") in "".join(problems)

@@ -73,12 +73,40 @@ def test_a_set_becomes_rows_of_our_schema(
 def test_another_set_s_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n")
-    assert prepare_data.main(["mbpp", str(source), "--out", str(tmp_path / "out.jsonl")]) == 1
-    assert "other columns than this set has (KeyError('test_list'))" in capsys.readouterr().out
+    assert prepare_data.main(["mbpp", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+    printed = capsys.readouterr()
+    assert "1 left out; 1: other columns than this set has (no column 'test_list')" in printed.out
+    assert "not written, there is no row" in printed.err
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "no.parquet"
-    assert prepare_data.main(["mbpp", str(missing), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert prepare_data.main(["mbpp", str(missing), "--out", str(tmp_path / "out.jsonl")]) == 2
     assert f"{missing}: can't be read" in capsys.readouterr().err
+
+
+def test_a_broken_line_is_told_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source.jsonl"
+    source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n\n{\n")
+    assert prepare_data.main(["gsm8k", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert f"{source}: can't be read (line 3 is no JSON)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("source.jsonl", "is one of the files that are read"),
+        ("out", "ends in .jsonl"),
+        ("folder.jsonl", "ends in .jsonl"),
+    ],
+)
+def test_no_source_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, said: str) -> None:
+    source = tmp_path / "source.jsonl"
+    source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n")
+    before = source.read_text()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(SystemExit) as left:
+        prepare_data.main(["gsm8k", str(source), "--out", str(tmp_path / out)])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+    assert source.read_text() == before

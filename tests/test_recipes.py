@@ -80,6 +80,8 @@ def test_a_recipe_passes_the_dry_run(
     original = ROOT / config.model.path
     shutil.copytree(original, folder)
     save_empty_weights(folder, from_folder(original, with_weights=False))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").touch()
     monkeypatch.chdir(tmp_path)
     Path("datasets").mkdir()
     for source in (source for domain in config.domain for source in domain.sources):

@@ -120,7 +120,7 @@ def test_a_finished_run_is_never_touched_again(file: Path) -> None:
     second = RunFolder.open(config_of(file))
     assert second.path.name == "first-2"
     assert not second.resumed
-    assert "finished" in second.notes[0]
+    assert "finished" in second.notes[0] and second.notes[-1] == f"a new run begins in {second.path}"
     assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == before
     second.close()
 

@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     if known.command == "measure":
         print(json.dumps(cost(known.impl, known.n, known.transfer)))
         return 0
+    if known.out and not known.out.parent.is_dir():
+        parser.error(f"--out {known.out}: there is no folder {known.out.parent}")
     rows = []
     for row in measured_rows(known):
         rows.append(row)

@@ -1,8 +1,8 @@
 """Compares runs: `.venv/bin/python tools/compare_runs.py runs/A runs/B ... [--out DIR] [--json]`.
 
 Prints, for every domain, their mean and the worst, the reward of the last steps, held-out accuracy, and its change to
-the first run; and draws the curves of both. Runs that differ in run.seed and run.name alone are one method, shown as
-mean and band. Exit code 2: a folder that is no run's.
+the first run; and draws the curves of both. Runs of the same settings but for run.seed, names and layouts are one
+method, shown as mean and band. Exit code 2: a folder that is no run's.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
 
 
 def size(text: str) -> int:
-    """Of a parallel dimension, on a command line."""
+    """A number of something, on a command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 up")
     return int(text)

@@ -17,13 +17,15 @@ if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
 
 from megatron_mcpo.weights.convert import MAX_FILE_BYTES, megatron_to_hf  # noqa: E402
-from tools.conversion import guarded, parse, say, tell  # noqa: E402
+from tools.conversion import guarded, parse, say, size, tell  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, metavar="FOLDER", help="with config.json and tokenizer")
-    parser.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES, metavar="N", help="of a safetensors file")
+    parser.add_argument(
+        "--max-file-bytes", type=size, default=MAX_FILE_BYTES, metavar="N", help="of a safetensors file"
+    )
     known = parse(parser, arguments)
 
     def work() -> int:

@@ -102,6 +102,7 @@ def _mbpp(row: Row) -> dict[str, Any]:
     }
 
 
+UNUSABLE = 2
 SETS = {
     "gsm8k": PublicSet(hub="openai/gsm8k (MIT)", convert=_gsm8k),
     "math": PublicSet(hub="EleutherAI/hendrycks_math, HuggingFaceH4/MATH-500 (MIT)", convert=_math),
@@ -125,6 +126,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if known.set is None or not known.files or known.out is None:
         parser.error("give a SET, its files and --out, or --list")
+    if known.out.suffix != ".jsonl" or known.out.is_dir():
+        parser.error(f"--out {known.out}: must be a file that ends in .jsonl")
+    if known.out.resolve() in [file.resolve() for file in known.files]:
+        parser.error(f"--out {known.out}: is one of the files that are read; give another")
     left_out: Counter[str] = Counter()
     lines = []
     for file in known.files:
@@ -132,10 +137,12 @@ def main(arguments: Sequence[str]) -> int:
             lines += [json.dumps(row) for row in converted(SETS[known.set], file, left_out)]
         except (OSError, ValueError) as error:
             print(f"{file}: can't be read ({error}); give the set's .parquet or .jsonl files", file=sys.stderr)
-            return 1
-    print(f"{known.set}: {len(lines)} rows, {left_out.total()} left out {dict(left_out) or ''}".rstrip())
+            return UNUSABLE
+    reasons = "".join(f"; {count}: {reason}" for reason, count in left_out.most_common())
+    print(f"{known.set}: {len(lines)} rows, {left_out.total()} left out{reasons}")
     if not lines:
-        return 1
+        print(f"{known.out}: not written, there is no row; give files of {SETS[known.set].hub}", file=sys.stderr)
+        return UNUSABLE
     known.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(known.out, ("\n".join(lines) + "\n").encode())
     return 0
@@ -149,7 +156,8 @@ def converted(public: PublicSet, file: Path, left_out: Counter[str]) -> Iterator
         except Unusable as error:
             left_out[str(error)] += 1
         except (KeyError, TypeError, AttributeError) as error:
-            left_out[f"other columns than this set has ({error!r})"] += 1
+            missing = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            left_out[f"other columns than this set has ({missing})"] += 1
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -160,7 +168,13 @@ def _rows(file: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
         return
     with file.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON") from error
 
 
 if __name__ == "__main__":

@@ -10,14 +10,18 @@ from pathlib import Path
 
 from megatron_mcpo.config import ConfigError, load
 from megatron_mcpo.html_report import write_report
+from megatron_mcpo.run_folder import CONFIG
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, such as runs/latest")
     for folder in parser.parse_args(arguments).runs:
+        if not (folder / CONFIG).is_file():
+            print(f"{folder}: is no run's folder; give one, such as runs/latest", file=sys.stderr)
+            return 2
         try:
-            path = write_report(folder.resolve(), load(folder / "config.toml"))
+            path = write_report(folder.resolve(), load(folder / CONFIG))
         except ConfigError as error:
             print("\n".join(error.problems), file=sys.stderr)
             return 2

@@ -30,7 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     known, overrides = parser.parse_known_args(arguments)
-    runs = [run(known.config, seed, overrides) for seed in known.seeds]
+    try:
+        runs = [run(known.config, seed, overrides) for seed in known.seeds]
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)  # the run has said why
     report = {"config": str(known.config), "overrides": overrides, "machine": machine(), "runs": runs}
     known.out.parent.mkdir(exist_ok=True)
     known.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -56,13 +56,13 @@ def summary(plan: Plan, itemsize: int) -> Iterator[str]:
         local = sum(step.elements(move) for move in step.moves) - sum(map(step.elements, travels))
         counts = (1, len(travels), itemsize * sum(map(step.elements, travels)), itemsize * local)
         kinds[kind(step)] = [a + b for a, b in zip(kinds.get(kind(step), [0] * 4), counts, strict=True)]
-    yield f"{'engine parameter':<52}{'count':>8}{'messages':>10}{'travels':>12}{'stays':>12}"
+    yield f"{'engine parameter':<52}{'count':>8}{'messages':>12}{'travels':>16}{'stays':>16}"
     for name, (count, messages, travels_bytes, local) in kinds.items():
-        yield f"{name:<52}{count:>8}{messages:>10}{mib(travels_bytes):>12}{mib(local):>12}"
+        yield f"{name:<52}{count:>8}{messages:>12}{mib(travels_bytes):>16}{mib(local):>16}"
     totals = plan.totals()
-    yield f"{'rank':<52}{'':>8}{'sends':>10}{'receives':>12}{'keeps':>12}"
+    yield f"{'rank':<52}{'':>4}{'sends':>16}{'receives':>16}{'keeps':>16}"
     for rank, (sent, received, local) in enumerate(zip(totals.sent, totals.received, totals.local, strict=True)):
-        yield f"{rank:<60}{mib(itemsize * sent):>10}{mib(itemsize * received):>12}{mib(itemsize * local):>12}"
+        yield f"{rank:<56}{mib(itemsize * sent):>16}{mib(itemsize * received):>16}{mib(itemsize * local):>16}"
     yield f"lower bound of what travels in a push: {itemsize * sum(totals.received)} bytes"
 
 
@@ -84,7 +84,7 @@ def kind(step: Step) -> str:
 
 
 def mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 if __name__ == "__main__":

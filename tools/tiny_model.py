@@ -16,6 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils import logging
 
 from megatron_mcpo.config import Config
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
@@ -50,6 +51,7 @@ def save_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(3.0)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     return model
 

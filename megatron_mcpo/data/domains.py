@@ -130,10 +130,11 @@ class _Builder:
         if pool.census.rows == 0:
             return (), ()
         if len(shots) < domain.shots or num_usable < FEWEST_QUESTIONS:
+            apart = "" if pools.held_out is None else " that aren't held out"
             self.problems.append(
-                f"{pool.census.where}: only {len(shots) + num_usable} distinct questions, which must do for "
-                f"{domain.shots} worked examples, with answers, and {FEWEST_QUESTIONS} more; widen its options, give "
-                "it more rows or lower shots"
+                f"{pool.census.where}: only {len(shots) + num_usable} distinct questions{apart}, which must do for "
+                f"{domain.shots} worked examples, with answers, and {FEWEST_QUESTIONS} more; give it more (a "
+                "generator: wider options; a file: other rows) or lower shots"
             )
             return (), ()
         if num_usable < from_itself + most:

@@ -128,7 +128,7 @@ def load(name: str) -> Gpu:
         sources = tuple(map(str, values.pop("sources")))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
-            [f'--gpu {name}: must be a JSON object with "base" ({", ".join(GPUS)}) and "sources"; {error!r}']
+            [f'--gpu {name}: must be a JSON object with "base" ({", ".join(GPUS)}) and "sources" ({_said(error)})']
         ) from None
     values.pop("name", None)
     numbers = {field.name for field in fields(Gpu)} - {"name", "sources"}
@@ -140,3 +140,8 @@ def load(name: str) -> Gpu:
     if problems:
         raise ConfigError(problems)
     return replace(base, name=path.stem, sources=sources, **values)
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a file, without Python's names."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
