@@ -28,7 +28,7 @@ from megatron_mcpo.batch import make_batch
 from megatron_mcpo.config import Config
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.mcore.offload import state_tensors
-from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
+from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.planner.activations import PLAIN
 from megatron_mcpo.planner.hardware import H100
@@ -38,6 +38,7 @@ from megatron_mcpo.planner.ranks import rank_size
 from megatron_mcpo.planner.workload import workload
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
 from tools import tiny_model
+from tools.bench_scaling import small_loss
 from tools.ranks import run_ranks
 
 SECONDS = 240.0  # bf16 is slow on a CPU without AVX-512
@@ -160,12 +161,6 @@ class Trainer:
             rollouts(config), num_data_ranks=layout.data, data_rank=groups.data_rank, share_prompts=False
         )
         return cls(groups, Policy(config, model, groups), Reference(config, model, groups), batch)
-
-
-def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-    """That asks for the gradients of everything."""
-    assert x.z_nD is not None
-    return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
 
 
 def measured(config: Config, world_size: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_planner_memory import Kind, Trainer, config_of, save_model, small_loss
+from test_planner_memory import Kind, Trainer, config_of, save_model
 
 from megatron_mcpo.config import Config
 from megatron_mcpo.gather import gather_rows
@@ -23,6 +23,7 @@ from megatron_mcpo.planner.workload import workload
 from megatron_mcpo.weights.reshard import Plan
 from megatron_mcpo.weights.sync import Meter, export
 from tools import tiny_model
+from tools.bench_scaling import small_loss
 from tools.ranks import run_ranks
 from tools.received import Received
 

@@ -71,6 +71,12 @@ def sampled(rollouts: int, domains: int) -> list[RolloutGroup]:
     ]
 
 
+def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+    """That asks for the gradients of everything."""
+    assert x.z_nD is not None
+    return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
+
+
 def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[str, Any]:
     """A step of policy and reference, without an engine: scores, representations, update; then the push."""
     config = tiny_model.config(folder, batch={"prompts": len(sampled), "micro_batch_tokens": 4096})
@@ -83,14 +89,10 @@ def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[s
         share_prompts=policy.shares_prompts,
     )
 
-    def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-        assert x.z_nD is not None
-        return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
-
     with Received(ranks) as training:
         policy.score(batch)
         reference.score(batch)
-        policy.update(batch, loss)
+        policy.update(batch, small_loss)
     with Received(ranks) as contrastive:
         gather_rows(torch.zeros(len(batch), 16), batch, ranks)
     meter = Meter()

@@ -105,10 +105,10 @@ def check_files(folder: Path, peers: Peers) -> None:
     with together(peers):
         ours = any((folder / name).exists() for name in (checkpoint_files.MANIFEST, checkpoint_files.STATE, RECORD))
         found: list[str] = []
-        if is_sharded(folder) and not ours and peers.rank == 0:
-            log.warning("%s: has no %s: whether its files are whole is not checked", folder, checkpoint_files.MANIFEST)
         if is_sharded(folder) and ours:
             found = checkpoint_files.problems(folder, part=peers.rank, num_parts=peers.world_size)
+        elif is_sharded(folder) and peers.rank == 0:
+            log.warning("%s: has no %s: whether its files are whole is not checked", folder, checkpoint_files.MANIFEST)
     problems = sorted({problem for part in gather_objects(found, peers) for problem in part})
     if problems:
         raise ConfigError([f"{folder}: {problem}; copy or convert it again" for problem in problems])
