@@ -1,6 +1,7 @@
 """Real ranks for checks and tests: torch and Megatron-Core are imported once, every rank is a fork of this process."""
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -50,6 +51,8 @@ def _fork(
     code = 1
     port = server.getsockname()[1]
     try:
+        # The parent's garbage may own threads; a fork that collects it waits for them for ever.
+        gc.freeze()
         # A fork makes torch's thread pool anew when it is first asked for, and two of gloo's threads at once break it.
         torch.set_num_threads(torch.get_num_threads())
         # The ranks meet at a store that listens already: a port found free might be taken when rank 0 binds it.
