@@ -12,6 +12,7 @@ from megatron_mcpo import parallel
 from megatron_mcpo.layout import Layout
 from tools import bench_scaling, tiny_model
 from tools.ranks import run_ranks
+from tools.received import Received
 
 
 def measured(folder: Path, layout: Layout) -> dict[str, Any]:
@@ -22,6 +23,20 @@ def measured(folder: Path, layout: Layout) -> dict[str, Any]:
 def pretended(folder: Path, layout: Layout) -> dict[str, Any]:
     with parallel.pretend(layout, rank=0) as ranks:
         return bench_scaling.received(folder, bench_scaling.sampled(32, 3), ranks)
+
+
+def exchanged(num_engines: int) -> float:
+    ranks = parallel.init(Layout(data=4), seed=0, timeout_seconds=60)
+    share = list(enumerate(bench_scaling.sampled(32, 3)))[ranks.rank :: num_engines] if ranks.rank < num_engines else []
+    with Received(ranks) as received:
+        parallel.gather_objects(share, ranks)
+    return sum(received.bytes.values())
+
+
+@pytest.mark.parametrize("num_engines", [2, 3, 4])
+def test_rollouts_are_as_large_as_real_ranks_receive_them(num_engines: int) -> None:
+    expected = bench_scaling.rollout_bytes(bench_scaling.sampled(32, 3), num_engines=num_engines, num_ranks=4)
+    assert run_ranks(4, exchanged, num_engines) == [expected] * 4
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])

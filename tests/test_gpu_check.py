@@ -121,6 +121,10 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     slow = check(Row(name="row", run=Outcome, seconds=1), answering(hanging))
     assert (slow["state"], slow["why"]) == ("failed", "took more than 1 s")
     assert set(psutil.Process().children(recursive=True)) <= set(others)
+    cut = check(row, answering("import time; time.sleep(60)"), seconds_left=1.2)
+    assert (cut["state"], cut["why"]) == ("failed", "took more than 1 s (all that was left)")
+    late = check(row, answering("raise SystemExit('started')"), seconds_left=0)
+    assert late["state"] == "skipped" and "all 20 minutes" in late["why"]
     lacking = check(Row(name="row", run=Outcome, seconds=1, needs=("no_such_module",)), answering(""))
     assert (lacking["state"], lacking["why"]) == ("skipped", "no_such_module not installed")
     cannot = check(row, answering(f"print({Outcome(skipped='no FP8 here').to_json()!r})"))

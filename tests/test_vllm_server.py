@@ -1,7 +1,7 @@
 """Engines in other processes: two real servers of a tiny tied model on a CPU, and trainers of one and two ranks.
 
-Not covered: GPUs and NCCL, other hosts than this one, servers of several workers, models whose rounding depends on
-what else is in a batch.
+Not covered: GPUs and NCCL, other hosts than this one, servers of several workers (test_vllm_server_workers.py), models
+whose rounding depends on what else is in a batch.
 """
 
 import json

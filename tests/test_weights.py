@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import Experts, ModelConfig
-from megatron_mcpo.weights.layout import cut_dim, fill, join, shard_shape, slices
+from megatron_mcpo.weights.layout import Joining, cut_dim, fill, shard_shape, slices
 from megatron_mcpo.weights.mapping import Row, Split, hf_shapes, parameters, table
 
 MODEL = ModelConfig(
@@ -87,13 +87,29 @@ def cut_all(row: Row, full: list[Tensor], num_ranks: int) -> list[Tensor]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(models())
-def test_joining_all_shards_gives_the_full_tensors_back(case: tuple[ModelConfig, int]) -> None:
+@given(models(), st.integers(1, 40))
+def test_pieces_of_all_shards_join_to_the_full_tensors(case: tuple[ModelConfig, int], step: int) -> None:
     model, num_ranks = case
     for row in table(model):
-        full = full_tensors(row)
-        back = join(row, cut_all(row, full, num_ranks))
-        assert all(torch.equal(a, b) for a, b in zip(full, back, strict=True)), row
+        full, dim = full_tensors(row), cut_dim(row)
+        shards = cut_all(row, full, 1 if row.split is Split.REPLICATED else num_ranks)
+        joining = Joining(row)
+        back = {}
+        for start in range(0, shards[0].shape[dim], step):
+            for number, tensor in joining.add([s.split(step, dim)[start // step] for s in shards], start=start):
+                assert number not in back
+                back[number] = tensor
+        assert sorted(back) == list(range(len(full)))
+        assert all(torch.equal(tensor, back[number]) for number, tensor in enumerate(full)), row
+
+
+def test_a_full_tensor_is_there_with_its_last_element() -> None:
+    """A gate is handed out before the memory of its up is taken."""
+    row = next(row for row in table(MODEL) if row.split is Split.RANKS)
+    halves = [shard.chunk(2) for shard in cut_all(row, full_tensors(row), 2)]
+    joining = Joining(row)
+    assert [number for number, _ in joining.add([first for first, _ in halves])] == [0]
+    assert [number for number, _ in joining.add([second for _, second in halves], start=len(halves[0][0]))] == [1]
 
 
 @settings(deadline=None, max_examples=150)

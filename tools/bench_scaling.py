@@ -1,9 +1,11 @@
 """What a rank receives in a step as a run grows: more replicas, layers, rollouts, domains.
 
 A rank of the trainer takes a real step in a run whose other ranks are not there (torch's fake process group): its
-messages are those it would exchange, their content is not. tests/test_bench_scaling.py holds them against real ranks.
+messages are those it would exchange, their content is not. The rollouts, which travel as pickled objects, are counted
+without a group. tests/test_bench_scaling.py holds all of it against real ranks.
 """
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +73,15 @@ def sampled(rollouts: int, domains: int) -> list[RolloutGroup]:
     ]
 
 
+def rollout_bytes(sampled: list[RolloutGroup], *, num_engines: int, num_ranks: int) -> int:
+    """What a rank receives for every rank to know all rollouts (collect.Collector): a size and a share of each other.
+
+    Engines complete the prompts in turn, one rank of each sends them, and all shares are padded to the largest.
+    """
+    shares = [list(enumerate(sampled))[number::num_engines] for number in range(num_engines)]
+    return (num_ranks - 1) * (8 + max(len(pickle.dumps(share)) for share in shares))
+
+
 def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
     """That asks for the gradients of everything."""
     assert x.z_nD is not None
@@ -78,7 +89,7 @@ def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[str, Any]:
-    """A step of policy and reference, without an engine: scores, representations, update; then the push."""
+    """A step of policy and reference: rollouts of an engine a rank, scores, representations, update; then the push."""
     config = tiny_model.config(folder, batch={"prompts": len(sampled), "micro_batch_tokens": 4096})
     model = from_folder(folder)
     policy, reference = Policy(config, model, ranks), Reference(config, model, ranks)
@@ -101,6 +112,7 @@ def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[s
     return {
         "bytes": {
             **{name: round(value) for name, value in training.bytes.items()},
+            "rollouts": rollout_bytes(sampled, num_engines=ranks.world_size, num_ranks=ranks.world_size),
             "contrastive": round(sum(contrastive.bytes.values())),
             "sync": meter.received,
         },

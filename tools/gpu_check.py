@@ -1,9 +1,9 @@
 """What only a GPU can show: numbers in their bands, speed and memory beside the device's own, vLLM fed with weights.
 
-`tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, under 20 minutes)
+`tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes)
 Every row is a process of its own. Ends with one table; figures go to FOLDER/gpu-DEVICE.json, the measured rates to
 FOLDER/rates-DEVICE.json, which `tools/plan.py --gpu` takes. Exits with 1 where a figure lies outside its band or a row
-crashed; a row whose modules are missing is skipped, and says so.
+crashed; a row whose modules are missing, or for which no time is left, is skipped, and says so.
 """
 
 import argparse
@@ -28,6 +28,8 @@ import torch  # noqa: E402
 
 from tools.gpu_outcome import Outcome, Row  # noqa: E402
 
+SECONDS = 20 * 60
+"""For all rows together."""
 _KEPT_LOG = 4000
 """Characters of a failed row's standard error that go into the file."""
 ENGINE, PROGRAM = ("vllm",), ("vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard")
@@ -95,18 +97,23 @@ ROWS = {
 }
 
 
-def check(row: Row, command: Sequence[str]) -> dict[str, Any]:
+def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) -> dict[str, Any]:
     """Run a row's command, one of whose lines is an outcome; what became of it."""
     missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if missing:
         return {"state": "skipped", "why": f"{', '.join(missing)} not installed"}
+    if seconds_left < 1:
+        return {"state": "skipped", "why": f"the rows before took all {SECONDS // 60} minutes; run it with --rows"}
+    limit, left = row.seconds, ""
+    if seconds_left < limit:
+        limit, left = int(seconds_left), " (all that was left)"
     start = time.monotonic()
     process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        output, errors = process.communicate(timeout=row.seconds)
+        output, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         _kill(process)
-        return {"state": "failed", "why": f"took more than {row.seconds} s"} | _log(process.communicate()[1])
+        return {"state": "failed", "why": f"took more than {limit} s{left}"} | _log(process.communicate()[1])
     taken = {"row_seconds": round(time.monotonic() - start, 1)}
     outcome = _outcome(output)
     if process.returncode or outcome is None:
@@ -185,8 +192,10 @@ def main(arguments: Sequence[str]) -> int:
         print(ROWS[options.rows[0]].run().to_json())
         return 0
     results = {}
+    deadline = time.monotonic() + SECONDS
     for name in options.rows:
-        results[name] = check(ROWS[name], [sys.executable, __file__, "--here", "--rows", name])
+        command = [sys.executable, __file__, "--here", "--rows", name]
+        results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
         print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
     written = write(results, torch.cuda.get_device_name(), options.out)
     print(table(results))

@@ -6,6 +6,7 @@ alike: a search counts hundreds of layouts.
 """
 
 from functools import cache
+from itertools import pairwise
 from math import prod
 
 from megatron_mcpo.config import Config
@@ -33,13 +34,14 @@ def received_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize:
 
 
 def staged_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize: int) -> float:
-    """Full tensors of a bucket, their shards, and one full parameter put together; a bucket more towards servers.
+    """Buckets under way and two neighbouring full tensors (see sync.export); a bucket more towards servers.
 
     Slices from rank to rank take less, but after the first push the engine is compared with full tensors.
     """
-    largest = max(sum(map(prod, row.shapes)) for row in table(model)) * itemsize
-    bucket = max(BUCKET_BYTES, largest)
-    return bucket + bucket / layout.tensor + largest + (SERVER_BUCKET_BYTES if config.engine.servers else 0)
+    sizes = [prod(shape) for row in table(model) if not row.tied for shape in row.shapes]
+    neighbours = max(map(sum, pairwise(sizes))) * itemsize
+    under_way = BUCKET_BYTES / 2 if layout.model_parallel * layout.expert > 1 else 0
+    return under_way + neighbours + (SERVER_BUCKET_BYTES if config.engine.servers else 0)
 
 
 @cache

@@ -4,7 +4,7 @@ A shard is a row of slices of Hugging Face tensors laid end to end. The same lis
 tensors and puts full tensors together from shards, so that one direction can't drift from the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,23 +63,56 @@ def fill(row: Row, shard: "Tensor", read: "Callable[[Slice], Tensor]", *, rank: 
     `read` gives one slice of one Hugging Face tensor; it is called for no more than the shard needs.
     """
     dim = cut_dim(row)
-    position = 0
-    for piece in slices(row, rank=rank, num_ranks=num_ranks):
+    end = 0
+    for piece, position in placed(slices(row, rank=rank, num_ranks=num_ranks)):
+        end = position + len(piece)
         shard.narrow(dim, position, len(piece)).copy_(read(piece))
-        position += len(piece)
-    shard.narrow(dim, position, shard.shape[dim] - position).zero_()
+    shard.narrow(dim, end, shard.shape[dim] - end).zero_()
 
 
-def join(row: Row, shards: "Sequence[Tensor]") -> "list[Tensor]":
-    """The full Hugging Face tensors, newly allocated, from the shards of all ranks in rank order."""
-    dim = cut_dim(row)
-    full = [shards[0].new_empty(shape) for shape in row.shapes]
-    for rank, shard in enumerate(shards):
-        position = 0
-        for piece in slices(row, rank=rank, num_ranks=len(shards)):
-            full[piece.tensor].narrow(dim, piece.start, len(piece)).copy_(shard.narrow(dim, position, len(piece)))
-            position += len(piece)
-    return full
+def placed(held: Iterable[Slice]) -> Iterator[tuple[Slice, int]]:
+    """Every slice with the position it begins at: slices lie end to end."""
+    position = 0
+    for each in held:
+        yield each, position
+        position += len(each)
+
+
+class Joining:
+    """The full Hugging Face tensors of a parameter, put together from the shards of all ranks or from pieces of these.
+
+    A tensor is allocated with its first element and let go with its last.
+    """
+
+    def __init__(self, row: Row):
+        self._row = row
+        self._begun: dict[int, Tensor] = {}
+        self._missing = [shape[cut_dim(row)] for shape in row.shapes]
+
+    def add(self, pieces: "Sequence[Tensor]", *, start: int = 0) -> "Iterator[tuple[int, Tensor]]":
+        """Take in what the shards hold from index `start` on along the cut dimension.
+
+        pieces: of all shards, in rank order; one where every rank holds the same
+
+        Yields every tensor that this completes, newly allocated, after its number in the row.
+        """
+        dim = cut_dim(self._row)
+        stop = start + pieces[0].shape[dim]
+        for rank, piece in enumerate(pieces):
+            for each, position in placed(slices(self._row, rank=rank, num_ranks=len(pieces))):
+                first, last = max(start, position), min(stop, position + len(each))
+                if first < last:
+                    full = self._full(each.tensor, piece).narrow(dim, each.start + first - position, last - first)
+                    full.copy_(piece.narrow(dim, first - start, last - first))
+                    self._missing[each.tensor] -= last - first
+        for tensor in sorted(self._begun):
+            if not self._missing[tensor]:
+                yield tensor, self._begun.pop(tensor)
+
+    def _full(self, tensor: int, like: "Tensor") -> "Tensor":
+        if tensor not in self._begun:
+            self._begun[tensor] = like.new_empty(self._row.shapes[tensor])
+        return self._begun[tensor]
 
 
 def _pieces(row: Row, num_ranks: int) -> list[Slice]:

@@ -14,7 +14,7 @@ from math import prod
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.weights.engine_layout import engine_name, engine_slices, expert_place
-from megatron_mcpo.weights.layout import Slice, cut_dim, slices
+from megatron_mcpo.weights.layout import cut_dim, placed, slices
 from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
 
 
@@ -166,8 +166,8 @@ def num_elements(row: Row, pieces: Sequence[Piece]) -> int:
 @cache
 def overlap(row: Row, shard: int, num_shards: int, engine_rank: int, engine_ranks: int) -> tuple[Piece, ...]:
     """What an engine rank needs of a trainer's shard, in the order in which the engine rank has it."""
-    held = list(_placed(slices(row, rank=shard, num_ranks=num_shards)))
-    needed = _placed(engine_slices(row, rank=engine_rank, num_ranks=engine_ranks))
+    held = list(placed(slices(row, rank=shard, num_ranks=num_shards)))
+    needed = placed(engine_slices(row, rank=engine_rank, num_ranks=engine_ranks))
     found = []
     for (want, target), (have, source) in product(needed, held):
         start, stop = max(want.start, have.start), min(want.stop, have.stop)
@@ -182,11 +182,3 @@ def overlap(row: Row, shard: int, num_shards: int, engine_rank: int, engine_rank
                 )
             )
     return tuple(found)
-
-
-def _placed(held: list[Slice]) -> Iterator[tuple[Slice, int]]:
-    """Every slice with the position it begins at: slices lie end to end."""
-    position = 0
-    for each in held:
-        yield each, position
-        position += len(each)

@@ -2,21 +2,21 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain
 from math import prod
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.weights.bind import bind
-from megatron_mcpo.weights.layout import join, shard_shape
+from megatron_mcpo.weights.layout import Joining, cut_dim, shard_shape
 from megatron_mcpo.weights.mapping import Parameter, Split
 
 BUCKET_BYTES = 512 * 2**20
 _ARRIVED = object()
-Bound = tuple[Parameter, nn.Parameter | None]
 
 
 @dataclass(kw_only=True)
@@ -25,6 +25,28 @@ class Meter:
 
     received: int = 0
     staged: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Indices start..stop-1, along the cut dimension, of all shards of a parameter. mine: this rank's, if it has one"""
+
+    parameter: Parameter
+    mine: nn.Parameter | None
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> list[int]:
+        """Of one shard's part."""
+        shape = list(self.parameter.row.shapes[0])
+        shape[cut_dim(self.parameter.row)] = self.stop - self.start
+        return shape
+
+    def read(self) -> Tensor | None:
+        if self.mine is None:
+            return None
+        return self.mine.detach().narrow(cut_dim(self.parameter.row), self.start, self.stop - self.start)
 
 
 def export(
@@ -37,43 +59,58 @@ def export(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every full tensor with its Hugging Face name, in layer order, the same on every rank. The tensors are new ones.
 
-    Collective over the tensor, pipeline and expert groups: every rank must consume it to the end. What travels is
-    batched in buckets of at most half of `bucket_bytes` of full tensors, or of one parameter; while the tensors of one
-    are consumed, the next sets out if both are within `bucket_bytes`. These and one full parameter are held at a time.
+    Collective over the tensor, pipeline and expert groups: every rank must consume it to the end. Half of
+    `bucket_bytes` is for what travels: two buckets, of which one sets out while the tensors of the other are consumed.
+    A parameter that is larger than a bucket travels in pieces. The other half is for the tensor that is put together
+    and the one before, which the consumer still holds; larger ones take what they need.
     The stage that owns a parameter sends its shards along the pipeline and then every stage gathers them: less travels
     between stages than with full tensors. Output embeddings tied to the input's and the contrastive head are left out.
     """
     meter = meter or Meter()
     template = next(chunks[0].parameters())
     bound = ((parameter, mine) for parameter, mine in bind(chunks, model, groups) if not parameter.row.tied)
-    most_elements = bucket_bytes // template.element_size()
-    buckets = list(_buckets(bound, most_elements // 2))
-    ahead = None
-    for bucket, following in zip_longest(buckets, buckets[1:], fillvalue=()):
-        under_way = ahead or _UnderWay(bucket, template, groups, meter)
-        shards = under_way.arrived()
-        fits = sum(_elements(parameter) for parameter, _ in (*bucket, *following)) <= most_elements
-        ahead = _UnderWay(following, template, groups, meter) if fits else None
+    buckets = _buckets(bound, groups.layout, bucket_bytes // 4 // template.element_size())
+    under_way = _UnderWay(next(buckets), template, groups, meter)
+    for following in chain(buckets, [None]):
+        arrived = under_way.arrived()
+        ahead = _UnderWay(following, template, groups, meter) if following else None
         meter.staged = max(meter.staged, under_way.staged + (ahead.staged if ahead else 0))
-        for number, (parameter, _) in enumerate(bucket):
-            yield from zip(parameter.hugging_face, join(parameter.row, shards.pop(number)), strict=True)
+        for piece in under_way.bucket:
+            if piece.start == 0:
+                joining = Joining(piece.parameter.row)
+            for number, tensor in joining.add(arrived.pop(piece), start=piece.start):
+                yield piece.parameter.hugging_face[number], tensor
+        if ahead:
+            under_way = ahead
 
 
-def _elements(parameter: Parameter) -> int:
-    return sum(map(prod, parameter.row.shapes))
-
-
-def _buckets(bound: Iterable[Bound], most_elements: int) -> Iterator[list[Bound]]:
-    bucket: list[Bound] = []
+def _buckets(
+    bound: Iterable[tuple[Parameter, nn.Parameter | None]], layout: Layout, most_elements: int
+) -> Iterator[list[_Piece]]:
+    """The same on every rank."""
+    bucket: list[_Piece] = []
     size = 0
     for parameter, mine in bound:
-        elements = _elements(parameter)
-        if bucket and size + elements > most_elements:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((parameter, mine))
-        size += elements
+        num_shards = parameter.row.num_shards(layout) if _is_divided(parameter, layout) else 1
+        shape = shard_shape(parameter.row, num_shards)
+        length = shape[cut_dim(parameter.row)]
+        longest = max(1, most_elements * length // (num_shards * prod(shape)))
+        num_pieces = -(-length // longest)
+        step = -(-length // num_pieces)
+        for start in range(0, length, step):
+            piece = _Piece(parameter, mine, start, min(start + step, length))
+            elements = num_shards * prod(piece.shape)
+            if bucket and size + elements > most_elements:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(piece)
+            size += elements
     yield bucket
+
+
+def _is_divided(parameter: Parameter, layout: Layout) -> bool:
+    """Over tensor ranks."""
+    return parameter.row.split is not Split.REPLICATED and parameter.row.num_shards(layout) > 1
 
 
 class _UnderWay:
@@ -83,27 +120,28 @@ class _UnderWay:
     next, so that the calls of a group have the same order on all its ranks.
     """
 
-    def __init__(self, bucket: Sequence[Bound], template: nn.Parameter, groups: Groups, meter: Meter):
+    def __init__(self, bucket: Sequence[_Piece], template: nn.Parameter, groups: Groups, meter: Meter):
         """Sets out on the first leg that there is in this layout, and does not wait for it."""
-        self.staged = 0
-        self._bucket, self._template, self._groups, self._meter = bucket, template, groups, meter
-        self._shards: dict[int, list[Tensor]] = {}
+        self.bucket, self.staged = bucket, 0
+        self._template, self._groups, self._meter = template, groups, meter
+        self._arrived: dict[_Piece, list[Tensor]] = {}
         self._works: list[dist.Work] = []
         layout = groups.layout
-        ways: dict[tuple[int, int | None, bool], list[int]] = {}
-        for number, (parameter, _) in enumerate(bucket):
-            divided = parameter.row.split is not Split.REPLICATED and parameter.row.num_shards(layout) > 1
-            ways.setdefault((parameter.stage, parameter.expert_rank, divided), []).append(number)
-        self._ways = [self._way(numbers, *way) for way, numbers in ways.items()]
+        ways: dict[tuple[int, int | None, bool], list[_Piece]] = {}
+        for piece in bucket:
+            parameter = piece.parameter
+            way = (parameter.stage, parameter.expert_rank, _is_divided(parameter, layout))
+            ways.setdefault(way, []).append(piece)
+        self._ways = [self._way(pieces, *way) for way, pieces in ways.items()]
         first = next((leg for leg, size in enumerate((layout.pipeline, layout.expert)) if size > 1), 2)
         for _ in range(first + 1):
             self._leg()
 
-    def arrived(self) -> dict[int, list[Tensor]]:
-        """By number in the bucket: the shards of all tensor ranks, in rank order. Waits for them."""
+    def arrived(self) -> dict[_Piece, list[Tensor]]:
+        """Every piece as it is in the shards of all tensor ranks, in rank order. Waits for them."""
         while self._works or self._ways:
             self._leg()
-        return self._shards
+        return self._arrived
 
     def _leg(self) -> None:
         for work in self._works:
@@ -113,25 +151,23 @@ class _UnderWay:
         self._works = [step for step in steps if isinstance(step, dist.Work)]
 
     def _way(
-        self, numbers: Sequence[int], stage: int, expert_rank: int | None, divided: bool
+        self, pieces: Sequence[_Piece], stage: int, expert_rank: int | None, divided: bool
     ) -> Iterator[dist.Work | None]:
         """Three legs, each a call under way or None where there is none for this rank."""
         groups, layout = self._groups, self._groups.layout
-        members = [self._bucket[number] for number in numbers]
         if not (layout.pipeline > 1 or divided or (expert_rank is not None and layout.expert > 1)):
-            held = zip(numbers, members, strict=True)
-            self._shards |= {number: [mine.detach()] for number, (_, mine) in held if mine is not None}
+            self._arrived |= {piece: [held] for piece in pieces if (held := piece.read()) is not None}
             return
-        shapes = [shard_shape(p.row, p.row.num_shards(layout)) for p, _ in members]
-        sizes = [prod(shape) for shape in shapes]
+        sizes = [prod(piece.shape) for piece in pieces]
         num_buffers = layout.tensor if divided else 1
         whole = self._template.new_empty(num_buffers * sum(sizes), requires_grad=False)
         buffers = whole.chunk(num_buffers)
         flat = buffers[groups.tensor_rank if divided else 0]
         self.staged += whole.nbytes
-        for part, (_, mine) in zip(flat.split(sizes), members, strict=True):
-            if mine is not None:
-                part.view(mine.shape).copy_(mine.detach())
+        for place, piece in zip(flat.split(sizes), pieces, strict=True):
+            held = piece.read()
+            if held is not None:
+                place.view(piece.shape).copy_(held)
         to_stages = layout.pipeline > 1 and expert_rank in (None, groups.expert_rank)
         yield self._broadcast(flat, groups.pipeline, stage) if to_stages else None
         to_experts = expert_rank is not None and layout.expert > 1
@@ -139,9 +175,9 @@ class _UnderWay:
         if divided:
             self._meter.received += whole.nbytes - flat.nbytes
             yield dist.all_gather_into_tensor(whole, flat, group=groups.tensor, async_op=True)
-        parts_of_all = zip(*(buffer.split(sizes) for buffer in buffers), strict=True)
-        for number, shape, parts in zip(numbers, shapes, parts_of_all, strict=True):
-            self._shards[number] = [part.view(shape) for part in parts]
+        places_of_all = zip(*(buffer.split(sizes) for buffer in buffers), strict=True)
+        for piece, places in zip(pieces, places_of_all, strict=True):
+            self._arrived[piece] = [place.view(piece.shape) for place in places]
 
     def _broadcast(self, flat: Tensor, group: dist.ProcessGroup, source: int) -> dist.Work:
         self._meter.received += flat.nbytes if group.rank() != source else 0
