@@ -152,16 +152,15 @@ from megatron_mcpo.config import load
 from megatron_mcpo.run_folder import RunFolder
 file = Path(sys.argv[1])
 folder = RunFolder.open(load(file, ["--run.dir", str(file.parent / "runs")]))
-child = os.fork() if sys.argv[2] == "fork" else 1
-if child == 0:
-    time.sleep(60)
-    os._exit(0)
-print(child, flush=True)
+if sys.argv[2] == "alone" or os.fork() == 0:
+    print(os.getpid(), flush=True)
 time.sleep(60)
+os._exit(0)
 """
 
 
 def start_holder(file: Path, mode: str) -> tuple[subprocess.Popen[str], int]:
+    """The process, and the id that it says, or its fork as soon as that runs."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(file), mode], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, int(process.stdout.readline())
@@ -202,7 +201,7 @@ def test_launches_at_the_same_moment_end_in_one_owner(file: Path) -> None:
             assert time.monotonic() < deadline, "two owners"
             time.sleep(0.02)
         (owner,) = [process for process in processes if process.poll() is None]
-        assert owner.stdout is not None and owner.stdout.readline() == "1\n"
+        assert owner.stdout is not None and owner.stdout.readline() == f"{owner.pid}\n"
     finally:
         for process in processes:
             process.kill()
