@@ -3,7 +3,6 @@
 The engine is a stand-in that copies what it is given into parameters of its own, as vLLM's loaders do.
 """
 
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from tools.ranks import run_ranks
 if TYPE_CHECKING:
     from megatron_mcpo.weights.transfer import Executor
 
-REPEATS, LARGE_REPEATS = 5, 2
+REPEATS, LARGE_REPEATS = 9, 3
 LARGE = 10**9
 """Parameters of an engine rank from which a push is repeated less often."""
 SMALL = ModelConfig(
@@ -113,11 +112,12 @@ CASES = (
 
 
 def sync_rows(part: str) -> Iterator[dict[str, Any]]:
-    """A row a case and executor, of the cases with `part` in their names. Times are those of the slowest rank.
+    """A row a case and executor, of the cases with `part` in their names.
 
+    Times are each rank's least, of the slowest rank.
     seconds_memcpy: of copying what the engine holds, by one rank at a time
     seconds_processor, bytes_moved: over all ranks
-    seconds_gathering: of gather for an engine that loads nothing; seconds_loading: what the engine took in `seconds`.
+    seconds_gathering: of gather for an engine that loads nothing; seconds_loading: of the engine's part in `seconds`.
         That they add up to more than `seconds` is what they overlap.
     peak_extra_bytes: of the rank that took most
     """
@@ -148,7 +148,7 @@ class Engine:
     """An engine rank's parameters, and what a loader of full tensors does."""
 
     def __init__(self, model: ModelConfig, engine_ranks: int, rank: int):
-        self.seconds = 0.0
+        self.loading: list[float] = []
         shapes = engine_shapes(model, engine_ranks)
         self.own = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         self.places: dict[str, list[tuple[Tensor, int, int, int]]] = {}
@@ -164,11 +164,12 @@ class Engine:
                 position += len(each)
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
+        self.loading.append(0.0)
         for name, tensor in named_tensors:
             start_time = time.perf_counter()
             for target, dim, start, length in self.places.get(name, ()):
                 target.copy_(tensor.narrow(dim, start, length))
-            self.seconds += time.perf_counter() - start_time
+            self.loading[-1] += time.perf_counter() - start_time
         return 0
 
     def parameters(self) -> dict[str, Tensor]:
@@ -207,7 +208,7 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
     for rank in range(groups.world_size):  # one after the other, or they would share the memory's bandwidth
         if rank == groups.rank:
             memcpy()
-            copying = statistics.median(timed(memcpy) for _ in range(REPEATS))
+            copying = min(timed(memcpy) for _ in range(REPEATS))
         dist.barrier()
     repeats = LARGE_REPEATS if sum(map(Tensor.numel, engine.own.values())) > LARGE else REPEATS
     gather = Gather(chunks=chunks, model=case.model, groups=groups, engine=engine)
@@ -215,13 +216,13 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
         "direct": cost(Direct(chunks, case.model, groups, engine, engine_ranks=case.engine_ranks), repeats),
         "gather": cost(gather, repeats),
     }
-    costs["gather"]["seconds_loading"] = engine.seconds / (1 + repeats)
+    costs["gather"]["seconds_loading"] = min(engine.loading)
     costs["gather"]["seconds_gathering"] = cost(replace(gather, engine=Drain()), repeats)["seconds"]
     return {name: each | {"seconds_memcpy": copying} for name, each in costs.items()}
 
 
 def cost(executor: "Executor", repeats: int) -> dict[str, float]:
-    """Memory of a first push, median time of some more."""
+    """Memory of a first push, least time of some more: what else runs on the machine can only add to it."""
     trim()
     before = memory("VmRSS")
     forget_peak()
@@ -233,7 +234,7 @@ def cost(executor: "Executor", repeats: int) -> dict[str, float]:
         seconds.append(timed(lambda: executor.push(1)))
     return {
         "received": meter.received,
-        "seconds": statistics.median(seconds),
+        "seconds": min(seconds),
         "seconds_processor": (time.process_time() - processor) / repeats,
         "peak_extra": peak - before,
     }
