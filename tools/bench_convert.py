@@ -58,6 +58,8 @@ def rows(*, small_only: bool) -> Iterator[dict[str, Any]]:
     _WORK.mkdir(exist_ok=True)
     if SMALL.is_dir():
         yield from _both_ways("135M", SMALL)
+    else:
+        print(f"without {SMALL} (make model) the 135M model is left out", file=sys.stderr)
     if small_only:
         return
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=_WORK) as name:
