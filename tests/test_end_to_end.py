@@ -4,6 +4,7 @@ Not covered here: the quick start's own model (its figures are in benchmarks/), 
 hosts (test_two_hosts, test_slurm).
 """
 
+import fcntl
 import json
 import math
 import re
@@ -105,6 +106,8 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(
     for victim in [process, *process.children(recursive=True)]:
         victim.kill()
     process.wait()
+    with (log.parent / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a rank holds its folder until the kernel has taken it down
     resumed = train_forked(config)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "going on after step 2" in resumed.stdout
