@@ -20,8 +20,9 @@ import tiny
 import torch
 import vllm_cases as cases
 from program import lasting, metrics, train_forked, write_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from vllm_cases import weights
 
 from megatron_mcpo import parallel, serve, train
 from megatron_mcpo.config import Config, ConfigError, load
@@ -30,7 +31,6 @@ from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest
 from megatron_mcpo.rollout.server_client import Client
-from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.rollout.weight_link import Bucket
 from tools.ranks import run_ranks
@@ -78,27 +78,11 @@ def servers(starting: list[Server], fresh: dict[str, Any]) -> list[Server]:
 def _fresh_samples(folder: Path) -> dict[str, Any]:
     samples = {}
     for name in "ab":
-        engine = VllmEngine(
-            folder / name,
-            dtype="fp32",
-            quantization="none",
-            tensor_parallel=1,
-            max_model_len=MAX_LEN,
-            max_concurrent=64,
-            kv_cache_gib=0.1,
-            gpu_memory_utilization=0.5,
-            distributed=False,
-            job_tag="fresh",
-            load_weights=True,
-        )
+        engine = cases.build(folder / name, max_model_len=MAX_LEN, load_weights=True)
         samples[name] = sampled(engine)
         samples[f"long {name}"] = sampled(engine, prompts=[PROMPTS[0]], max_tokens=200, num_samples=1)
         engine.close()
     return samples
-
-
-def weights(path: Path) -> dict[str, Tensor]:
-    return load_file(path / "model.safetensors")
 
 
 def connect(folder: Path, *servers: Server, tag: str, **changes: Any) -> VllmServers:

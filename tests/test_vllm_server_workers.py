@@ -10,12 +10,10 @@ import tiny
 import torch
 import vllm_cases as cases
 from program import write_config
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.rollout.engine import Comparison, SamplingRequest
-from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from tools.serving import Server
 
@@ -30,19 +28,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def _alone(model: Path) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     """Greedy samples of an engine of one rank that reads the weights from the disk."""
-    engine = VllmEngine(
-        model,
-        dtype="fp32",
-        quantization="none",
-        tensor_parallel=1,
-        max_model_len=MAX_LEN,
-        max_concurrent=64,
-        kv_cache_gib=0.1,
-        gpu_memory_utilization=0.5,
-        distributed=False,
-        job_tag="alone",
-        load_weights=True,
-    )
+    engine = cases.build(model, max_model_len=MAX_LEN, load_weights=True)
     return [(sample.token_ids, sample.logprobs) for (sample,) in engine.generate(REQUESTS)]
 
 
@@ -54,7 +40,7 @@ def test_both_workers_get_the_weights(tmp_path: Path) -> None:
     try:
         expected = cases.run(_alone, tmp_path / "model", timeout=300)
         server.wait_ready()
-        right: dict[str, Tensor] = load_file(tmp_path / "model" / "model.safetensors")
+        right: dict[str, Tensor] = cases.weights(tmp_path / "model")
         wrong = right | {SWAPPED[0]: right[SWAPPED[1]], SWAPPED[1]: right[SWAPPED[0]]}
         engine = VllmServers(
             [server.url],

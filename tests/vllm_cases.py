@@ -98,6 +98,7 @@ def build(
     *,
     quantization: Any = "none",
     tensor_parallel: int = 1,
+    max_model_len: int = MAX_LEN,
     load_weights: bool = False,
 ) -> VllmEngine:
     return VllmEngine(
@@ -105,7 +106,7 @@ def build(
         dtype=dtype,
         quantization=quantization,
         tensor_parallel=tensor_parallel,
-        max_model_len=MAX_LEN,
+        max_model_len=max_model_len,
         max_concurrent=64,
         kv_cache_gib=0.05,
         gpu_memory_utilization=0.5,

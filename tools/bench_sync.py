@@ -18,7 +18,7 @@ from megatron_mcpo.layout import Layout
 from megatron_mcpo.memory import trim
 from megatron_mcpo.model_config import Experts, ModelConfig
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
-from megatron_mcpo.weights.layout import cut_dim
+from megatron_mcpo.weights.layout import cut_dim, placed
 from megatron_mcpo.weights.mapping import parameters
 from megatron_mcpo.weights.reshard import Plan
 from tools.measure import forget_peak, memory, timed
@@ -157,11 +157,10 @@ class Engine:
                 continue
             name, expert = engine_name(parameter)
             target = self.own[name] if expert is None else self.own[name][expert]
-            position, dim = 0, cut_dim(parameter.row)
-            for each in engine_slices(parameter.row, rank=rank, num_ranks=engine_ranks):
+            dim = cut_dim(parameter.row)
+            for each, position in placed(engine_slices(parameter.row, rank=rank, num_ranks=engine_ranks)):
                 place = (target.narrow(dim, position, len(each)), dim, each.start, len(each))
                 self.places.setdefault(parameter.hugging_face[each.tensor], []).append(place)
-                position += len(each)
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
         self.loading.append(0.0)

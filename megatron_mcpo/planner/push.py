@@ -100,6 +100,5 @@ def gathered_bytes(model: ModelConfig, layout: Layout, stage: int, itemsize: int
         total += copies * elsewhere[row.place] * shard / (layout.expert if row.expert else 1)
         if row.expert:
             total += number * shard * (layout.expert - 1) / layout.expert
-        if row.split is not Split.REPLICATED and ranks > 1:
-            total += number * shard * (ranks - 1)
+        total += number * shard * (row.num_different(layout) - 1)
     return round(itemsize * total)

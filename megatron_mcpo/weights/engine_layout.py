@@ -6,7 +6,7 @@ RowParallelLinear, VocabParallelEmbedding, and w13 and w2 of its fused experts. 
 
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig, padded_vocabulary
-from megatron_mcpo.weights.layout import Slice, cut_dim
+from megatron_mcpo.weights.layout import Slice, cut_dim, cut_shape
 from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
 
 
@@ -60,13 +60,9 @@ def engine_slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
 
 def engine_shard_shape(row: Row, num_ranks: int) -> tuple[int, ...]:
     """Shape of a rank's parameter, padding included, or of one expert in it: the same on every rank of an engine."""
-    dim = cut_dim(row)
-    shape = list(row.shapes[0])
     if row.split is Split.ROWS:
-        shape[dim] = padded_vocabulary(shape[dim]) // num_ranks
-    else:
-        shape[dim] = sum(map(len, engine_slices(row, rank=0, num_ranks=num_ranks)))
-    return tuple(shape)
+        return cut_shape(row, padded_vocabulary(row.shapes[0][cut_dim(row)]) // num_ranks)
+    return cut_shape(row, sum(map(len, engine_slices(row, rank=0, num_ranks=num_ranks))))
 
 
 def engine_shapes(model: ModelConfig, num_ranks: int) -> dict[str, tuple[int, ...]]:

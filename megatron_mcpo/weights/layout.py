@@ -33,9 +33,13 @@ def cut_dim(row: Row) -> int:
 
 def shard_shape(row: Row, num_ranks: int) -> tuple[int, ...]:
     """Shape of one rank's shard, padding included: the same on every rank."""
-    dim = cut_dim(row)
+    return cut_shape(row, _shard_size(row, num_ranks))
+
+
+def cut_shape(row: Row, size: int) -> tuple[int, ...]:
+    """Shape of a part of the row that has `size` indices along the cut dimension."""
     shape = list(row.shapes[0])
-    shape[dim] = _shard_size(row, num_ranks)
+    shape[cut_dim(row)] = size
     return tuple(shape)
 
 
@@ -47,13 +51,11 @@ def slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
     size = _shard_size(row, num_ranks)
     low, high = rank * size, (rank + 1) * size
     found: list[Slice] = []
-    position = 0
-    for piece in pieces:
+    for piece, position in placed(pieces):
         first, last = max(low, position), min(high, position + len(piece))
         if first < last:
             offset = piece.start - position
             found.append(Slice(tensor=piece.tensor, start=first + offset, stop=last + offset))
-        position += len(piece)
     return found
 
 

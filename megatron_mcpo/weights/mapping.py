@@ -71,6 +71,10 @@ class Row:
         """Over how many ranks it is divided."""
         return 1 if self.expert else layout.tensor
 
+    def num_different(self, layout: Layout) -> int:
+        """How many of these shards there are: one where every rank holds the same."""
+        return 1 if self.split is Split.REPLICATED else self.num_shards(layout)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:

@@ -12,8 +12,8 @@ from megatron_mcpo.checkpoint_files import sync
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.weights.hf_io import HfFolder
-from megatron_mcpo.weights.layout import cut_dim, shard_shape
-from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, Split, parameters
+from megatron_mcpo.weights.layout import cut_dim, cut_shape, placed
+from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, parameters
 from megatron_mcpo.weights.stored import Chunk, Stored, chunks, global_shape, stored
 from megatron_mcpo.weights.torch_dist import Entry, HashedFile, write_contents, write_object, write_tensor
 
@@ -50,12 +50,12 @@ def write_part(
     for parameter, where in part:
         num_shards = parameter.row.num_shards(layout)
         full = [source.read(name) for name in where.hugging_face]
-        for shard in range(1 if parameter.row.split is Split.REPLICATED else num_shards):
+        for shard in range(parameter.row.num_different(layout)):
             rank = parameter.stage * max(layout.tensor, layout.expert) + (parameter.expert_rank or shard)
             if rank not in files:
                 files[rank] = HashedFile(folder / f"__{rank}_{number}.distcp")
             for chunk in chunks(parameter.row, rank=shard, num_ranks=num_shards):
-                values = _values(where, chunk, full, num_shards, dtype)
+                values = _values(where, chunk, full, dtype)
                 offsets = [0] * (values.dim() - len(where.index))
                 offsets[cut_dim(where.row)] = chunk.start
                 entries.append(write_tensor(files[rank], where.key, (*where.index, *offsets), values))
@@ -63,18 +63,16 @@ def write_part(
     return list(measured), {"entries": [asdict(entry) for entry in entries], "files": measured}
 
 
-def _values(where: Stored, chunk: Chunk, full: Sequence[Tensor], num_shards: int, dtype: torch.dtype) -> Tensor:
+def _values(where: Stored, chunk: Chunk, full: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[1, ..., size, ...]: a chunk of the full tensors, with the dimensions of its layer and expert."""
     dim = cut_dim(where.row)
-    shape = list(shard_shape(where.row, num_shards))
-    shape[dim] = chunk.size
-    values = torch.empty((1,) * len(where.index) + tuple(shape), dtype=dtype)
-    flat, position = values.view(shape), 0
-    for piece in chunk.pieces:
-        part = full[piece.tensor].narrow(dim, piece.start, len(piece))
-        flat.narrow(dim, position, len(piece)).copy_(part)
-        position += len(piece)
-    flat.narrow(dim, position, chunk.size - position).zero_()
+    shape = cut_shape(where.row, chunk.size)
+    values = torch.empty((1,) * len(where.index) + shape, dtype=dtype)
+    flat, end = values.view(shape), 0
+    for piece, position in placed(chunk.pieces):
+        end = position + len(piece)
+        flat.narrow(dim, position, len(piece)).copy_(full[piece.tensor].narrow(dim, piece.start, len(piece)))
+    flat.narrow(dim, end, chunk.size - end).zero_()
     return values
 
 

@@ -14,7 +14,7 @@ from math import prod
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.weights.engine_layout import engine_name, engine_slices, expert_place
-from megatron_mcpo.weights.layout import cut_dim, placed, slices
+from megatron_mcpo.weights.layout import cut_shape, placed, slices
 from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
 
 
@@ -125,8 +125,8 @@ class Plan:
         return Totals(received=tuple(received), sent=tuple(sent), local=tuple(local))
 
     def _step(self, parameter: Parameter, copy: Parameter | None, sent: list[int]) -> Step:
-        row, num_shards = parameter.row, parameter.row.num_shards(self.layout)
-        shards = range(1 if row.split is Split.REPLICATED else num_shards)
+        row = parameter.row
+        shards = range(row.num_different(self.layout))
         places = [parameter] if copy is None else [parameter, copy]
         holders = [[rank for place in places for rank in _holders(place, self.layout, shard)] for shard in shards]
         owners = [set(ranks) for ranks in holders]
@@ -159,8 +159,7 @@ def _holders(parameter: Parameter, layout: Layout, shard: int) -> range:
 
 def num_elements(row: Row, pieces: Sequence[Piece]) -> int:
     """How many numbers there are in pieces of a parameter."""
-    shape, dim = row.shapes[0], cut_dim(row)
-    return sum(map(len, pieces)) * prod(shape[:dim] + shape[dim + 1 :])
+    return prod(cut_shape(row, sum(map(len, pieces))))
 
 
 @cache

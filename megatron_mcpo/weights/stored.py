@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_mcpo.config import ConfigError
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.weights.layout import Slice, cut_dim, shard_shape, slices
+from megatron_mcpo.weights.layout import Slice, cut_dim, placed, shard_shape, slices
 from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, Place, Row, Split, parameters
 from megatron_mcpo.weights.torch_dist import ShardedFolder
 
@@ -135,15 +135,13 @@ class MegatronFolder:
         shape[dim] = stop - start
         values = torch.empty(shape, dtype=self.dtype(name))
         wanted = []
-        position = 0
-        for piece in slices(found.row, rank=0, num_ranks=1):
+        for piece, position in placed(slices(found.row, rank=0, num_ranks=1)):
             low, high = (max(start, piece.start), min(stop, piece.stop)) if dim == cut else (piece.start, piece.stop)
             if piece.tensor == number and low < high:
                 offsets = [0] * len(shape)
                 offsets[dim] = start
                 offsets[cut] = position + low - piece.start
                 wanted.append((tuple(offsets), values.narrow(cut, low - (start if dim == cut else 0), high - low)))
-            position += len(piece)
         self._files.copy(self._key[found.key], found.index, wanted)
         return values
 

@@ -12,8 +12,8 @@ from megatron_mcpo.layout import Layout
 from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups
 from megatron_mcpo.weights.bind import bind
-from megatron_mcpo.weights.layout import Joining, cut_dim, shard_shape
-from megatron_mcpo.weights.mapping import Parameter, Split
+from megatron_mcpo.weights.layout import Joining, cut_dim, cut_shape, shard_shape
+from megatron_mcpo.weights.mapping import Parameter
 
 BUCKET_BYTES = 512 * 2**20
 _ARRIVED = object()
@@ -37,11 +37,9 @@ class _Piece:
     stop: int
 
     @property
-    def shape(self) -> list[int]:
+    def shape(self) -> tuple[int, ...]:
         """Of one shard's part."""
-        shape = list(self.parameter.row.shapes[0])
-        shape[cut_dim(self.parameter.row)] = self.stop - self.start
-        return shape
+        return cut_shape(self.parameter.row, self.stop - self.start)
 
     def read(self) -> Tensor | None:
         if self.mine is None:
@@ -91,7 +89,7 @@ def _buckets(
     bucket: list[_Piece] = []
     size = 0
     for parameter, mine in bound:
-        num_shards = parameter.row.num_shards(layout) if _is_divided(parameter, layout) else 1
+        num_shards = parameter.row.num_different(layout)
         shape = shard_shape(parameter.row, num_shards)
         length = shape[cut_dim(parameter.row)]
         longest = max(1, most_elements * length // (num_shards * prod(shape)))
@@ -106,11 +104,6 @@ def _buckets(
             bucket.append(piece)
             size += elements
     yield bucket
-
-
-def _is_divided(parameter: Parameter, layout: Layout) -> bool:
-    """Over tensor ranks."""
-    return parameter.row.split is not Split.REPLICATED and parameter.row.num_shards(layout) > 1
 
 
 class _UnderWay:
@@ -130,7 +123,7 @@ class _UnderWay:
         ways: dict[tuple[int, int | None, bool], list[_Piece]] = {}
         for piece in bucket:
             parameter = piece.parameter
-            way = (parameter.stage, parameter.expert_rank, _is_divided(parameter, layout))
+            way = (parameter.stage, parameter.expert_rank, parameter.row.num_different(layout) > 1)
             ways.setdefault(way, []).append(piece)
         self._ways = [self._way(pieces, *way) for way, pieces in ways.items()]
         first = next((leg for leg, size in enumerate((layout.pipeline, layout.expert)) if size > 1), 2)

@@ -18,7 +18,7 @@ from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.parallel import Groups, gather_objects
 from megatron_mcpo.weights.bind import bind
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
-from megatron_mcpo.weights.layout import cut_dim
+from megatron_mcpo.weights.layout import cut_dim, cut_shape
 from megatron_mcpo.weights.mapping import Row, Split
 from megatron_mcpo.weights.reshard import Piece, Plan, Step
 from megatron_mcpo.weights.sync import BUCKET_BYTES, Meter, export
@@ -90,10 +90,8 @@ class _Part:
     expert: int | None
 
     @property
-    def shape(self) -> list[int]:
-        shape = list(self.row.shapes[0])
-        shape[cut_dim(self.row)] = len(self.piece)
-        return shape
+    def shape(self) -> tuple[int, ...]:
+        return cut_shape(self.row, len(self.piece))
 
     def read(self) -> Tensor:
         assert self.shard is not None
