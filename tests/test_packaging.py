@@ -150,7 +150,7 @@ def script(path: Path, text: str) -> None:
 def plain_tools(folder: Path) -> str:
     """A PATH with the ordinary tools and no Python."""
     folder.mkdir()
-    for name in ("cat", "cksum", "dirname", "rm", "sed", "tr", "uname", "pwd", "echo"):
+    for name in ("cat", "cksum", "dirname", "ls", "mkdir", "rm", "sed", "tr", "uname", "pwd", "echo"):
         found = next((p for d in os.get_exec_path() if (p := Path(d) / name).exists()), None)
         if found:
             (folder / name).symlink_to(found)
@@ -174,4 +174,50 @@ def test_environment_skips_a_shim_that_fails_and_takes_pyenv(tmp_path):
     answer = make_env(tmp_path, f"{tmp_path}/shims:{tools}")
     assert answer.returncode == 9
     assert "called with -m venv .venv" in answer.stdout
-    assert not (tmp_path / ".venv" / ".stamp").exists()
+    assert (tmp_path / ".venv" / ".stamp").read_text() == f"{tmp_path}\nunfinished\n"
+
+
+GPU_BUILD = "lib/python3.12/site-packages/vllm-0.30.0.dist-info"
+
+
+@pytest.mark.parametrize(
+    ("stamp", "holds"),
+    [
+        (None, "bin/python"),
+        ("{folder}\nolder lock files\n", GPU_BUILD),
+        ("{folder}\nunfinished\n", GPU_BUILD),
+    ],
+    ids=["made by hand", "made a GPU environment later", "made a GPU environment after an interruption"],
+)
+def test_an_environment_of_the_users_is_left_as_it_is(tmp_path, stamp, holds):
+    python = plain_python(tmp_path)
+    theirs = tmp_path / ".venv" / holds
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    if stamp is not None:
+        (tmp_path / ".venv" / ".stamp").write_text(stamp.format(folder=tmp_path))
+    before = sorted(tmp_path.glob(".venv/**/*"))
+    answer = make_env(tmp_path, python)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert ".venv was not made by this script" in answer.stderr
+    assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo.train" in answer.stderr
+    assert sorted(tmp_path.glob(".venv/**/*")) == before
+
+
+@pytest.mark.parametrize(
+    "stamp", ["{folder}\nunfinished\n", "/elsewhere\n123 456\n"], ids=["interrupted", "moved here"]
+)
+def test_our_own_environment_that_cannot_be_trusted_is_made_again(tmp_path, stamp):
+    python = plain_python(tmp_path)
+    left = tmp_path / ".venv" / "left"
+    left.parent.mkdir()
+    left.touch()
+    (tmp_path / ".venv" / ".stamp").write_text(stamp.format(folder=tmp_path))
+    answer = make_env(tmp_path, python)
+    assert "called with -m venv .venv" in answer.stdout and not left.exists()
+
+
+def plain_python(folder: Path) -> str:
+    """Return a PATH with a Python 3.12 that says what it was called with and stops there."""
+    script(folder / "python/python3.12", '[ "$1" = -c ] && exit 0; echo "called with $*"; exit 9')
+    return f"{folder}/python:{plain_tools(folder / 'bin')}"

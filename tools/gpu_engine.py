@@ -233,7 +233,7 @@ def program() -> Outcome:
     config = ROOT / "examples" / "quickstart" / "config.toml"
     model = ROOT / load(config).model.path
     if not model.exists():
-        return Outcome(skipped=f"{model} is not there; make it with `make model`")
+        return Outcome(skipped=f"{model} is not there; make it with `python tools/embedded_model.py {model}`")
     with TemporaryDirectory() as name:
         arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
         finished = subprocess.run(

@@ -1,11 +1,13 @@
 #!/bin/sh
 # Makes .venv from the lock files, once: exact versions, checked hashes, nothing but the package index.
+# It never deletes or changes a .venv that it did not make.
 #
 # A Python 3.12 is found by running candidates, because a name on the PATH says little: a pyenv shim exists for
 # every version that is installed and fails for those that are not selected.
 set -eu
 cd "$(dirname "$0")/.."
-stamp=.venv/.stamp
+here=$(pwd -P)
+stamp=.venv/.stamp # its first line is the project's folder, its second "unfinished" or what .venv was made from
 
 works() {
     "$1" -c 'import sys, ensurepip, venv; raise SystemExit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1
@@ -33,15 +35,30 @@ find_python() {
     done
 }
 
-# What the environment depends on; the folder too, because an environment cannot be moved.
-wanted() {
-    pwd
-    cat requirements/bootstrap.txt requirements/cpu.lock setup.py tools/make_env.sh
+mark() {
+    printf '%s\n%s\n' "$here" "$1" >$stamp
 }
-digest=$(wanted | cksum)
 
-if [ "$(cat $stamp 2>/dev/null)" = "$digest" ] && works .venv/bin/python; then
+line() {
+    sed -n "$1p" $stamp 2>/dev/null
+}
+
+# A user's own environment has no stamp; one that we made may have become one for GPUs since, with vLLM's GPU build.
+is_users() {
+    [ -e .venv ] && { [ ! -f $stamp ] || ls -d .venv/lib/python3*/site-packages/vllm-[0-9]*.dist-info >/dev/null 2>&1; }
+}
+
+digest=$(cat requirements/bootstrap.txt requirements/cpu.lock setup.py tools/make_env.sh | cksum)
+
+if [ "$(line 1)" = "$here" ] && [ "$(line 2)" = "$digest" ] && works .venv/bin/python; then
     exit 0
+fi
+
+if is_users; then
+    echo "make_env: .venv was not made by this script (or holds vLLM for GPUs by now), so it is left as it is. Either" >&2
+    echo "  put it somewhere else, and make again:   mv .venv .venv-mine" >&2
+    echo "  or use it, and call programs without make:   .venv/bin/python -m megatron_mcpo.train CONFIG" >&2
+    exit 2
 fi
 
 if [ "$(uname -sm)" != "Linux x86_64" ]; then
@@ -50,8 +67,9 @@ if [ "$(uname -sm)" != "Linux x86_64" ]; then
     exit 2
 fi
 
-# Without a stamp an earlier run was interrupted and nothing in .venv can be trusted; with one, it is brought up to date.
-if [ ! -f $stamp ] || ! works .venv/bin/python; then
+# Nothing can be trusted in an environment that was left unfinished, or that came here from another folder (an
+# environment can't be moved); any other is brought up to date.
+if [ "$(line 1)" != "$here" ] || [ "$(line 2)" = unfinished ] || ! works .venv/bin/python; then
     python=$(find_python)
     if [ -z "$python" ] && command -v uv >/dev/null 2>&1; then
         echo "make_env: no Python 3.12 here, uv fetches one"
@@ -65,11 +83,14 @@ if [ ! -f $stamp ] || ! works .venv/bin/python; then
     fi
     echo "make_env: making .venv with $python (first time: several GB to download, some minutes)"
     rm -rf .venv
+    mkdir .venv
+    mark unfinished
     "$python" -m venv .venv
 fi
-rm -f $stamp
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+mark unfinished
+# Quiet twice: pip warns of an index of the user's settings that lacks a package which another one has.
+.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 .venv/bin/uv pip sync --quiet --python .venv/bin/python --require-hashes requirements/cpu.lock
 # The lock's setuptools builds it: an isolated build would fetch an unpinned one.
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
-echo "$digest" >$stamp
+mark "$digest"
