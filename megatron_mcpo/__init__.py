@@ -1,3 +1,7 @@
 """MCPO (arXiv 2605.25443) on Megatron-Core: GRPO over several domains, contrastive terms over rollouts."""
 
+from megatron_mcpo.environment import hide_gpu
+
 __version__ = "0.1.0"
+
+hide_gpu()

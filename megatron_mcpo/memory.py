@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mcpo.parallel import Groups
+from megatron_mcpo.platform import uses_gpu
 
 
 def peak_memory_gib(groups: Groups) -> float:
@@ -17,7 +18,7 @@ def peak_memory_gib(groups: Groups) -> float:
     Pages that processes share count once for each of them, so this is an upper bound. On a GPU: the most memory that
     torch had reserved on any one device.
     """
-    if torch.cuda.is_available():
+    if uses_gpu():
         peak = torch.tensor(float(torch.cuda.max_memory_reserved()), device=torch.device("cuda"))
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.world)
         return peak.item() / 2**30
@@ -34,7 +35,7 @@ def trim() -> None:
     glibc keeps the holes that tensors of ever new sizes leave in its heap; over a run they add up to gigabytes. Torch
     keeps what it freed on a GPU, and an engine takes its own beside it.
     """
-    if torch.cuda.is_available():
+    if uses_gpu():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)

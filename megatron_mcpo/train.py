@@ -12,12 +12,13 @@ from pathlib import Path
 
 from megatron_mcpo.config import Config, ConfigError, load
 from megatron_mcpo.domain_rules import missing_files
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.hf_files import tokenizer_problems
 from megatron_mcpo.launch import launch, on_rank, refuse, started_ranks
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.metrics import check_trackers
-from megatron_mcpo.model_config import ModelConfig, engine_problems, layout_problems, quantization_problems, vllm_on_cpu
+from megatron_mcpo.model_config import ModelConfig, engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.plan import arithmetic, empty_terms, slow_arithmetic
 from megatron_mcpo.preemption import hold_signals
 from megatron_mcpo.rewards import allowlist, rules

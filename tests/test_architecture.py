@@ -19,8 +19,8 @@ PACKAGE = "megatron_mcpo"
 
 # Imports go down, or stay on a level without ever closing a circle. A folder speaks for all modules in it.
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("sections", "domain_sections", "domain_rules", "config", "config_io", "layout", "types", "hf_files",
-        "hf_config", "model_config", "run_folder", "checkpoint_files", "preemption", "accuracy"),
+    0: ("environment", "sections", "domain_sections", "domain_rules", "config", "config_io", "layout", "types",
+        "hf_files", "hf_config", "model_config", "run_folder", "checkpoint_files", "preemption", "accuracy"),
     1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan", "comparison",
         "rollout_sample", "html_report"),
     2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "weights.engine_layout",
@@ -174,6 +174,16 @@ def test_fenced_libraries_are_imported_behind_their_fence_only(library: str) -> 
         if library in foreign_imports(path.read_text(encoding="utf-8")) and not allowed:
             wrong.append(str(path.relative_to(ROOT)))
     assert wrong == []
+
+
+def test_one_place_asks_whether_there_is_a_gpu() -> None:
+    """Torch's answer alone is wrong where vLLM is the CPU build: `platform.uses_gpu` is the answer for everybody."""
+    asking = [
+        str(path.relative_to(ROOT))
+        for path in python_files(PACKAGE, "tools", "examples", "tests/gpu")
+        if "cuda.is_available" in path.read_text(encoding="utf-8")
+    ]
+    assert asking == [f"{PACKAGE}/platform.py"]
 
 
 def test_algo_is_pure_torch() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mcpo.config import ConfigError, load
 from megatron_mcpo.data.domains import load_tokenizer
-from megatron_mcpo.model_config import vllm_on_cpu
+from megatron_mcpo.environment import vllm_on_cpu
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

@@ -24,9 +24,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mcpo import parallel, platform
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.layout import Layout
 from megatron_mcpo.mcore.spec import layer_spec
-from megatron_mcpo.model_config import fast_dtype, vllm_on_cpu
+from megatron_mcpo.model_config import fast_dtype
 from megatron_mcpo.sections import ModelSection
 from tools.ranks import run_ranks
 
@@ -144,7 +145,7 @@ LAYOUTS = [Layout(data=2), Layout(pipeline=2), Layout(tensor=2, sequence=True), 
            Layout(data=2, expert=2)]  # fmt: skip
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is nothing to intercept on a GPU")
+@pytest.mark.skipif(platform.uses_gpu(), reason="there is nothing to intercept on a GPU")
 def test_training_and_saving_use_every_interception(tmp_path: Path) -> None:
     total: Counter[str] = Counter()
     for i, layout in enumerate(LAYOUTS):
@@ -158,8 +159,8 @@ def test_training_and_saving_use_every_interception(tmp_path: Path) -> None:
 
 
 def test_only_megatron_sees_another_torch() -> None:
-    assert platform.apply() is not torch.cuda.is_available()
-    if torch.cuda.is_available():
+    assert platform.apply() is not platform.uses_gpu()
+    if platform.uses_gpu():
         return
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
@@ -172,7 +173,7 @@ def test_only_megatron_sees_another_torch() -> None:
 def test_changes_of_the_real_cuda_module_do_not_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel import random
 
-    if torch.cuda.is_available():
+    if platform.uses_gpu():
         pytest.skip("there is nothing to intercept on a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 / 0)
     assert random.torch.cuda.current_device() == torch.device("cpu")
@@ -182,13 +183,16 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_nothing_is_touched_where_cuda_is_available() -> None:
+def test_nothing_is_touched_on_a_gpu() -> None:
     code = """
 import sys, torch
 torch.cuda.is_available = lambda: True
+from megatron_mcpo import environment
+environment.vllm_on_cpu = lambda: False
 before = dict(vars(torch)), torch.Tensor.cuda, torch.Tensor.type, list(sys.meta_path)
 from megatron_mcpo import platform
-assert platform.apply() is False and platform.interceptions() == {} and platform.backend() == "nccl"
+assert platform.uses_gpu() and platform.apply() is False
+assert platform.interceptions() == {} and platform.backend() == "nccl"
 after = dict(vars(torch)), torch.Tensor.cuda, torch.Tensor.type, list(sys.meta_path)
 assert before[1:] == after[1:]
 assert all(after[0][name] is value for name, value in before[0].items())
@@ -215,3 +219,10 @@ def test_auto_is_the_dtype_that_this_machine_is_fast_in() -> None:
     assert fast_dtype() == ("bf16" if has_avx512 or not vllm_on_cpu() else "fp32")
     section = ModelSection.model_validate({"path": "model", "dtype": "auto"})
     assert section.dtype == fast_dtype() and ModelSection(path="model").dtype == "bf16"
+
+
+def test_auto_heeds_what_torch_is_held_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    done = _python("import torch; print(torch.backends.cpu.get_cpu_capability())")
+    assert done.stdout == "AVX2\n", done.stderr
+    assert fast_dtype() == ("fp32" if vllm_on_cpu() else "bf16")

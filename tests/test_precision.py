@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.mcore import precision
 from megatron_mcpo.mcore.precision import check_fp8, transformer_engine_problem
 from megatron_mcpo.sections import Fp8
 
@@ -28,7 +29,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "uses_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 import vllm_cases as cases
 
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.model_config import engine_problems, vllm_on_cpu
+from megatron_mcpo.model_config import engine_problems
 
 SIZES: dict[str, Any] = dict(
     vocab_size=512,

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
+from megatron_mcpo.platform import uses_gpu, why_no_gpu  # noqa: E402
 from tools.gpu_outcome import Outcome, Row  # noqa: E402
 
 SECONDS = 20 * 60
@@ -38,7 +39,7 @@ ENGINE, PROGRAM = ("vllm",), ("vllm", "reasoning_gym", "rich", "matplotlib", "te
 def environment() -> Outcome:
     """Device, driver, and the version of everything that computes on it."""
     figures: dict[str, float | str] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    if torch.cuda.is_available():
+    if uses_gpu():
         properties = torch.cuda.get_device_properties(0)
         figures |= {
             "device": properties.name,
@@ -185,8 +186,8 @@ def main(arguments: Sequence[str]) -> int:
         for row in ROWS.values():
             print(f"{row.name:20} {row.seconds:4} s  {', '.join(row.needs)}")
         return 0
-    if not torch.cuda.is_available():
-        print("gpu_check: torch finds no CUDA device here; run it on a machine that has one", file=sys.stderr)
+    if not uses_gpu():
+        print(f"gpu_check: {why_no_gpu()}", file=sys.stderr)
         return 2
     if options.here:
         print(ROWS[options.rows[0]].run().to_json())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.memory import trim
-from megatron_mcpo.platform import device
+from megatron_mcpo.platform import device, uses_gpu
 
 _ALIGNMENT = 64
 
@@ -112,7 +112,7 @@ def state_tensors(optimizer: Any) -> list[Tensor]:
 def _host_block(num_bytes: int) -> Tensor:
     """So many bytes, pinned where there is a GPU. Torch's own pinned memory is rounded up to a power of two."""
     block = torch.empty(num_bytes, dtype=torch.uint8)
-    if torch.cuda.is_available() and num_bytes:
+    if uses_gpu() and num_bytes:
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(int(runtime.cudaHostRegister(block.data_ptr(), num_bytes, 0)))
         weakref.finalize(block, runtime.cudaHostUnregister, block.data_ptr())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.platform import uses_gpu
 from megatron_mcpo.sections import Fp8
 
 TOKEN_MULTIPLE = 128
@@ -61,7 +62,7 @@ def check_fp8(fp8: Fp8) -> None:
     """Raises ConfigError where FP8 can't be computed: there Megatron-Core (0.19.2) would train in bf16, silently."""
     if fp8 == "off":
         return
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         missing = "a GPU, and there is none"
     elif torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability()

@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_mcpo.config import Config
-from megatron_mcpo.model_config import ModelConfig, vllm_on_cpu
+from megatron_mcpo.environment import vllm_on_cpu
+from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.rollout.vllm_options import DTYPES, LOGPROBS_MODE
 
 TIMEOUT_SECONDS = 60.0

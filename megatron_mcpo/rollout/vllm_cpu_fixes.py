@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_mcpo.platform import uses_gpu
+
 LAST_AFFECTED = (0, 33)
 """Newest (major, minor) of vLLM whose reload is known to leave stale weights on a CPU."""
 
@@ -55,7 +57,7 @@ def isolated(*, compile_kernels: bool) -> Iterator[None]:
     ours = _patched_values()
     environment = dict(os.environ)
     num_threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda_state = torch.cuda.get_rng_state() if uses_gpu() else None
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     if _vllm_values:
         _set_patched_values(_vllm_values)

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from megatron_mcpo.config import ConfigError
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.platform import uses_gpu
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout import vllm_probe
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked
@@ -71,7 +73,7 @@ class VllmEngine:
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
         self._shapes = hf_shapes(from_folder(model_path, with_weights=False))
         self._max_model_len = max_model_len
-        self._on_cpu = not torch.cuda.is_available()
+        self._on_cpu = not uses_gpu()
         self._broken: str | None = None
         self._awake = True
         self._cache_released = False
@@ -239,11 +241,18 @@ class VllmEngine:
 
 
 def check_hardware(quantization: Literal["none", "fp8_per_block"]) -> None:
-    """Raises ConfigError where this machine can't run such an engine."""
+    """Check that this machine can run such an engine of the installed vLLM. Raises ConfigError where it can't."""
+    if not uses_gpu() and not vllm_on_cpu():
+        raise ConfigError(
+            [
+                "engine: torch finds no GPU here, and vLLM's CPU build (vllm-cpu) is not installed; start on a machine "
+                "with a GPU, or use the CPU environment (make env)"
+            ]
+        )
     if quantization == "none":
         return
     fix = "; use another machine, or set it to 'none'"
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         if not torch.cpu._is_avx512_bf16_supported():
             raise ConfigError([f"engine.quantization = {quantization!r}: this CPU lacks AVX512-BF16{fix}"])
     elif torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
@@ -275,14 +284,14 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
 
         import megatron_mcpo.rollout.vllm_transfer  # noqa: F401 - tells vLLM of our transport
     with ExitStack() as stack:
-        if not torch.cuda.is_available():
+        if not uses_gpu():
             stack.enter_context(fixes.cpu_start(job_tag))
             if "quantization" in options:
                 stack.enter_context(fixes.cpu_fp8())
         return LLM(
             **options,
             distributed_executor_backend="external_launcher" if distributed else "uni",
-            enable_sleep_mode=torch.cuda.is_available(),
+            enable_sleep_mode=uses_gpu(),
         )
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
+
+from megatron_mcpo.platform import uses_gpu, why_no_gpu
 
 HERE = Path(__file__).parent
 
@@ -13,5 +14,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE not in item.path.parents:
             continue
         item.add_marker("gpu")
-        if not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device; tools/gpu_check.sh runs these rows"))
+        if not uses_gpu():
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))

