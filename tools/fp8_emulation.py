@@ -23,13 +23,16 @@ def emulate(chunks: Sequence[nn.Module], recipe: Recipe) -> int:
 
     One rank of a model made of plain torch modules; there is no way back.
     """
+    found = linears(chunks)
+    for module in found:
+        module._forward_impl = _Forward(recipe)
+    return len(found)
+
+
+def linears(chunks: Sequence[nn.Module]) -> list[Any]:
+    """Return the linear modules of all layers but the first and the last, in order."""
     layers = [layer for chunk in chunks for layer in unwrap(chunk).decoder.layers]
-    linears: list[Any] = [
-        module for layer in layers[1:-1] for module in layer.modules() if type(module).__name__ in _LINEARS
-    ]
-    for linear in linears:
-        linear._forward_impl = _Forward(recipe)
-    return len(linears)
+    return [module for layer in layers[1:-1] for module in layer.modules() if type(module).__name__ in _LINEARS]
 
 
 def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
