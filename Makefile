@@ -1,10 +1,11 @@
 # make train          the quick start; CONFIG=other.toml and ARGS="--run.steps 5" as you like
-# make test           what CI runs
+# make test           what CI runs; WORKERS=4 for another number of processes than two
 # make env | model    only the environment | only the embedded model
 # make lock           resolve the requirements again
 # make clean          everything made here, except runs/
 CONFIG ?= examples/quickstart/config.toml
 ARGS ?=
+WORKERS ?= 2
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
@@ -21,7 +22,7 @@ test: model
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 env:
 	@tools/make_env.sh
