@@ -173,16 +173,19 @@ def models_for(layout: Layout) -> list[str]:
     return ["thirds" if 3 in (layout.tensor, layout.pipeline) else "halves"]
 
 
-def make_cases(folder: Path, model: str) -> list[Case]:
-    """Every variant with the models of one key of MODELS; their files are put into `folder`."""
+def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:
+    """Every variant with the models of one key of MODELS; their files are put into `folder`.
+
+    sure: no experts, positives or tokens to clip are chosen by figures that rounding to bf16 could turn around
+    """
     kinds, shape = MODELS[model]
     cases = []
     for kind in kinds:
-        reference_model = tiny_model.save_model(folder / kind, kind, **shape)
+        reference_model = tiny_model.save_model(folder / kind, kind, sure=sure, **shape)
         for variant in VARIANTS:
             groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3, shortest_prompt=variant.shortest_prompt)
             groups = tiny_model.uneven(groups) if variant.uneven else groups
-            config = make_config(folder / kind, variant.sections)
+            config = make_config(folder / kind, _without_choices(variant.sections) if sure else variant.sections)
             cases.append(
                 Case(
                     name=f"{kind}, {variant.name}",
@@ -193,6 +196,12 @@ def make_cases(folder: Path, model: str) -> list[Case]:
                 )
             )
     return cases
+
+
+def _without_choices(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same without bounds on the ratio, and with every candidate as a positive."""
+    unclipped = {**sections.get("algorithm", {}), "clip_low": 1.0, "clip_high": 1e6}
+    return {**sections, "algorithm": unclipped, "contrastive": {**sections.get("contrastive", {}), "transfer": "all"}}
 
 
 def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:

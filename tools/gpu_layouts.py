@@ -55,8 +55,13 @@ def experts() -> Outcome:
 
 
 def _cases(folder: Path, model: str) -> list[Case]:
-    """Untied ones: the tied model's heads of 18 are no multiple of 8."""
-    return [case.in_bf16() for case in check_layouts.make_cases(folder, model) if not case.name.startswith("tied")]
+    """Untied ones: the tied model's heads of 18 are no multiple of 8. Nothing in them is chosen by a hair's breadth.
+
+    A token that float64 sends to another expert than bf16 does, or that one of them clips, changes gradients by more
+    than any bound for rounding could allow.
+    """
+    cases = check_layouts.make_cases(folder, model, sure=True)
+    return [case.in_bf16() for case in cases if not case.name.startswith("tied")]
 
 
 def _on_two_ranks(model: str, layouts: Sequence[str]) -> Outcome:

@@ -1,5 +1,6 @@
 """Small real things to check the trainer with: Hugging Face folders of random models, configurations, rollouts."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 VOCAB = 97  # divides over no number of ranks: the padding must not take part
 HIDDEN = 72  # divides over 4 heads and over 9
 MAX_PROMPT, MAX_RESPONSE = 19, 8
+EXPERTS = 4
 
 
 Kind = Literal["tied", "untied", "experts"]
@@ -31,9 +33,16 @@ Kind = Literal["tied", "untied", "experts"]
 
 
 def save_model(
-    folder: Path, kind: Kind, *, num_layers: int = 4, num_heads: int = 4, num_kv_heads: int = 2, seed: int = 0
+    folder: Path,
+    kind: Kind,
+    *,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    seed: int = 0,
+    sure: bool = False,
 ) -> PreTrainedModel:
-    """A random model in fp32."""
+    """A random model in fp32; sure: no token is so undecided between experts that rounding to bf16 chooses for it."""
     shape: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -51,6 +60,8 @@ def save_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(3.0)
+    if sure and kind == "experts":
+        _make_sure(model)
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     return model
@@ -62,11 +73,29 @@ def _model(kind: Kind, shape: dict[str, Any]) -> PreTrainedModel:
     if kind == "untied":
         return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **shape))
     experts: dict[str, Any] = dict(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True, head_dim=16
+        num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True, head_dim=16
     )
     config = Qwen3MoeConfig(**experts, **shape)
     config._experts_implementation = "eager"  # the others have no kernel for float64
     return Qwen3MoeForCausalLM(config)
+
+
+@torch.no_grad()
+def _make_sure(model: Any) -> None:
+    """Let the embedding alone say which experts a token gets, in a channel for each of them, in steps of 0.3.
+
+    No layer writes into these channels, so that a token prefers the experts in the same order in all layers. The norm
+    divides the steps by about 1 or less, the router doubles them: from one expert to the next it is 0.5 and more, a
+    hundred times what bf16 rounds off.
+    """
+    orders = torch.tensor(list(itertools.permutations(range(EXPERTS))))
+    model.model.embed_tokens.weight[:, :EXPERTS] = 0.3 * orders[torch.arange(VOCAB) % len(orders)]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:EXPERTS] = 0.0
+        layer.mlp.experts.down_proj[:, :EXPERTS] = 0.0
+        layer.post_attention_layernorm.weight[:EXPERTS] = 1.0
+        layer.mlp.gate.weight.mul_(0.1)
+        layer.mlp.gate.weight[:, :EXPERTS] = 2.0 * torch.eye(EXPERTS)
 
 
 def as_saved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
