@@ -61,7 +61,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A tool as users start it. A process of its own: one that has been a rank can't fork others afterwards."""
     command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=540)
 
 
 def save_folder(source: Path, folder: Path, found: dict[str, Tensor]) -> Path:

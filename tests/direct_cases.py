@@ -39,7 +39,7 @@ def sampled(engine: VllmEngine) -> list[Any]:
 
 def pushes_into_an_engine(folder: Path, layout: Layout, engine_ranks: int) -> tuple[str, str | None]:
     """Direct makes of an engine what gather and a fresh start make of it; what an engine that packs is chosen for."""
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(folder)
     chunks = build_chunks(model, groups, dtype=torch.float32, head=None)
     load_hf(chunks, model, folder, groups)

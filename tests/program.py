@@ -69,12 +69,12 @@ def command(config: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "megatron_mcpo.train", str(config), *overrides]
 
 
-def train(config: Path, *overrides: str, timeout: float = 400) -> Finished:
+def train(config: Path, *overrides: str, timeout: float = 540) -> Finished:
     return subprocess.run(command(config, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def train_forked(
-    config: Path, *overrides: str, ranks: int = 1, prepare: Callable[[], None] | None = None, timeout: float = 400
+    config: Path, *overrides: str, ranks: int = 1, prepare: Callable[[], None] | None = None, timeout: float = 540
 ) -> Finished:
     """`prepare` is called first on every rank. The exit code is the highest of the ranks'."""
     return forked("megatron_mcpo.train", config, *overrides, ranks=ranks, prepare=prepare, timeout=timeout)
@@ -86,7 +86,7 @@ def forked(
     *arguments: str,
     ranks: int = 1,
     prepare: Callable[[], None] | None = None,
-    timeout: float = 400,
+    timeout: float = 540,
 ) -> Finished:
     """Any program that torchrun may start, as `train_forked`."""
     given = [str(config), *arguments]

@@ -126,7 +126,7 @@ def _objective(logits: Tensor, sequences: list[Tensor], groups: parallel.Groups)
 
 def _run(layout: Layout) -> tuple[float, dict[str, Tensor]]:
     """Value and gradients of the packed objective, summed over the context ranks. Tensor-sharded ones of this rank."""
-    groups = parallel.init(layout, seed=5, timeout_seconds=30)
+    groups = parallel.init(layout, seed=5, timeout_seconds=240)
     model, sequences = _model(layout), _sequences()
     value = _objective(_logits(model, sequences, groups, packed=True), sequences, groups)
     value.backward()
@@ -144,7 +144,7 @@ def _run(layout: Layout) -> tuple[float, dict[str, Tensor]]:
 
 
 def _packed_alone_and_batched() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    groups = parallel.init(Layout(), seed=5, timeout_seconds=30)
+    groups = parallel.init(Layout(), seed=5, timeout_seconds=240)
     model, results = _model(Layout()), {}
     sequences = _sequences()
     equal = [sequences[0], sequences[3]]
@@ -195,7 +195,7 @@ def test_tensor_and_context_parallel_together_with_sequence_parallelism() -> Non
 
 def test_what_it_does_not_implement_is_refused() -> None:
     def build() -> str:
-        parallel.init(Layout(), seed=5, timeout_seconds=30)
+        parallel.init(Layout(), seed=5, timeout_seconds=240)
         config = replace(_model(Layout()).config, attention_dropout=0.1)
         with pytest.raises(ValueError, match=r"attention_dropout = 0\.1"):
             layer = layer_spec(config, None).layer_specs[0]

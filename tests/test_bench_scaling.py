@@ -16,7 +16,7 @@ from tools.received import Received
 
 
 def measured(folder: Path, layout: Layout) -> dict[str, Any]:
-    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
+    ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     return bench_scaling.received(folder, bench_scaling.sampled(32, 3), ranks)
 
 
@@ -26,7 +26,7 @@ def pretended(folder: Path, layout: Layout) -> dict[str, Any]:
 
 
 def exchanged(num_engines: int) -> float:
-    ranks = parallel.init(Layout(data=4), seed=0, timeout_seconds=60)
+    ranks = parallel.init(Layout(data=4), seed=0, timeout_seconds=240)
     share = list(enumerate(bench_scaling.sampled(32, 3)))[ranks.rank :: num_engines] if ranks.rank < num_engines else []
     with Received(ranks) as received:
         parallel.gather_objects(share, ranks)

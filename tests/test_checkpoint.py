@@ -43,7 +43,7 @@ CHANGES = [
 
 
 def build(config: Config, layout: Layout) -> Policy:
-    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
+    ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     return Policy(config, from_folder(Path(config.model.path)), ranks)
 
 

@@ -35,7 +35,7 @@ from tools import tiny_model
 from tools.ranks import run_ranks
 
 LAYOUTS = [Layout(data=2), Layout(tensor=2, sequence=True)]
-ENOUGH = 30.0
+ENOUGH = 240.0
 
 
 @pytest.fixture(scope="module")

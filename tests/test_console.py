@@ -178,7 +178,7 @@ def run_on_terminal(folder: Path, mode: str) -> str:
         if not part:
             break
         content += part
-    process.wait(timeout=180)
+    process.wait(timeout=400)
     os.close(parent)
     return content.decode()
 

@@ -83,7 +83,7 @@ def sharded(chunks: list[nn.Module]) -> dict[str, Any]:
 
 def load_with_megatron(source: Path, megatron: Path, layout: Layout) -> list[str]:
     """Names of exported tensors that are not those of `source`, after Megatron-Core itself loaded the folder."""
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(source)
     chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=None)
     for chunk in chunks:
@@ -113,7 +113,7 @@ def test_megatron_loads_what_was_converted(tmp_path: Path, family: str, written:
 
 def start_from(folder: Path, layout: Layout) -> dict[str, Tensor]:
     """What ranks hold that begin with a folder."""
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(folder)
     chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=None)
     load_hf(chunks, model, folder, groups)
@@ -129,7 +129,7 @@ def test_a_run_can_start_from_a_converted_folder(source: Path, tmp_path: Path, l
 
 def save_with_megatron(source: Path, folder: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All tensors and the head's (where this rank has one) of a model of other weights, saved by real ranks."""
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(source)
     spec = HeadSpec(dim=16, kind="mlp")
     chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=spec)
@@ -167,7 +167,7 @@ def test_what_ranks_have_saved_is_exported_with_its_head(tmp_path: Path, family:
 
 def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Tensor]:
     """The weights after an update, saved with optimizer, schedule and all."""
-    groups = parallel.init(layout, seed=0, timeout_seconds=60)
+    groups = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(config, from_folder(Path(config.model.path)), groups)
     batch = make_batch(
         tiny_model.rollout_groups(num_prompts=4, num_samples=3, seed=0),
@@ -261,7 +261,7 @@ def test_wrong_logits_are_found(source: Path, tmp_path: Path) -> None:
 
     def error(folder: Path) -> float:
         command = [sys.executable, "-c", LOGITS, megatron, source, folder]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=540)
         return float(found.stdout)
 
     assert error(source) <= TOLERANCE

@@ -133,7 +133,7 @@ def test_configuration_and_tokenizer_are_whole_after_a_kill_in_the_middle_of_one
         assets, given = given, tmp_path / "megatron"
         hf_to_megatron(assets, given, sizes(), verify_forward=False, say=quiet)
     command = [sys.executable, "-c", KILLED_AT, str(given), str(final), kind, function, str(limit)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=540)
     assert killed.returncode == -signal.SIGXFSZ, killed.stderr
     [cut] = [path.name for path in (tmp_path / ".out.partial").iterdir() if path.stat().st_size == limit]
     assert dies_in in cut

@@ -189,7 +189,7 @@ import sys
 import megatron_mcpo.data.domains, megatron_mcpo.data.stream, megatron_mcpo.rewards.scorer
 print("reasoning_gym" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
     assert done.stdout.strip() == "False"
 
 

@@ -57,8 +57,11 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 
 
 def test_it_learns_and_leaves_what_it_promises(config: Path, tmp_path: Path) -> None:
-    """Digits at random are right one time in ten; most greatest common divisors are 1, and so are most counts."""
-    sizes = ("--run.steps", "20", "--batch.prompts", "16", "--batch.samples", "8")
+    """Digits at random are right one time in ten; most greatest common divisors are 1, and so are most counts.
+
+    At a learning rate of 1e-3 the reward of all of eight seeds grew by 1.7 and more; at 2e-3 two of five lost it all.
+    """
+    sizes = ("--run.steps", "20", "--batch.prompts", "16", "--batch.samples", "8", "--optimizer.lr", "1e-3")
     finished = train(config, *sizes, "--model.recompute", "selective")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "Warning" not in finished.stderr, "what third parties warn of, and nobody can do anything about"
@@ -98,7 +101,7 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(
 ) -> None:
     process = psutil.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not log.exists() or len(log.read_text().splitlines()) < 3:
         assert time.monotonic() < deadline and process.poll() is None, "no third step"
         time.sleep(0.02)

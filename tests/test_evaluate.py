@@ -23,6 +23,8 @@ from megatron_mcpo.evaluation import answer, item_of, voting_kind
 from megatron_mcpo.types import StopReason
 from megatron_mcpo.weights.convert import megatron_to_hf
 
+SLOWER = ("--optimizer.lr", "1e-3")
+"""A run that learns faster may lose all it knew, on one processor or another."""
 PROGRAM = "megatron_mcpo.evaluate"
 SAMPLED = ("--evaluation.samples", "4", "--evaluation.temperature", "1")
 
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a finished run that was evaluated, and kept, after 0, 3 and 6 steps (0: evaluated alone)."""
     config = write_config(model, tmp_path_factory.mktemp("run"))
-    every = ("--evaluation.every", "3", "--run.checkpoint_every", "3")
+    every = ("--evaluation.every", "3", "--run.checkpoint_every", "3", *SLOWER)
     finished = train_forked(config, *every, *SAMPLED)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return config
@@ -68,7 +70,10 @@ def test_a_run_logs_figures_of_several_responses(logged: dict[int, dict[str, Any
     for row in logged.values():
         for name in ("divisors", "letters", "mean"):
             assert row[name] <= row[f"pass_at_2/{name}"] <= row[f"pass_at_4/{name}"]
-            assert row[f"accuracy_low/{name}"] < row[name] < row[f"accuracy_high/{name}"]
+            assert row[f"accuracy_low/{name}"] <= row[name] <= row[f"accuracy_high/{name}"]
+            # Where some items were answered right and others never, they differ, and bounds are no point.
+            differ = name != "mean" and 0 < row[f"pass_at_4/{name}"] < 1
+            assert not differ or row[f"accuracy_low/{name}"] < row[f"accuracy_high/{name}"]
             assert 0 <= row[f"maj_at_4/{name}"] <= row[f"pass_at_4/{name}"]
         assert (row["items/divisors"], row["items/letters"]) == (8, 8)
 
@@ -79,7 +84,7 @@ def test_a_checkpoint_has_the_figures_of_its_step_as_a_user_starts_it(
     out, baseline = tmp_path / "figures.json", config.parent / "runs" / "tiny" / "eval.jsonl"
     given = ["--checkpoint", checkpoint(config, 3), "--baseline", baseline, "--out", out, "--json", *SAMPLED]
     command = [sys.executable, "-m", PROGRAM, config, *given]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
     found, others = evaluated(finished)
     assert found == logged[3]
     assert json.loads(out.read_text()) == found | others

@@ -34,7 +34,7 @@ from tools import reference, tiny_model
 from tools.ranks import run_ranks
 
 HIDDEN = 5
-SECONDS = 60
+SECONDS = 180
 """After which ranks count as hung."""
 RIGHT, WRONG = True, False
 

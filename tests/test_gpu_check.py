@@ -34,7 +34,7 @@ def test_a_band_has_two_ends_and_no_room_for_nan() -> None:
 
 @pytest.mark.parametrize("row", [gpu_numbers.logprobs, gpu_layouts.gradients, gpu_numbers.recompute])
 def test_numbers_stay_in_their_bands_in_bf16(row: Callable[[], Outcome]) -> None:
-    (outcome,) = run_ranks(1, row, timeout=200)
+    (outcome,) = run_ranks(1, row, timeout=540)
     assert outcome.bands and outcome.failures == []
 
 
@@ -53,12 +53,12 @@ def test_a_wrong_gradient_leaves_the_band(monkeypatch: pytest.MonkeyPatch) -> No
 
     learned = iter([honest, half, half])
     monkeypatch.setattr(gpu_numbers, "signed_loss", lambda batch: next(learned)(batch))
-    (outcome,) = run_ranks(1, gpu_numbers.recompute, timeout=200)
+    (outcome,) = run_ranks(1, gpu_numbers.recompute, timeout=540)
     assert len(outcome.failures) == 2
 
 
 def test_a_checkpoint_comes_back() -> None:
-    (outcome,) = run_ranks(1, gpu_engine.checkpoint, timeout=200)
+    (outcome,) = run_ranks(1, gpu_engine.checkpoint, timeout=540)
     assert outcome.failures == []
 
 

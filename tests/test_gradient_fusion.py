@@ -35,7 +35,7 @@ def gradients(folder: Path, *, fused: bool) -> dict[str, Tensor]:
     if fused:
         gradient_fusion.put_in()
     config = tiny_model.config(folder, contrastive={"share_weight": 0.0, "consolidate_weight": 0.0})
-    policy = Policy(config, from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=60))
+    policy = Policy(config, from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=240))
     groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3)
     batch = make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=policy.shares_prompts)
 
@@ -63,7 +63,7 @@ def test_megatron_refuses_without_the_extension(folder: Path) -> None:
 
     def build() -> None:
         mcore_model.fuses_gradients = lambda dtype: True
-        Policy(tiny_model.config(folder), from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=60))
+        Policy(tiny_model.config(folder), from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=240))
 
     with pytest.raises(RuntimeError, match=f"gradient_accumulation_fusion.*(\n.*)*{gradient_fusion.EXTENSION}"):
         run_ranks(1, build)

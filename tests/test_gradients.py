@@ -183,7 +183,7 @@ def trunk_gradient(model: PreTrainedModel, groups: list[RolloutGroup], config: C
 
 
 def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict[str, float]:
-    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
+    ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(config, from_folder(Path(config.model.path)), ranks)
     objective = Objective(config, policy, ranks)
     scored = score(policy, config, groups, share_prompts=True)

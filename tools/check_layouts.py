@@ -273,7 +273,7 @@ def errors_on_this_rank(
     layout: Layout, cases: Sequence[Case], objective_type: type[Objective]
 ) -> list[dict[str, float]]:
     """Of each case the relative error of every parameter that this rank knows of."""
-    ranks = parallel.init(layout, seed=0, timeout_seconds=60)
+    ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     errors = []
     for case in cases:
         found = found_gradients(case, ranks, objective_type)
@@ -292,7 +292,7 @@ def check(
 ) -> dict[tuple[str, str], float]:
     """The error of every parameter in every case, the worst of all ranks: (case, parameter) to error."""
     cases = cases_for(layout, cases)
-    reports = run_ranks(layout.world_size, errors_on_this_rank, layout, cases, objective_type, timeout=240)
+    reports = run_ranks(layout.world_size, errors_on_this_rank, layout, cases, objective_type, timeout=540)
     worst: dict[tuple[str, str], float] = {}
     for report in reports:
         for case, errors in zip(cases, report, strict=True):

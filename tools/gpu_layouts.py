@@ -31,7 +31,7 @@ from tools.gpu_outcome import Band, Outcome  # noqa: E402
 LAYOUTS_TRIED = ("tp2_sp", "pp2", "vpp2", "cp2", "dp2")
 _BANDS = {"least cosine": (0.97, 1.0), "least ratio of norms": (0.9, 1.1), "largest ratio of norms": (0.9, 1.1)}
 _RANKS = 2
-_TIMEOUT_SECONDS = 60
+_TIMEOUT_SECONDS = 240
 
 Nearness = dict[str, float]
 """Of the gradients of all parameters in several cases: the least cosine, the least and the largest ratio of norms."""

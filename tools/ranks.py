@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from megatron_mcpo import parallel
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 12.0
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 540) -> list[Any]:
     """`function(*args)` on `num_ranks` ranks with torchrun's environment; their results in order of rank.
 
     Results are pickled, the function and its arguments are not (ranks are forks). This process must never have had a
