@@ -103,3 +103,17 @@ def test_a_gpu_environment_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(vllm_engine, "vllm_on_cpu", lambda: False)
     with pytest.raises(ConfigError, match=r"torch finds no GPU here, and vLLM's CPU build .* is not installed"):
         vllm_engine.check_hardware("none")
+
+
+@pytest.mark.skipif(not vllm_on_cpu(), reason="this is a GPU environment")
+def test_fp8_on_a_cpu_without_its_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On these vLLM's FP8 products abort the process, after the model was built."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    vllm_engine.check_hardware("fp8_per_block")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core")
+    with pytest.raises(ConfigError, match="ONEDNN_MAX_CPU_ISA = avx512_core keeps AVX512-BF16 from being used"):
+        vllm_engine.check_hardware("fp8_per_block")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"engine\.quantization = 'fp8_per_block': this CPU lacks AVX512-BF16"):
+        vllm_engine.check_hardware("fp8_per_block")

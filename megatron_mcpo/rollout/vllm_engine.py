@@ -28,6 +28,8 @@ STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
 _PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 _LEAST_CAPABILITY = (8, 9)
 """Of a GPU that multiplies in FP8 (Ada). On older ones vLLM only stores in FP8, packed otherwise."""
+_LESSER_ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of ONEDNN_MAX_CPU_ISA below AVX512-BF16: with them vLLM's FP8 products (0.30.0) abort the process."""
 
 
 class VllmEngine:
@@ -253,13 +255,23 @@ def check_hardware(quantization: Literal["none", "fp8_per_block"]) -> None:
         return
     fix = "; use another machine, or set it to 'none'"
     if not uses_gpu():
-        if not torch.cpu._is_avx512_bf16_supported():
-            raise ConfigError([f"engine.quantization = {quantization!r}: this CPU lacks AVX512-BF16{fix}"])
+        if problem := cpu_fp8_problem():
+            raise ConfigError([f"engine.quantization = {quantization!r}: {problem}{fix}"])
     elif torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability()
         raise ConfigError(
             [f"engine.quantization = {quantization!r}: needs compute capability 8.9, the GPU has {major}.{minor}{fix}"]
         )
+
+
+def cpu_fp8_problem() -> str | None:
+    """Return what keeps vLLM's FP8 products from running on this CPU; None where nothing does."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU lacks AVX512-BF16"
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    if held.upper() in _LESSER_ISA:
+        return f"ONEDNN_MAX_CPU_ISA = {held} keeps AVX512-BF16 from being used"
+    return None
 
 
 def _check_arguments(*, tensor_parallel: int, distributed: bool, job_tag: str) -> None:
