@@ -3,6 +3,7 @@
 Not covered: ties that only differ by rounding of the similarities (every rank rounds alike, being handed the same z).
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -25,9 +26,13 @@ def keys_of(domains: list[int], correct: list[int], prompts: list[int] | None = 
 
 
 def angles(*degrees: float) -> Tensor:
-    """Unit vectors in the plane: similarity is the cosine of the angle between them."""
-    radians = torch.tensor(degrees, dtype=torch.float64).deg2rad()
-    return torch.stack([radians.cos(), radians.sin()], dim=1)
+    """Unit vectors in the plane: similarity is the cosine of the angle between them.
+
+    Equal angles have equal vectors to the last bit: each number is computed by itself. torch's cosine of several
+    numbers may be another function at the end of a tensor than in its middle, and a tie would be none.
+    """
+    radians = [math.radians(angle) for angle in degrees]
+    return torch.tensor([[math.cos(angle), math.sin(angle)] for angle in radians], dtype=torch.float64)
 
 
 def pairs_of(z: Tensor, keys: Keys, **options: Any) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
@@ -53,8 +58,10 @@ def test_each_other_domain_lends_its_most_similar_correct_rollouts() -> None:
 
 def test_threshold_and_all_take_from_the_whole_pool_of_other_domains() -> None:
     z = angles(0.0, 10.0, 30.0, 80.0, 60.0, 5.0)
+    z[4] = torch.tensor([0.5, math.sqrt(0.75)])  # cos 60 to the last bit, which no library's cosine promises
     keys = keys_of([0, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 1])
     assert pairs_of(z, keys, transfer="threshold", threshold=0.5)[0][0] == [1, 2, 4], "cos 60 is just enough"
+    assert pairs_of(z, keys, transfer="threshold", threshold=math.nextafter(0.5, 1.0))[0][0] == [1, 2]
     assert pairs_of(z, keys, transfer="all")[0][0] == [1, 2, 3, 4]
 
 
