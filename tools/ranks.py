@@ -19,6 +19,8 @@ import torch.distributed as dist
 from megatron_mcpo import parallel
 
 GRACE_SECONDS = 12.0
+STACK_SECONDS = 10.0
+"""For a rank that hung to write its stack, on a crowded machine."""
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 540) -> list[Any]:
@@ -34,7 +36,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     with tempfile.TemporaryDirectory(prefix="ranks-") as name, socket.create_server(("127.0.0.1", 0)) as server:
         folder = Path(name)
         pids = [_fork(rank, num_ranks, server, folder, function, args) for rank in range(num_ranks)]
-        _wait(pids, timeout)
+        _wait(pids, timeout, folder)
         reports = [_report(folder, rank) for rank in range(num_ranks)]
     if any(failed for failed, _ in reports):
         problems = [f"rank {rank}: {value}" for rank, (failed, value) in enumerate(reports) if failed]
@@ -85,7 +87,7 @@ def _save(path: Path, value: Any) -> None:
     path.write_bytes(pickle.dumps(value))
 
 
-def _wait(pids: list[int], timeout: float) -> None:
+def _wait(pids: list[int], timeout: float, folder: Path) -> None:
     """Until every rank has ended, by itself or killed at the deadline; a failed rank moves the deadline closer."""
     deadline, running = time.monotonic() + timeout, set(pids)
     while running and time.monotonic() < deadline:
@@ -95,10 +97,14 @@ def _wait(pids: list[int], timeout: float) -> None:
             if ended and status:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(0.01)
+    stacks = [folder / f"{pids.index(pid)}.stack" for pid in running]
     for pid in running:
         os.kill(pid, signal.SIGUSR2)
+    deadline = time.monotonic() + STACK_SECONDS
+    while not all(stack.exists() and stack.stat().st_size for stack in stacks) and time.monotonic() < deadline:
+        time.sleep(0.05)
     if running:
-        time.sleep(0.3)  # for the stacks to be written
+        time.sleep(0.3)  # for the last lines of the stacks
     for pid in running:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
