@@ -104,7 +104,7 @@ def test_a_rank_that_waits_in_vain_fails_at_the_timeout(tmp_path: Path) -> None:
     gave_up = tmp_path / "gave up"
 
     def wait() -> bool:
-        groups = parallel.init(Layout(data=2), seed=1, timeout_seconds=2)
+        groups = parallel.init(Layout(data=2), seed=1, timeout_seconds=5)
         if groups.rank == 0:
             with pytest.raises(RuntimeError):
                 dist.barrier(group=groups.data)
