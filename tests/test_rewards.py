@@ -148,7 +148,7 @@ def test_a_failure_costs_the_whole_group_and_nothing_else(misbehaving: Scorer, d
     assert broken.timed_out is ("no answer within" in message)
     assert str(broken.error).isprintable()
     assert good.rewards == (0.0, 1.0) and good.error is None
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 80
 
 
 def test_odd_but_valid_scores(misbehaving: Scorer) -> None:
@@ -157,11 +157,14 @@ def test_odd_but_valid_scores(misbehaving: Scorer) -> None:
     assert scored.correct == (True, False, True)
 
 
-def test_a_hanging_item_is_tried_once(misbehaving: Scorer) -> None:
-    started = time.monotonic()
-    hanging, good = misbehaving.score([group("sleep", "ignore signals", "loop in C"), group("right", index=1)])
-    assert hanging.error is not None and good.rewards == (1.0,)
-    assert time.monotonic() - started < 2.5 * TIMEOUT
+def test_a_hanging_item_is_tried_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with scorer_of(function("verifiers:record_and_misbehave"), timeout=TIMEOUT) as scorer:
+        hanging, good = scorer.score(
+            [group("sleep", "ignore signals", "loop in C", log=str(log)), group("right", index=1, log=str(log))]
+        )
+    assert hanging.timed_out and good.rewards == (1.0,)
+    assert sorted(log.read_text().splitlines()) == ["q0 sleep", "q1 right"]
 
 
 def test_an_error_of_an_earlier_stage_is_kept(misbehaving: Scorer) -> None:
@@ -179,9 +182,9 @@ def test_the_same_answer_to_the_same_item_is_verified_once(tmp_path: Path) -> No
 
 
 def test_waiting_in_the_queue_does_not_count() -> None:
-    with scorer_of(function("verifiers:slow"), timeout=TIMEOUT) as scorer:
-        [scored] = scorer.score([group("a", "b", "c", seconds=0.5)])
-    assert scored.rewards == (1.0, 1.0, 1.0)
+    with scorer_of(function("verifiers:slow"), timeout=4.0) as scorer:
+        [scored] = scorer.score([group("a", "b", "c", "d", "e", seconds=1.0)])
+    assert scored.rewards == (1.0,) * 5
 
 
 def test_workers_import_nothing_heavy() -> None:
@@ -216,7 +219,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def _gone_soon(pid: int) -> bool:
     """A killed process takes a moment to go, more where others wait for the cores."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not _gone(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return _gone(pid)
