@@ -21,10 +21,12 @@ CHAT_TEMPLATE = (
 SPECIALS = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>"]
 
 
-def save_chat_model(folder: Path, *, experts: bool = False, warm_steps: int = 120) -> None:
+def save_chat_model(folder: Path, *, experts: bool = False, warm_steps: int = 120, spread: float = 0.0) -> None:
     """A model of 100 thousand parameters that reads characters and answers any question with one random digit.
 
     experts: a Qwen3-MoE model; else a Llama model with tied embeddings
+    warm_steps: of training; a trained model is another one on every kind of processor, an untrained one is not
+    spread: of random numbers that are added to all weights, so that an untrained model's logits are apart
     """
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocab = {token: number for number, token in enumerate(SPECIALS + characters)}
@@ -64,4 +66,7 @@ def save_chat_model(folder: Path, *, experts: bool = False, warm_steps: int = 12
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
     model.save_pretrained(folder)
