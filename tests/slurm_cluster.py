@@ -147,7 +147,7 @@ def _daemon(cluster: Cluster, name: str, *arguments: str, program: str | None = 
         )
 
 
-def _wait(cluster: Cluster, what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
+def _wait(cluster: Cluster, what: str, condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what}\n{cluster.logs()}"

@@ -141,7 +141,7 @@ def test_logits_and_exported_tensors_are_those_of_transformers(cases: list[Case]
     """One fork for each layout, all architectures inside that it is for. `order` comes from every rank."""
     cases = [case for case in cases if not layout_problems(from_folder(case.folder), layout, 1)]
     assert len(cases) >= (3 if layout.expert > 1 else 7)
-    reports = run_ranks(layout.world_size, check_layout, layout, cases, timeout=120)
+    reports = run_ranks(layout.world_size, check_layout, layout, cases, timeout=480)
     for number, case in enumerate(cases):
         found = [report[number] for report in reports]
         errors = [report["error"] for report in found if report["error"] is not None]

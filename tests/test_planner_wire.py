@@ -71,7 +71,7 @@ def test_bytes_are_those_of_real_messages(
     # Plain attention keeps the keys and values it has gathered; the planned ring sends them again on the way back.
     expected["context"] *= 4 / 5
     found: Counter[str] = Counter()
-    for rank in run_ranks(world_size, counted, config, world_size, timeout=240):
+    for rank in run_ranks(world_size, counted, config, world_size, timeout=540):
         found.update(rank)
     e = ITEMSIZE[config.model.dtype]
     gathered = [gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline)]

@@ -137,7 +137,7 @@ def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_model.K
     )
     assert norm > 1
     for layout in layouts:
-        for found_norm, found in run_ranks(layout.world_size, updated, layout, config, timeout=120):
+        for found_norm, found in run_ranks(layout.world_size, updated, layout, config, timeout=480):
             assert found_norm == pytest.approx(norm, rel=1e-5), layout
             for name, weight in expected.items():
                 moved = weight - before[name]

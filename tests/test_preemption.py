@@ -82,7 +82,7 @@ def start(arguments: list[str], log: Path) -> psutil.Popen:
 
 
 def wait_until(condition: Callable[[], bool], process: psutil.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, log.read_text()
         time.sleep(0.02)

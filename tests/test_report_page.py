@@ -39,7 +39,7 @@ class Page:
         self.wait(lambda: self.find("#main > section"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
-        return WebDriverWait(self.driver, 20).until(lambda _: condition())
+        return WebDriverWait(self.driver, 80).until(lambda _: condition())
 
     def find(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
@@ -92,7 +92,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    browser.set_page_load_timeout(60)
+    browser.set_page_load_timeout(240)
     browser.set_network_conditions(offline=True, latency=0, throughput=0)
     yield browser
     browser.quit()

@@ -59,13 +59,13 @@ def press_ctrl_c(config: Path, *overrides: str) -> None:
             command(config, *overrides), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     checkpoint = config.parent / "runs" / "tiny" / "checkpoints" / f"step_{EPOCH + 1:06d}"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not checkpoint.exists():
         assert time.monotonic() < deadline and process.poll() is None, (config.parent / "output.txt").read_text()
         time.sleep(0.02)
     family = process.children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    _, alive = psutil.wait_procs([process, *family], timeout=30)
+    _, alive = psutil.wait_procs([process, *family], timeout=120)
     assert not alive, "processes that outlive the run"
 
 

@@ -110,7 +110,7 @@ def test_attacks_are_programs() -> None:
 
 def test_tool_counts_and_fails(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "check_sandbox.py"), "--level", "insecure", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=tmp_path, check=False)
     said = json.loads(done.stdout)
     assert said["level"] == "insecure" and said["attacks"] == len(HARMLESS) > said["contained"]
     assert done.returncode == 1
@@ -330,7 +330,7 @@ def test_programs_end_with_the_process_that_started_them(
     allowed(level)
     code = (
         "import sys\nfrom megatron_mcpo.rewards.code import score\nprint('up', flush=True)\n"
-        f"score({{'tests': [{{'input': '', 'output': '1'}}]}}, 'while True: pass', level={level!r}, seconds=60.0)"
+        f"score({{'tests': [{{'input': '', 'output': '1'}}]}}, 'while True: pass', level={level!r}, seconds=300.0)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     scorer = subprocess.Popen(
@@ -350,13 +350,13 @@ def test_programs_end_with_the_process_that_started_them(
             scorer.send_signal(stop)
         scorer.wait()
         scorer.stdout.close()
-    _, alive = psutil.wait_procs(running, timeout=15)
+    _, alive = psutil.wait_procs(running, timeout=60)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def _burning(pid: int) -> list[psutil.Process]:
     """The descendants of a process, once one of them computes."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         found = psutil.Process(pid).children(recursive=True)
         if any(sum(child.cpu_times()[:2]) > 0.5 for child in found):

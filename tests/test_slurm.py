@@ -46,7 +46,7 @@ def submit(slurm: Cluster, config: Path, *options: str, settings: tuple[str, ...
         env=slurm.environment | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=480,
     )
 
 
@@ -64,7 +64,7 @@ class Job:
     def state(self, key: str) -> str:
         return self.slurm.job(self.number)[key]
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 200) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 500) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"{self.printed()}\n{self.slurm.logs()}"
@@ -78,7 +78,7 @@ class Job:
         return self.output.read_text() if self.output.exists() else ""
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_stopped_requeued_and_bereft_of_a_node_it_ends_with_the_same_figures(
     slurm: Cluster,
     model: Path,  # noqa: F811
@@ -104,15 +104,15 @@ def test_stopped_requeued_and_bereft_of_a_node_it_ends_with_the_same_figures(
     assert figures(job.run) == whole
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, model: Path, tmp_path: Path) -> None:  # noqa: F811
     """Its script dies, of the same SIGTERM that the ranks get."""
     job = Job(slurm, write_config(model, tmp_path))
     job.wait(lambda: job.num_steps() >= 1)
     slurm.run("scancel", job.number)
-    job.wait(lambda: (job.run / "REQUEUE").exists(), seconds=60)
+    job.wait(lambda: (job.run / "REQUEUE").exists(), seconds=200)
     assert len(step_files(job.run / "checkpoints")) > 0
-    job.wait(lambda: job.slurm.num_idle() >= 2, seconds=60)
+    job.wait(lambda: job.slurm.num_idle() >= 2, seconds=200)
     assert job.state("JobState") == "CANCELLED" and job.state("Restarts") == "0"
 
 

@@ -84,7 +84,7 @@ def test_two_hosts_do_what_one_does(model: Path, tmp_path: Path, hosts: dict[str
     config = write_config(model, folders["two"])
     started = [start(host, namespace, config, names) for host, namespace in hosts.items()]
     try:
-        printed = [process.communicate(timeout=250)[0] for process in started]
+        printed = [process.communicate(timeout=500)[0] for process in started]
     finally:
         for process in started:
             process.terminate()

@@ -36,7 +36,7 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run(function: Callable[..., Any], *args: Any, ranks: int = 1, fresh: bool = False, timeout: float = 240) -> Any:
+def run(function: Callable[..., Any], *args: Any, ranks: int = 1, fresh: bool = False, timeout: float = 540) -> Any:
     """`function(*args)` in `ranks` processes with torchrun's environment: the result, or the list of them by rank."""
     context: Any = mp.get_context("spawn") if fresh else _SERVER
     with socket.create_server(("127.0.0.1", 0)) as server:
