@@ -46,7 +46,7 @@ sources = [{ generator = "count_bits" }]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder, warm_steps=0)
+    tiny.save_chat_model(folder, trained=False)
     return folder
 
 

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a model in a/, the same with other weights in b/, and config.toml."""
     folder = tmp_path_factory.mktemp("servers")
     tiny.save_chat_model(folder / "a")
-    tiny.save_chat_model(folder / "b", warm_steps=0, spread=0.1)
+    tiny.save_chat_model(folder / "b", trained=False, spread=0.1)
     write_config(folder / "a", folder)
     return folder
 
@@ -321,7 +321,7 @@ def test_refusals(folder: Path, servers: list[Server], tmp_path: Path) -> None:
     assert [line.split(" has ")[1].split(";")[0] for line in split] == [
         f"{name} 1, this run needs 2" for name in ("tensor_parallel", "workers")
     ]
-    tiny.save_chat_model(tmp_path, experts=True, warm_steps=0)
+    tiny.save_chat_model(tmp_path, experts=True, trained=False)
     assert any("has model family llama, this run needs qwen3_moe" in line for line in problems(tmp_path, urls[:1]))
 
 
