@@ -128,15 +128,24 @@ def test_the_epoch_ends_where_the_run_goes_on(whole: Figures) -> None:
 def test_under_another_layout_it_goes_on_with_the_same_prompts(
     model: Path, tmp_path: Path, stopped: Path, whole: Figures
 ) -> None:
-    """And, in the first step, figures that differ as those of two layouts do in bf16."""
+    """And, in the first step, figures that differ as those of two layouts do in bf16 (1e-4 for the same tokens).
+
+    Two engines with half the requests each may compute a logit otherwise in its last bits than one with all of them,
+    on processors whose products depend on the size of a batch, and a token near a tie then becomes another. One rollout
+    of 32 that differs is a partner of many, so each widens the bound by four times its share.
+    """
     run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
     forget_after(run, EPOCH)
     output = go_on(model, tmp_path, *PIPELINE[2:], "--parallel.data", "2")
     assert "the run was tensor 1 x pipeline 2" in output and "but figures that agree up to rounding" in output
     rows, _, rollouts = figures(run)
     expected_rows, _, expected_rollouts = whole
+    name = sorted(rollouts)[EPOCH]
+    pairs = zip(completions(rollouts[name]), completions(expected_rollouts[name]), strict=True)
+    others = [mine != theirs for mine, theirs in pairs]
+    assert len(others) == 32 and sum(others) <= 3
     for key in ("entropy", "loss/share", "grad_norm"):
-        assert rows[EPOCH][key] == pytest.approx(expected_rows[EPOCH][key], rel=0.1), key
+        assert rows[EPOCH][key] == pytest.approx(expected_rows[EPOCH][key], rel=0.1 + 4 * sum(others) / 32), key
     assert {name: prompts(text) for name, text in rollouts.items()} == {
         name: prompts(text) for name, text in expected_rollouts.items()
     }
@@ -144,3 +153,9 @@ def test_under_another_layout_it_goes_on_with_the_same_prompts(
 
 def prompts(rollouts: str) -> list[str]:
     return [json.loads(line)["prompt"] for line in rollouts.splitlines()]
+
+
+def completions(rollouts: str) -> list[str]:
+    """By prompt, because layouts deal prompts to ranks in different orders."""
+    rows = sorted(map(json.loads, rollouts.splitlines()), key=lambda row: row["prompt"])
+    return [row["completion"] for row in rows]
