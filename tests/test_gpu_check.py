@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.planner import hardware
+from megatron_mcpo.platform import why_no_gpu
 from tools import gpu_check, gpu_engine, gpu_layouts, gpu_numbers
 from tools.gpu_check import check, table, write
 from tools.gpu_models import SMALL
@@ -150,7 +152,8 @@ def test_the_planner_takes_the_rates_that_were_measured(tmp_path: Path) -> None:
 
 def test_without_a_gpu_it_says_so_and_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    assert f"gpu_check: {why_no_gpu()}\n" == capsys.readouterr().err
+    assert ("environment is the CPU one" if vllm_on_cpu() else "no CUDA device") in why_no_gpu()
     assert gpu_check.main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(gpu_check.ROWS)
     assert sum(row.seconds for row in gpu_check.ROWS.values()) <= 60 * 60, "the limits, thrice what is due"
