@@ -33,7 +33,7 @@ def _alone(model: Path) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
 
 
 def test_both_workers_get_the_weights(tmp_path: Path) -> None:
-    # Untrained: a model that was trained here might have two tokens that are equally likely up to rounding.
+    # Untrained: the trained one's ten digits are nearly equally likely, and rounding might choose between them.
     tiny.save_chat_model(tmp_path / "model", trained=False, spread=0.1)
     path = write_config(tmp_path / "model", tmp_path)
     path.write_text(path.read_text().replace("[engine]", "[engine]\ntensor_parallel = 2"))
