@@ -17,6 +17,7 @@ import vllm_cases as cases
 from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.model_config import engine_problems
+from megatron_mcpo.rollout.vllm_engine import cpu_fp8_problem
 
 SIZES: dict[str, Any] = dict(
     vocab_size=512,
@@ -30,7 +31,7 @@ SIZES: dict[str, Any] = dict(
     initializer_range=0.1,
     eos_token_id=5,
 )
-needs_fp8 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="FP8 needs AVX512-BF16 on a CPU")
+needs_fp8 = pytest.mark.skipif(cpu_fp8_problem() is not None, reason=f"FP8 on a CPU: {cpu_fp8_problem()}")
 
 
 @pytest.fixture(scope="session")
