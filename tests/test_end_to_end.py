@@ -20,8 +20,8 @@ import pytest
 import tiny
 from program import ROOT, command, lasting, metrics, train, train_forked, write_config
 from torch import Tensor
+from vllm_cases import needs_fp8
 
-from megatron_mcpo.rollout.vllm_engine import cpu_fp8_problem
 from megatron_mcpo.weights import transfer
 
 FIXED_NAMES = {
@@ -199,7 +199,7 @@ def test_swapped_tensors_stop_the_run_and_are_named(
     assert len(log.read_text().splitlines() if log.exists() else []) == num_steps
 
 
-@pytest.mark.skipif(cpu_fp8_problem() is not None, reason=f"FP8 on a CPU: {cpu_fp8_problem()}")
+@needs_fp8
 def test_an_engine_with_fp8_weights(config: Path, tmp_path: Path) -> None:
     fp8 = ("--engine.quantization", "fp8_per_block", "--model.dtype", "bf16", "--engine.verify_sync", "true")
     finished = train_forked(config, "--run.steps", "2", "--engine.canary_every", "1", "--evaluation.every", "9", *fp8)

@@ -131,13 +131,13 @@ def test_what_the_package_imports_is_declared():
     assert {canonicalize_name(carried.get(name, name)) for name in foreign} <= declared
 
 
-def make_env(folder: Path, path: str) -> subprocess.CompletedProcess[str]:
+def make_env(folder: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a copy of make_env.sh in `folder`, which is also the home of whoever runs it."""
     for name in ("tools/make_env.sh", "requirements/bootstrap.txt", "requirements/cpu.lock", "setup.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
     environment = {"PATH": path, "HOME": str(folder)}
-    command = ["/bin/sh", str(folder / "tools" / "make_env.sh")]
+    command = ["/bin/sh", str(folder / "tools" / "make_env.sh"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
 
@@ -202,6 +202,19 @@ def test_an_environment_of_the_users_is_left_as_it_is(tmp_path, stamp, holds):
     assert ".venv was not made by this script" in answer.stderr
     assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo.train" in answer.stderr
     assert sorted(tmp_path.glob(".venv/**/*")) == before
+    removing = make_env(tmp_path, python, "--remove")
+    assert removing.returncode == 0 and "so it stays" in removing.stderr
+    assert sorted(tmp_path.glob(".venv/**/*")) == before
+
+
+def test_clean_removes_our_own_environment(tmp_path):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".stamp").write_text(f"{tmp_path}\nunfinished\n")
+    answer = make_env(tmp_path, plain_tools(tmp_path / "bin"), "--remove")
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    assert not (tmp_path / ".venv").exists()
+    clean = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nclean:")[2]
+    assert "tools/make_env.sh --remove" in clean and "rm -rf .venv" not in clean
 
 
 @pytest.mark.parametrize(

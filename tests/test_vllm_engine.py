@@ -17,7 +17,6 @@ import vllm_cases as cases
 from megatron_mcpo.environment import vllm_on_cpu
 from megatron_mcpo.hf_config import from_folder
 from megatron_mcpo.model_config import engine_problems
-from megatron_mcpo.rollout.vllm_engine import cpu_fp8_problem
 
 SIZES: dict[str, Any] = dict(
     vocab_size=512,
@@ -31,7 +30,6 @@ SIZES: dict[str, Any] = dict(
     initializer_range=0.1,
     eos_token_id=5,
 )
-needs_fp8 = pytest.mark.skipif(cpu_fp8_problem() is not None, reason=f"FP8 on a CPU: {cpu_fp8_problem()}")
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +143,7 @@ def test_bad_update_is_refused_and_ends_the_engine(models: Path) -> None:
     assert "the exporter died" in messages["exporter"]
 
 
-@needs_fp8
+@cases.needs_fp8
 @pytest.mark.parametrize("family", ["tied", "untied", "experts"])
 def test_update_of_a_quantized_engine_equals_one_built_from_the_checkpoint(models: Path, family: str) -> None:
     cases.run(cases.update_equals_fresh, models, family, "bf16", "fp8_per_block")
@@ -164,8 +162,8 @@ def test_fp8_is_refused_without_the_fix(models: Path) -> None:
         ("untied", "bf16", "none"),
         ("experts", "fp32", "none"),
         ("experts", "bf16", "none"),
-        pytest.param("tied", "bf16", "fp8_per_block", marks=needs_fp8),
-        pytest.param("experts", "bf16", "fp8_per_block", marks=needs_fp8),
+        pytest.param("tied", "bf16", "fp8_per_block", marks=cases.needs_fp8),
+        pytest.param("experts", "bf16", "fp8_per_block", marks=cases.needs_fp8),
     ],
 )
 def test_compare_names_exactly_what_differs(models: Path, family: str, dtype: str, quantization: str) -> None:

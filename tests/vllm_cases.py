@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from megatron_mcpo.rollout import vllm_cpu_fixes
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest
-from megatron_mcpo.rollout.vllm_engine import VllmEngine
+from megatron_mcpo.rollout.vllm_engine import VllmEngine, cpu_fp8_problem
 
+needs_fp8 = pytest.mark.skipif(cpu_fp8_problem() is not None, reason=f"FP8 on a CPU: {cpu_fp8_problem()}")
 MAX_LEN = 96
 JOB_TAG = "mcpo-test"
 PROMPTS = [[1, 2, 3, 4], [7] * 40 + [9], list(range(20, 45)), [500, 3]]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv from the lock files, once: exact versions, checked hashes, nothing but the package index.
-# It never deletes or changes a .venv that it did not make.
+# It never deletes or changes a .venv that it did not make. With --remove it deletes its own (make clean).
 #
 # A Python 3.12 is found by running candidates, because a name on the PATH says little: a pyenv shim exists for
 # every version that is installed and fails for those that are not selected.
@@ -47,6 +47,15 @@ line() {
 is_users() {
     [ -e .venv ] && { [ ! -f $stamp ] || ls -d .venv/lib/python3*/site-packages/vllm-[0-9]*.dist-info >/dev/null 2>&1; }
 }
+
+if [ "${1:-}" = --remove ]; then
+    if is_users; then
+        echo "make_env: .venv was not made by this script (or holds vLLM for GPUs by now), so it stays" >&2
+    else
+        rm -rf .venv
+    fi
+    exit 0
+fi
 
 digest=$(cat requirements/bootstrap.txt requirements/cpu.lock setup.py tools/make_env.sh | cksum)
 
