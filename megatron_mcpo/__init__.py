@@ -1,6 +1,6 @@
 """MCPO (arXiv 2605.25443) on Megatron-Core: GRPO over several domains, contrastive terms over rollouts."""
 
-from megatron_mcpo.environment import hide_gpu
+from megatron_mcpo.config.environment import hide_gpu
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from megatron_mcpo import platform
+from megatron_mcpo.distributed import cpu_backend
 
 torch.set_num_threads(1)
-platform.apply()  # before any test imports Megatron-Core
+cpu_backend.apply()  # before any test imports Megatron-Core

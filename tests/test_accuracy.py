@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_mcpo.accuracy import (
+from megatron_mcpo.reporting.accuracy import (
     Item,
     backward_transfer,
     bootstrap_means,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mcpo.algo.advantage import group_advantages, signal
-from megatron_mcpo.sections import AlgorithmConfig
+from megatron_mcpo.config.schema import AlgorithmConfig
 
 Kind = Literal["grpo", "dr_grpo", "rloo", "per_domain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

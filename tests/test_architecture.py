@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 PACKAGE = "megatron_mcpo"
 
 # Imports go down, or stay on a level without ever closing a circle. A folder speaks for all modules in it.
@@ -86,7 +87,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`weights.layout` for megatron_mcpo/weights/layout.py; a package's __init__ goes by the folder's name."""
+    """`weights.layout` for megatron_mcpo/weights/shards.py; a package's __init__ goes by the folder's name."""
     parts = list(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -15,11 +15,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mcpo import parallel
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore import attention
 from megatron_mcpo.mcore.spec import layer_spec
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 VOCAB = 64
 LENGTHS = (16, 8, 24, 16)

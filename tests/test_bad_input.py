@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mcpo.config import ConfigError, load
+from megatron_mcpo.config.config import ConfigError, load
+from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.data.domains import load_tokenizer
-from megatron_mcpo.environment import vllm_on_cpu
+from tests.support import tiny_run
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 [run]
 steps = 2
@@ -46,7 +46,7 @@ sources = [{ generator = "count_bits" }]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder, trained=False)
+    tiny_run.save_chat_model(folder, trained=False)
     return folder
 
 
@@ -60,7 +60,7 @@ def refuse(config: str, folder: Path, *overrides: str) -> str:
     """What the program prints when it refuses. It must do so at once: before it imports anything that takes long."""
     path = folder / "config.toml"
     path.write_text(config)
-    command = [sys.executable, "-X", "importtime", "-m", "megatron_mcpo.train", str(path), *overrides]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_mcpo.cli.train", str(path), *overrides]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     message, imported = IMPORT.sub("", result.stderr), set(IMPORT.findall(result.stderr))
     assert result.returncode == 2, message
@@ -218,7 +218,7 @@ def test_a_folder_without_what_prompts_need_is_refused(
 def dry_run(config: str, folder: Path, *overrides: str) -> str:
     path = folder / "config.toml"
     path.write_text(config)
-    command = [sys.executable, "-m", "megatron_mcpo.train", str(path), "--dry-run", *overrides]
+    command = [sys.executable, "-m", "megatron_mcpo.cli.train", str(path), "--dry-run", *overrides]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert not (folder / "runs").exists()

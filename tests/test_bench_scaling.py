@@ -8,26 +8,27 @@ from typing import Any
 
 import pytest
 
-from megatron_mcpo import parallel
-from megatron_mcpo.layout import Layout
-from tools import bench_scaling, tiny_model
-from tools.ranks import run_ranks
-from tools.received import Received
+from benchmarks import scaling
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import parallel
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
+from tests.support.traffic import Received
 
 
 def measured(folder: Path, layout: Layout) -> dict[str, Any]:
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
-    return bench_scaling.received(folder, bench_scaling.sampled(32, 3), ranks)
+    return scaling.received(folder, scaling.sampled(32, 3), ranks)
 
 
 def pretended(folder: Path, layout: Layout) -> dict[str, Any]:
     with parallel.pretend(layout, rank=0) as ranks:
-        return bench_scaling.received(folder, bench_scaling.sampled(32, 3), ranks)
+        return scaling.received(folder, scaling.sampled(32, 3), ranks)
 
 
 def exchanged(num_engines: int) -> float:
     ranks = parallel.init(Layout(data=4), seed=0, timeout_seconds=240)
-    share = list(enumerate(bench_scaling.sampled(32, 3)))[ranks.rank :: num_engines] if ranks.rank < num_engines else []
+    share = list(enumerate(scaling.sampled(32, 3)))[ranks.rank :: num_engines] if ranks.rank < num_engines else []
     with Received(ranks) as received:
         parallel.gather_objects(share, ranks)
     return sum(received.bytes.values())
@@ -35,13 +36,13 @@ def exchanged(num_engines: int) -> float:
 
 @pytest.mark.parametrize("num_engines", [2, 3, 4])
 def test_rollouts_are_as_large_as_real_ranks_receive_them(num_engines: int) -> None:
-    expected = bench_scaling.rollout_bytes(bench_scaling.sampled(32, 3), num_engines=num_engines, num_ranks=4)
+    expected = scaling.rollout_bytes(scaling.sampled(32, 3), num_engines=num_engines, num_ranks=4)
     assert run_ranks(4, exchanged, num_engines) == [expected] * 4
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_a_rank_alone_receives_what_real_ranks_do(tmp_path: Path, replicas: int) -> None:
-    tiny_model.save_model(tmp_path, "untied", num_layers=2)
+    tiny_models.save_model(tmp_path, "untied", num_layers=2)
     layout = Layout(data=replicas)
     expected = run_ranks(replicas, measured, tmp_path, layout)[0]
     (found,) = run_ranks(1, pretended, tmp_path, layout)

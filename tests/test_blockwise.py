@@ -5,10 +5,10 @@ Not covered: a GPU, where vLLM compiles its quantisation.
 
 import pytest
 import torch
-import vllm_cases as cases
 from torch import Tensor
 
 from megatron_mcpo.rollout.blockwise import BLOCK, dequantize, quantize
+from tests.support import vllm_cases as cases
 
 SHAPES = [(128, 128), (256, 384), (192, 576), (100, 33)]
 

@@ -11,19 +11,19 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_mcpo import parallel
 from megatron_mcpo.algo.surrogate import surrogate
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore import megatron_fixes
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy
 from megatron_mcpo.types import Update
-from tools import tiny_model
-from tools.ranks import run_ranks
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
 
 NUM_PROMPTS, NUM_SAMPLES, DIM, UPDATES = 6, 3, 16, 3
 HEAD = "contrastive_head"
@@ -63,7 +63,7 @@ def learn(policy: Policy, seed: int) -> Update:
     """An update of everything, the head too, on a batch that depends on the seed and not on the layout."""
     layout = policy.groups.layout
     batch = make_batch(
-        tiny_model.rollout_groups(num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, seed=seed),
+        tiny_models.rollout_groups(num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, seed=seed),
         num_data_ranks=layout.data,
         data_rank=policy.groups.data_rank,
         share_prompts=policy.shares_prompts,
@@ -118,7 +118,7 @@ def load_train(config: Config, layout: Layout, folder: Path) -> tuple[dict, dict
 
 
 def settings(model: Path, dtype: str) -> Config:
-    return tiny_model.config(
+    return tiny_models.config(
         model,
         run={"steps": UPDATES + 2},
         model={"dtype": dtype},
@@ -143,7 +143,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[flo
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tied", "untied", "experts")}
     for kind, folder in folders.items():
-        tiny_model.save_model(folder, kind)
+        tiny_models.save_model(folder, kind)
     return folders
 
 

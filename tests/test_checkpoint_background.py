@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from torch import Tensor
 
-from megatron_mcpo import checkpoint_files
-from megatron_mcpo.config import Config
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import pickles, saving
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.convert.convert import megatron_to_hf
+from megatron_mcpo.mcore import saving
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.weights.convert import megatron_to_hf
+from megatron_mcpo.storage import checkpoint_files
+from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.hf_write import read_assets
-from tools import tiny_model
-from tools.ranks import run_ranks
+from tests.support import tiny_models, tiny_run
+from tests.support.ranks import run_ranks
 
 LAYOUTS = [Layout(data=2), Layout(tensor=2, sequence=True)]
 ENOUGH = 240.0
@@ -41,7 +41,7 @@ ENOUGH = 240.0
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(folder, "untied")
+    tiny_models.save_model(folder, "untied")
     return folder
 
 
@@ -81,7 +81,7 @@ def in_background(policy: Policy, folder: Path) -> Checkpoints:
 def contents(checkpoint: Path) -> dict[str, Any]:
     """Every file, but the manifest and what says where and when it was written; shards and all else as bytes."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    table = pickles.read_metadata(checkpoint)
+    table = safe_unpickler.read_metadata(checkpoint)
     table.storage_meta = None
     found[".metadata"] = pickle.dumps(table)
     manifest = json.loads(found.pop("manifest.json"))["files"]
@@ -249,7 +249,7 @@ def test_a_run_that_ends_early_leaves_what_is_under_way(config: Config, tmp_path
 def test_a_checkpoint_is_exported_without_the_folder_the_run_began_with(tmp_path: Path) -> None:
     """On another machine: from wherever it was copied to, with tokenizer and chat template, checked by the manifest."""
     model, run = tmp_path / "model", tmp_path / "run"
-    tiny.save_chat_model(model, trained=False)
+    tiny_run.save_chat_model(model, trained=False)
     wanted = {name: content for name, content in read_assets(model).items() if name != "config.json"}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= set(wanted)
 

@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import tiny
-from program import train_forked, write_config
 from test_checkpoint import build, checkpoints_of, learn, settings
 from test_checkpoint_background import close_gate, in_background, names, until
 
-from megatron_mcpo.checkpoint_files import draft_of
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.checkpoint import Checkpoints
-from tools import tiny_model
-from tools.ranks import run_ranks
+from megatron_mcpo.storage.checkpoint_files import draft_of
+from tests.support import tiny_models, tiny_run
+from tests.support.program import train_forked, write_config
+from tests.support.ranks import run_ranks
 
 TWO = Layout(tensor=2, sequence=True)
 
@@ -52,7 +51,7 @@ def fill(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(folder, "untied")
+    tiny_models.save_model(folder, "untied")
     return settings(folder, "fp32")
 
 
@@ -172,7 +171,7 @@ def test_a_run_whose_disk_is_full_says_so_once(tmp_path: Path) -> None:
     """It warns when it starts, ends without a traceback, and goes on when there is room again."""
     model = tmp_path / "model"
     model.mkdir()
-    tiny.save_chat_model(model)
+    tiny_run.save_chat_model(model)
     overrides = ("--parallel.data", "2", "--run.steps", "3", "--run.checkpoint_every", "1")
     with disk(tmp_path / "disk", 4 << 20) as folder:
         config = write_config(model, folder)

@@ -20,14 +20,14 @@ import torch
 from test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from torch import Tensor
 
-from megatron_mcpo import checkpoint_files
-from megatron_mcpo.checkpoint_files import MANIFEST
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import pickles
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.checkpoint import Checkpoints
-from tools import tiny_model
-from tools.ranks import run_ranks
+from megatron_mcpo.storage import checkpoint_files
+from megatron_mcpo.storage.checkpoint_files import MANIFEST
+from megatron_mcpo.weights import safe_unpickler
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
 
 TWO = Layout(data=2)
 SHARD = "__0_0.distcp"
@@ -36,7 +36,7 @@ SHARD = "__0_0.distcp"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(folder, "tied")
+    tiny_models.save_model(folder, "tied")
     return settings(folder, "fp32")
 
 
@@ -159,7 +159,7 @@ def write_evil_contents(path: Path) -> None:
 
 def write_evil_object(path: Path, key: str) -> None:
     """An object that is no tensor, as Megatron stores them, which the table of contents points to."""
-    contents = pickles.read_metadata(path)
+    contents = safe_unpickler.read_metadata(path)
     stored = io.BytesIO()
     torch.save([Evil(marker_of(path))], stored)
     (path / "evil").write_bytes(stored.getvalue())

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from megatron_mcpo.accuracy import Item, figures
-from megatron_mcpo.comparison import compare
-from megatron_mcpo.config import load
-from megatron_mcpo.metrics import MetricsLog
-from megatron_mcpo.run_folder import RunFolder
-from tools.compare_runs import main
+from megatron_mcpo.cli.compare import main
+from megatron_mcpo.config.config import load
+from megatron_mcpo.reporting.accuracy import Item, figures
+from megatron_mcpo.reporting.compare import compare
+from megatron_mcpo.reporting.loggers import MetricsLog
+from megatron_mcpo.storage.run_folder import RunFolder
 
 FILE = """
 [run]

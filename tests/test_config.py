@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mcpo.config import Config, ConfigError, dump, load
-from megatron_mcpo.config_io import to_toml
-from megatron_mcpo.plan import empty_terms
+from megatron_mcpo.config.config import Config, ConfigError, dump, load
+from megatron_mcpo.config.summary import empty_terms
+from megatron_mcpo.config.toml_io import to_toml
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
 
 SMALL = {
@@ -341,7 +341,7 @@ def test_toml_leaves_out_what_is_not_set():
 
 def test_reading_a_configuration_imports_no_torch():
     code = (
-        f"import sys, pathlib; from megatron_mcpo.config import load; load(pathlib.Path({str(QUICKSTART)!r}));"
+        f"import sys, pathlib; from megatron_mcpo.config.config import load; load(pathlib.Path({str(QUICKSTART)!r}));"
         "assert not {'torch', 'numpy', 'transformers', 'megatron', 'vllm'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=400)

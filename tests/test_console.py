@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.console import (
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.reporting.console import (
     Console,
     domain_lines,
     duration,
@@ -147,8 +147,8 @@ def test_the_eta_is_steps_to_go_at_the_pace_of_the_last_ones() -> None:
 TERMINAL = """
 import json, sys
 from pathlib import Path
-from megatron_mcpo.config import Config
-from megatron_mcpo.console import Console
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.reporting.console import Console
 config, values, folder = Config.model_validate(json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
 with Console(config, 2, 1) as console:
     console.step(1, values)

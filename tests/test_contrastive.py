@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.contrastive import cost, memory
 from megatron_mcpo.algo.contrastive import TILE_ELEMENTS, Contrast, contrastive, reward_penalty
 from megatron_mcpo.algo.surrogate import surrogate
-from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.types import Keys
-from tools import reference
-from tools.bench import cost, memory
+from tests.support import reference
 
 WEIGHTS = {"share_weight": 0.7, "consolidate_weight": 0.3}
 Rollout = tuple[int, int, bool]

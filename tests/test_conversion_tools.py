@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from converting import ROOT, make_model, program, quiet, same, save_folder, sizes, tensors
 
-from megatron_mcpo.weights import compare as comparing
-from megatron_mcpo.weights import convert
-from megatron_mcpo.weights.convert import hf_to_megatron, megatron_to_hf
-from tools import check_roundtrip
+from megatron_mcpo.cli import convert_check
+from megatron_mcpo.convert import compare as comparing
+from megatron_mcpo.convert import convert
+from megatron_mcpo.convert.convert import hf_to_megatron, megatron_to_hf
+from tests.support.conversion import make_model, program, quiet, same, save_folder, sizes, tensors
+from tests.support.paths import ROOT
 from tools import hf_to_megatron as to_megatron
 
 EMBEDDED = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
@@ -69,7 +70,7 @@ def test_what_a_conversion_gets_wrong_is_counted(
     arguments = [str(source), "--layouts", "tp2", "--json", "--work", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(convert, "write_safetensors", flip_a_bit)
-        assert check_roundtrip.main(arguments) == 1
+        assert convert_check.main(arguments) == 1
     row = json.loads(capsys.readouterr().out)
     assert row["bits"] == 1 and row["problems"][1].endswith(": 1 bits differ")
 
@@ -79,9 +80,9 @@ def test_what_a_conversion_gets_wrong_is_counted(
         flipped = file.read_bytes()
         file.write_bytes(flipped[:-1] + bytes([flipped[-1] ^ 1]))
 
-    monkeypatch.setattr(check_roundtrip, "megatron_to_hf", flip_afterwards)
+    monkeypatch.setattr(convert_check, "megatron_to_hf", flip_afterwards)
     monkeypatch.setattr(comparing, "SMALL_BYTES", 0)
-    assert check_roundtrip.main(arguments) == 1
+    assert convert_check.main(arguments) == 1
     row = json.loads(capsys.readouterr().out)
     assert row["bits"] == 1 and row["problems"][0].endswith(": 1 bits differ")
 

@@ -1,11 +1,8 @@
 """Conversion between Hugging Face folders and Megatron checkpoints: every family and layout, real files, real ranks.
 
-Not covered here: models larger than memory (tools/bench.py convert), checkpoints of Transformer Engine's modules, GPUs.
+Not covered here: models larger than memory (benchmarks/contrastive.py convert), checkpoints of Transformer Engine's modules, GPUs.
 """
 
-from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
-
-# isort: split
 import json
 import os
 import pickle
@@ -17,32 +14,35 @@ from typing import Any
 
 import pytest
 import torch
-from converting import FAMILIES, ROOT, make_model, quiet, same, save_folder, sizes, tensors
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_mcpo import parallel
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config, ConfigError, dump
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import checkpoint, pickles
-from megatron_mcpo.mcore.compare_logits import TOLERANCE
+from megatron_mcpo.config.config import Config, ConfigError, dump
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import layout_problems
+from megatron_mcpo.convert import compare as comparing
+from megatron_mcpo.convert import convert
+from megatron_mcpo.convert.compare import compare
+from megatron_mcpo.convert.compare_logits import TOLERANCE
+from megatron_mcpo.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.mcore import checkpoint
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks, unwrap
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.model_config import layout_problems
-from megatron_mcpo.weights import compare as comparing
-from megatron_mcpo.weights import convert, torch_dist
-from megatron_mcpo.weights.compare import compare
-from megatron_mcpo.weights.convert import hf_to_megatron, megatron_to_hf
+from megatron_mcpo.weights import safe_unpickler, torch_dist
+from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
+from megatron_mcpo.weights.full_sync import export
 from megatron_mcpo.weights.hf_io import HfFolder, load_hf, load_source
-from megatron_mcpo.weights.stored import MegatronFolder
-from megatron_mcpo.weights.sync import export
+from tests.support import tiny_models
+from tests.support.conversion import FAMILIES, make_model, quiet, same, save_folder, sizes, tensors
+from tests.support.paths import ROOT
+from tests.support.ranks import run_ranks
 from tools import hf_to_megatron as to_megatron
 from tools import megatron_to_hf as to_hf
-from tools import tiny_model
 
 EMBEDDED = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 LAYOUTS = [
@@ -170,7 +170,7 @@ def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Te
     groups = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(config, from_folder(Path(config.model.path)), groups)
     batch = make_batch(
-        tiny_model.rollout_groups(num_prompts=4, num_samples=3, seed=0),
+        tiny_models.rollout_groups(num_prompts=4, num_samples=3, seed=0),
         num_data_ranks=layout.data,
         data_rank=groups.data_rank,
         share_prompts=policy.shares_prompts,
@@ -190,8 +190,8 @@ def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Te
 )
 def test_a_runs_checkpoint_is_exported_by_itself(tmp_path: Path, kind: Any, layout: Layout) -> None:
     """The run's config.toml leads to the model's configuration."""
-    tiny_model.save_model(tmp_path / "model", kind)
-    config = tiny_model.config(tmp_path / "model", run={"steps": 3}, model={"dtype": "bf16"})
+    tiny_models.save_model(tmp_path / "model", kind)
+    config = tiny_models.config(tmp_path / "model", run={"steps": 3}, model={"dtype": "bf16"})
     saved = tmp_path / "run" / "checkpoints" / "step_000001"
     results = run_ranks(layout.world_size, train_and_save, config, layout, saved)
     (tmp_path / "run" / "config.toml").write_text(dump(config))
@@ -217,9 +217,9 @@ LOGITS = """
 import sys
 from pathlib import Path
 import torch
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.mcore.compare_logits import logits_error
-from megatron_mcpo.weights.stored import MegatronFolder
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.convert.compare_logits import logits_error
+from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 megatron, source, folder = map(Path, sys.argv[1:])
 model = from_folder(source)
 print(logits_error(MegatronFolder(megatron, model), model, folder, torch.float32))
@@ -239,7 +239,7 @@ def test_the_table_of_contents_is_gone_through_once(
             return super().__iter__()
 
     def read(folder: Path) -> Any:
-        metadata = pickles.read_metadata(folder)
+        metadata = safe_unpickler.read_metadata(folder)
         for described in metadata.state_dict_metadata.values():
             if hasattr(described, "chunks"):
                 described.chunks = Counted(described.chunks)

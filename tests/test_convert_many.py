@@ -3,9 +3,6 @@
 Not covered here: several hosts.
 """
 
-from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
-
-# isort: split
 import contextlib
 import errno
 import fcntl
@@ -24,16 +21,17 @@ from typing import Any
 
 import pytest
 import torch
-from converting import make_model, quiet, same, sizes, tensors
 
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.weights import megatron_write
-from megatron_mcpo.weights.compare import compare
-from megatron_mcpo.weights.convert import hf_to_megatron, megatron_to_hf
-from megatron_mcpo.weights.draft import Draft
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.convert import megatron_write
+from megatron_mcpo.convert.compare import compare
+from megatron_mcpo.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_mcpo.convert.staging import Draft
+from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.hf_io import HfFolder
-from megatron_mcpo.weights.stored import MegatronFolder
+from tests.support.conversion import make_model, quiet, same, sizes, tensors
+from tests.support.ranks import run_ranks
 from tools import hf_to_megatron as to_megatron
 
 
@@ -46,7 +44,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_mcpo.weights import convert, megatron_write
-from megatron_mcpo.weights.draft import Draft
+from megatron_mcpo.convert.staging import Draft
 source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 megatron_write.PART_BYTES = 100_000
 finish, parts = Draft.finish, []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import bench_convert
+from benchmarks import convert
 
 LARGEST = 2 * 8192 * 1024
 LIMIT = 3 * LARGEST + (1 << 30)
@@ -17,7 +17,7 @@ LIMIT = 3 * LARGEST + (1 << 30)
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "source"
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
-    bench_convert.make_large(
+    convert.make_large(
         folder,
         vocab_size=8192,
         hidden_size=1024,
@@ -34,6 +34,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_conversion_needs_the_memory_of_a_few_tensors(source: Path, tmp_path: Path, processes: int) -> None:
     """In every process, as torchrun starts them."""
     options = ("--tp", "2", "--pp", "2")
-    _, there = bench_convert.measure("hf_to_megatron", source, tmp_path / "megatron", *options, processes=processes)
-    _, back = bench_convert.measure("megatron_to_hf", tmp_path / "megatron", tmp_path / "back", processes=processes)
+    _, there = convert.measure("hf_to_megatron", source, tmp_path / "megatron", *options, processes=processes)
+    _, back = convert.measure("megatron_to_hf", tmp_path / "megatron", tmp_path / "back", processes=processes)
     assert max(there, back) <= LIMIT

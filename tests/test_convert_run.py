@@ -6,17 +6,17 @@ Not covered here: GPUs.
 from pathlib import Path
 
 import pytest
-import tiny
-from converting import quiet, sizes
-from program import lasting, metrics, train_forked, write_config
 
-from megatron_mcpo.weights.convert import hf_to_megatron
+from megatron_mcpo.convert.convert import hf_to_megatron
+from tests.support import tiny_run
+from tests.support.conversion import quiet, sizes
+from tests.support.program import lasting, metrics, train_forked, write_config
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "hf"
-    tiny.save_chat_model(folder)
+    tiny_run.save_chat_model(folder)
     return folder
 
 

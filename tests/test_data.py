@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_mcpo.config import Config, ConfigError
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.domain_schema import SourceConfig
 from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.generators import ItemRequest, generate
-from megatron_mcpo.domain_sections import SourceConfig
 from megatron_mcpo.types import Prompt
-
-TOKENIZER = Path(__file__).parents[1] / ".cache/models/smollm2-135m-instruct"
+from tests.support.paths import EMBEDDED_MODEL
 
 ARITHMETIC = {
     "name": "arithmetic",
@@ -53,9 +52,9 @@ def make_config(*domains: dict[str, Any], seed: int = 0, max_prompt_tokens: int 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    if not TOKENIZER.exists():
-        pytest.skip(f"{TOKENIZER} is missing: make model")
-    return AutoTokenizer.from_pretrained(TOKENIZER)
+    if not EMBEDDED_MODEL.exists():
+        pytest.skip(f"{EMBEDDED_MODEL} is missing: make model")
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import program
 import pytest
-import tiny
-from program import metrics, train_forked
 from test_resume import figures
+
+from tests.support import program, tiny_run
+from tests.support.program import metrics, train_forked
 
 DYNAMIC = """
 [data]
@@ -37,7 +37,7 @@ sources = [{{ file = "{folder}/letters.jsonl" }}]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder)
+    tiny_run.save_chat_model(folder)
     return folder
 
 

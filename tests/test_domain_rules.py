@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mcpo.config import Config, ConfigError, dump, load
-from megatron_mcpo.domain_rules import missing_files
+from megatron_mcpo.config.config import Config, ConfigError, dump, load
+from megatron_mcpo.config.domain_rules import missing_files
 from megatron_mcpo.rewards import allowlist
 
 HEAD = """

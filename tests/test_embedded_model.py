@@ -15,15 +15,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.paths import EMBEDDED_MODEL
 from tools import embedded_model
-
-FOLDER = Path(__file__).parent.parent / ".cache" / "models" / "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    embedded_model.make(FOLDER)
-    return FOLDER
+    embedded_model.make(EMBEDDED_MODEL)
+    return EMBEDDED_MODEL
 
 
 def test_second_call_does_nothing(folder):

@@ -17,12 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny
-from program import ROOT, command, lasting, metrics, train, train_forked, write_config
 from torch import Tensor
-from vllm_cases import needs_fp8
 
-from megatron_mcpo.weights import transfer
+from megatron_mcpo.weights import reshard_sync
+from tests.support import tiny_run
+from tests.support.paths import ROOT
+from tests.support.program import command, lasting, metrics, train, train_forked, write_config
+from tests.support.vllm_cases import needs_fp8
 
 FIXED_NAMES = {
     "step", "reward/mean", "reward/divisors", "reward/letters", "signal/divisors", "signal/letters",
@@ -38,7 +39,7 @@ O_PROJ = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder)
+    tiny_run.save_chat_model(folder)
     return folder
 
 
@@ -149,7 +150,7 @@ def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("model", "one", "two")]
     for folder in folders:
         folder.mkdir()
-    tiny.save_chat_model(folders[0], experts=True)
+    tiny_run.save_chat_model(folders[0], experts=True)
     rows = []
     for folder, ranks in ((folders[1], 1), (folders[2], 2)):
         overrides = ("--run.steps", "2", "--engine.canary_every", "1", "--parallel.expert", str(ranks))
@@ -164,7 +165,7 @@ def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
 
 def swap_tensors(push: int) -> None:
     """One push sends two tensors in each other's place."""
-    honest, calls = transfer.export, []
+    honest, calls = reshard_sync.export, []
 
     def swapped(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         calls.append(1)
@@ -172,7 +173,7 @@ def swap_tensors(push: int) -> None:
         for name, tensor in honest(*args, **kwargs):
             yield other.get(name, name), tensor
 
-    transfer.export = swapped
+    reshard_sync.export = swapped
 
 
 FIRST_PUSH, SECOND_PUSH = 1, 2
@@ -192,7 +193,11 @@ def test_swapped_tensors_stop_the_run_and_are_named(
 ) -> None:
     stopped = train_forked(config, *overrides, ranks=2, prepare=partial(swap_tensors, push))
     assert stopped.returncode == 1
-    errors = [line for line in stopped.stderr.splitlines() if line.startswith("megatron_mcpo.canary.CanaryError")]
+    errors = [
+        line
+        for line in stopped.stderr.splitlines()
+        if line.startswith("megatron_mcpo.trainer.engine_check.CanaryError")
+    ]
     assert len(errors) == 2 and len(set(errors)) == 1, "the same on each rank"
     assert [words for words in (found, *O_PROJ) if words not in errors[0]] == [], errors
     log = tmp_path / "runs" / "tiny" / "metrics.jsonl"

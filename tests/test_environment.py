@@ -8,15 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import program
 import pytest
-import tiny
 import torch
 
-from megatron_mcpo import environment
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.environment import hide_gpu, vllm_on_cpu
+from megatron_mcpo.config import environment
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.environment import hide_gpu, vllm_on_cpu
 from megatron_mcpo.rollout import vllm_engine
+from tests.support import program, tiny_run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SAID = "This machine has a GPU, but this environment is the CPU one"
@@ -91,7 +90,7 @@ def pretend_gpu() -> None:
 def test_the_cpu_environment_trains_where_torch_finds_a_gpu(tmp_path: Path) -> None:
     """Without one predicate for trainer and engine, vLLM's CPU build is told to sleep, and refuses after minutes."""
     model = tmp_path / "model"
-    tiny.save_chat_model(model)
+    tiny_run.save_chat_model(model)
     config = program.write_config(model, tmp_path)
     done = program.train_forked(config, "--run.steps", "1", prepare=pretend_gpu)
     assert done.returncode == 0, done.stderr

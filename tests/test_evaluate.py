@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from converting import quiet
-from program import ROOT, Finished, forked, train_forked, write_config
-from scoring import completion, group
 
-from megatron_mcpo.accuracy import majority_is_correct
-from megatron_mcpo.domain_sections import DomainConfig
-from megatron_mcpo.evaluate import main
-from megatron_mcpo.evaluation import answer, item_of, voting_kind
+from megatron_mcpo.cli.evaluate import main
+from megatron_mcpo.config.domain_schema import DomainConfig
+from megatron_mcpo.convert.convert import megatron_to_hf
+from megatron_mcpo.reporting.accuracy import majority_is_correct
+from megatron_mcpo.trainer.evaluation import answer, item_of, voting_kind
 from megatron_mcpo.types import StopReason
-from megatron_mcpo.weights.convert import megatron_to_hf
+from tests.support import tiny_run
+from tests.support.conversion import quiet
+from tests.support.paths import ROOT
+from tests.support.program import Finished, forked, train_forked, write_config
+from tests.support.scoring import completion, group
 
 SLOWER = ("--optimizer.lr", "1e-3")
 """A run that learns faster may lose all it knew, on one processor or another."""
-PROGRAM = "megatron_mcpo.evaluate"
+PROGRAM = "megatron_mcpo.cli.evaluate"
 SAMPLED = ("--evaluation.samples", "4", "--evaluation.temperature", "1")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder)
+    tiny_run.save_chat_model(folder)
     return folder
 
 

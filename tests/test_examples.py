@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from megatron_mcpo.config import load
+from megatron_mcpo.config.config import load
 from megatron_mcpo.data.rows import parse_row
 from megatron_mcpo.rewards import code
 from megatron_mcpo.rewards.sandbox.levels import Level, available_level
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 METHODS = sorted((ROOT / "examples" / "methods").glob("*.toml"))
 
 

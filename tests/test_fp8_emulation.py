@@ -1,7 +1,7 @@
 """Rounding to FP8 moves products as far as its mantissas say, in a trained model's every layer, and its log-probs.
 
 Bands have a lower end: an error that is too small means that FP8 is not on. All of it is computed in fp32, where
-processors agree. Not covered: any FP8 product of a GPU, for which tools/fp8_emulation.py is an emulation; gradients
+processors agree. Not covered: any FP8 product of a GPU, for which tests/support/fp8_emulation.py is an emulation; gradients
 after many layers in FP8 (those of a random model are a row of tools/gpu_check.sh): in a trained model as small as this
 one errors grow until they are as large from one order of sums to another (cosines of 0.85 to 0.97 were measured).
 """
@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,20 +17,20 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_mcpo import parallel
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.policy import LossInput, Policy
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
-from tools import fp8_emulation, tiny_model
-from tools.fp8_emulation import Recipe
-from tools.ranks import run_ranks
+from tests.support import fp8_emulation, tiny_models
+from tests.support.fp8_emulation import Recipe
+from tests.support.paths import EMBEDDED_MODEL
+from tests.support.ranks import run_ranks
 
 SECONDS = 280.0  # a busy machine needs a minute for a pass
 RECIPES: tuple[Recipe, ...] = ("blockwise", "tensorwise")
 PRODUCTS = ("output", "gradient of the input", "gradient of the weight")
-MODEL = Path(__file__).parent.parent / ".cache/models/smollm2-135m-instruct"
 TEXTS = {
     "The capital of France is": (
         " Paris. It lies on the Seine and is known for the Eiffel Tower.",
@@ -68,7 +67,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _groups() -> list[RolloutGroup]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     groups = []
     for number, (prompt, answers) in enumerate(TEXTS.items()):
         completions = [
@@ -130,10 +129,10 @@ def found() -> Found:
 
 def _measure() -> Found:
     ranks = parallel.init(Layout(), seed=0, timeout_seconds=60)
-    config = tiny_model.config(
-        MODEL, batch={"micro_batch_tokens": 512}, rollout={"max_prompt_tokens": 64, "max_response_tokens": 64}
+    config = tiny_models.config(
+        EMBEDDED_MODEL, batch={"micro_batch_tokens": 512}, rollout={"max_prompt_tokens": 64, "max_response_tokens": 64}
     )
-    policy = Policy(config, from_folder(MODEL), ranks)
+    policy = Policy(config, from_folder(EMBEDDED_MODEL), ranks)
     batch = make_batch(_groups(), num_data_ranks=1, data_rank=0, share_prompts=policy.shares_prompts)
     logp_R = policy.score(batch).logp_R
     layers = _errors_of_layers(policy, batch)

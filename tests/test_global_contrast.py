@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from megatron_mcpo import parallel
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.algo.surrogate import surrogate
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config
-from megatron_mcpo.gather import gather_rows
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.schema import ContrastiveConfig
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.gather import gather_rows
+from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.objective import Objective, Scored
-from megatron_mcpo.parallel import Groups
-from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.trainer.objective import Objective, Scored
 from megatron_mcpo.types import Keys, TrainBatch
-from tools import reference, tiny_model
-from tools.ranks import run_ranks
+from tests.support import reference, tiny_models
+from tests.support.ranks import run_ranks
 
 HIDDEN = 5
 SECONDS = 180
@@ -270,17 +270,17 @@ def test_popular_conventions_give_the_right_value_and_a_wrong_gradient(wrong_way
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(path, "tied", num_layers=2)
+    tiny_models.save_model(path, "tied", num_layers=2)
     return path
 
 
 def tiny_config(folder: Path) -> Config:
     limits = {"max_prompt_tokens": 32, "max_response_tokens": 16}
-    return tiny_model.config(folder, batch={"micro_batch_tokens": 64}, rollout=limits)
+    return tiny_models.config(folder, batch={"micro_batch_tokens": 64}, rollout=limits)
 
 
 def score(policy: Policy) -> Scored:
-    groups, layout = tiny_model.rollout_groups(num_prompts=6, num_samples=3), policy.groups.layout
+    groups, layout = tiny_models.rollout_groups(num_prompts=6, num_samples=3), policy.groups.layout
     batch = make_batch(
         groups,
         num_data_ranks=layout.data,

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_mcpo.environment import vllm_on_cpu
+from benchmarks.gpu import engine, layouts, numbers, run
+from benchmarks.gpu.models import SMALL
+from benchmarks.gpu.outcome import Band, Outcome, Row
+from benchmarks.gpu.run import check, table, write
+from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.distributed.cpu_backend import why_no_gpu
 from megatron_mcpo.planner import hardware
-from megatron_mcpo.platform import why_no_gpu
-from tools import gpu_check, gpu_engine, gpu_layouts, gpu_numbers
-from tools.gpu_check import check, table, write
-from tools.gpu_models import SMALL
-from tools.gpu_outcome import Band, Outcome, Row
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def test_a_band_has_two_ends_and_no_room_for_nan() -> None:
@@ -34,45 +34,45 @@ def test_a_band_has_two_ends_and_no_room_for_nan() -> None:
     assert json.loads(outcome.to_json())["bands"]["broken"][0] == "nan"
 
 
-@pytest.mark.parametrize("row", [gpu_numbers.logprobs, gpu_layouts.gradients, gpu_numbers.recompute])
+@pytest.mark.parametrize("row", [numbers.logprobs, layouts.gradients, numbers.recompute])
 def test_numbers_stay_in_their_bands_in_bf16(row: Callable[[], Outcome]) -> None:
     (outcome,) = run_ranks(1, row, timeout=540)
     assert outcome.bands and outcome.failures == []
 
 
 def test_layouts_are_tried_on_ranks_of_their_own() -> None:
-    outcome = gpu_layouts.experts()
+    outcome = layouts.experts()
     assert [band.name for band in outcome.bands[::3]] == ["dp2 least cosine", "ep2 least cosine"]
     assert outcome.failures == []
 
 
 def test_a_wrong_gradient_leaves_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = gpu_numbers.signed_loss
+    honest = numbers.signed_loss
 
     def half(batch):  # type: ignore[no-untyped-def]
         loss = honest(batch)
         return lambda x: (loss(x)[0] * 0.5, loss(x)[1])
 
     learned = iter([honest, half, half])
-    monkeypatch.setattr(gpu_numbers, "signed_loss", lambda batch: next(learned)(batch))
-    (outcome,) = run_ranks(1, gpu_numbers.recompute, timeout=540)
+    monkeypatch.setattr(numbers, "signed_loss", lambda batch: next(learned)(batch))
+    (outcome,) = run_ranks(1, numbers.recompute, timeout=540)
     assert len(outcome.failures) == 2
 
 
 def test_a_checkpoint_comes_back() -> None:
-    (outcome,) = run_ranks(1, gpu_engine.checkpoint, timeout=540)
+    (outcome,) = run_ranks(1, engine.checkpoint, timeout=540)
     assert outcome.failures == []
 
 
 def test_a_conversion_comes_back() -> None:
-    outcome = gpu_engine.conversion()
+    outcome = engine.conversion()
     assert len(outcome.bands) == 2 and outcome.failures == []
 
 
 def test_a_step_has_the_flops_of_its_parameters() -> None:
     """Six for every weight of a layer and token, three times the causal half of both attention products."""
-    from tools.gpu_speed import training_flops
-    from tools.tiny_model import VOCAB  # noqa: F401 - the package of shapes imports without a GPU
+    from benchmarks.gpu.speed import training_flops
+    from tests.support.tiny_models import VOCAB  # noqa: F401 - the package of shapes imports without a GPU
 
     model = _model()
     hidden, heads = SMALL.hidden, SMALL.heads * SMALL.head_dim
@@ -83,7 +83,7 @@ def test_a_step_has_the_flops_of_its_parameters() -> None:
 
 
 def _model():  # type: ignore[no-untyped-def]
-    from megatron_mcpo.model_config import ModelConfig
+    from megatron_mcpo.config.model import ModelConfig
 
     return ModelConfig(
         family="qwen3",
@@ -136,7 +136,7 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
 
 
 def test_rows_of_fp8_say_why_they_are_skipped() -> None:
-    (outcome,) = run_ranks(1, gpu_numbers.fp8)
+    (outcome,) = run_ranks(1, numbers.fp8)
     assert "needs a GPU, and there is none" in outcome.skipped
 
 
@@ -151,9 +151,9 @@ def test_the_planner_takes_the_rates_that_were_measured(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so_and_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 2
+    assert run.main([]) == 2
     assert f"gpu_check: {why_no_gpu()}\n" == capsys.readouterr().err
     assert ("environment is the CPU one" if vllm_on_cpu() else "no CUDA device") in why_no_gpu()
-    assert gpu_check.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(gpu_check.ROWS)
-    assert sum(row.seconds for row in gpu_check.ROWS.values()) <= 60 * 60, "the limits, thrice what is due"
+    assert run.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(run.ROWS)
+    assert sum(row.seconds for row in run.ROWS.values()) <= 60 * 60, "the limits, thrice what is due"

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_mcpo import parallel, platform
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import cpu_backend, parallel
 from megatron_mcpo.mcore import gradient_fusion
 from megatron_mcpo.mcore import model as mcore_model
 from megatron_mcpo.mcore.policy import LossInput, Policy
-from tools import tiny_model
-from tools.ranks import run_ranks
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
 
 needs_no_extension = pytest.mark.skipif(gradient_fusion.extension_there(), reason="NVIDIA's extension is installed")
 
@@ -25,7 +25,7 @@ needs_no_extension = pytest.mark.skipif(gradient_fusion.extension_there(), reaso
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(folder, "untied", num_layers=2)
+    tiny_models.save_model(folder, "untied", num_layers=2)
     return folder
 
 
@@ -34,9 +34,9 @@ def gradients(folder: Path, *, fused: bool) -> dict[str, Tensor]:
     mcore_model.fuses_gradients = lambda dtype: fused
     if fused:
         gradient_fusion.put_in()
-    config = tiny_model.config(folder, contrastive={"share_weight": 0.0, "consolidate_weight": 0.0})
+    config = tiny_models.config(folder, contrastive={"share_weight": 0.0, "consolidate_weight": 0.0})
     policy = Policy(config, from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=240))
-    groups = tiny_model.rollout_groups(num_prompts=6, num_samples=3)
+    groups = tiny_models.rollout_groups(num_prompts=6, num_samples=3)
     batch = make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=policy.shares_prompts)
 
     def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,7 +49,7 @@ def gradients(folder: Path, *, fused: bool) -> dict[str, Tensor]:
     return {name: parameter.main_grad.clone() for name, parameter in chunk.named_parameters()}
 
 
-@pytest.mark.skipif(platform.uses_gpu(), reason="plain layers in fp32 are for a CPU")
+@pytest.mark.skipif(cpu_backend.uses_gpu(), reason="plain layers in fp32 are for a CPU")
 def test_fused_gradients_are_the_gradients(folder: Path) -> None:
     (plain,), (fused,) = (run_ranks(1, lambda fused=f: gradients(folder, fused=fused)) for f in (False, True))
     assert plain.keys() == fused.keys()
@@ -63,13 +63,13 @@ def test_megatron_refuses_without_the_extension(folder: Path) -> None:
 
     def build() -> None:
         mcore_model.fuses_gradients = lambda dtype: True
-        Policy(tiny_model.config(folder), from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=240))
+        Policy(tiny_models.config(folder), from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=240))
 
     with pytest.raises(RuntimeError, match=f"gradient_accumulation_fusion.*(\n.*)*{gradient_fusion.EXTENSION}"):
         run_ranks(1, build)
 
 
-@pytest.mark.skipif(platform.uses_gpu(), reason="on there")
+@pytest.mark.skipif(cpu_backend.uses_gpu(), reason="on there")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_off_on_a_cpu(dtype: torch.dtype) -> None:
     assert not gradient_fusion.fuses_gradients(dtype)

@@ -12,19 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_mcpo import parallel
-from megatron_mcpo.algo.contrastive import contrastive
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config
-from megatron_mcpo.diagnose import term_gradients
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore.packing import num_micro_batches
-from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.objective import Contrasted, Objective, Scored
-from megatron_mcpo.types import Keys, RolloutGroup
-from tools import tiny_model
-from tools.check_layouts import (
+from benchmarks.gradient_table import (
     BOUND,
     HEAD,
     LAYOUTS,
@@ -38,7 +26,19 @@ from tools.check_layouts import (
     models_for,
     score,
 )
-from tools.ranks import run_ranks
+from megatron_mcpo.algo.contrastive import contrastive
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.mcore.packing import num_micro_batches
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
+from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
+from megatron_mcpo.types import Keys, RolloutGroup
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_variants_cover_what_they_say(cases: dict[str, list[Case]]) -> None:
 
 def test_a_data_rank_without_a_rollout_takes_part(tmp_path: Path) -> None:
     """One group, two data-parallel ranks: shared prompts keep it on one of them, in a pipeline too."""
-    model = tiny_model.save_model(tmp_path, "tied")
-    groups = tiny_model.rollout_groups(num_prompts=1, num_samples=4)
+    model = tiny_models.save_model(tmp_path, "tied")
+    groups = tiny_models.rollout_groups(num_prompts=1, num_samples=4)
     assert groups[0].rewards == (1.0, 0.0, 1.0, 0.0), "a pair, and negatives for it"
     config = make_config(tmp_path, {})
     expected = expected_gradients(model, groups, config)
@@ -109,8 +109,8 @@ def without_responses(groups: list[RolloutGroup], empty: set[tuple[int, int]]) -
 
 def test_empty_responses_are_zero_vectors_that_take_part(tmp_path: Path) -> None:
     """A whole group of them, right and wrong ones of others; with every way to pool and to average."""
-    model = tiny_model.save_model(tmp_path, "tied")
-    full = tiny_model.rollout_groups(num_prompts=6, num_samples=3)
+    model = tiny_models.save_model(tmp_path, "tied")
+    full = tiny_models.rollout_groups(num_prompts=6, num_samples=3)
     groups = without_responses(full, {(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1), (5, 2)})
     empty = {r for g in groups for c, r in zip(g.completions, g.rewards, strict=True) if not c.token_ids}
     assert empty == {0.0, 1.0} and groups[0].rewards == (1.0, 1.0, 1.0), "anchors and negatives"
@@ -197,10 +197,10 @@ def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict
     [("tied", ["dp1", "dp2", "tp2_sp", "pp2"]), ("experts", ["dp1", "ep2", "ep2_tp2", "tp2_sp"])],
 )
 def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
-    tmp_path: Path, kind: tiny_model.Kind, layouts: list[str]
+    tmp_path: Path, kind: tiny_models.Kind, layouts: list[str]
 ) -> None:
     """With tied embeddings, which two pipeline stages hold; what a term adds to a gradient is its own."""
-    model, groups = tiny_model.save_model(tmp_path, kind), tiny_model.rollout_groups(num_prompts=6, num_samples=3)
+    model, groups = tiny_models.save_model(tmp_path, kind), tiny_models.rollout_groups(num_prompts=6, num_samples=3)
     without = {"share": {"consolidate_weight": 0.0}, "consolidate": {"share_weight": 0.0}}
     plain = make_config(tmp_path, {"contrastive": without["share"] | without["consolidate"]})
     own = trunk_gradient(model, groups, plain)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import Header, read_headers, tokenizer_problems
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.hf_files import Header, read_headers, tokenizer_problems
 
 OLD = "model.layers.0.self_attn.rotary_emb.inv_freq"
 

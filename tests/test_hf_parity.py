@@ -4,9 +4,6 @@ Covers every architecture in every layout with packed sequences. Not covered her
 Transformer Engine's layer spec and GPUs.
 """
 
-from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
-
-# isort: split
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_mcpo import parallel
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import layout_problems
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks
-from megatron_mcpo.model_config import layout_problems
-from megatron_mcpo.parallel import Groups
+from megatron_mcpo.weights.full_sync import export
 from megatron_mcpo.weights.hf_io import load_hf
 from megatron_mcpo.weights.mapping import hf_shapes
-from megatron_mcpo.weights.sync import export
+from tests.support.ranks import run_ranks
 
 VOCAB = 101
 SEQUENCE_LENGTHS = [(36, 84), (60, 60)]

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from report_runs import NAMES, OFF, MadeRun, config_of, made_run
 
-from megatron_mcpo import html_report
 from megatron_mcpo.algo.pairing import Pairing
-from megatron_mcpo.html_report import collect, columns, embeddable, page, write_report
-from megatron_mcpo.metrics import write_representations
-from megatron_mcpo.plots import principal_plane
-from megatron_mcpo.rollout_sample import coarse_to_fine, sample_rollouts, shortened
-from megatron_mcpo.run_folder import read_jsonl, step_file
+from megatron_mcpo.reporting.html import html_report
+from megatron_mcpo.reporting.html.html_report import collect, columns, embeddable, page, write_report
+from megatron_mcpo.reporting.html.rollout_sample import coarse_to_fine, sample_rollouts, shortened
+from megatron_mcpo.reporting.loggers import write_representations
+from megatron_mcpo.reporting.plots import principal_plane
+from megatron_mcpo.storage.files import read_jsonl, step_file
+from tests.support.paths import ROOT
+from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, made_run
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "megatron_mcpo" / "report_page"
 
 
@@ -307,7 +307,7 @@ def test_a_thousand_steps_of_512_rollouts_fit_twenty_megabytes(tmp_path: Path) -
     run.repeat(range(7, 1001), like=6)
     rollouts = sum(path.stat().st_size for path in (run.path / "rollouts").iterdir())
     code = (
-        "import re, sys; from tools.report import main; code = main(sys.argv[1:]);"
+        "import re, sys; from megatron_mcpo.cli.report import main; code = main(sys.argv[1:]);"
         r"print(re.search(r'VmHWM:\s*(\d+) kB', open('/proc/self/status').read())[1]); sys.exit(code)"
     )
     made = subprocess.run([sys.executable, "-c", code, run.path], cwd=ROOT, capture_output=True, text=True, timeout=250)

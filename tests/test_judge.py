@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scoring import group, scorer_of
+
+from tests.support.scoring import group, scorer_of
 
 Reply = tuple[int, str]
 Behaviour = Callable[[int, str], Reply]

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from program import write_config
 
-from megatron_mcpo.config import load
-from megatron_mcpo.run_folder import RunFolder
-from tools import submit
+from megatron_mcpo.cli import submit
+from megatron_mcpo.config.config import load
+from megatron_mcpo.storage.run_folder import RunFolder
+from tests.support import tiny_run
+from tests.support.paths import ROOT
+from tests.support.program import write_config
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --time=1\n"
 
 
@@ -76,7 +76,7 @@ def test_what_leaves_the_number_of_ranks_open_is_refused(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder)
+    tiny_run.save_chat_model(folder)
     return folder
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mcpo import parallel
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore import logprob
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROWS, HIDDEN, VOCAB, TEMPERATURE = 13, 8, 60, 0.7
 

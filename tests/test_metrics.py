@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.metrics import MetricsLog, check_trackers, write_representations, write_rollouts
-from megatron_mcpo.run_folder import read_jsonl
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.reporting.loggers import MetricsLog, check_trackers, write_representations, write_rollouts
+from megatron_mcpo.storage.files import read_jsonl
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(folder: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from megatron_mcpo.metrics import MetricsLog, write_rollouts
+from megatron_mcpo.reporting.loggers import MetricsLog, write_rollouts
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 log = MetricsLog(folder, [])
@@ -149,7 +149,9 @@ def test_a_folder_with_the_name_of_a_tracker_is_not_its_package(tmp_path: Path) 
 
 def test_no_tracker_is_no_problem_and_checking_imports_no_torch() -> None:
     assert check_trackers(config_with([])) == []
-    code = "import sys, megatron_mcpo.metrics; sys.exit('torch' in sys.modules or 'tensorboard' in sys.modules)"
+    code = (
+        "import sys, megatron_mcpo.reporting.loggers; sys.exit('torch' in sys.modules or 'tensorboard' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import (
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import (
     Experts,
     ModelConfig,
     RopeScaling,
@@ -462,7 +462,7 @@ def test_head_sizes_are_limited_on_a_cpu_only() -> None:
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     write(tmp_path, QWEN25)
     code = (
-        "import sys; from pathlib import Path; from megatron_mcpo.hf_config import from_folder; "
+        "import sys; from pathlib import Path; from megatron_mcpo.config.hf_config import from_folder; "
         f"from_folder(Path({str(tmp_path)!r})); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from program import lasting, metrics, train_forked, write_config
 from test_checkpoint import UPDATES, build, checkpoints_of, learn, load_train, settings, train_save_train, weights
 from test_policy import maximise, start
 from torch import Tensor
 
-from megatron_mcpo import checkpoint_files
-from megatron_mcpo.config import Config
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import Policy, Reference
-from tools import tiny_model
-from tools.ranks import run_ranks
+from megatron_mcpo.storage import checkpoint_files
+from tests.support import tiny_models, tiny_run
+from tests.support.program import lasting, metrics, train_forked, write_config
+from tests.support.ranks import run_ranks
 
 LAYOUTS: list[tuple[str, str, Layout]] = [
     ("tied", "bf16", Layout()),
@@ -39,7 +38,7 @@ State = tuple[dict[str, Tensor], list[Tensor], list[float]]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tied", "untied", "experts")}
     for kind, folder in folders.items():
-        tiny_model.save_model(folder, kind)
+        tiny_models.save_model(folder, kind)
     return folders
 
 
@@ -127,7 +126,7 @@ def test_an_update_that_is_left_out_leaves_no_gradients(models: dict[str, Path])
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(after, before, strict=True))
         assert policy.update(batch, maximise(1.0)).applied
 
-    run_ranks(1, check, offloaded(tiny_model.config(models["tied"], model={"dtype": "bf16"})))
+    run_ranks(1, check, offloaded(tiny_models.config(models["tied"], model={"dtype": "bf16"})))
 
 
 def test_gradients_of_single_terms_are_the_same(models: dict[str, Path]) -> None:
@@ -137,7 +136,7 @@ def test_gradients_of_single_terms_are_the_same(models: dict[str, Path]) -> None
         assert policy.update(batch, maximise(1.0)).applied
         return found, gradient_bytes(policy)
 
-    config = tiny_model.config(models["tied"])
+    config = tiny_models.config(models["tied"])
     ((expected, kept),) = run_ranks(1, gradient, config)
     ((found, left),) = run_ranks(1, gradient, offloaded(config))
     assert torch.equal(found, expected) and expected.abs().max() > 0
@@ -201,7 +200,7 @@ def test_the_reference_says_the_same_and_waits_in_host_memory(
             places.append(storages(weights))
         return scores, set.union(*places), places[0] == places[1] == places[2]
 
-    config = tiny_model.config(models[kind], model={"dtype": "bf16"})
+    config = tiny_models.config(models[kind], model={"dtype": "bf16"})
     away = config.model_copy(update={"model": config.model.model_copy(update={"offload_reference": True})})
     for mine, theirs in zip(
         run_ranks(layout.world_size, scored, away), run_ranks(layout.world_size, scored, config), strict=True
@@ -216,7 +215,7 @@ def test_a_run_ends_with_the_same_figures(tmp_path: Path, ranks: int) -> None:
     folders: dict[str, Any] = {name: tmp_path / name for name in ("model", "plain", "offloaded")}
     for folder in folders.values():
         folder.mkdir()
-    tiny.save_chat_model(folders["model"])
+    tiny_run.save_chat_model(folders["model"])
     on = ("--optimizer.offload", "true", "--model.offload_reference", "true")
     common = ("--model.dtype", "bf16", "--batch.minibatches", "2", "--contrastive.diagnose_every", "2")
     for name, overrides in (("plain", ()), ("offloaded", on)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
-from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}

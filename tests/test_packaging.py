@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megatron_mcpo import __version__
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ROOT / "requirements"
 LOCKS = [REQUIREMENTS / "cpu.lock", REQUIREMENTS / "bootstrap.txt"]
 # Other projects than their names suggest, or in need of a compiler and a GPU.
@@ -200,7 +200,7 @@ def test_an_environment_of_the_users_is_left_as_it_is(tmp_path, stamp, holds):
     answer = make_env(tmp_path, python)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert ".venv was not made by this script" in answer.stderr
-    assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo.train" in answer.stderr
+    assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo.cli.train" in answer.stderr
     assert sorted(tmp_path.glob(".venv/**/*")) == before
     removing = make_env(tmp_path, python, "--remove")
     assert removing.returncode == 0 and "so it stays" in removing.stderr

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_mcpo import parallel
-from megatron_mcpo.layout import Layout
-from tools.ranks import run_ranks
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import parallel
+from tests.support.ranks import run_ranks
 
 LAYOUTS = [
     Layout(tensor=2, data=2, sequence=True),

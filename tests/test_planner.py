@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.cli import plan as program
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.mcore.head import HeadSpec
-from megatron_mcpo.model_config import ModelConfig, layout_problems
-from megatron_mcpo.planner import hardware, planning, report, search
+from megatron_mcpo.planner import hardware, plan_text, planning, search
 from megatron_mcpo.planner.ranks import built_size, rank_size, total_params
-from tools import plan as program
-from tools import tiny_model
+from tests.support import tiny_models
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "examples" / "models"
 
 # As the model pages on Hugging Face state them (safetensors metadata).
@@ -53,7 +53,7 @@ def config_for(name: str, **sections: dict[str, Any]) -> Config:
         "rollout": {"max_prompt_tokens": 512, "max_response_tokens": 3584},
     }
     merged = {key: defaults.get(key, {}) | sections.get(key, {}) for key in defaults.keys() | sections.keys()}
-    return tiny_model.config(MODELS / name, **merged)
+    return tiny_models.config(MODELS / name, **merged)
 
 
 def test_every_model_has_a_published_size() -> None:
@@ -91,9 +91,9 @@ def test_a_rank_holds_what_megatron_builds(name: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
-def test_ranks_of_a_stage_hold_equally_much(tmp_path: Path, kind: tiny_model.Kind) -> None:
+def test_ranks_of_a_stage_hold_equally_much(tmp_path: Path, kind: tiny_models.Kind) -> None:
     """What the planner takes for granted: one rank of a stage stands for all, also where the vocabulary is padded."""
-    tiny_model.save_model(tmp_path, kind)
+    tiny_models.save_model(tmp_path, kind)
     model = from_folder(tmp_path)
     layout = Layout(tensor=2, pipeline=2, data=2, expert=2 if kind == "experts" else 1, sequence=True)
     head = HeadSpec(dim=16, kind="mlp")
@@ -256,7 +256,7 @@ def test_servers_leave_the_trainer_s_gpus_to_the_trainer() -> None:
     assert found.seconds["sync"] > inside.seconds["sync"]
     (missing,) = found.not_modelled
     assert "servers' GPUs" in missing and inside.not_modelled == []
-    assert f"not modelled: {missing}" in report.report(found)
+    assert f"not modelled: {missing}" in plan_text.report(found)
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("qwen3-32b", 0.5, 0.56), ("qwen3-30b-a3b", 0.5, 0.53)])
@@ -284,7 +284,7 @@ def test_what_is_not_modelled_is_said() -> None:
     config, model = config_for("qwen3-0.6b", model={"dtype": "bf16", "fp8": "blockwise"}), model_of("qwen3-0.6b")
     found = planning.plan(config, model, hardware.H100, 1)
     assert found.as_json()["not_modelled"] == ["model.fp8 = 'blockwise' (planned as bf16)"]
-    assert "not modelled: model.fp8 = 'blockwise' (planned as bf16)" in report.report(found)
+    assert "not modelled: model.fp8 = 'blockwise' (planned as bf16)" in plan_text.report(found)
 
 
 def test_nothing_fits_a_model_that_is_too_large() -> None:

@@ -23,23 +23,23 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_mcpo import parallel
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config
-from megatron_mcpo.hf_config import from_folder
+from benchmarks.scaling import small_loss
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import Policy, Reference
-from megatron_mcpo.parallel import Groups
 from megatron_mcpo.planner.activations import PLAIN
 from megatron_mcpo.planner.hardware import H100
 from megatron_mcpo.planner.memory import ITEMSIZE, RankMemory, engine_memory, rank_memory
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.planner.ranks import rank_size
-from megatron_mcpo.planner.workload import workload
+from megatron_mcpo.planner.step_shape import workload
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
-from tools import tiny_model
-from tools.bench_scaling import small_loss
-from tools.ranks import run_ranks
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
 
 SECONDS = 540.0  # bf16 is slow on a CPU without AVX-512
 PROMPT, RESPONSE = 360, 240  # longer than attention's plain form, which is for short sequences on a CPU
@@ -78,7 +78,7 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
         **sections,
     }
     merged["model"] = {"dtype": "bf16"} | sections.get("model", {})
-    return tiny_model.config(folder, **merged)
+    return tiny_models.config(folder, **merged)
 
 
 def rollouts(config: Config) -> list[RolloutGroup]:

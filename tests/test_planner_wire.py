@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 from test_planner_memory import Kind, Trainer, config_of, save_model
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.gather import gather_rows
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from benchmarks.scaling import small_loss
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.planner.memory import ITEMSIZE
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.planner.push import direct_elements, gathered_bytes, is_direct, received_bytes
 from megatron_mcpo.planner.ranks import rank_size
+from megatron_mcpo.planner.step_shape import workload
 from megatron_mcpo.planner.wire import wire_bytes
-from megatron_mcpo.planner.workload import workload
-from megatron_mcpo.weights.reshard import Plan
-from megatron_mcpo.weights.sync import Meter, export
-from tools import tiny_model
-from tools.bench_scaling import small_loss
-from tools.ranks import run_ranks
-from tools.received import Received
+from megatron_mcpo.weights.full_sync import Meter, export
+from megatron_mcpo.weights.reshard_plan import Plan
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
+from tests.support.traffic import Received
 
 
 def counted(config: Config, world_size: int) -> dict[str, float]:
@@ -99,13 +99,13 @@ def test_bytes_are_those_of_real_messages(
 )
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_bytes_from_rank_to_rank_are_those_of_the_push_plan(
-    tmp_path: Path, kind: tiny_model.Kind, layout: Layout, engine_ranks: int
+    tmp_path: Path, kind: tiny_models.Kind, layout: Layout, engine_ranks: int
 ) -> None:
-    tiny_model.save_model(tmp_path, kind)
+    tiny_models.save_model(tmp_path, kind)
     model = from_folder(tmp_path)
     expected = Plan(model=model, layout=layout, engine_ranks=engine_ranks).totals().received
     assert direct_elements(model, layout, engine_ranks) == expected
-    config = tiny_model.config(tmp_path, model={"dtype": "bf16"}, engine={"tensor_parallel": engine_ranks})
+    config = tiny_models.config(tmp_path, model={"dtype": "bf16"}, engine={"tensor_parallel": engine_ranks})
     assert is_direct(config, model)
     assert sum(received_bytes(config, model, layout, 2)) == 2 * sum(expected)
 
@@ -122,6 +122,6 @@ def test_the_way_of_a_push_is_the_program_s(tmp_path: Path) -> None:
         ("packed", "untied", quantized, False),
         ("servers", "untied", {"engine": {"servers": ["http://127.0.0.1:8000"]}}, False),
     ):
-        tiny_model.save_model(tmp_path / name, kind)
-        config = tiny_model.config(tmp_path / name, **sections)
+        tiny_models.save_model(tmp_path / name, kind)
+        config = tiny_models.config(tmp_path / name, **sections)
         assert is_direct(config, from_folder(tmp_path / name)) is direct, name

@@ -23,13 +23,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mcpo import parallel, platform
-from megatron_mcpo.environment import vllm_on_cpu
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import fast_dtype
+from megatron_mcpo.config.schema import ModelSection
+from megatron_mcpo.distributed import cpu_backend, parallel
 from megatron_mcpo.mcore.spec import layer_spec
-from megatron_mcpo.model_config import fast_dtype
-from megatron_mcpo.sections import ModelSection
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 VOCAB, SEQ_LEN, NUM_MICRO_BATCHES = 64, 16, 2
 
@@ -124,7 +124,7 @@ def _train_and_save(layout: Layout, folder: Path) -> tuple[list[float], dict[str
         norms.append(float(norm))
         if step == 1:
             _save_and_load(model, optimizer, groups, folder)
-    return norms, platform.interceptions()
+    return norms, cpu_backend.interceptions()
 
 
 def _save_and_load(model: DistributedDataParallel, optimizer: Any, groups: parallel.Groups, folder: Path) -> None:
@@ -145,7 +145,7 @@ LAYOUTS = [Layout(data=2), Layout(pipeline=2), Layout(tensor=2, sequence=True), 
            Layout(data=2, expert=2)]  # fmt: skip
 
 
-@pytest.mark.skipif(platform.uses_gpu(), reason="there is nothing to intercept on a GPU")
+@pytest.mark.skipif(cpu_backend.uses_gpu(), reason="there is nothing to intercept on a GPU")
 def test_training_and_saving_use_every_interception(tmp_path: Path) -> None:
     total: Counter[str] = Counter()
     for i, layout in enumerate(LAYOUTS):
@@ -154,26 +154,26 @@ def test_training_and_saving_use_every_interception(tmp_path: Path) -> None:
         for norms, hits in run_ranks(2, _train_and_save, layout, folder, timeout=480):
             assert all(math.isfinite(norm) and norm > 0 for norm in norms), (layout, norms)
             total.update(hits)
-    unused = sorted(name for name in platform.interceptions() if not total[name])
+    unused = sorted(name for name in cpu_backend.interceptions() if not total[name])
     assert not unused, f"Megatron-Core does not ask for these any more, they can go from platform.py: {unused}"
 
 
 def test_only_megatron_sees_another_torch() -> None:
-    assert platform.apply() is not platform.uses_gpu()
-    if platform.uses_gpu():
+    assert cpu_backend.apply() is not cpu_backend.uses_gpu()
+    if cpu_backend.uses_gpu():
         return
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1).cuda()
     assert torch.zeros(1).type() == "torch.FloatTensor"
-    assert platform.device() == torch.device("cpu") and platform.backend() == "gloo"
+    assert cpu_backend.device() == torch.device("cpu") and cpu_backend.backend() == "gloo"
 
 
 def test_changes_of_the_real_cuda_module_do_not_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel import random
 
-    if platform.uses_gpu():
+    if cpu_backend.uses_gpu():
         pytest.skip("there is nothing to intercept on a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 / 0)
     assert random.torch.cuda.current_device() == torch.device("cpu")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mcpo.metrics import write_representations
-from megatron_mcpo.plots import principal_plane, similarity_matrix, smoothed, write_plots
+from megatron_mcpo.reporting.loggers import write_representations
+from megatron_mcpo.reporting.plots import principal_plane, similarity_matrix, smoothed, write_plots
 
 NAMES = ["arithmetic", "logic"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -184,5 +184,5 @@ def test_smoothing_is_a_centred_mean_without_the_missing() -> None:
 
 
 def test_importing_the_module_imports_no_matplotlib() -> None:
-    code = "import sys, megatron_mcpo.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, megatron_mcpo.reporting.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0

@@ -13,18 +13,18 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from torch import Tensor
 
-from megatron_mcpo import parallel
-from megatron_mcpo.batch import make_batch
-from megatron_mcpo.config import Config
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.schema import Fp8
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.model import transformer_config, unwrap
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
 from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE
-from megatron_mcpo.sections import Fp8
 from megatron_mcpo.types import TrainBatch
-from tools import tiny_model
-from tools.ranks import run_ranks
+from tests.support import tiny_models
+from tests.support.ranks import run_ranks
 
 ONE_RANK = Layout()
 TWO_UPDATES = {"minibatches": 2}  # a step
@@ -33,14 +33,14 @@ TWO_UPDATES = {"minibatches": 2}  # a step
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny_model.save_model(path, "tied")
+    tiny_models.save_model(path, "tied")
     return path
 
 
 def start(config: Config, layout: Layout = ONE_RANK) -> tuple[Policy, TrainBatch]:
     ranks = parallel.init(layout, seed=0, timeout_seconds=60)
     policy = Policy(config, from_folder(Path(config.model.path)), ranks)
-    groups = tiny_model.rollout_groups(num_prompts=4, num_samples=3)
+    groups = tiny_models.rollout_groups(num_prompts=4, num_samples=3)
     batch = make_batch(
         groups,
         num_data_ranks=layout.data,
@@ -75,7 +75,7 @@ def test_learning_rate_follows_the_schedule(folder: Path) -> None:
     for schedule in ("constant", "linear", "cosine"):
         for warmup in (0, 2, 6):
             optimizer = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": warmup, "schedule": schedule}
-            config = tiny_model.config(folder, run={"steps": 3}, optimizer=optimizer, batch=TWO_UPDATES)
+            config = tiny_models.config(folder, run={"steps": 3}, optimizer=optimizer, batch=TWO_UPDATES)
             expected = [closed_form(schedule, update, warmup=warmup, updates=6) for update in range(1, 7)]
             assert run_ranks(1, rates, config)[0] == pytest.approx(expected, rel=1e-6), (schedule, warmup)
 
@@ -86,7 +86,7 @@ def test_a_warm_up_longer_than_the_run_ends_with_it(folder: Path) -> None:
         return [policy.update(batch, maximise(1.0)).lr for _ in range(2)]
 
     optimizer = {"lr": 1e-3, "warmup_steps": 9, "schedule": "linear"}
-    config = tiny_model.config(folder, run={"steps": 1}, optimizer=optimizer, batch=TWO_UPDATES)
+    config = tiny_models.config(folder, run={"steps": 1}, optimizer=optimizer, batch=TWO_UPDATES)
     assert run_ranks(1, rates, config)[0] == pytest.approx([5e-4, 1e-3], rel=1e-6)
 
 
@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
         assert update.applied and policy.version == 1
         assert not all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
 
-    run_ranks(1, check, tiny_model.config(folder))
+    run_ranks(1, check, tiny_models.config(folder))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
         ),
     ],
 )
-def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_model.Kind, layouts: list[Layout]) -> None:
+def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_models.Kind, layouts: list[Layout]) -> None:
     """The norm that gradients are clipped to is of all ranks' shards, each counted once."""
 
     def updated(layout: Layout, config: Config) -> tuple[float, dict[str, Tensor]]:
@@ -127,13 +127,13 @@ def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_model.K
         norm = policy.update(batch, maximise(1.0)).grad_norm
         return norm, {name: tensor.clone() for name, tensor in policy.weights()}
 
-    tiny_model.save_model(tmp_path, kind)
+    tiny_models.save_model(tmp_path, kind)
     # A step in proportion to the gradient, and not as long for the smallest as for the largest.
     proportional = {"eps": 100.0, "lr": 3000.0, "clip_grad": 0.1}
-    config = tiny_model.config(tmp_path, optimizer=proportional)
+    config = tiny_models.config(tmp_path, optimizer=proportional)
     ((norm, expected),) = run_ranks(1, updated, Layout(), config)
     ((_, before),) = run_ranks(
-        1, updated, Layout(), tiny_model.config(tmp_path, optimizer={**proportional, "lr": 1e-9})
+        1, updated, Layout(), tiny_models.config(tmp_path, optimizer={**proportional, "lr": 1e-9})
     )
     assert norm > 1
     for layout in layouts:
@@ -155,7 +155,7 @@ def test_an_update_with_representations_of_other_weights_is_refused(folder: Path
         assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
         assert policy.update(batch, maximise(1.0), z_version=policy.score(batch).version).applied
 
-    run_ranks(1, check, tiny_model.config(folder))
+    run_ranks(1, check, tiny_models.config(folder))
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,12 @@ def test_recomputed_in_the_backward_pass_alone(folder: Path, recompute: str, par
         trained = count(policy, lambda: policy.backward(batch, maximise(1.0)))
         return trained, count(policy, lambda: policy.score(batch)), count(reference, lambda: reference.score(batch))
 
-    config = tiny_model.config(folder, model={"recompute": recompute}, batch={"micro_batch_tokens": 4096})
+    config = tiny_models.config(folder, model={"recompute": recompute}, batch={"micro_batch_tokens": 4096})
     assert run_ranks(1, check, config) == [(passes, 1, 1)]
 
 
 def test_fp8_is_refused_where_it_would_silently_be_bf16(folder: Path) -> None:
-    config = tiny_model.config(folder, model={"dtype": "bf16", "fp8": "blockwise"})
+    config = tiny_models.config(folder, model={"dtype": "bf16", "fp8": "blockwise"})
     with pytest.raises(RuntimeError, match=r"model.fp8 = 'blockwise': needs a GPU, and there is none; set it to 'off'"):
         run_ranks(1, start, config)
 
@@ -200,7 +200,7 @@ def test_fp8_spares_the_first_and_the_last_layer(folder: Path, fp8: Fp8, expecte
         layers = [is_first_last_bf16_layer(megatron, number) for number in range(model.num_layers)]
         return (megatron.fp8, megatron.fp8_recipe), layers
 
-    ((recipe, layers),) = run_ranks(1, spared, tiny_model.config(folder))
+    ((recipe, layers),) = run_ranks(1, spared, tiny_models.config(folder))
     assert recipe == expected
     assert layers == [True, *[False] * (len(layers) - 2), True] and len(layers) > 2
 
@@ -213,7 +213,7 @@ def test_packs_are_filled_up_to_a_multiple_and_say_the_same(folder: Path) -> Non
         assert {micro.tokens_1L.shape[1] % TOKEN_MULTIPLE for micro in policy._pack(batch)} == {0}
         torch.testing.assert_close(policy.score(batch).logp_R, expected, rtol=1e-5, atol=1e-5)
 
-    run_ranks(1, check, tiny_model.config(folder))
+    run_ranks(1, check, tiny_models.config(folder))
 
 
 def test_an_update_raises_what_it_maximises_and_reports_sums(folder: Path) -> None:
@@ -224,7 +224,7 @@ def test_an_update_raises_what_it_maximises_and_reports_sums(folder: Path) -> No
         assert update.metrics["value"] == pytest.approx(-before.item() / 100, rel=1e-4)
         assert policy.score(batch).logp_R.sum() > before
 
-    run_ranks(1, check, tiny_model.config(folder))
+    run_ranks(1, check, tiny_models.config(folder))
 
 
 def test_scores_depend_neither_on_packing_nor_on_the_head(folder: Path) -> None:
@@ -236,7 +236,7 @@ def test_scores_depend_neither_on_packing_nor_on_the_head(folder: Path) -> None:
         return result.logp_R, result.entropy_R
 
     wide = {"batch": {"micro_batch_tokens": 4096}}
-    expected = run_ranks(1, scores, tiny_model.config(folder), True)[0]
-    for config, head in ((tiny_model.config(folder, **wide), True), (tiny_model.config(folder), False)):
+    expected = run_ranks(1, scores, tiny_models.config(folder), True)[0]
+    for config, head in ((tiny_models.config(folder, **wide), True), (tiny_models.config(folder), False)):
         for mine, other in zip(run_ranks(1, scores, config, head)[0], expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_mcpo.algo.policy_loss import PolicyLoss, kl_estimate, policy_loss, token_weights
-from megatron_mcpo.sections import AlgorithmConfig
+from megatron_mcpo.config.schema import AlgorithmConfig
 
 PLAIN: dict[str, Any] = {"clip_high": 0.28, "kl_weight": 0.0, "importance": "off"}
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mcpo.config import ConfigError
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.schema import Fp8
 from megatron_mcpo.mcore import precision
 from megatron_mcpo.mcore.precision import check_fp8, transformer_engine_problem
-from megatron_mcpo.sections import Fp8
 
 
 @pytest.fixture(autouse=True)

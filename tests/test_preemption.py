@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from program import ROOT, command, train_forked
 from test_resume import PIPELINE, Figures, figures, go_on, model, whole, write_config  # noqa: F401 - fixtures
 
-from megatron_mcpo.collect import Collector
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.run_folder import step_files
+from megatron_mcpo.storage.files import step_files
+from megatron_mcpo.trainer.collector import Collector
+from tests.support.paths import ROOT
+from tests.support.program import command, train_forked
 
 SEVERAL_STEPS = (*PIPELINE, "--run.checkpoint_every", "4", "--run.keep_every", "0")
 
@@ -129,7 +130,16 @@ def test_a_signal_while_loading_ends_the_run_before_its_first_step(model: Path, 
     config, run, log = write_config(model, tmp_path), tmp_path / "runs" / "tiny", tmp_path / "output.txt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    arguments = [*torchrun, handled, "--shutdown-timeout", "120", "-m", "megatron_mcpo.train", str(config), *PIPELINE]
+    arguments = [
+        *torchrun,
+        handled,
+        "--shutdown-timeout",
+        "120",
+        "-m",
+        "megatron_mcpo.cli.train",
+        str(config),
+        *PIPELINE,
+    ]
     agent = start(arguments, log)
     wait_until(lambda: [holds_signals(rank) for rank in agent.children()] == [True, True], agent, log)
     assert end_of_all(agent, log, signal.SIGUSR1) == 1, "torchrun's own"

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_mcpo.cli import data_prepare
 from megatron_mcpo.data.rows import parse_row
-from tools import prepare_data
 
 LABELS = {"label": ["A", "B", "C"], "text": ["a shelf", "the sea", "a book"]}
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -49,7 +49,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 ANSWERS = {"gsm8k": "1004", "math": r"\frac{1}{2}", "mbpp": "```python\ndef add(a, b):\n  return a+b\n```"}
 
 
-@pytest.mark.parametrize("name", prepare_data.SETS)
+@pytest.mark.parametrize("name", data_prepare.SETS)
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_a_set_becomes_rows_of_our_schema(
     name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -59,7 +59,7 @@ def test_a_set_becomes_rows_of_our_schema(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[name]), source)
     else:
         source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
-    assert prepare_data.main([name, str(source), "--out", str(out)]) == 0
+    assert data_prepare.main([name, str(source), "--out", str(out)]) == 0
     assert f"{name}: 1 rows, 1 left out" in capsys.readouterr().out
     (line,) = out.read_text().splitlines()
     item = parse_row(json.loads(line), 0, [])
@@ -73,7 +73,7 @@ def test_a_set_becomes_rows_of_our_schema(
 def test_another_set_s_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n")
-    assert prepare_data.main(["mbpp", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert data_prepare.main(["mbpp", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
     printed = capsys.readouterr()
     assert "1 left out; 1: other columns than this set has (no column 'test_list')" in printed.out
     assert "not written, there is no row" in printed.err
@@ -82,14 +82,14 @@ def test_another_set_s_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "no.parquet"
-    assert prepare_data.main(["mbpp", str(missing), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert data_prepare.main(["mbpp", str(missing), "--out", str(tmp_path / "out.jsonl")]) == 2
     assert f"{missing}: can't be read" in capsys.readouterr().err
 
 
 def test_a_broken_line_is_told_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n\n{\n")
-    assert prepare_data.main(["gsm8k", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert data_prepare.main(["gsm8k", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
     assert f"{source}: can't be read (line 3 is no JSON)" in capsys.readouterr().err
 
 
@@ -107,6 +107,6 @@ def test_no_source_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture
     before = source.read_text()
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(SystemExit) as left:
-        prepare_data.main(["gsm8k", str(source), "--out", str(tmp_path / out)])
+        data_prepare.main(["gsm8k", str(source), "--out", str(tmp_path / out)])
     assert left.value.code == 2 and said in capsys.readouterr().err
     assert source.read_text() == before

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 class _Cycle:

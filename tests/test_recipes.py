@@ -13,22 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo import parallel, train
-from megatron_mcpo.config import load
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.cli import plan, submit, train
+from megatron_mcpo.config.config import load
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.cpu_backend import only_shapes
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
-from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.planning import head_of
-from megatron_mcpo.platform import only_shapes
 from megatron_mcpo.rewards import allowlist
-from megatron_mcpo.weights.bind import bind
-from megatron_mcpo.weights.layout import cut_dim, slices
 from megatron_mcpo.weights.mapping import hf_shapes
-from tools import plan, submit
+from megatron_mcpo.weights.match_parameters import bind
+from megatron_mcpo.weights.shards import cut_dim, slices
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples").glob("*/h100_*.toml"))
 GPUS_A_NODE = 8
 
@@ -47,7 +47,7 @@ def test_there_is_a_recipe_for_each_model() -> None:
 def test_a_recipe_fits_as_its_plan_says(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A plan that has changed: `.venv/bin/python tools/plan.py RECIPE --nodes N > plan_GPUS.txt`."""
+    """A plan that has changed: `.venv/bin/python megatron_mcpo/cli/plan.py RECIPE --nodes N > plan_GPUS.txt`."""
     monkeypatch.chdir(ROOT)
     config = load(path)
     assert allowlist.problems(config) == [] and len(config.domain) == 5

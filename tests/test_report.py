@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_mcpo import report
 from megatron_mcpo.algo.advantage import group_advantages
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.algo.policy_loss import policy_loss
-from megatron_mcpo.batch import make_batch, rewards_of
-from megatron_mcpo.report import COLUMNS, BatchReport, rollout_rows, rollout_stats, step_figures
-from megatron_mcpo.sections import AlgorithmConfig, ContrastiveConfig
+from megatron_mcpo.config.schema import AlgorithmConfig, ContrastiveConfig
+from megatron_mcpo.data.batch import make_batch, rewards_of
+from megatron_mcpo.reporting import step_metrics
+from megatron_mcpo.reporting.step_metrics import COLUMNS, BatchReport, rollout_rows, rollout_stats, step_figures
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, Scores, StopReason, TrainBatch
 
 NAMES = ["red", "green", "blue"]
@@ -315,8 +315,8 @@ def test_a_domain_that_is_absent_has_no_figure(figures: dict[str, float]) -> Non
 
 
 def test_every_figure_is_described_at_the_head_of_the_file(figures: dict[str, float]) -> None:
-    described = set(re.findall(r"[a-z_0-9/]+(?:<domain>|<a>/<b>)?", report.__doc__ or ""))
-    starred = set(re.findall(r"^  ([a-z_]+) \*", report.__doc__ or "", flags=re.MULTILINE))
+    described = set(re.findall(r"[a-z_0-9/]+(?:<domain>|<a>/<b>)?", step_metrics.__doc__ or ""))
+    starred = set(re.findall(r"^  ([a-z_]+) \*", step_metrics.__doc__ or "", flags=re.MULTILINE))
     described |= {f"{name}/<domain>" for name in starred}
     names = {re.sub("/(red|green)/(red|green)$", "/<a>/<b>", name) for name in figures}
     names = {re.sub("/(red|green)$", "/<domain>", name) for name in names}

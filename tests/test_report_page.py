@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import NAMES, OFF, MadeRun, config_of, made_run
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -18,7 +17,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_html_report import data_of, partners
 
-from megatron_mcpo.html_report import write_report
+from megatron_mcpo.reporting.html.html_report import write_report
+from tests.support.paths import ROOT
+from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, made_run
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
@@ -139,8 +140,8 @@ def test_every_section_shows_what_it_is_for(page: Page) -> None:
 
 
 def test_the_table_is_the_one_that_the_run_printed(page: Page, run: MadeRun) -> None:
-    from megatron_mcpo.console import summary_rows
-    from megatron_mcpo.run_folder import read_jsonl
+    from megatron_mcpo.reporting.console import summary_rows
+    from megatron_mcpo.storage.files import read_jsonl
 
     _, rows = summary_rows(read_jsonl(run.path / "metrics.jsonl"), read_jsonl(run.path / "eval.jsonl"), NAMES)
     page.go("overview")
@@ -354,7 +355,7 @@ def test_a_run_of_figures_that_are_no_numbers_or_do_not_move(driver: webdriver.C
     ("-Infinity", "Infinity"), ("0", "1"), ("-3.7", "12.2"), ("999999.1", "999999.2"), ("2", "1"),
 ])  # fmt: skip
 def test_an_axis_has_few_marks_whatever_the_values(driver: webdriver.Chrome, low: str, high: str) -> None:
-    source = (Path(__file__).parent.parent / "megatron_mcpo" / "report_page" / "ticks.js").read_text()
+    source = (ROOT / "megatron_mcpo" / "report_page" / "ticks.js").read_text()
     driver.get("about:blank")
     marks = driver.execute_script(f"{source}; return ticks({low}, {high})")
     assert len(marks) <= 12 and all(isinstance(mark, int | float) for mark in marks)

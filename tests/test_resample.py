@@ -12,15 +12,15 @@ from test_data import TOKENIZER, make_config
 from test_stream import made_up_domain, names
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_mcpo import parallel
-from megatron_mcpo.collect import Collector, Sampling
+from megatron_mcpo.config.domain_schema import DataConfig
+from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.stream import PromptStream
-from megatron_mcpo.domain_sections import DataConfig
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.resample import Collected, collect_with_signal, num_seeds
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.rollout.engine import SamplingRequest
+from megatron_mcpo.trainer.collector import Collector, Sampling
+from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_signal, num_seeds
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SIZES = [2, 5, 3]
 LIMITS = [4, 8, 16]

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from test_weights import FAMILIES, MODEL, WITH_EXPERTS
 from torch import Tensor
 
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig, layout_problems
+from megatron_mcpo.cli import push_plan
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.weights.engine_layout import engine_shapes
-from megatron_mcpo.weights.layout import cut_dim, fill, shard_shape
 from megatron_mcpo.weights.mapping import Parameter, Split, hf_shapes, parameters
-from megatron_mcpo.weights.reshard import Plan
-from tools import show_plan, tiny_model
+from megatron_mcpo.weights.reshard_plan import Plan
+from megatron_mcpo.weights.shards import cut_dim, fill, shard_shape
+from tests.support import tiny_models
+from tests.support.paths import ROOT
 
 
 @st.composite
@@ -245,34 +247,34 @@ def test_engines_that_vllm_could_not_divide_the_vocabulary_over_are_refused(engi
 
 
 def test_the_plan_of_a_configuration_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_model.save_model(tmp_path, "experts")
-    config = Path(__file__).parent.parent / "examples" / "quickstart" / "config.toml"
+    tiny_models.save_model(tmp_path, "experts")
+    config = ROOT / "examples" / "quickstart" / "config.toml"
     arguments = [str(config), "--ranks", "4", "--model.path", str(tmp_path), "--model.dtype", "bf16"]
     arguments += ["--parallel.pipeline", "2"]
     arguments += ["--parallel.expert", "2", "--engine.tensor_parallel", "2"]
-    assert show_plan.main(arguments) == 0
+    assert push_plan.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     plan = Plan(model=from_folder(tmp_path), layout=Layout(pipeline=2, data=2, expert=2), engine_ranks=2)
     assert lines[-1] == f"lower bound of what travels in a push: {2 * sum(plan.totals().received)} bytes"
     assert [line.split()[:2] for line in lines if "w2_weight" in line] == [
         ["model.layers.N.mlp.experts.routed_experts.w2_weight", "16"]
     ]
-    assert show_plan.main([*arguments, "--moves"]) == 0
+    assert push_plan.main([*arguments, "--moves"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == sum(len(move.pieces) for step in plan.steps() for move in step.moves)
     name = "model.layers.3.mlp.experts.3.down_proj.weight [20:40] rank 3 at 20 -> rank 1"
     assert f"{name} model.layers.3.mlp.experts.routed_experts.w2_weight[3] at 0" in lines
-    assert show_plan.main([*arguments, "--expert-parallel", "--moves"]) == 0
+    assert push_plan.main([*arguments, "--expert-parallel", "--moves"]) == 0
     name = "model.layers.3.mlp.experts.3.down_proj.weight [0:40] rank 3 at 0 -> rank 3"
     assert f"{name} model.layers.3.mlp.experts.routed_experts.w2_weight[1] at 0" in capsys.readouterr().out.splitlines()
-    assert show_plan.main([*arguments, "--engine.tensor_parallel", "4", "--parallel.expert", "3"]) == 2
+    assert push_plan.main([*arguments, "--engine.tensor_parallel", "4", "--parallel.expert", "3"]) == 2
     assert "parallel.expert = 3" in capsys.readouterr().err
 
 
 def test_a_plan_needs_no_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """config.json alone, as of the models that the recipes name."""
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    assert show_plan.main(["examples/qwen3_32b/h100_32.toml", "--ranks", "32"]) == 0, capsys.readouterr().err
+    monkeypatch.chdir(ROOT)
+    assert push_plan.main(["examples/qwen3_32b/h100_32.toml", "--ranks", "32"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "8 engine(s) on 4 rank(s) each" in printed
     assert "lower bound of what travels in a push:" in printed

@@ -13,20 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import program
 import psutil
 import pytest
-import tiny
-from program import ROOT, command, lasting, metrics, train_forked
 from test_checkpoint_refusals import flip_a_bit
 
-from megatron_mcpo.run_folder import step_files
+from megatron_mcpo.storage.files import step_files
+from tests.support import program, tiny_run
+from tests.support.paths import ROOT
+from tests.support.program import command, lasting, metrics, train_forked
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_chat_model(folder)
+    tiny_run.save_chat_model(folder)
     return folder
 
 

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scoring import HOSTILE, completion, config_of, function, group, scorer_of
 
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.scorer import Scorer, TooManyErrors, check_error_rate
 from megatron_mcpo.types import RolloutGroup, StopReason
+from tests.support.scoring import HOSTILE, completion, config_of, function, group, scorer_of
 
 TIMEOUT = 1.0
 
@@ -57,7 +57,7 @@ def gym(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
 
 @pytest.fixture(scope="module")
 def misbehaving() -> Iterator[Scorer]:
-    with scorer_of(function("verifiers:misbehave"), timeout=TIMEOUT) as scorer:
+    with scorer_of(function("tests.support.verifiers:misbehave"), timeout=TIMEOUT) as scorer:
         yield scorer
 
 
@@ -159,7 +159,7 @@ def test_odd_but_valid_scores(misbehaving: Scorer) -> None:
 
 def test_a_hanging_item_is_tried_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with scorer_of(function("verifiers:record_and_misbehave"), timeout=TIMEOUT) as scorer:
+    with scorer_of(function("tests.support.verifiers:record_and_misbehave"), timeout=TIMEOUT) as scorer:
         hanging, good = scorer.score(
             [group("sleep", "ignore signals", "loop in C", log=str(log)), group("right", index=1, log=str(log))]
         )
@@ -175,27 +175,27 @@ def test_an_error_of_an_earlier_stage_is_kept(misbehaving: Scorer) -> None:
 
 def test_the_same_answer_to_the_same_item_is_verified_once(tmp_path: Path) -> None:
     log = str(tmp_path / "log")
-    with scorer_of(function("verifiers:record"), workers=2, timeout=5.0) as scorer:
+    with scorer_of(function("tests.support.verifiers:record"), workers=2, timeout=5.0) as scorer:
         scored = scorer.score([group("a", "a ", "b", log=log), group("a", index=1, log=log), group("b", log=log)])
     assert [s.rewards for s in scored] == [(1.0, 1.0, 1.0), (1.0,), (1.0,)]
     assert sorted(Path(log).read_text().splitlines()) == ["q0 a", "q0 b", "q1 a"]
 
 
 def test_waiting_in_the_queue_does_not_count() -> None:
-    with scorer_of(function("verifiers:slow"), timeout=4.0) as scorer:
+    with scorer_of(function("tests.support.verifiers:slow"), timeout=4.0) as scorer:
         [scored] = scorer.score([group("a", "b", "c", "d", "e", seconds=1.0)])
     assert scored.rewards == (1.0,) * 5
 
 
 def test_workers_import_nothing_heavy() -> None:
-    with scorer_of(function("verifiers:heavy_modules"), timeout=TIMEOUT) as scorer:
+    with scorer_of(function("tests.support.verifiers:heavy_modules"), timeout=TIMEOUT) as scorer:
         [scored] = scorer.score([group("a")])
     assert scored.error is None
 
 
 def test_close_ends_what_the_verifier_forked(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with scorer_of(function("verifiers:fork"), timeout=TIMEOUT) as scorer:
+    with scorer_of(function("tests.support.verifiers:fork"), timeout=TIMEOUT) as scorer:
         scorer.score([group("a", pid_file=str(pid_file))])
         assert not _gone(int(pid_file.read_text()))
     assert _gone_soon(int(pid_file.read_text()))
@@ -205,7 +205,7 @@ def test_workers_end_with_a_trainer_that_was_killed() -> None:
     code = """
 import os, signal
 from megatron_mcpo.rewards.pool import WorkerPool
-pool = WorkerPool(["verifiers:slow"], num_workers=1, timeout=1.0, memory_bytes=2**32)
+pool = WorkerPool(["tests.support.verifiers:slow"], num_workers=1, timeout=1.0, memory_bytes=2**32)
 pool.wait_ready()
 print(pool._workers[0]._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -234,7 +234,9 @@ def _gone(pid: int) -> bool:
     return state == "Z"
 
 
-@pytest.mark.parametrize("verifier", ["no_such_module:f", "verifiers:no_such_function", "verifiers:_RETURNS"])
+@pytest.mark.parametrize(
+    "verifier", ["no_such_module:f", "tests.support.verifiers:no_such_function", "tests.support.verifiers:_RETURNS"]
+)
 def test_a_verifier_that_does_not_import_stops_the_run(verifier: str) -> None:
     with scorer_of(function(verifier)) as scorer, pytest.raises(VerifierUnavailable, match=verifier):
         scorer.score([group("right")])

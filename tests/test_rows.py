@@ -20,15 +20,15 @@ import pytest
 from test_data import TOKENIZER, make_config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_mcpo.config import Config, ConfigError
+from megatron_mcpo.cli import data_check
+from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.data import verl
 from megatron_mcpo.data.domains import Domain, inspect_domains, load_domains
 from megatron_mcpo.data.pools import read_pools
 from megatron_mcpo.data.rows import COLUMNS, RowError, parse_row
 from megatron_mcpo.data.verl import from_verl
-from tools import check_data
+from tests.support.paths import DATA
 
-DATA = Path(__file__).parent / "data"
 GOOD: dict[str, Any] = {"question": "1 + 1 = ?", "answer": "2", "verifier": "math"}
 
 
@@ -413,7 +413,7 @@ def test_check_data_prints_a_row_a_source(tmp_path: Path, capfd: pytest.CaptureF
         f'[run]\nsteps = 1\n[model]\npath = "{TOKENIZER}"\n[batch]\nprompts = 4\nsamples = 2\n[optimizer]\nlr = 1e-5\n'
         f'[[domain]]\nname = "sums"\nshots = 0\n[[domain.sources]]\nfile = "{file}"\n'
     )
-    assert check_data.main([str(config), "--json"]) == 1
+    assert data_check.main([str(config), "--json"]) == 1
     out, err = capfd.readouterr()
     row = json.loads(out)
     assert row.pop("first")["malformed"].startswith("line 99 is no JSON")
@@ -425,11 +425,11 @@ def test_check_data_prints_a_row_a_source(tmp_path: Path, capfd: pytest.CaptureF
         "reasons": {"malformed": 1, "no answer": 1},
     }
     assert "2 of 100 rows are bad" in err
-    assert check_data.main([str(config), "--data.max_bad_rows", "0.02"]) == 0
+    assert data_check.main([str(config), "--data.max_bad_rows", "0.02"]) == 0
     out, err = capfd.readouterr()
     assert "rows.jsonl" in out and "1 no answer: line 100 has no answer" in out and err == ""
     file.unlink()
-    assert check_data.main([str(config)]) == 2
+    assert data_check.main([str(config)]) == 2
     assert "no such file" in capfd.readouterr().err
 
 

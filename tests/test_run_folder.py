@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo.config import Config, ConfigError, load
-from megatron_mcpo.run_folder import FOLDERS, RunFolder, read_jsonl, step_files, write_atomically
+from megatron_mcpo.config.config import Config, ConfigError, load
+from megatron_mcpo.storage.files import read_jsonl, step_files, write_atomically
+from megatron_mcpo.storage.run_folder import FOLDERS, RunFolder
 
 FILE = """
 [run]
@@ -148,8 +149,8 @@ def test_foreign_files_of_the_name_are_left_alone(file: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from megatron_mcpo.config import load
-from megatron_mcpo.run_folder import RunFolder
+from megatron_mcpo.config.config import load
+from megatron_mcpo.storage.run_folder import RunFolder
 file = Path(sys.argv[1])
 folder = RunFolder.open(load(file, ["--run.dir", str(file.parent / "runs")]))
 if sys.argv[2] == "alone" or os.fork() == 0:
@@ -321,7 +322,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
     code = (
-        "import resource, signal, sys; from pathlib import Path; from megatron_mcpo.run_folder import write_atomically;"
+        "import resource, signal, sys; from pathlib import Path; from megatron_mcpo.storage.files import write_atomically;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
         "write_atomically(Path(sys.argv[1]), b'new' * 100)"
     )
@@ -332,5 +333,5 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_the_module_imports_no_torch() -> None:
-    code = "import sys, megatron_mcpo.run_folder; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_mcpo.storage.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0

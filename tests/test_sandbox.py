@@ -21,15 +21,14 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_mcpo.cli import sandbox_check
 from megatron_mcpo.rewards.code import extract_code, score
 from megatron_mcpo.rewards.code_tests import parse_tests
 from megatron_mcpo.rewards.sandbox import bubblewrap, levels, process, seccomp
+from megatron_mcpo.rewards.sandbox.attacks import ATTACKS, HARMLESS
 from megatron_mcpo.rewards.sandbox.interpreter import Unsupported
 from megatron_mcpo.rewards.sandbox.levels import Level, available_level
-from tools import check_sandbox
-from tools.sandbox_attacks import ATTACKS, HARMLESS
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def allowed(level: Level) -> Level:
@@ -40,9 +39,9 @@ def allowed(level: Level) -> Level:
         pytest.skip(str(error))
 
 
-type Attack = Callable[[str, Level], check_sandbox.Result]
+type Attack = Callable[[str, Level], sandbox_check.Result]
 
-_hosts: list[check_sandbox.Host] = []
+_hosts: list[sandbox_check.Host] = []
 """In the process that is attacked: what is attacked there."""
 
 
@@ -55,12 +54,12 @@ def attack() -> Iterator[Attack]:
 
 
 def _enter() -> None:
-    _hosts.append(check_sandbox.Host().__enter__())
+    _hosts.append(sandbox_check.Host().__enter__())
 
 
-def _attack(name: str, program: tuple[str, str], level: Level) -> check_sandbox.Result:
+def _attack(name: str, program: tuple[str, str], level: Level) -> sandbox_check.Result:
     ATTACKS[name] = program
-    result = check_sandbox.attack(name, _hosts[0], level)
+    result = sandbox_check.attack(name, _hosts[0], level)
     for child in psutil.Process().children(recursive=True):
         if child.pid != _hosts[0].victim.pid and child.name() != "monty":
             child.kill()

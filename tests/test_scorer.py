@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scoring import completion, config_of, function, group, scorer_of
 
-from megatron_mcpo.config import Config, dump, load
+from megatron_mcpo.config.config import Config, dump, load
 from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.scorer import DomainRules, Scorer
-from megatron_mcpo.rewards.turns import PATIENCE, Turns, Verdict
+from megatron_mcpo.rewards.verifier_queue import PATIENCE, Turns, Verdict
 from megatron_mcpo.types import StopReason
+from tests.support.scoring import completion, config_of, function, group, scorer_of
 
 EXACT = {"kind": "exact"}
-GRADED = function("verifiers:graded")
-MISBEHAVE = function("verifiers:misbehave")
+GRADED = function("tests.support.verifiers:graded")
+MISBEHAVE = function("tests.support.verifiers:misbehave")
 SHORT = {"kind": "format", "pattern": ".{1,5}"}
 
 
@@ -103,13 +103,13 @@ def test_one_verifier_that_fails_costs_the_group_and_domains_have_their_own() ->
 
 
 def test_a_verifier_that_ends_in_time_by_itself_has_timed_out_too() -> None:
-    with scorer_of(function("verifiers:give_up")) as scorer:
+    with scorer_of(function("tests.support.verifiers:give_up")) as scorer:
         [scored] = scorer.score([group("right")])
     assert scored.timed_out and "TimeoutError: somebody else is slow" in str(scored.error)
 
 
 def test_an_import_does_not_count_against_the_first_answer() -> None:
-    with scorer_of(function("slow_verifier:right"), EXACT, timeout=1.0) as scorer:
+    with scorer_of(function("tests.support.slow_verifier:right"), EXACT, timeout=1.0) as scorer:
         [scored] = scorer.score([group("right")])
     assert (scored.error, scored.rewards) == (None, (1.0,))
 
@@ -249,7 +249,7 @@ def test_what_fits_is_accepted_also_after_it_was_written_out(tmp_path: Path, mon
         {**SHORT, "weight": 0.5},
         length(16),
         {**JUDGE, "prompt": "prompt", "api_key_file": "key", "retries": 0},
-        function("verifiers:record"),
+        function("tests.support.verifiers:record"),
         {"kind": "code"},
     ]
     config: Config = config_of([{"verifiers": verifiers}])

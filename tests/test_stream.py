@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_mcpo.batch import minibatches
+from megatron_mcpo.config.domain_schema import DataConfig
+from megatron_mcpo.data.batch import minibatches
 from megatron_mcpo.data.domains import Domain, Source
 from megatron_mcpo.data.mixing import capped, mixing_shares, nearness
 from megatron_mcpo.data.stream import PromptStream
-from megatron_mcpo.domain_sections import DataConfig
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
 

@@ -3,9 +3,6 @@
 Not covered: a GPU (NCCL, CUDA graphs over parameters that are written into), engines in other processes.
 """
 
-from tools.ranks import run_ranks  # first: it makes Megatron-Core run without CUDA
-
-# isort: split
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,23 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import vllm_cases
-from direct_cases import parameters_of_experts, pushes_into_an_engine
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_loading import save_loaded
 
-from megatron_mcpo import parallel
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import layout_problems
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.model import build_chunks
-from megatron_mcpo.model_config import layout_problems
 from megatron_mcpo.weights.engine_layout import engine_shapes
+from megatron_mcpo.weights.full_sync import Meter, export
 from megatron_mcpo.weights.hf_io import load_hf
-from megatron_mcpo.weights.reshard import Plan
-from megatron_mcpo.weights.sync import Meter, export
-from megatron_mcpo.weights.transfer import Direct, Gather, choose
+from megatron_mcpo.weights.reshard_plan import Plan
+from megatron_mcpo.weights.reshard_sync import Direct, Gather, choose
+from tests.support import vllm_cases
+from tests.support.ranks import run_ranks
+from tests.support.reshard_cases import parameters_of_experts, pushes_into_an_engine
+from tests.support.vllm_loading import save_loaded
 
 SIZES: dict[str, Any] = dict(
     vocab_size=200,  # 256 rows in the engine: its last rank of four has 8 of 64

@@ -10,14 +10,13 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from scoring import HOSTILE, config_of, group, scorer_of
 
-from megatron_mcpo.domain_sections import RewardsConfig, VerifierConfig
-from megatron_mcpo.rewards.kinds import KINDS, check_of
+from megatron_mcpo.config.domain_schema import RewardsConfig, VerifierConfig
+from megatron_mcpo.rewards.registry import KINDS, check_of
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rewards.worker import checked_score, load_verifier
-
-DATA = Path(__file__).parent / "data"
+from tests.support.paths import DATA
+from tests.support.scoring import HOSTILE, config_of, group, scorer_of
 
 RIGHT: list[tuple[str, Any, str]] = [
     *(("choice", "B", text) for text in ("B", "b", "(B)", "B.", "[B]", "**B.**", "$B$", "B. bank", "(b) bank")),

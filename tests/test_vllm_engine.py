@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import vllm_cases as cases
 
-from megatron_mcpo.environment import vllm_on_cpu
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.model_config import engine_problems
+from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.model import engine_problems
+from tests.support import vllm_cases as cases
 
 SIZES: dict[str, Any] = dict(
     vocab_size=512,

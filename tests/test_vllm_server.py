@@ -16,24 +16,25 @@ from threading import Thread
 from typing import Any
 
 import pytest
-import tiny
 import torch
-import vllm_cases as cases
-from program import lasting, metrics, train_forked, write_config
 from torch import Tensor
-from vllm_cases import weights
 
-from megatron_mcpo import parallel, serve, train
-from megatron_mcpo.config import Config, ConfigError, load
-from megatron_mcpo.hf_config import from_folder
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.cli import serve, train
+from megatron_mcpo.config.config import Config, ConfigError, load
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest
 from megatron_mcpo.rollout.server_client import Client
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.rollout.weight_link import Bucket
-from tools.ranks import run_ranks
-from tools.serving import Server
+from tests.support import tiny_run
+from tests.support import vllm_cases as cases
+from tests.support.engine_server import Server
+from tests.support.program import lasting, metrics, train_forked, write_config
+from tests.support.ranks import run_ranks
+from tests.support.vllm_cases import weights
 
 MAX_LEN = 204  # as in program.CONFIG
 PROMPTS = [[7, 8, 9], [30] * 40 + [9], list(range(20, 45)), [50, 3]]
@@ -45,8 +46,8 @@ pytestmark = pytest.mark.timeout(600)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a model in a/, the same with other weights in b/, and config.toml."""
     folder = tmp_path_factory.mktemp("servers")
-    tiny.save_chat_model(folder / "a")
-    tiny.save_chat_model(folder / "b", trained=False, spread=0.1)
+    tiny_run.save_chat_model(folder / "a")
+    tiny_run.save_chat_model(folder / "b", trained=False, spread=0.1)
     write_config(folder / "a", folder)
     return folder
 
@@ -321,7 +322,7 @@ def test_refusals(folder: Path, servers: list[Server], tmp_path: Path) -> None:
     assert [line.split(" has ")[1].split(";")[0] for line in split] == [
         f"{name} 1, this run needs 2" for name in ("tensor_parallel", "workers")
     ]
-    tiny.save_chat_model(tmp_path, experts=True, trained=False)
+    tiny_run.save_chat_model(tmp_path, experts=True, trained=False)
     assert any("has model family llama, this run needs qwen3_moe" in line for line in problems(tmp_path, urls[:1]))
 
 

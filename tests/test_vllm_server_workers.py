@@ -6,16 +6,16 @@ Not covered: GPUs and NCCL, workers on several hosts.
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import vllm_cases as cases
-from program import write_config
 from torch import Tensor
 
-from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.rollout.engine import Comparison, SamplingRequest
 from megatron_mcpo.rollout.vllm_server import VllmServers
-from tools.serving import Server
+from tests.support import tiny_run
+from tests.support import vllm_cases as cases
+from tests.support.engine_server import Server
+from tests.support.program import write_config
 
 MAX_LEN = 204  # as in program.CONFIG
 REQUESTS = [
@@ -34,7 +34,7 @@ def _alone(model: Path) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
 
 def test_both_workers_get_the_weights(tmp_path: Path) -> None:
     # Untrained: the trained one's ten digits are nearly equally likely, and rounding might choose between them.
-    tiny.save_chat_model(tmp_path / "model", trained=False, spread=0.1)
+    tiny_run.save_chat_model(tmp_path / "model", trained=False, spread=0.1)
     path = write_config(tmp_path / "model", tmp_path)
     path.write_text(path.read_text().replace("[engine]", "[engine]\ntensor_parallel = 2"))
     server = Server(path, tmp_path / "server.log")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import Experts, ModelConfig
-from megatron_mcpo.weights.layout import Joining, cut_dim, fill, shard_shape, slices
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import Experts, ModelConfig
 from megatron_mcpo.weights.mapping import Row, Split, hf_shapes, parameters, table
+from megatron_mcpo.weights.shards import Joining, cut_dim, fill, shard_shape, slices
 
 MODEL = ModelConfig(
     family="qwen3",

@@ -5,4 +5,4 @@ set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=$(command -v python3)
-exec "$python" tools/gpu_check.py "$@"
+exec "$python" benchmarks/gpu/run.py "$@"

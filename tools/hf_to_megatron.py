@@ -10,15 +10,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for `tools`, which is not installed
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
 
-from megatron_mcpo.weights.convert import hf_to_megatron, layout_of  # noqa: E402
-from tools.conversion import guarded, parse, say, size, tell  # noqa: E402
+from megatron_mcpo.cli.convert import guarded, parse, say, size, tell
+from megatron_mcpo.convert.convert import hf_to_megatron, layout_of
 
 
 def main(arguments: Sequence[str]) -> int:

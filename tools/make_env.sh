@@ -66,7 +66,7 @@ fi
 if is_users; then
     echo "make_env: .venv was not made by this script (or holds vLLM for GPUs by now), so it is left as it is. Either" >&2
     echo "  put it somewhere else, and make again:   mv .venv .venv-mine" >&2
-    echo "  or use it, and call programs without make:   .venv/bin/python -m megatron_mcpo.train CONFIG" >&2
+    echo "  or use it, and call programs without make:   .venv/bin/python -m megatron_mcpo.cli.train CONFIG" >&2
     exit 2
 fi
 

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from megatron_mcpo.algo.groups import group_sums
 from megatron_mcpo.algo.pairing import Pairing, Scope, members, scope_of
-from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 TILE_ELEMENTS = 2**24

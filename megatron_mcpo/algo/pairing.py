@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.groups import group_sums
-from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.types import Keys
 
 Scope = Literal["pool", "domain", "prompt"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.groups import group_sums
-from megatron_mcpo.sections import AlgorithmConfig
+from megatron_mcpo.config.schema import AlgorithmConfig
 
 _MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this before exp, from above only: exp overflows in fp32 at 88, and inf times a zero

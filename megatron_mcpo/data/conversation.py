@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.pools import Pool
 from megatron_mcpo.data.rows import Item, Message, RowError
-from megatron_mcpo.domain_sections import DomainConfig
 from megatron_mcpo.types import Prompt
 
 if TYPE_CHECKING:

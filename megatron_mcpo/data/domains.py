@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.data.census import Census
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.domain_schema import GENERATED_ITEMS
 from megatron_mcpo.data.conversation import PromptMaker, choose_shots
 from megatron_mcpo.data.pools import Pool, SourcePools, held_out_shares, read_pools
+from megatron_mcpo.data.row_counts import Census
 from megatron_mcpo.data.rows import Item
-from megatron_mcpo.domain_sections import GENERATED_ITEMS
 from megatron_mcpo.types import Prompt
 
 if TYPE_CHECKING:

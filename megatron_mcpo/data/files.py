@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from megatron_mcpo.config import ConfigError
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.domain_schema import SourceConfig
 from megatron_mcpo.data import rows, verl
 from megatron_mcpo.data.rows import RowError
-from megatron_mcpo.domain_sections import SourceConfig
 
 MAX_ROW_BYTES = 16 << 20
 """A longer line of JSON is skipped, not held in memory."""

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.domain_sections import SourceConfig
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.domain_schema import SourceConfig
 
 CACHE = Path(".cache/data")
 """Where runs keep what was generated."""

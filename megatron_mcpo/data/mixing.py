@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from megatron_mcpo.domain_sections import DataConfig
+from megatron_mcpo.config.domain_schema import DataConfig
 
 LEARNABLE = (0.2, 0.8)
 """Pass rates between which a domain has its whole weight under `curriculum`: most groups then have signal."""

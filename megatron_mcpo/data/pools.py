@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.data.census import Census
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.domain_schema import GENERATED_ITEMS, DomainConfig
 from megatron_mcpo.data.files import Origin, origins
 from megatron_mcpo.data.generators import ItemRequest, generate
+from megatron_mcpo.data.row_counts import Census
 from megatron_mcpo.data.rows import Item, RowError, generated_item, parse_row
 from megatron_mcpo.data.verl import from_verl, is_verl
-from megatron_mcpo.domain_sections import GENERATED_ITEMS, DomainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

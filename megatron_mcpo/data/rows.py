@@ -27,7 +27,7 @@ from typing import Any, Literal
 from megatron_mcpo.rewards.allowlist import ALLOWED
 from megatron_mcpo.rewards.answers import check_answer
 from megatron_mcpo.rewards.code_tests import parse_tests
-from megatron_mcpo.rewards.kinds import KINDS
+from megatron_mcpo.rewards.registry import KINDS
 
 Reason = Literal[
     "malformed", "no question", "no answer", "bad answer", "no verifier", "bad tests", "too long", "duplicate"

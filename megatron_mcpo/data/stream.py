@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.data.mixing import capped, mixing_shares
-from megatron_mcpo.domain_sections import DataConfig
 from megatron_mcpo.types import Prompt, RolloutGroup
 
 

@@ -3,8 +3,8 @@
 Importing anything in it prepares Megatron-Core for this machine, once.
 """
 
-from megatron_mcpo import platform
+from megatron_mcpo.distributed import cpu_backend
 from megatron_mcpo.mcore import adam
 
-platform.apply()  # before any module of this folder imports Megatron-Core
+cpu_backend.apply()  # before any module of this folder imports Megatron-Core
 adam.install()

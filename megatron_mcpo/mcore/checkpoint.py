@@ -2,7 +2,7 @@
 
 A checkpoint holds Megatron's sharded files, which can be loaded under any parallel layout, state.json, the model's
 configuration and tokenizer, with which it can be exported anywhere, and the manifest of
-megatron_mcpo.checkpoint_files. The manifest shows damage, not malice: who can write a checkpoint can write its
+megatron_mcpo.storage.checkpoint_files. The manifest shows damage, not malice: who can write a checkpoint can write its
 manifest. That is why no checkpoint is trusted: nothing in one can run code, whoever wrote it (mcore.pickles).
 """
 
@@ -19,16 +19,17 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mcpo import checkpoint_files
-from megatron_mcpo.checkpoint_files import STATE
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.mcore import megatron_fixes, pickles
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.mcore import megatron_fixes
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.mcore.saving import Saving, reason
-from megatron_mcpo.parallel import Groups, agree, gather_objects, together
-from megatron_mcpo.run_folder import step_files
+from megatron_mcpo.storage import checkpoint_files
+from megatron_mcpo.storage.checkpoint_files import STATE
+from megatron_mcpo.storage.files import step_files
+from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.mapping import parameters
 
 FORMAT = 2
@@ -243,7 +244,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 def _check_contents(path: Path) -> None:
     """Raises ConfigError where the table of contents could run code or names files that are not the checkpoint's."""
     try:
-        metadata = pickles.read_metadata(path)
+        metadata = safe_unpickler.read_metadata(path)
     except ValueError as error:
         raise ConfigError([f"{path}: {error}; it was not opened: delete it, {_NEW_RUN}"]) from error
     shards = {str(getattr(info, "relative_path", info)) for info in metadata.storage_data.values()}
@@ -256,7 +257,7 @@ def _check_contents(path: Path) -> None:
 def _opening(path: Path) -> Iterator[None]:
     """A block that opens sharded files. Raises ConfigError for whatever is wrong with them, code in them too."""
     try:
-        with pickles.no_code():
+        with safe_unpickler.no_code():
             yield
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         fix = f"go back to the layout it was written under, or delete it to go on from the one before, {_NEW_RUN}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mcpo.sections import ContrastiveConfig
+from megatron_mcpo.config.schema import ContrastiveConfig
 
 _DEFAULT_DIM = 512
 

@@ -9,14 +9,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.config.schema import Fp8, Recompute
+from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.gradient_fusion import fuses_gradients
 from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec
 from megatron_mcpo.mcore.precision import fp8_options
 from megatron_mcpo.mcore.spec import layer_spec, uses_transformer_engine
-from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups
-from megatron_mcpo.platform import device
-from megatron_mcpo.sections import Fp8, Recompute
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mcpo.memory import trim
-from megatron_mcpo.platform import device, uses_gpu
+from megatron_mcpo.distributed.cpu_backend import device, uses_gpu
+from megatron_mcpo.distributed.memory import trim
 
 _ALIGNMENT = 64
 

@@ -15,8 +15,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_mcpo.batch import partition
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import partition
 from megatron_mcpo.mcore.attention import SharedPrompts
 from megatron_mcpo.types import TrainBatch
 

@@ -17,7 +17,11 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_mcpo.config import Config
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.config.schema import OptimizerConfig
+from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore import schedule
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
@@ -26,13 +30,9 @@ from megatron_mcpo.mcore.packing import MicroBatch, pack
 from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE, check_fp8
 from megatron_mcpo.mcore.schedule import MicroOutput
 from megatron_mcpo.mcore.spec import shares_prompts
-from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups
-from megatron_mcpo.platform import device
-from megatron_mcpo.sections import OptimizerConfig
 from megatron_mcpo.types import Scores, TrainBatch, Update
+from megatron_mcpo.weights.full_sync import export
 from megatron_mcpo.weights.hf_io import load_hf
-from megatron_mcpo.weights.sync import export
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.platform import uses_gpu
-from megatron_mcpo.sections import Fp8
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.schema import Fp8
+from megatron_mcpo.distributed.cpu_backend import uses_gpu
 
 TOKEN_MULTIPLE = 128
 """Tokens of a rank's pack are a multiple of it: Transformer Engine's products want 16, its blocks are 128 long."""

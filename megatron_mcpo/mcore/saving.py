@@ -23,10 +23,10 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mcpo import checkpoint_files
-from megatron_mcpo.checkpoint_files import Fingerprint
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.storage import checkpoint_files
+from megatron_mcpo.storage.checkpoint_files import Fingerprint
 
 _LONGEST_SECONDS = 1200.0
 """Of the wait for a rank's disk; less than what the other ranks' collective then waits for this rank."""

@@ -13,10 +13,10 @@ from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.packing import MicroBatch
-from megatron_mcpo.parallel import Groups
 
 
 @dataclass(frozen=True, kw_only=True)

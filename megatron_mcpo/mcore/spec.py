@@ -11,10 +11,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed.cpu_backend import device
 from megatron_mcpo.mcore.attention import CoreAttention, PackedSelfAttention
 from megatron_mcpo.mcore.precision import transformer_engine_problem
-from megatron_mcpo.platform import device
 
 
 class RMSNorm(nn.Module):

@@ -8,11 +8,11 @@ Names: t tokens of a rank in a micro-batch, r response tokens among them, e byte
 
 from dataclasses import dataclass
 
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.logprob import MOST_LOGITS
 from megatron_mcpo.mcore.model import padded_vocab_size
-from megatron_mcpo.model_config import ModelConfig
 
 _INDEX = 8
 _FP32 = 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mcpo.config import ConfigError
+from megatron_mcpo.config.config import ConfigError
 
 GIB = 2**30
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from functools import cache
 from math import lcm, prod
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.mcore.head import HeadSpec
-from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.activations import Activations, Kernels, activations, chunks_in_flight
 from megatron_mcpo.planner.hardware import GIB, Gpu
 from megatron_mcpo.planner.push import staged_bytes
 from megatron_mcpo.planner.ranks import Chunk, RankSize, Sizes
-from megatron_mcpo.planner.workload import Workload
+from megatron_mcpo.planner.step_shape import Workload
 from megatron_mcpo.rollout.blockwise import BLOCK
 from megatron_mcpo.weights.engine_layout import engine_shapes
 

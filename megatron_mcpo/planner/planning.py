@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.mcore.head import HeadSpec
-from megatron_mcpo.model_config import ModelConfig, engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.planner.activations import TRANSFORMER_ENGINE
 from megatron_mcpo.planner.hardware import GIB, Gpu
 from megatron_mcpo.planner.memory import EngineMemory, RankMemory, engine_memory, rank_memory
 from megatron_mcpo.planner.ranks import RankSize, built_size, rank_size, total_params
+from megatron_mcpo.planner.step_shape import Workload, workload
 from megatron_mcpo.planner.timing import step_seconds
 from megatron_mcpo.planner.wire import wire_bytes
-from megatron_mcpo.planner.workload import Workload, workload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.vllm_server import BUCKET_BYTES as SERVER_BUCKET_BYTES
-from megatron_mcpo.weights.layout import shard_shape
+from megatron_mcpo.weights.full_sync import BUCKET_BYTES
 from megatron_mcpo.weights.mapping import Place, Split, table
-from megatron_mcpo.weights.reshard import num_elements, overlap
-from megatron_mcpo.weights.sync import BUCKET_BYTES
-from megatron_mcpo.weights.transfer import why_gather
+from megatron_mcpo.weights.reshard_plan import num_elements, overlap
+from megatron_mcpo.weights.reshard_sync import why_gather
+from megatron_mcpo.weights.shards import shard_shape
 
 
 def is_direct(config: Config, model: ModelConfig) -> bool:

@@ -10,15 +10,15 @@ from math import prod
 
 import torch
 
-from megatron_mcpo import parallel
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.cpu_backend import only_shapes
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks
-from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.platform import only_shapes
-from megatron_mcpo.weights.bind import bind
-from megatron_mcpo.weights.layout import shard_shape
 from megatron_mcpo.weights.mapping import Place, hf_shapes, table
+from megatron_mcpo.weights.match_parameters import bind
+from megatron_mcpo.weights.shards import shard_shape
 
 Sizes = tuple[tuple[int, int], ...]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.config.schema import Recompute
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.planning import Plan, plan
-from megatron_mcpo.sections import Recompute
 
 Change = dict[str, Any]
 """Dotted keys with their new values, as on the command line."""

@@ -7,14 +7,15 @@ is bound by memory; reading prompts is compute. Rewards, data and checkpoints ar
 
 from dataclasses import dataclass
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.mcore.head import HeadSpec
-from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
 from megatron_mcpo.planner.push import is_direct, received_bytes
 from megatron_mcpo.planner.ranks import RankSize, total_params
+from megatron_mcpo.planner.step_shape import Workload
 from megatron_mcpo.planner.wire import (
     context_bytes,
     data_bytes,
@@ -23,7 +24,6 @@ from megatron_mcpo.planner.wire import (
     passes,
     tensor_units,
 )
-from megatron_mcpo.planner.workload import Workload
 
 _TERA, _GIGA = 1e12, 1e9
 _OPTIMIZER_BYTES = 30

@@ -5,15 +5,15 @@ reduce-scatter is a `unit`), https://arxiv.org/abs/1910.02054 (distributed optim
 out: scalars, sizes, objects; the sums of norms' gradients.
 """
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.layout import Layout
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.config.schema import Recompute
 from megatron_mcpo.mcore.head import HeadSpec
-from megatron_mcpo.model_config import ModelConfig
 from megatron_mcpo.planner.memory import ITEMSIZE, buffer_elements, shard_ranks
 from megatron_mcpo.planner.push import received_bytes
 from megatron_mcpo.planner.ranks import RankSize
-from megatron_mcpo.planner.workload import Workload
-from megatron_mcpo.sections import Recompute
+from megatron_mcpo.planner.step_shape import Workload
 
 _FP32 = 4
 

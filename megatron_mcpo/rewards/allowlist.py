@@ -11,7 +11,7 @@ The tests check the first rule for all, the others for the generators of the qui
 
 import difflib
 
-from megatron_mcpo.config import Config
+from megatron_mcpo.config.config import Config
 
 _ALLOWED = """
 ab acre advanced_geometry aiw arc_1d base_conversion basic_arithmetic bf binary_alternation caesar_cipher

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_mcpo.rewards.boxes import braces_close, last_boxed, where_stated
 from megatron_mcpo.rewards.letters import stated_letter
-from megatron_mcpo.rewards.numerals import Number, last_number
+from megatron_mcpo.rewards.number_parser import Number, last_number
 
 Entry = Mapping[str, Any]
 

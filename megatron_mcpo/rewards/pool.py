@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mcpo.rewards.turns import Turns, Verdict
+from megatron_mcpo.rewards.verifier_queue import Turns, Verdict
 
 STARTUP_SECONDS = 300.0
 """How long a worker may take to import a verifier, on a crowded machine."""

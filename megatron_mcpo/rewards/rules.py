@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mcpo.config import Config, ConfigError
-from megatron_mcpo.domain_sections import DomainConfig, VerifierConfig
-from megatron_mcpo.rewards.kinds import KINDS
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.domain_schema import DomainConfig, VerifierConfig
+from megatron_mcpo.rewards.registry import KINDS
 from megatron_mcpo.rewards.sandbox.levels import available_level
 
 if TYPE_CHECKING:

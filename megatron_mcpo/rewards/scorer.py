@@ -12,11 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.domain_sections import DomainConfig, RewardsConfig, VerifierConfig
-from megatron_mcpo.rewards.kinds import FULL_MARKS, KINDS, Check, check_of
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.domain_schema import DomainConfig, RewardsConfig, VerifierConfig
 from megatron_mcpo.rewards.pool import Task, WorkerPool
-from megatron_mcpo.rewards.turns import Verdict
+from megatron_mcpo.rewards.registry import FULL_MARKS, KINDS, Check, check_of
+from megatron_mcpo.rewards.verifier_queue import Verdict
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
 _GIB = 2**30

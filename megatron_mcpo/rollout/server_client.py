@@ -10,9 +10,9 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_mcpo.config import Config
-from megatron_mcpo.environment import vllm_on_cpu
-from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.vllm_options import DTYPES, LOGPROBS_MODE
 
 TIMEOUT_SECONDS = 60.0
@@ -89,7 +89,7 @@ def server_problems(config: Config, model: ModelConfig) -> list[str]:
             problems.append(f"engine.servers: {same} and {url} are one server; leave one of them out")
         problems += [
             f"engine.servers: {url} has {name} {found}, this run needs {wanted}; start it again with "
-            "python -m megatron_mcpo.serve and this configuration, or change the configuration"
+            "python -m megatron_mcpo.cli.serve and this configuration, or change the configuration"
             for name, found, wanted in _differences(answer, wanted_description(config, model))
         ]
     return problems
@@ -112,7 +112,7 @@ def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:
 def _description(url: str) -> dict[str, Any] | str:
     """What the server says of itself, or what is wrong."""
     client = Client(url)
-    start = "python -m megatron_mcpo.serve"
+    start = "python -m megatron_mcpo.cli.serve"
     try:
         client.get("/health", timeout=_CHECK_SECONDS)
     except ServerError as error:

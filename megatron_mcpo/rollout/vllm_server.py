@@ -1,4 +1,4 @@
-"""Engines in other processes, maybe on other hosts: vLLM's servers as `megatron_mcpo.serve` starts them."""
+"""Engines in other processes, maybe on other hosts: vLLM's servers as `megatron_mcpo.cli.serve` starts them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from megatron_mcpo.model_config import ModelConfig
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked
 from megatron_mcpo.rollout.server_client import TIMEOUT_SECONDS, Client, ServerError
 from megatron_mcpo.rollout.vllm_engine import STOP_REASONS

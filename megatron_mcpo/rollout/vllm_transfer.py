@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_mcpo.hf_config import from_folder
+from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout import vllm_probe
 from megatron_mcpo.rollout.vllm_options import IN_PROCESS, PROCESS_GROUP

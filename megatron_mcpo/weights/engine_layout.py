@@ -4,10 +4,10 @@ As vLLM (0.30.0) lays weights out before it packs or quantises them: QKVParallel
 RowParallelLinear, VocabParallelEmbedding, and w13 and w2 of its fused experts. Pure: imports neither torch nor vllm.
 """
 
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig, padded_vocabulary
-from megatron_mcpo.weights.layout import Slice, cut_dim, cut_shape
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, padded_vocabulary
 from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
+from megatron_mcpo.weights.shards import Slice, cut_dim, cut_shape
 
 
 def engine_name(parameter: Parameter) -> tuple[str, int | None]:

@@ -9,16 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_mcpo import checkpoint_files
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.hf_files import is_sharded, read_headers
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import ModelConfig
-from megatron_mcpo.parallel import Groups, Peers, gather_objects, together
-from megatron_mcpo.weights.bind import bind
-from megatron_mcpo.weights.layout import Slice, cut_dim, fill
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.hf_files import is_sharded, read_headers
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.distributed.parallel import Groups, Peers, gather_objects, together
+from megatron_mcpo.storage import checkpoint_files
+from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
-from megatron_mcpo.weights.stored import MegatronFolder
+from megatron_mcpo.weights.match_parameters import bind
+from megatron_mcpo.weights.shards import Slice, cut_dim, fill
 from megatron_mcpo.weights.torch_dist import read_into
 
 RECORD = "conversion.json"

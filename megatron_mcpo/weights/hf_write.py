@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mcpo.run_folder import write_atomically
+from megatron_mcpo.storage.files import write_atomically
 from megatron_mcpo.weights.hf_io import DTYPES
 from megatron_mcpo.weights.torch_dist import byte_view
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_mcpo.hf_files import is_sharded, read_headers
-from megatron_mcpo.layout import Layout
-from megatron_mcpo.model_config import Experts, ModelConfig
+from megatron_mcpo.config.hf_files import is_sharded, read_headers
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import Experts, ModelConfig
 
 HEAD_PREFIX = "contrastive_head."
 """Parameters of the contrastive head have no Hugging Face counterpart: never loaded, never exported."""

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_mcpo.checkpoint_files import Fingerprint
-from megatron_mcpo.config import ConfigError
-from megatron_mcpo.mcore.pickles import METADATA, read_metadata
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.storage.checkpoint_files import Fingerprint
+from megatron_mcpo.weights.safe_unpickler import METADATA, read_metadata
 
 _BACKEND = "metadata.json"
 _BACKEND_TEXT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tools import gpu_check
+from benchmarks.gpu import run
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", gpu_check.ROWS)
+@pytest.mark.parametrize("name", run.ROWS)
 def test_the_row_stays_in_its_bands(name: str) -> None:
-    command = [sys.executable, gpu_check.__file__, "--here", "--rows", name]
-    result = gpu_check.check(gpu_check.ROWS[name], command)
+    command = [sys.executable, run.__file__, "--here", "--rows", name]
+    result = run.check(run.ROWS[name], command)
     if result["state"] == "skipped":
         pytest.skip(result["why"])
     assert result["state"] == "passed", result["why"]

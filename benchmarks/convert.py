@@ -1,0 +1,144 @@
+"""What a conversion costs beside copying the same files: time, and memory at the highest. Part of benchmarks/contrastive.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import ROOT
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.weights.hf_write import file_names, spread, write_index, write_safetensors
+from megatron_mcpo.weights.mapping import hf_shapes
+
+SMALL = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+_WORK = ROOT / ".cache"
+LAYOUT = ("--tp", "4", "--pp", "2")
+MAX_FILE_BYTES = 2 * 10**9
+# Between this process and the tool: a process begins with the peak of the one that started it, and this one's is large.
+_PEAK_OF = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+SHAPES_OF_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "dtype": "bfloat16",
+    "vocab_size": 151936,
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 151645,
+}
+"""Qwen3-32B with 4 of its 64 layers: 7.0 GB in bf16, of which the largest tensor is 1.6 GB."""
+
+
+def rows(*, small_only: bool) -> Iterator[dict[str, Any]]:
+    """Both directions of the quick start's model (where it was made) and of one with the shapes of a 32B model.
+
+    Only what a conversion always does is measured, not the comparison of logits. Needs four times the model on disk.
+    """
+    _WORK.mkdir(exist_ok=True)
+    if SMALL.is_dir():
+        yield from _both_ways("135M", SMALL)
+    else:
+        print(f"without {SMALL} (make model) the 135M model is left out", file=sys.stderr)
+    if small_only:
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=_WORK) as name:
+        folder = Path(name) / "source"
+        make_large(folder)
+        yield from _both_ways("32B shapes, 4 layers", folder)
+
+
+def make_large(folder: Path, **changes: Any) -> None:
+    """A folder of random numbers, written without ever holding more than a tensor."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES_OF_32B | changes))
+    shapes = hf_shapes(from_folder(folder, with_weights=False))
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    groups = spread(sizes, MAX_FILE_BYTES)
+    files = dict(zip(file_names(len(groups)), groups, strict=True))
+    for file, names in files.items():
+        wanted = {name: shapes[name] for name in names}
+        write_safetensors(folder / file, wanted, torch.bfloat16, lambda name: [_noise(shapes[name])])
+    write_index(folder, files, sum(sizes.values()))
+
+
+def _noise(shape: tuple[int, ...]) -> Tensor:
+    """Fast, and different everywhere: a random row, shifted."""
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    row = torch.randn(1 << 20).bfloat16()
+    flat = values.view(-1)
+    for start in range(0, len(flat), len(row)):
+        part = flat[start : start + len(row)]
+        part.copy_(row.roll(start // len(row))[: len(part)])
+    return values
+
+
+def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=_WORK) as name:
+        megatron, back, copied = (Path(name) / part for part in ("megatron", "hf", "copy"))
+        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+        seconds_cp = _copy(source, copied)
+        for direction, given, made, options in (
+            ("hf_to_megatron", source, megatron, LAYOUT if case != "135M" else ("--tp", "3", "--pp", "2")),
+            ("megatron_to_hf", megatron, back, ()),
+        ):
+            seconds, peak = measure(direction, given, made, *options)
+            yield {
+                "case": case,
+                "direction": direction,
+                "seconds": round(seconds, 2),
+                "seconds_cp": round(seconds_cp, 2),
+                "peak_rss_bytes": peak,
+                "bytes": size,
+                "largest_tensor_bytes": _largest(source),
+            }
+
+
+def measure(direction: str, given: Path, made: Path, *options: str, processes: int = 1) -> tuple[float, int]:
+    """Seconds of a tool, started and ended, and the highest resident memory of any of its processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
+    command = [sys.executable, *launcher, str(ROOT / "tools" / f"{direction}.py"), str(given), str(made), *options]
+    command.append("--no-verify-forward")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", _PEAK_OF, *command], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
+    return time.perf_counter() - start, int(done.stdout) * 1024
+
+
+def _copy(source: Path, target: Path) -> float:
+    """cp -r and onto the disk, as the tools do."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-rL", str(source), str(target)], check=True)
+    for path in target.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def _largest(folder: Path) -> int:
+    model = from_folder(folder)
+    return max(2 * torch.Size(shape).numel() for shape in hf_shapes(model).values())

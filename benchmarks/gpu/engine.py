@@ -1,0 +1,257 @@
+"""Checks of what stands around the model: vLLM fed with weights, checkpoints beside training, the whole program."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+
+from benchmarks.gpu import models
+from benchmarks.gpu.models import MEDIUM, SMALL, batch_of, seconds_of, signed_loss
+from benchmarks.gpu.outcome import Band, Outcome
+from benchmarks.measure import ROOT
+from megatron_mcpo.config.config import dump, load
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.mcore.checkpoint import Checkpoints
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.rollout.engine import Engine, SamplingRequest
+from megatron_mcpo.rollout.vllm_engine import VllmEngine
+from megatron_mcpo.rollout.vllm_server import VllmServers
+from megatron_mcpo.trainer.engine_check import TOLERANCE
+from megatron_mcpo.weights.reshard_sync import Executor, Gather, choose
+from tests.support.engine_server import Server
+
+BF16_APART, FP8_APART = (0.0, 0.02), (0.04, TOLERANCE["fp8_per_block"])
+"""Least and most mean difference of log-probs. On a CPU the one was 0.016, the other 0.126."""
+_GIGA = 1e9
+
+
+def engine() -> Outcome:
+    """Pushes to an engine in this process: its weights bit for bit, its log-probs, seconds, memory while it sleeps."""
+    return _in_process("none", BF16_APART)
+
+
+def engine_fp8() -> Outcome:
+    """The same with an engine that rounds its layers to FP8. Log-probs as near as bf16's mean that it didn't."""
+    return _in_process("fp8_per_block", FP8_APART)
+
+
+def _in_process(quantization: Literal["none", "fp8_per_block"], apart: tuple[float, float]) -> Outcome:
+    """apart: least and most mean difference of log-probs"""
+    low, high = apart
+    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        models.save_model(folder, MEDIUM, dtype=torch.bfloat16)
+        learner = models.policy(models.settings(folder), groups)
+        sampler = VllmEngine(
+            folder,
+            dtype="bf16",
+            quantization=quantization,
+            tensor_parallel=1,
+            max_model_len=128,
+            max_concurrent=64,
+            kv_cache_gib=1.0,
+            gpu_memory_utilization=0.3,
+            distributed=True,
+            job_tag="gpu-check",
+        )
+    executor, why = choose(learner.chunks, learner.model_config, groups, sampler, engine_ranks=1)
+    executor.push(0)
+    figures = _speed(executor, learner)
+    same_weights, before_sleep = _same_weights(learner, sampler), _apart(learner, sampler)
+    free_awake = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
+    sampler.sleep()
+    free_asleep = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
+    sampler.wake()
+    executor.push(1)
+    return Outcome(
+        bands=(
+            *same_weights,
+            Band(name="log-probs, mean difference", value=before_sleep, low=low, high=high),
+            Band(name="log-probs after sleep, mean difference", value=_apart(learner, sampler), low=low, high=high),
+        ),
+        figures={
+            "executor": executor.name + (f" ({why})" if why else ""),
+            "gib_free_asleep": (free_asleep - free_awake) / 2**30,
+            **figures,
+        },
+    )
+
+
+def servers() -> Outcome:
+    """Pushes to a server, a process of its own on the same GPU, through the group that servers are fed by.
+
+    NCCL refuses two ranks of one host on one GPU: either side says that it is a host of its own, and they talk
+    through sockets. Between GPUs it is faster.
+    """
+    os.environ["NCCL_HOSTID"] = "trainer"
+    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+    with TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        models.save_model(folder, MEDIUM, dtype=torch.bfloat16)
+        config = models.settings(folder, engine={"gpu_memory_utilization": 0.3, "kv_cache_gib": 1.0})
+        (folder / "config.toml").write_text(dump(config))
+        learner = models.policy(config, groups)
+        # Not earlier: vLLM measures the GPU's memory when it starts, and may not see others take or free some.
+        server = Server(folder / "config.toml", folder / "log", {"NCCL_HOSTID": "server"})
+        stack.callback(server.kill)
+        server.wait_ready()
+        sampler = VllmServers(
+            [server.url],
+            learner.model_config,
+            max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+            max_concurrent=64,
+            device=device(),
+            tag="gpu-check",
+        )
+        stack.callback(sampler.close)
+        executor = Gather(chunks=learner.chunks, model=learner.model_config, groups=groups, engine=sampler)
+        executor.push(0)
+        figures = _speed(executor, learner)
+        same_weights, apart = _same_weights(learner, sampler), _apart(learner, sampler)
+    return Outcome(
+        bands=(
+            *same_weights,
+            Band(name="log-probs, mean difference", value=apart, low=BF16_APART[0], high=BF16_APART[1]),
+        ),
+        figures=figures,
+    )
+
+
+def _speed(executor: Executor, learner: Policy) -> dict[str, float | str]:
+    """Of pushes after the first."""
+    seconds = seconds_of(lambda: executor.push(0), repeats=5, warm_up=1)
+    size = sum(tensor.nbytes for _, tensor in learner.weights())
+    return {"seconds_push": seconds, "gigabytes_a_second": size / seconds / _GIGA}
+
+
+def _same_weights(learner: Policy, sampler: Engine) -> tuple[Band, Band]:
+    """None differs, and every one could be compared."""
+    compared = sampler.compare(learner.weights())
+    return (
+        Band(name="tensors that differ", value=len(compared.different), low=0, high=0),
+        Band(name="tensors that can't be read", value=len(compared.unread), low=0, high=0),
+    )
+
+
+def _apart(learner: Policy, sampler: Engine) -> float:
+    """Mean difference of log-probs between engine and trainer, on what the engine samples."""
+    asked = models.rollouts(MEDIUM.vocab, prompts=8, samples=1, prompt=(20, 60), response=(1, 1))
+    requests = [
+        SamplingRequest(
+            token_ids=group.prompt.token_ids,
+            num_samples=4,
+            seed=number,
+            max_tokens=30,
+            temperature=1.0,
+            stop_token_ids=(0,),
+        )
+        for number, group in enumerate(asked)
+    ]
+    sampled = [
+        type(group)(
+            prompt=group.prompt,
+            completions=completions,
+            rewards=(0.0,) * len(completions),
+            correct=(False,) * len(completions),
+        )
+        for group, completions in zip(asked, sampler.generate(requests), strict=True)
+    ]
+    batch = batch_of(sampled, learner)
+    return (learner.score(batch).logp_R.cpu() - batch.engine_logp_R).abs().mean().item()
+
+
+def checkpoint() -> Outcome:
+    """A checkpoint that is written while training goes on: what comes back is the state of the call."""
+    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+    with TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        models.save_model(folder, SMALL, dtype=torch.bfloat16)
+        learner = models.policy(models.settings(folder), groups)
+        sampled = models.rollouts(SMALL.vocab, prompts=6, samples=4, prompt=(20, 60), response=(1, 30))
+        batch = batch_of(sampled, learner)
+        learner.update(batch, signed_loss(batch))
+        saved = {each: tensor.clone() for each, tensor in learner.weights()}
+        kept = _checkpoints(learner, Path(name, "checkpoints"))
+        kept.save(1, {})
+        following = learner.update(batch, signed_loss(batch))
+        kept.finish()
+        fresh = models.policy(models.settings(folder), groups)
+        _checkpoints(fresh, Path(name, "checkpoints")).load()
+    different = sum(not torch.equal(tensor, saved[each]) for each, tensor in fresh.weights())
+    again = fresh.update(batch, signed_loss(batch))
+    return Outcome(
+        bands=(
+            Band(name="tensors that differ", value=different, low=0, high=0),
+            Band(
+                name="gradient norm of the next update, relative difference",
+                value=abs(again.grad_norm / following.grad_norm - 1),
+                low=0.0,
+                high=1e-3,
+            ),
+        )
+    )
+
+
+def _checkpoints(learner: Policy, folder: Path) -> Checkpoints:
+    return Checkpoints(
+        policy=learner,
+        folder=folder,
+        vocabulary="tokens",
+        assets={},
+        keep=2,
+        keep_every=0,
+        in_background=device().type != "cpu",
+    )
+
+
+def conversion() -> Outcome:
+    """To Megatron's format and back with the tool, whatever layers the trainer has on this machine."""
+    with TemporaryDirectory() as name:
+        models.save_model(Path(name), SMALL, dtype=torch.bfloat16)
+        command = [sys.executable, "megatron_mcpo/cli/convert_check.py", name, "--layouts", "tp2pp2", "--json"]
+        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    row = json.loads(output)
+    return Outcome(
+        bands=(
+            Band(name="bits that differ", value=row["bits"], low=0, high=0),
+            Band(name="largest difference of logits", value=row["logits"], low=0.0, high=1e-4),
+        )
+    )
+
+
+def program() -> Outcome:
+    """The quick start's first steps as a user starts them, every push verified."""
+    config = ROOT / "examples" / "quickstart" / "config.toml"
+    model = ROOT / load(config).model.path
+    if not model.exists():
+        return Outcome(skipped=f"{model} is not there; make it with `python tools/embedded_model.py {model}`")
+    with TemporaryDirectory() as name:
+        arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
+        finished = subprocess.run(
+            [sys.executable, "-m", "megatron_mcpo.cli.train", str(config), *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if finished.returncode:
+            raise RuntimeError(finished.stdout[-2000:])
+        (lines,) = [path.read_text().splitlines() for path in Path(name).glob("*/metrics.jsonl")]
+    steps = [json.loads(line) for line in lines]
+    apart = max(step["engine/logprob_diff_mean"] for step in steps)
+    return Outcome(
+        bands=(
+            Band(name="steps", value=len(steps), low=3, high=3),
+            Band(name="engine and trainer, mean difference of log-probs", value=apart, low=0.0, high=0.1),
+        ),
+        figures={"seconds_step": steps[-1]["time/step"], "peak_gib": steps[-1]["memory/peak_gib"]},
+    )

@@ -1,0 +1,183 @@
+"""Random models of real shapes, rollouts for them and policies of them, for checks on whatever device there is."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
+from megatron_mcpo.mcore.precision import check_fp8
+from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
+from tests.support import tiny_models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of a dense Qwen3 model."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+
+
+SMALL = Shape(hidden=256, ffn=512, layers=4, heads=4, kv_heads=2, head_dim=64, vocab=1000)
+MEDIUM = Shape(hidden=2048, ffn=6144, layers=8, heads=16, kv_heads=8, head_dim=128, vocab=8192)
+"""Layers of Qwen3-1.7B."""
+QWEN3_1_7B = Shape(hidden=2048, ffn=6144, layers=28, heads=16, kv_heads=8, head_dim=128, vocab=151_936, tied=True)
+QWEN3_8B_LAYERS = Shape(hidden=4096, ffn=12288, layers=8, heads=32, kv_heads=8, head_dim=128, vocab=8192)
+"""A quarter of Qwen3-8B's layers and a small vocabulary: with its optimizer the whole of it would not fit one GPU."""
+
+
+def save_model(folder: Path, shape: Shape, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A random model, also written into `folder`."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    with device():
+        model: Any = Qwen3ForCausalLM(config)
+        model.to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def settings(
+    folder: Path,
+    *,
+    tokens: int = 512,
+    prompt: int = 60,
+    response: int = 30,
+    model: dict[str, str] | None = None,
+    engine: dict[str, float] | None = None,
+) -> Config:
+    """tokens: most in a micro-batch; prompt, response: the longest; model, engine: keys of those sections"""
+    return tiny_models.config(
+        folder,
+        model={"dtype": "bf16", **(model or {})},
+        batch={"micro_batch_tokens": tokens},
+        rollout={"max_prompt_tokens": prompt, "max_response_tokens": response},
+        engine=engine or {},
+    )
+
+
+def policy(config: Config, groups: Groups) -> Policy:
+    return Policy(config, from_folder(Path(config.model.path)), groups)
+
+
+def rollouts(
+    vocab: int, *, prompts: int, samples: int, prompt: tuple[int, int], response: tuple[int, int]
+) -> list[RolloutGroup]:
+    """Random tokens; prompt, response: shortest and longest."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(shortest: int, longest: int) -> tuple[int, ...]:
+        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
+        return tuple(torch.randint(vocab, (length,), generator=generator).tolist())
+
+    groups = []
+    for number in range(prompts):
+        asked = Prompt(domain=number % 3, source="random", index=number, token_ids=tokens(*prompt), entry={})
+        answers = [tokens(*response) for _ in range(samples)]
+        completions = tuple(
+            Completion(token_ids=ids, logprobs=(-6.0,) * len(ids), stop_reason=StopReason.STOP, version=0)
+            for ids in answers
+        )
+        correct = tuple(torch.randint(2, (samples,), generator=generator).bool().tolist())
+        rewards = tuple(map(float, correct))
+        groups.append(RolloutGroup(prompt=asked, completions=completions, rewards=rewards, correct=correct))
+    return groups
+
+
+def batch_of(groups: Sequence[RolloutGroup], learner: Policy) -> TrainBatch:
+    return make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=learner.shares_prompts)
+
+
+def signed_loss(batch: TrainBatch) -> LossFunction:
+    """Mean over response tokens of -(+1 or -1 by rollout) log-prob."""
+    sign_R = (1.0 - 2.0 * (torch.arange(len(batch)) % 2))[batch.rollout_R].to(device())
+
+    def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+        value = -(x.logp_r * sign_R[x.response_r]).sum() / batch.num_response_tokens
+        return value + (0.0 if x.z_nD is None else 0.0 * x.z_nD.sum()), {"loss": value}
+
+    return loss
+
+
+def exact_logprobs(folder: Path, groups: Sequence[RolloutGroup]) -> Tensor:
+    """Of all response tokens, by transformers in float64."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    model.to(device()).eval()
+    found = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=device())
+            with torch.no_grad():
+                logp = model(ids).logits[0].log_softmax(-1)
+            first = len(group.prompt.token_ids)
+            found.append(logp[first - 1 : -1].gather(1, ids[0, first:, None]).squeeze(1))
+    return torch.cat(found)
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    dot = (left * right).sum(dtype=torch.float64)
+    return (dot / (norm(left) * norm(right))).item()
+
+
+def norm(values: Tensor) -> float:
+    return values.square().sum(dtype=torch.float64).sqrt().item()
+
+
+def fp8_problem() -> str:
+    """Why layers can't compute in FP8 here; empty: they can."""
+    try:
+        for recipe in ("blockwise", "tensorwise"):
+            check_fp8(recipe)
+    except ConfigError as error:
+        return "; ".join(error.problems)
+    return ""
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], object], *, repeats: int = 10, warm_up: int = 3) -> float:
+    """Median seconds of a call, with the device's work in it."""
+    for _ in range(warm_up):
+        work()
+    taken = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

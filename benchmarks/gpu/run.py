@@ -1,0 +1,206 @@
+"""What only a GPU can show: numbers in their bands, speed and memory beside the device's own, vLLM fed with weights.
+
+`tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes)
+Every row is a process of its own. Ends with one table; figures go to FOLDER/gpu-DEVICE.json, the measured rates to
+FOLDER/rates-DEVICE.json, which `megatron_mcpo/cli/plan.py --gpu` takes. Exits with 1 where a figure lies outside its band or a row
+crashed; a row whose modules are missing, or for which no time is left, is skipped, and says so.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.gpu.outcome import Outcome, Row
+from benchmarks.measure import ROOT
+from megatron_mcpo.distributed.cpu_backend import uses_gpu, why_no_gpu
+
+SECONDS = 20 * 60
+"""For all rows together."""
+_KEPT_LOG = 4000
+"""Characters of a failed row's standard error that go into the file."""
+ENGINE, PROGRAM = ("vllm",), ("vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard")
+
+
+def environment() -> Outcome:
+    """Device, driver, and the version of everything that computes on it."""
+    figures: dict[str, float | str] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    if uses_gpu():
+        properties = torch.cuda.get_device_properties(0)
+        figures |= {
+            "device": properties.name,
+            "memory_gib": properties.total_memory / 2**30,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    for package in ("transformer-engine", "transformer-engine-torch", "megatron-core", "vllm", "transformers"):
+        try:
+            figures[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            figures[package] = "not installed"
+    for extension in ("amp_C", "fused_weight_gradient_mlp_cuda"):
+        figures[f"apex's {extension}"] = "there" if importlib.util.find_spec(extension) else "not there"
+    return Outcome(figures=figures)
+
+
+def _of(module: str, name: str) -> Outcome:
+    """Run a check; its module imports Megatron-Core, which takes seconds."""
+    check: Callable[[], Outcome] = getattr(importlib.import_module(f"tools.{module}"), name)
+    return check()
+
+
+def _row(module: str, name: str, seconds: int, *needs: str) -> Row:
+    return Row(name=name, run=partial(_of, module, name), seconds=seconds, needs=needs)
+
+
+FP8 = ("transformer_engine",)
+ROWS = {
+    row.name: row
+    for row in (
+        Row(name="environment", run=environment, seconds=60),
+        _row("gpu_speed", "ceilings", 60),
+        _row("gpu_numbers", "logprobs", 120),
+        _row("gpu_layouts", "gradients", 180),
+        _row("gpu_layouts", "layouts", 240),
+        _row("gpu_layouts", "experts", 180),
+        _row("gpu_numbers", "recompute", 120),
+        _row("gpu_numbers", "fp8_products", 90, *FP8),
+        _row("gpu_numbers", "fp8", 180, *FP8),
+        _row("gpu_speed", "logprob", 90),
+        _row("gpu_speed", "contrastive_terms", 120),
+        _row("gpu_speed", "export", 120),
+        _row("gpu_engine", "checkpoint", 120),
+        _row("gpu_engine", "conversion", 120),
+        _row("gpu_engine", "engine", 240, *ENGINE),
+        _row("gpu_engine", "engine_fp8", 240, *ENGINE),
+        _row("gpu_engine", "servers", 300, *ENGINE),
+        _row("gpu_speed", "step_1_7b", 180),
+        _row("gpu_speed", "step_8b", 180),
+        _row("gpu_speed", "fp8_speed", 240, *FP8),
+        _row("gpu_engine", "program", 300, *PROGRAM),
+    )
+}
+
+
+def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) -> dict[str, Any]:
+    """Run a row's command, one of whose lines is an outcome; what became of it."""
+    missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
+    if missing:
+        return {"state": "skipped", "why": f"{', '.join(missing)} not installed"}
+    if seconds_left < 1:
+        return {"state": "skipped", "why": f"the rows before took all {SECONDS // 60} minutes; run it with --rows"}
+    limit, left = row.seconds, ""
+    if seconds_left < limit:
+        limit, left = int(seconds_left), " (all that was left)"
+    start = time.monotonic()
+    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return {"state": "failed", "why": f"took more than {limit} s{left}"} | _log(process.communicate()[1])
+    taken = {"row_seconds": round(time.monotonic() - start, 1)}
+    outcome = _outcome(output)
+    if process.returncode or outcome is None:
+        last = (errors.strip().splitlines() or ["no outcome"])[-1]
+        why = f"exit code {process.returncode}: {last[:300]}"
+        return {"state": "failed", "why": why, **taken} | _log(errors)
+    failures, skipped = outcome.pop("failures"), outcome.pop("skipped")
+    if skipped:
+        return {"state": "skipped", "why": skipped, **taken}
+    return {"state": "failed" if failures else "passed", "why": "; ".join(failures), **taken, **outcome}
+
+
+def _kill(process: psutil.Process) -> None:
+    """With the ranks and servers that it started: they would hold the GPU's memory, and our pipes."""
+    for each in [*process.children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def _log(errors: str) -> dict[str, str]:
+    return {"log": errors[-_KEPT_LOG:]}
+
+
+def _outcome(output: str) -> dict[str, Any] | None:
+    """The last line that is one: libraries write to standard output too, also when they are taken down."""
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            found = json.loads(line)
+            if isinstance(found, dict) and "failures" in found:
+                return found
+    return None
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'row':20} {'state':8} what was found"]
+    for name, result in results.items():
+        found = {**result.get("figures", {}), **{band: value[0] for band, value in result.get("bands", {}).items()}}
+        said = [result["why"]] if result["why"] else []
+        said += [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()]
+        lines.append(f"{name:20} {result['state']:8} {', '.join(said)}")
+    counts = {state: sum(each["state"] == state for each in results.values()) for state in ("passed", "failed")}
+    skipped = len(results) - sum(counts.values())
+    return "\n".join([*lines, f"{counts['passed']} passed, {counts['failed']} failed, {skipped} skipped"])
+
+
+def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list[Path]:
+    """The figures, and the rates if they were measured."""
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {folder / f"gpu-{name}.json": {"device": device, "rows": results}}
+    rates = results.get("ceilings", {}).get("rates")
+    if rates:
+        source = f"measured by tools/gpu_check.sh on one {device}"
+        base = next((kind for kind in ("h200", "a100", "b200") if kind in name), "h100")
+        files[folder / f"rates-{name}.json"] = {"base": base, "sources": [source], **rates}
+    for path, content in files.items():
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return list(files)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all of them")
+    parser.add_argument("--list", action="store_true", help="print the rows and their limits in seconds")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON files")
+    parser.add_argument("--here", action="store_true", help="run one row in this process and print its outcome")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for row in ROWS.values():
+            print(f"{row.name:20} {row.seconds:4} s  {', '.join(row.needs)}")
+        return 0
+    if not uses_gpu():
+        print(f"gpu_check: {why_no_gpu()}", file=sys.stderr)
+        return 2
+    if options.here:
+        print(ROWS[options.rows[0]].run().to_json())
+        return 0
+    results = {}
+    deadline = time.monotonic() + SECONDS
+    for name in options.rows:
+        command = [sys.executable, __file__, "--here", "--rows", name]
+        results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
+        print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
+    written = write(results, torch.cuda.get_device_name(), options.out)
+    print(table(results))
+    print("written: " + ", ".join(map(str, written)))
+    return int(any(result["state"] == "failed" for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

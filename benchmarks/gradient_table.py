@@ -1,0 +1,333 @@
+"""Is the gradient exact? Every parameter's, of the whole objective, in every parallel layout, on real gloo ranks.
+
+`.venv/bin/python benchmarks/gradient_table.py [--json] [--layouts tp2 dp2 ...]`
+The reference is autograd in float64 through a Hugging Face model in one process (tests/support/reference.py). An error is the
+largest of a parameter's gradient, relative to its largest entry. Exits with 1 where one exceeds the bound.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec
+from megatron_mcpo.mcore.policy import Policy
+from megatron_mcpo.trainer.objective import Objective, Scored
+from megatron_mcpo.types import RolloutGroup, Scores
+from megatron_mcpo.weights.full_sync import export
+from tests.support import reference, tiny_models
+from tests.support.ranks import run_ranks
+
+BOUND = 1e-5
+HEAD = "contrastive_head"
+LAYOUTS = {
+    "dp1": Layout(),
+    "dp2": Layout(data=2),
+    "dp4": Layout(data=4),
+    "tp2": Layout(tensor=2),
+    "tp2_sp": Layout(tensor=2, sequence=True),
+    "tp4_sp": Layout(tensor=4, sequence=True),
+    "tp3_sp": Layout(tensor=3, sequence=True),
+    "pp2": Layout(pipeline=2),
+    "pp3": Layout(pipeline=3),
+    "pp4": Layout(pipeline=4),
+    "vpp2": Layout(pipeline=2, virtual_pipeline=2),
+    "cp2": Layout(context=2),
+    "tp2_pp2": Layout(tensor=2, pipeline=2, sequence=True),
+    "dp2_tp2": Layout(tensor=2, data=2, sequence=True),
+    "dp2_pp2": Layout(pipeline=2, data=2),
+    "tp2_cp2": Layout(tensor=2, context=2, sequence=True),
+    "pp2_cp2": Layout(pipeline=2, context=2),
+    "vpp2_dp2": Layout(pipeline=2, virtual_pipeline=2, data=2),
+    "tp2_pp2_dp2": Layout(tensor=2, pipeline=2, data=2, sequence=True),
+    "ep2": Layout(data=2, expert=2),
+    "ep4": Layout(data=4, expert=4),
+    "ep2_dp4": Layout(data=4, expert=2),
+    "ep2_tp2": Layout(tensor=2, expert=2, sequence=True),
+    "ep2_tp4": Layout(tensor=4, expert=2, sequence=True),
+    "ep2_cp2": Layout(context=2, expert=2),
+    "ep2_pp2": Layout(pipeline=2, data=2, expert=2),
+}
+_EVEN = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
+MODELS: dict[str, tuple[tuple[tiny_models.Kind, ...], dict[str, int]]] = {
+    "halves": (("tied", "untied"), _EVEN),
+    "thirds": (("tied", "untied"), {"num_layers": 3, "num_heads": 9, "num_kv_heads": 3}),
+    "experts": (("experts",), _EVEN),
+}
+"""Models whose layers and heads can be divided by 2, by 3, and one with experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to configure and to pack a step.
+
+    shortest_prompt: more than half of what a micro-batch holds keeps any two rollouts apart
+    uneven: groups of different sizes, and right answers whose rewards are less than 1
+    """
+
+    name: str
+    sections: dict[str, dict[str, Any]]
+    share_prompts: bool
+    shortest_prompt: int = 3
+    uneven: bool = False
+
+
+VARIANTS = [
+    Variant(
+        name="a rollout a micro-batch",
+        sections={"batch": {"micro_batch_tokens": 32}},
+        share_prompts=False,
+        shortest_prompt=17,
+    ),
+    Variant(
+        name="few rollouts, recomputed, sequence means, rloo, mlp head on the last token",
+        sections={
+            "batch": {"micro_batch_tokens": 64},
+            "model": {"recompute": "full"},
+            "rollout": {"temperature": 0.8},
+            "algorithm": {"aggregation": "seq_mean_token_mean", "advantage": "rloo"},
+            "contrastive": {"head": "mlp", "pool": "last"},
+        },
+        share_prompts=True,
+    ),
+    Variant(
+        name="all rollouts in one micro-batch, per_domain, k1, all rivals of the domain",
+        sections={
+            "batch": {"micro_batch_tokens": 4096},
+            "algorithm": {"advantage": "per_domain", "kl_estimator": "k1"},
+            "contrastive": {"negatives": "domain", "denominator": "all"},
+        },
+        share_prompts=True,
+    ),
+    Variant(
+        name="contrastive reward, recomputed, dr_grpo, cispo, mask, k2",
+        sections={
+            "batch": {"micro_batch_tokens": 64},
+            "model": {"recompute": "selective"},
+            "algorithm": {
+                "advantage": "dr_grpo",
+                "aggregation": "dr_grpo",
+                "clip": "cispo",
+                "importance": "mask",
+                "kl_estimator": "k2",
+            },
+            "contrastive": {"mode": "reward", "share_weight": 0.1, "consolidate_weight": 0.05},  # some of them capped
+        },
+        share_prompts=False,
+    ),
+    Variant(
+        name="a ratio a rollout, uneven groups with penalties",
+        sections={"batch": {"micro_batch_tokens": 64}, "algorithm": {"clip": "gspo"}},
+        share_prompts=True,
+        uneven=True,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, a configuration, rollouts, and the gradient of every parameter that the reference finds."""
+
+    name: str
+    config: Config
+    groups: Sequence[RolloutGroup]
+    share_prompts: bool
+    expected: dict[str, Tensor]
+
+    def in_bf16(self) -> Self:
+        """The same rollouts for a policy that computes in bf16."""
+        model = self.config.model.model_copy(update={"dtype": "bf16"})
+        return replace(self, config=self.config.model_copy(update={"model": model}))
+
+
+def cases_for(layout: Layout, cases: Sequence[Case]) -> list[Case]:
+    """Context parallelism divides the tokens of a rollout, so that its cases leave out the ratio of a whole rollout."""
+    return [case for case in cases if layout.context == 1 or case.config.algorithm.clip != "gspo"]
+
+
+def models_for(layout: Layout) -> list[str]:
+    """The keys of MODELS that a layout is tried with."""
+    if layout.expert > 1:
+        return ["experts"]
+    if layout in (Layout(), Layout(tensor=2, sequence=True)):
+        return ["halves", "experts"]
+    return ["thirds" if 3 in (layout.tensor, layout.pipeline) else "halves"]
+
+
+def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:
+    """Every variant with the models of one key of MODELS; their files are put into `folder`.
+
+    sure: no experts, positives or tokens to clip are chosen by figures that rounding to bf16 could turn around
+    """
+    kinds, shape = MODELS[model]
+    cases = []
+    for kind in kinds:
+        reference_model = tiny_models.save_model(folder / kind, kind, sure=sure, **shape)
+        for variant in VARIANTS:
+            groups = tiny_models.rollout_groups(num_prompts=6, num_samples=3, shortest_prompt=variant.shortest_prompt)
+            groups = tiny_models.uneven(groups) if variant.uneven else groups
+            config = make_config(folder / kind, _without_choices(variant.sections) if sure else variant.sections)
+            cases.append(
+                Case(
+                    name=f"{kind}, {variant.name}",
+                    config=config,
+                    groups=groups,
+                    share_prompts=variant.share_prompts,
+                    expected=expected_gradients(reference_model, groups, config),
+                )
+            )
+    return cases
+
+
+def _without_choices(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same without bounds on the ratio, and with every candidate as a positive."""
+    unclipped = {**sections.get("algorithm", {}), "clip_low": 1.0, "clip_high": 1e6}
+    return {**sections, "algorithm": unclipped, "contrastive": {**sections.get("contrastive", {}), "transfer": "all"}}
+
+
+def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:
+    """All terms weigh enough that an error in any of them shows."""
+    algorithm = {"kl_weight": 0.05, **sections.get("algorithm", {})}
+    contrastive = {"share_weight": 0.5, "consolidate_weight": 0.3, "temperature": 0.2, "top_k": 2}
+    contrastive |= sections.get("contrastive", {})
+    return tiny_models.config(folder, **{**sections, "algorithm": algorithm, "contrastive": contrastive})
+
+
+def expected_gradients(model: PreTrainedModel, groups: Sequence[RolloutGroup], config: Config) -> dict[str, Tensor]:
+    """What the reference finds, in float64."""
+    spec = HeadSpec.of(config.contrastive, hidden_size=tiny_models.HIDDEN, seed=config.run.seed)
+    head: dict[str, Tensor] = {}
+    if spec is not None:
+        module = ContrastiveHead(tiny_models.HIDDEN, spec, dtype=torch.float32, device=torch.device("cpu"))
+        head = dict(module.named_parameters())
+    old, ref = (tiny_models.other_logprobs(groups, seed=seed) for seed in (1, 2))
+    return tiny_models.as_saved(reference.gradients(model, head, groups, old, ref, config))
+
+
+def score(policy: Policy, config: Config, groups: Sequence[RolloutGroup], share_prompts: bool) -> Scored:
+    """The rollouts with made-up log-probs of older weights and of a reference; z has to be made anew."""
+    ranks = policy.groups
+    batch = make_batch(
+        groups,
+        num_data_ranks=ranks.layout.data,
+        data_rank=ranks.data_rank,
+        share_prompts=share_prompts and policy.shares_prompts,
+    )
+    old_R, ref_R = (
+        torch.cat([torch.zeros(0), *(logprobs[row] for row in batch.rows_N.tolist())]).to(policy.device)
+        for logprobs in (tiny_models.other_logprobs(groups, seed=seed) for seed in (1, 2))
+    )
+    old = Scores(logp_R=old_R, entropy_R=torch.zeros_like(old_R), z_ND=None, version=policy.version - 1)
+    return Scored(groups=groups, batch=batch, old=old, reference_logp_R=ref_R)
+
+
+def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) -> dict[str, Tensor]:
+    """The same on ranks, as a step of the trainer makes it."""
+    policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
+    objective = objective_type(case.config, policy, ranks)
+    scored = score(policy, case.config, case.groups, case.share_prompts)
+    contrasted = objective.contrast(scored, step=1)
+    advantages_M = objective.advantages(scored, contrasted)
+    policy.backward(scored.batch, objective.loss(scored, advantages_M, contrasted))
+    return export_gradients(policy)
+
+
+def export_gradients(policy: Policy) -> dict[str, Tensor]:
+    """Gradients under the names of the reference: they take the parameters' place and are exported."""
+    head = {}
+    for buffer in policy.gradient_buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:  # the distributed optimizer leaves each rank its own shard of the sum
+            shards = bucket.grad_data.chunk(group.size())
+            gathered = [torch.empty_like(shard) for shard in shards]
+            dist.all_gather(gathered, shards[group.rank()].contiguous(), group=group)
+            bucket.grad_data.copy_(torch.cat(gathered))
+    for chunk in policy.chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.data.copy_(parameter.main_grad)
+            if HEAD in name:
+                head[name[name.index(HEAD) :]] = parameter.data
+    return dict(export(policy.chunks, policy.model_config, policy.groups)) | head
+
+
+def errors_on_this_rank(
+    layout: Layout, cases: Sequence[Case], objective_type: type[Objective]
+) -> list[dict[str, float]]:
+    """Of each case the relative error of every parameter that this rank knows of."""
+    ranks = parallel.init(layout, seed=0, timeout_seconds=240)
+    errors = []
+    for case in cases:
+        found = found_gradients(case, ranks, objective_type)
+        errors.append({name: relative_error(found[name], case.expected[name]) for name in found})
+    return errors
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Infinite where it is not a number."""
+    error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def check(
+    layout: Layout, cases: Sequence[Case], objective_type: type[Objective] = Objective
+) -> dict[tuple[str, str], float]:
+    """The error of every parameter in every case, the worst of all ranks: (case, parameter) to error."""
+    cases = cases_for(layout, cases)
+    reports = run_ranks(layout.world_size, errors_on_this_rank, layout, cases, objective_type, timeout=540)
+    worst: dict[tuple[str, str], float] = {}
+    for report in reports:
+        for case, errors in zip(cases, report, strict=True):
+            for name, error in errors.items():
+                worst[case.name, name] = max(error, worst.get((case.name, name), 0.0))
+    assert set(worst) == {(case.name, name) for case in cases for name in case.expected}
+    return worst
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all of them")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # a pool of threads doesn't survive the fork of a rank
+    rows: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        cases: dict[str, list[Case]] = {}
+        for layout in options.layouts:
+            needed = models_for(LAYOUTS[layout])
+            cases |= {model: make_cases(folder / model, model) for model in needed if model not in cases}
+            mine = [case for model in needed for case in cases[model]]
+            errors = check(LAYOUTS[layout], mine)
+            rows[layout] = {
+                "max_rel_err": max(errors.values()),
+                "params": sum(gradient.numel() for case in mine for gradient in case.expected.values()),
+            }
+            if not options.json:
+                row = rows[layout]
+                print(f"{layout:12} {row['max_rel_err']:.1e} over {row['params']:,} gradients", flush=True)
+    worst = max(row["max_rel_err"] for row in rows.values())
+    if options.json:
+        print(json.dumps({"layouts": rows, "worst": worst}, indent=1))
+    else:
+        print(f"worst {worst:.1e}, bound {BOUND:.0e}")
+    return int(not worst <= BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""What a rank receives in a step as a run grows: more replicas, layers, rollouts, domains.
+
+A rank of the trainer takes a real step in a run whose other ranks are not there (torch's fake process group): its
+messages are those it would exchange, their content is not. The rollouts, which travel as pickled objects, are counted
+without a group. tests/test_bench_scaling.py holds all of it against real ranks.
+"""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.gather import gather_rows
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
+from megatron_mcpo.types import RolloutGroup
+from megatron_mcpo.weights.full_sync import Meter, export
+from tests.support import tiny_models
+from tests.support.traffic import Received
+
+SAMPLES, PROMPTS, LAYERS, DOMAINS = 2, 512, 2, 3
+REPLICAS = tuple(2**power for power in range(10))
+GROWTH: dict[str, tuple[int, ...]] = {
+    "replicas": REPLICAS,
+    "layers": (2, 4, 8, 16),
+    "rollouts": (256, 1024, 4096),
+    "domains": (1, 3, 30),
+}
+"""What grows, alone; the others stay at two replicas, 2 layers, 1,024 rollouts and 3 domains."""
+
+
+def scaling_rows() -> Iterator[dict[str, Any]]:
+    """A row a run: bytes and messages that one rank receives in a step, and in the push that follows, by group."""
+    for name, values in GROWTH.items():
+        for value in values:
+            sizes = {"replicas": 2, "layers": LAYERS, "rollouts": SAMPLES * PROMPTS, "domains": DOMAINS, name: value}
+            yield {"grows": name, **sizes, **_pretended(**sizes)}
+
+
+def _pretended(*, replicas: int, layers: int, rollouts: int, domains: int) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        tiny_models.save_model(Path(folder), "untied", num_layers=layers)
+        groups = sampled(rollouts, domains)
+        with parallel.pretend(Layout(data=replicas), rank=0) as ranks:
+            return received(Path(folder), groups, ranks)
+
+
+def sampled(rollouts: int, domains: int) -> list[RolloutGroup]:
+    """Random rollouts, in turn of every domain."""
+    groups = tiny_models.rollout_groups(num_prompts=rollouts // SAMPLES, num_samples=SAMPLES)
+    return [
+        RolloutGroup(
+            prompt=type(group.prompt)(
+                domain=number % domains,
+                source=group.prompt.source,
+                index=number,
+                token_ids=group.prompt.token_ids,
+                entry={},
+            ),
+            completions=group.completions,
+            rewards=group.rewards,
+            correct=group.correct,
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+def rollout_bytes(sampled: list[RolloutGroup], *, num_engines: int, num_ranks: int) -> int:
+    """What a rank receives for every rank to know all rollouts (collect.Collector): a size and a share of each other.
+
+    Engines complete the prompts in turn, one rank of each sends them, and all shares are padded to the largest.
+    """
+    shares = [list(enumerate(sampled))[number::num_engines] for number in range(num_engines)]
+    return (num_ranks - 1) * (8 + max(len(pickle.dumps(share)) for share in shares))
+
+
+def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+    """That asks for the gradients of everything."""
+    assert x.z_nD is not None
+    return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
+
+
+def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[str, Any]:
+    """A step of policy and reference: rollouts of an engine a rank, scores, representations, update; then the push."""
+    config = tiny_models.config(folder, batch={"prompts": len(sampled), "micro_batch_tokens": 4096})
+    model = from_folder(folder)
+    policy, reference = Policy(config, model, ranks), Reference(config, model, ranks)
+    batch = make_batch(
+        sampled,
+        num_data_ranks=ranks.layout.data,
+        data_rank=ranks.data_rank,
+        share_prompts=policy.shares_prompts,
+    )
+
+    with Received(ranks) as training:
+        policy.score(batch)
+        reference.score(batch)
+        policy.update(batch, small_loss)
+    with Received(ranks) as contrastive:
+        gather_rows(torch.zeros(len(batch), 16), batch, ranks)
+    meter = Meter()
+    for _ in export(policy.chunks, model, ranks, meter=meter):
+        pass
+    return {
+        "bytes": {
+            **{name: round(value) for name, value in training.bytes.items()},
+            "rollouts": rollout_bytes(sampled, num_engines=ranks.world_size, num_ranks=ranks.world_size),
+            "contrastive": round(sum(contrastive.bytes.values())),
+            "sync": meter.received,
+        },
+        "messages": {**training.messages, "contrastive": sum(contrastive.messages.values())},
+    }

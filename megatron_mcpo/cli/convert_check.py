@@ -1,0 +1,103 @@
+"""Converts a Hugging Face folder to Megatron's format and back, in several layouts, and compares every bit.
+
+`.venv/bin/python megatron_mcpo/cli/convert_check.py HF_DIR [--layouts tp2,pp2,tp2pp2vpp2,ep2] [--json]`
+Prints a row a layout: tensors compared, bits different, largest error of the logits (of those computed with
+Megatron's modules from the converted folder, against transformers; relative to the largest logit; small models and
+--verify-forward). Without --layouts: those of a list that are possible. Exit code 1 on any difference.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
+
+from megatron_mcpo.cli.convert import guarded
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, layout_problems
+from megatron_mcpo.convert.compare import compare, is_small
+from megatron_mcpo.convert.convert import (
+    VerificationError,
+    hf_to_megatron,
+    layout_of,
+    megatron_to_hf,
+)
+from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
+from megatron_mcpo.weights.hf_io import HfFolder
+
+LAYOUTS = ("tp1", "tp2", "pp2", "pp2vpp2", "tp2pp2", "tp3", "ep2", "tp2ep2")
+_SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "ep": "expert"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="HF_DIR")
+    parser.add_argument("--layouts", type=lambda text: text.split(","), help="such as tp2,pp2,tp2pp2")
+    parser.add_argument("--json", action="store_true", help="one object a row")
+    parser.add_argument("--verify-forward", action="store_true", help="logits also of a large model")
+    parser.add_argument("--work", type=Path, help="where converted folders lie meanwhile; left out: beside HF_DIR")
+    known = parser.parse_args(arguments)
+
+    def work() -> int:
+        model = from_folder(known.folder)
+        names = known.layouts or [name for name in LAYOUTS if not layout_problems(model, parse(name), 1)]
+        wrong = False
+        for row in rows(known.folder, model, names, known.work or known.folder.resolve().parent, known.verify_forward):
+            wrong |= bool(row["bits"] or row["problems"])
+            shown = [f"{key} {value}" for key, value in row.items() if value or key == "bits"]
+            print(json.dumps(row) if known.json else "  ".join(shown), flush=True)
+        return int(wrong)
+
+    return guarded(work)
+
+
+def rows(
+    folder: Path, model: ModelConfig, names: Sequence[str], where: Path, verify_forward: bool
+) -> Iterator[dict[str, Any]]:
+    """One a layout. The last comparison is of files only: the first folder's with the last one's."""
+    source = HfFolder(folder, model)
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix=".roundtrip-", dir=where) as temporary:
+            megatron, back = Path(temporary) / "megatron", Path(temporary) / "hf"
+            row: dict[str, Any] = {"layout": name, "tensors": len(source.names), "bits": 0, "logits": None}
+            try:
+                hf_to_megatron(folder, megatron, parse(name), verify_forward=False, say=_nothing)
+                megatron_to_hf(megatron, back, verify_forward=False, say=_nothing)
+                compared = compare(source, HfFolder(back, model))
+            except VerificationError as error:
+                yield row | {"bits": error.compared.num_bits_different, "problems": str(error).splitlines()}
+                continue
+            problems = list(compared.differing)
+            if verify_forward or is_small(source):
+                from megatron_mcpo.convert.compare_logits import TOLERANCE, logits_error
+
+                found = MegatronFolder(megatron, model)
+                row["logits"] = logits_error(found, model, back, found.dtype(found.names[0]))
+                problems += [] if row["logits"] <= TOLERANCE else ["logits differ from those of transformers"]
+            yield row | {"bits": compared.num_bits_different, "problems": problems}
+
+
+def parse(name: str) -> Layout:
+    """'tp2pp2vpp2' -> the layout. Raises ConfigError."""
+    found = re.fullmatch(r"((tp|vpp|pp|ep)[1-9]\d*)+", name)
+    sizes = {kind: int(size) for kind, size in re.findall(r"(tp|vpp|pp|ep)(\d+)", name)} if found else {}
+    if not sizes:
+        raise ConfigError([f"--layouts: {name!r}: must be like tp2, pp2vpp2 or tp2ep2"])
+    return layout_of(**{word: sizes.get(kind, 1) for kind, word in _SIZES.items()})
+
+
+def _nothing(_text: str) -> None:
+    """Rows say enough."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

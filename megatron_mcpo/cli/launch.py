@@ -1,0 +1,85 @@
+"""What the programs that run on ranks have in common: exit codes, and torchrun in this process. Imports no torch.
+
+Started by itself such a program is torchrun for as many ranks as the layout needs; started by torchrun (or srun
+torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
+
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.distributed.preemption import GRACE_SECONDS, SIGNALS
+
+FAILED = 1
+REFUSED = 2
+INTERRUPTED = 130
+
+_ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""End the ranks where they are: nothing is saved."""
+
+
+def started_ranks() -> int | None:
+    """How many ranks torchrun started, of which this process is one; None where it started none."""
+    size = os.environ.get("WORLD_SIZE")
+    return int(size) if size else None
+
+
+def refuse(error: ConfigError) -> int:
+    """Say what is wrong, once a host; returns the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("\n".join(error.problems), file=sys.stderr)
+    return REFUSED
+
+
+def on_rank(work: Callable[[], None]) -> int:
+    """Do a rank's work; returns the exit code."""
+    try:
+        work()
+    except ConfigError as error:
+        return refuse(error)
+    except FloatingPointError as error:  # the same one on every rank
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def launch(program: str, arguments: Sequence[str], num_ranks: int) -> int:
+    """Run torchrun in this process, with `python -m program arguments` as its ranks.
+
+    Returns the exit code of the rank that failed first, which torchrun would hide.
+    """
+    # Ranks that share the cores must not each start a thread for every core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The rank that fails says why; the agent's account of it, and of the ranks it then ends, would bury that.
+    logging.disable(logging.ERROR)
+    options = [
+        "--standalone",
+        f"--nproc-per-node={num_ranks}",
+        # A signal that torchrun doesn't handle ends it alone, and leaves the ranks behind.
+        f"--signals-to-handle={','.join(number.name for number in (*SIGNALS, *_ENDING))}",
+        f"--shutdown-timeout={GRACE_SECONDS}",
+    ]
+    try:
+        with TemporaryDirectory(prefix="torchrun-") as folder:
+            options += ["--log-dir", folder]  # that it makes anyway, and would leave behind
+            torchrun.run(torchrun.parse_args([*options, "-m", program, *arguments]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if code not in (REFUSED, INTERRUPTED):
+            print(f"rank {rank} of {num_ranks} failed with exit code {code}: see above", file=sys.stderr)
+        return code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

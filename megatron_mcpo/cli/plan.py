@@ -1,0 +1,68 @@
+"""What a configuration needs on GPUs before any is booked: memory by rank, bytes on the wire, seconds a step.
+
+`.venv/bin/python megatron_mcpo/cli/plan.py CONFIG --gpu h100 --nodes 4 [--gpus-per-node 8] [--json] [--search]
+[--section.key VALUE ...]`
+Needs no GPU and no weights: of the model's folder config.json is enough. Builds the model of a rank of every stage
+without memory. Exit code 1: it does not fit; 2: the configuration is bad.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_mcpo.config.config import ConfigError, load
+from megatron_mcpo.config.hf_config import from_folder
+
+DOES_NOT_FIT = 1
+REFUSED = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--gpu", default="h100", help="h100, h200, a100, b200, or a JSON file of measured rates")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, help="else 8, or what the JSON file says")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted step time")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load(known.config, overrides)
+        model = from_folder(Path(config.model.path), with_weights=False)
+        # Late: a bad configuration is refused before torch is imported.
+        from megatron_mcpo.planner import hardware, plan_text, planning, search
+
+        for option, number in (("--nodes", known.nodes), ("--gpus-per-node", known.gpus_per_node)):
+            if number is not None and number < 1:
+                raise ConfigError([f"{option} {number}: must be at least 1"])
+        gpu = hardware.load(known.gpu)
+        gpu = replace(gpu, per_node=known.gpus_per_node or gpu.per_node)
+        plan = planning.plan(config, model, gpu, known.nodes)
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return REFUSED
+    plan.check_built()
+    found = search.fastest(config, model, gpu, known.nodes) if known.search else []
+    remedies = [] if plan.fits else search.remedies(config, model, gpu, known.nodes)
+    if known.json:
+        values = plan.as_json()
+        if not plan.fits:
+            values["remedy"] = {"change": remedies[0][0], **remedies[0][1].as_json()} if remedies else None
+        if known.search:
+            values["search"] = [{"change": change, **each.as_json()} for change, each in found[:10]]
+        print(json.dumps(values))
+    else:
+        lines = list(plan_text.report(plan))
+        if not plan.fits:
+            lines += plan_text.remedy_lines(plan, remedies)
+        print("\n".join(lines + (["", *plan_text.search_lines(found)] if known.search else [])))
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""The program: `python -m megatron_mcpo.cli.serve CONFIG [--host HOST] [--port PORT] [--section.key VALUE ...]`.
+
+An engine in a process of its own, for `engine.servers` of a run with the same configuration: it becomes vLLM's
+OpenAI server, with the options that such a run needs, and prints the command that it stands for. It has no weights
+until a run pushes some. Exit code 2: the configuration or its files are bad.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mcpo.config.config import Config, ConfigError, load
+from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import engine_problems, layout_problems, quantization_problems
+from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_flags, engine_options
+
+REFUSED = 2
+_ON_CPU = {
+    # As for this process (environment.hide_gpu): the command that is printed must work by itself.
+    "CUDA_VISIBLE_DEVICES": "",
+    # Workers of several servers would else be bound to the same cores, and to as many threads as there are cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # As in the trainer's process: helpers that vLLM would compile on first use run as they are.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Become the server; returns the exit code of a refusal, and never when there is nothing to refuse."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_mcpo.cli.serve", description="Serve an engine to a run.")
+    parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    known, overrides = parser.parse_known_args(arguments)
+    if not 0 < known.port < 2**16:
+        parser.error(f"--port {known.port}: must be from 1 to {2**16 - 1}")
+    try:
+        config = load(known.config, overrides)
+        _check(config)
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return REFUSED
+    environment, command = server_command(config, host=known.host, port=known.port)
+    settings = [f"{key}={value}" for key, value in environment.items()]
+    print(shlex.join(["env", *settings, *command]), flush=True)
+    os.execve(command[0], command, {**environment, **os.environ})
+
+
+def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, str], list[str]]:
+    """Environment variables, which a user's own take the place of, and command line of the server."""
+    options = engine_options(
+        Path(config.model.path).resolve(),
+        dtype=config.model.dtype,
+        quantization=config.engine.quantization,
+        tensor_parallel=config.engine.tensor_parallel,
+        max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_concurrent=config.engine.max_concurrent,
+        kv_cache_gib=config.engine.kv_cache_gib,
+        gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        load_weights=False,
+        transport=PROCESS_GROUP,
+        on_cpu=vllm_on_cpu(),
+    ) | {
+        "worker_extension_cls": "megatron_mcpo.rollout.vllm_transfer.WorkerExtension",
+        # Tokens in, tokens out is all that a run asks for; chat would need the tokenizer.
+        "tokens_only": True,
+        "disable_uvicorn_access_log": True,
+        "host": host,
+        "port": port,
+    }
+    environment = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", **(_ON_CPU if vllm_on_cpu() else {})}
+    return environment, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *as_flags(options)]
+
+
+def _check(config: Config) -> None:
+    """Raises ConfigError with all problems."""
+    model = from_folder(Path(config.model.path), with_weights=False)
+    problems = layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
+    problems += engine_problems(
+        model,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        on_cpu=vllm_on_cpu(),
+    )
+    if config.engine.quantization != "none":
+        tensor_parallel = config.engine.tensor_parallel
+        problems += quantization_problems(model, tensor_parallel, in_servers=True, on_cpu=vllm_on_cpu())
+    if problems:
+        raise ConfigError(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,231 @@
+"""The model's own numbers, and whether it can be divided and served as asked. Imports no torch."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.layout import Layout
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""CPUAttentionBackend.get_supported_head_sizes() of vLLM (0.30.0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched; what a kind doesn't have is None.
+
+    low_freq_factor, high_freq_factor: of llama3; beta_fast, beta_slow: of yarn; original_max_positions: of both
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_positions: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What stands in the place of a layer's MLP: `count` MLPs, of which a router picks `per_token`.
+
+    ffn_hidden_size: of one expert
+    normalized: the weights of the picked experts sum to one; else they are their shares of the softmax over all
+    """
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int
+    normalized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of one of the supported families. experts: None for a dense one."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    experts: Experts | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused query-key-value matrix, over all tensor-parallel ranks."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def layout_problems(
+    model: ModelConfig, layout: Layout, engine_tensor_parallel: int, *, engine_in_ranks: bool = True
+) -> list[str]:
+    """Why this model can't be divided like this: value, rule, and the values that would do. Empty: it can.
+
+    engine_in_ranks: the engines live in the ranks of the layout
+    The vocabulary is no obstacle to the trainer, which pads it to a multiple of the tensor-parallel ranks.
+    """
+    problems = [
+        f"parallel.tensor = {layout.tensor}: {problem}; possible: {_listed(_possible_tensor(model))}"
+        for problem in _tensor_problems(model, layout.tensor)
+    ]
+    chunks = layout.pipeline * layout.virtual_pipeline
+    if model.num_layers % chunks:
+        possible = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+        problems.append(
+            f"parallel.pipeline x virtual_pipeline = {layout.pipeline} x {layout.virtual_pipeline}: must divide the "
+            f"{model.num_layers} layers; possible products: {_listed(possible)}"
+        )
+    if layout.virtual_pipeline > 1 and layout.pipeline < 2:
+        problems.append(
+            f"parallel.virtual_pipeline = {layout.virtual_pipeline}: interleaving needs parallel.pipeline >= 2; "
+            "set virtual_pipeline to 1 or raise pipeline"
+        )
+    problems += _expert_problems(model, layout)
+    ranks = layout.world_size if engine_in_ranks else 0
+    possible_engine = [n for n in _possible_tensor(model, in_engine=True) if ranks % n == 0]
+    engine = _tensor_problems(model, engine_tensor_parallel, in_engine=True)
+    if ranks % engine_tensor_parallel:
+        engine.append(f"must divide the {layout.world_size} ranks of the run")
+    problems += [
+        f"engine.tensor_parallel = {engine_tensor_parallel}: {problem}; possible: {_listed(possible_engine)}"
+        for problem in engine
+    ]
+    return problems
+
+
+def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_tokens: int, on_cpu: bool) -> list[str]:
+    """Why vLLM would not generate with this model: value, rule and fix. Empty: it would.
+
+    vLLM takes linearly scaled positions for more than config.json states; we don't go beyond what is stated.
+    """
+    problems = []
+    if on_cpu and model.head_dim not in _CPU_HEAD_DIMS:
+        problems.append(
+            f"head_dim = {model.head_dim}: vLLM's CPU attention has kernels for {_listed(_CPU_HEAD_DIMS)} only; "
+            "choose another model or run on GPUs"
+        )
+    if max_prompt_tokens + max_response_tokens > model.max_positions:
+        problems.append(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {max_prompt_tokens} + {max_response_tokens}: "
+            f"must not exceed the model's max_position_embeddings = {model.max_positions}; lower one of them or "
+            "choose another model"
+        )
+    return problems
+
+
+def quantization_problems(
+    model: ModelConfig, engine_tensor_parallel: int, *, in_servers: bool, on_cpu: bool
+) -> list[str]:
+    """Why vLLM's FP8 kernels would not take a layer's matrices: value, rule and fix. Empty: they would.
+
+    in_servers: the engines are servers, which on a CPU lack what vllm_cpu_fixes.cpu_fp8 does
+    Of a rank's matrices. On a GPU the kernels take inputs in groups of 128 and we stay with outputs of whole blocks; on
+    a CPU they pack 16 outputs x 32 inputs (0.30.0). Experts are padded by vLLM.
+    """
+    if in_servers and on_cpu:
+        return [
+            "engine.quantization = 'fp8_per_block': not in a server on a CPU; leave engine.servers empty, or set it to "
+            "'none'"
+        ]
+    of_inputs, of_outputs = (32, 16) if on_cpu else (128, 128)
+    ranks = engine_tensor_parallel
+    kv_heads = max(1, model.num_kv_heads // ranks)
+    sizes = {
+        "hidden size": (model.hidden_size, of_inputs),
+        "query rows": (model.num_heads // ranks * model.head_dim, of_inputs),
+        "query, key and value rows": ((model.num_heads // ranks + 2 * kv_heads) * model.head_dim, of_outputs),
+    }
+    if model.experts is None:
+        sizes["MLP units"] = (model.ffn_hidden_size // ranks, of_inputs)
+    return [
+        f"engine.quantization = 'fp8_per_block': vLLM's kernels need a multiple of {multiple}, an engine rank has "
+        f"{size} {name} (engine.tensor_parallel = {ranks}); choose other ranks or another model, or set it to 'none'"
+        for name, (size, multiple) in sizes.items()
+        if size % multiple
+    ]
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of vLLM's embeddings over all ranks of an engine: VocabParallelEmbedding's default padding (0.30.0)."""
+    return -(-vocab_size // 64) * 64
+
+
+def fast_dtype() -> Literal["bf16", "fp32"]:
+    """Return what `model.dtype = "auto"` is: bf16 on GPUs (see `vllm_on_cpu`) and on CPUs with AVX-512, else fp32.
+
+    With AVX2 alone torch's products of bf16 were measured 4 to 8 times slower than those of fp32, and up to 90 times in
+    the backward pass. A user can hold torch's kernels to less than the CPU has by ATEN_CPU_CAPABILITY; it counts too.
+    """
+    if not vllm_on_cpu():
+        return "bf16"
+    if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
+        return "fp32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "fp32"
+    return "bf16" if re.search(r"\bavx512bw\b", flags) else "fp32"
+
+
+def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
+    """Rules of Megatron-Core (MoELayer, parallel_state) on how experts are divided."""
+    if model.experts is None:
+        if layout.expert == 1:
+            return []
+        return [f"parallel.expert = {layout.expert}: the model has no experts; set it to 1"]
+    count, ranks = model.experts.count, layout.world_size // layout.pipeline
+    problems = []
+    if count % layout.expert or ranks % layout.expert:
+        possible = [n for n in range(1, count + 1) if count % n == 0 and ranks % n == 0]
+        problems.append(
+            f"parallel.expert = {layout.expert}: must divide the {count} experts and the {ranks} ranks of a pipeline "
+            f"stage; possible: {_listed(possible)}"
+        )
+    if layout.tensor > 1 and not layout.sequence:
+        problems.append("parallel.sequence = false: experts on several tensor ranks need it; set it to true")
+    return problems
+
+
+def _tensor_problems(model: ModelConfig, tensor: int, *, in_engine: bool = False) -> list[str]:
+    """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too; in the engine also vLLM's own."""
+    problems = []
+    if model.num_heads % tensor:
+        problems.append(f"must divide the {model.num_heads} attention heads")
+    if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
+        problems.append(f"must divide the {model.num_kv_heads} key-value heads or be a multiple of them")
+    if model.experts is None and model.ffn_hidden_size % tensor:
+        problems.append(f"must divide the MLP's {model.ffn_hidden_size} hidden units")
+    if in_engine and model.experts is not None and model.experts.ffn_hidden_size % tensor:
+        problems.append(f"must divide the {model.experts.ffn_hidden_size} hidden units of an expert")
+    if in_engine and padded_vocabulary(model.vocab_size) % tensor:
+        problems.append(f"must divide the vocabulary's {padded_vocabulary(model.vocab_size)} padded rows")
+    if not problems and model.qkv_rows % tensor:
+        problems.append(f"must divide the {model.qkv_rows} rows of the fused query-key-value matrix")
+    return problems
+
+
+def _possible_tensor(model: ModelConfig, *, in_engine: bool = False) -> list[int]:
+    sizes = range(1, model.num_heads + 1)
+    return [n for n in sizes if not _tensor_problems(model, n, in_engine=in_engine)]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,55 @@
+"""The arithmetic of a run, printed before anything starts."""
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, fast_dtype
+
+
+def empty_terms(config: Config) -> list[str]:
+    """Terms of the objective that this configuration leaves without a pair: a line each."""
+    if config.contrastive.share_weight == 0 or len(config.domain) > 1:
+        return []
+    return [
+        f"contrastive.share_weight = {config.contrastive.share_weight}: with one domain there is nobody to share with, "
+        "the term stays 0"
+    ]
+
+
+def slow_arithmetic(config: Config) -> list[str]:
+    """A warning where this machine is slow in what the configuration asks for."""
+    if config.model.dtype in (fast_dtype(), "fp32"):
+        return []
+    return [
+        f"WARNING: model.dtype = {config.model.dtype!r}: this CPU has no AVX-512 and is many times slower in bf16 than "
+        "in fp32; set it to 'auto' or 'fp32'"
+    ]
+
+
+def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
+    """Lines for people: the layout, what a step consists of, where rollouts are made."""
+    batch = config.batch
+    fewest, most = min(config.group_sizes), max(config.group_sizes)
+    rollouts = batch.prompts * most
+    engine = config.engine
+    engines, where = layout.world_size // engine.tensor_parallel, "rank(s)"
+    if engine.servers:
+        engines, where = len(engine.servers), "worker(s) in a server of its own"
+    samples, bound = (f"{most} samples", "") if fewest == most else (f"{fewest} to {most} samples", "up to ")
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    mixture = f"{model.experts.per_token} of {model.experts.count} experts a token, " if model.experts else ""
+    method = "MCPO" if config.contrastive.enabled else "GRPO (both contrastive weights are 0)"
+    return "\n".join(
+        [
+            f"model    {config.model.path}: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_heads}/{model.num_kv_heads} heads, {mixture}vocabulary {model.vocab_size}, "
+            f"{config.model.dtype}",
+            f"layout   {layout.world_size} rank(s) = {layout}",
+            f"engine   {engines} x vLLM on {engine.tensor_parallel} {where}, weights pushed after every step",
+            f"step     {batch.prompts} prompts x {samples} = {bound}{rollouts} rollouts, at most "
+            f"{rollouts * longest} tokens, {batch.minibatches} optimizer step(s)",
+            f"rank     about {-(-rollouts // layout.data)} rollouts in micro-batches of at most "
+            f"{batch.micro_batch_tokens} tokens",
+            f"run      {method}, {config.run.steps} steps, domains {', '.join(config.domain_names)}, "
+            f"seed {config.run.seed}",
+        ]
+    )

@@ -1,0 +1,338 @@
+"""Hugging Face folders to Megatron's sharded checkpoints and back, a tensor at a time, by one process or by many.
+
+Under torchrun all its processes share the work: every one writes a part at a time and compares a part at a time, in
+turns, so that one that fails ends all. What is written is read back from the disk and compared with the source bit by
+bit before it gets its name. The result does not depend on how many processes made it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_mcpo.config.config import ConfigError, load
+from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.hf_files import is_sharded
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig, layout_problems
+from megatron_mcpo.convert import megatron_write
+from megatron_mcpo.convert.compare import (
+    Comparison,
+    blocks,
+    compare,
+    head_problems,
+    is_small,
+    nbytes,
+)
+from megatron_mcpo.convert.staging import Draft
+from megatron_mcpo.convert.work_sharing import attempt, share
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.parallel import Team, agree
+from megatron_mcpo.storage import checkpoint_files
+from megatron_mcpo.storage.checkpoint_files import Fingerprint
+from megatron_mcpo.storage.files import write_atomically
+from megatron_mcpo.storage.run_folder import CONFIG
+from megatron_mcpo.weights.checkpoint_layout import DTYPES, MegatronFolder
+from megatron_mcpo.weights.hf_io import RECORD, HfFolder, Source, check_files
+from megatron_mcpo.weights.hf_write import (
+    HEAD_FILE,
+    copy_assets,
+    file_names,
+    spread,
+    write_index,
+    write_safetensors,
+)
+
+MAX_FILE_BYTES = 5 * 10**9
+WAIT_SECONDS = 1800.0
+"""How long a process waits for the others to finish a part: of a gigabyte, or a file of safetensors."""
+
+Say = Callable[[str], None]
+
+
+class VerificationError(ValueError):
+    """What was read back is not what was written. compared: the tensors, of which all may be right"""
+
+    def __init__(self, message: str, compared: Comparison):
+        super().__init__(message)
+        self.compared = compared
+
+
+def layout_of(*, tensor: int, pipeline: int, virtual_pipeline: int, expert: int) -> Layout:
+    """The smallest layout with these sizes; sequence parallel with several tensor ranks, as experts need."""
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual_pipeline,
+        expert=expert,
+        data=lcm(tensor, expert) // tensor,
+        sequence=tensor > 1,
+    )
+
+
+def hf_to_megatron(
+    source: Path,
+    final: Path,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    verify_forward: bool | None = None,
+    say: Say,
+) -> Comparison:
+    """Write the model in `source` as the ranks of `layout` would save it, with configuration and tokenizer beside it.
+
+    dtype: None keeps the source's
+    verify_forward: compare logits with transformers; None: those of small models
+    Peak memory is a few pieces of one tensor, in every process. An interrupted call goes on where it stopped when it is
+    repeated, by however many processes. Under torchrun all call it, and the first gives the folder its name.
+    Raises ConfigError for what the user has to mend, VerificationError where the result is not the source.
+    """
+    with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
+        with attempt(team):
+            if is_sharded(source):
+                raise ConfigError([f"{source}: is a Megatron checkpoint; megatron_to_hf.py converts these"])
+            model = from_folder(source)
+            folder = HfFolder(source, model)
+            problems = layout_problems(model, layout, 1)
+            if problems:
+                raise ConfigError(problems)
+            dtype = _dtype(folder, dtype)
+        plan = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
+        draft = _open_draft(source, final, plan, sum(nbytes(folder, name, dtype) for name in folder.names), team)
+        parts = {str(number): part for number, part in enumerate(megatron_write.parts(model, layout, dtype))}
+        _write_parts(
+            draft,
+            parts,
+            lambda number: megatron_write.write_part(draft.path, number, parts[number], folder, layout, dtype),
+            team,
+            say,
+        )
+        head = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
+        head = {name: values.to(dtype) for name, values in head.items()}
+        with attempt(team):
+            if team.rank == 0:
+                done = draft.done()
+                megatron_write.write_rest(draft.path, model, layout, dtype, head, [done[number] for number in parts])
+                copy_assets(source, draft.path)
+                _set_dtype(draft.path / "config.json", dtype)
+        with attempt(team):
+            megatron = MegatronFolder(draft.path, model)
+        compared = compare(folder, megatron, dtype=dtype, team=team)
+    if team.rank == 0:
+        problems = head_problems(head, megatron.head())
+        if _wants(verify_forward, folder):
+            problems += _logits_problems(megatron, model, source, dtype, say)
+        _publish(draft, compared, problems, plan, with_manifest=True)
+    return compared
+
+
+def megatron_to_hf(
+    source: Path,
+    final: Path,
+    *,
+    assets: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    verify_forward: bool | None = None,
+    say: Say,
+) -> Comparison:
+    """Write the model in a Megatron checkpoint (a run's, or a converted one) as a Hugging Face folder.
+
+    dtype: fp32 takes the weights that the optimizer of a model in bf16 keeps, where the checkpoint has them
+    assets: folder with config.json and tokenizer; None: the checkpoint's own, or model.path of the run it belongs to
+    The contrastive head goes into a file of its own. Otherwise as `hf_to_megatron`.
+    """
+    with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
+        with attempt(team):
+            if not is_sharded(source):
+                raise ConfigError([f"{source}: no Megatron checkpoint (it has no .metadata); {_hint(source)}"])
+        check_files(source, team)
+        with attempt(team):
+            assets = assets or assets_of(source)
+            model = from_folder(assets, with_weights=False)
+            folder = MegatronFolder(source, model, masters=dtype is torch.float32)
+            found, dtype = folder.dtype(folder.names[0]), _dtype(folder, dtype)
+        say(_origin(folder, found, dtype))
+        plan = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_bytes": max_file_bytes}
+        sizes = {name: nbytes(folder, name, dtype) for name in folder.names}
+        draft = _open_draft(source, final, plan, sum(sizes.values()), team)
+        groups = spread(sizes, max_file_bytes)
+        files = dict(zip(file_names(len(groups)), groups, strict=True))
+        _write_parts(draft, files, lambda file: _write_file(draft, file, files[file], folder, dtype), team, say)
+        head = folder.head()
+        with attempt(team):
+            if team.rank == 0:
+                _write_others(draft.path, assets, files, sum(sizes.values()), head, dtype)
+        with attempt(team):
+            written = HfFolder(draft.path, model)
+        compared = compare(folder, written, dtype=dtype, team=team)
+    if team.rank == 0:
+        problems = head_problems(head, load_file(draft.path / HEAD_FILE) if head else {})
+        if _wants(verify_forward, folder):
+            problems += _logits_problems(folder, model, draft.path, dtype, say)
+        _publish(draft, compared, problems, plan)
+    return compared
+
+
+def assets_of(checkpoint: Path) -> Path:
+    """Where the configuration and tokenizer of a Megatron folder are: its own, or model.path of the run it belongs to.
+
+    Raises ConfigError where neither is there.
+    """
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    settings = checkpoint.resolve().parent.parent / CONFIG  # runs/NAME/checkpoints/step_N
+    if settings.is_file():
+        path = Path(load(settings).model.path)
+        if (path / "config.json").is_file():
+            return path
+    raise ConfigError([f"{checkpoint}: no config.json in it, and no run's config.toml names one; give --hf FOLDER"])
+
+
+def _write_parts(
+    draft: Draft, parts: Iterable[str], write: Callable[[str], tuple[list[str], Any]], team: Team, say: Say
+) -> None:
+    """All that are not there already, each by one process. write: makes a part; gives its files and its record"""
+    names = list(parts)
+    done = agree(draft.done() if team.rank == 0 else {}, team)
+    todo = [name for name in names if name not in done]
+    before = len(names) - len(todo)
+    share(
+        todo,
+        team,
+        lambda name: draft.finish(name, *write(name)),
+        after=lambda count: say(f"{before + count} of {len(names)} parts written"),
+    )
+
+
+def _write_file(
+    draft: Draft, file: str, names: Sequence[str], source: MegatronFolder, dtype: torch.dtype
+) -> tuple[list[str], None]:
+    """One file of safetensors."""
+
+    def rows(name: str) -> Iterator[Tensor]:
+        return (source.read(name, start, stop, dim=0).to(dtype) for start, stop in blocks(source, name))
+
+    write_safetensors(draft.path / file, {name: source.shape(name) for name in names}, dtype, rows)
+    return [file], None
+
+
+def _origin(source: MegatronFolder, found: torch.dtype, dtype: torch.dtype) -> str:
+    """Which of a checkpoint's weights are written."""
+    if source.masters:
+        return "weights: those that the optimizer keeps in fp32"
+    name = str(found).removeprefix("torch.")
+    if found is dtype:
+        return f"weights: {name}"
+    return f"weights: {'widened' if dtype.itemsize > found.itemsize else 'rounded'} from {name}"
+
+
+def _write_others(
+    folder: Path,
+    assets: Path,
+    files: Mapping[str, Sequence[str]],
+    total_size: int,
+    head: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """What belongs into a Hugging Face folder beside the model's tensors."""
+    if len(files) > 1:
+        write_index(folder, files, total_size)
+    if head:
+        save_file(head, folder / HEAD_FILE)
+    copy_assets(assets, folder)
+    _set_dtype(folder / "config.json", dtype)
+
+
+def _dtype(source: Source, asked: torch.dtype | None) -> torch.dtype:
+    found = sorted({str(source.dtype(name)).removeprefix("torch.") for name in source.names})
+    if asked is not None:
+        return asked
+    dtype = source.dtype(source.names[0])
+    if len(found) > 1 or dtype not in DTYPES:
+        rule = "must all be bfloat16 or all float32"
+        raise ConfigError([f"the tensors are {', '.join(found)}: {rule}, or be converted: give --dtype bf16 or fp32"])
+    return dtype
+
+
+def _wants(verify_forward: bool | None, source: Source) -> bool:
+    return is_small(source) if verify_forward is None else verify_forward
+
+
+def _open_draft(source: Path, final: Path, plan: dict[str, Any], size: int, team: Team) -> Draft:
+    """The first process begins it, the others join when it is there."""
+    with attempt(team):
+        if team.rank == 0:
+            if final.resolve().is_relative_to(source.resolve()):
+                raise ConfigError([f"{final}: is the source or lies in it; give another folder"])
+            draft = Draft.begin(final, plan)
+            needed = size + size // 50 - draft.bytes()
+            free = shutil.disk_usage(draft.path).free
+            if free < needed:
+                rule = f"needs {needed:,} bytes, the disk has {free:,} left; free some or choose another"
+                raise ConfigError([f"{final}: {rule}"])
+    with attempt(team):
+        if team.rank != 0:
+            draft = Draft.join(final)
+    return draft
+
+
+def _logits_problems(megatron: Source, model: ModelConfig, folder: Path, dtype: torch.dtype, say: Say) -> list[str]:
+    from megatron_mcpo.convert.compare_logits import (  # all of transformers: not for large models
+        TOLERANCE,
+        logits_error,
+    )
+
+    error = logits_error(megatron, model, folder, dtype)
+    say(f"logits against transformers: largest difference {error:.1e} of the largest logit")
+    # A comparison with NaN must fail.
+    return [] if error <= TOLERANCE else [f"logits differ from those of transformers by {error:.1e} of the largest one"]
+
+
+def _publish(
+    draft: Draft, compared: Comparison, problems: list[str], plan: dict[str, Any], *, with_manifest: bool = False
+) -> None:
+    """Give the folder its name, once nothing in it is wrong. For one process alone."""
+    problems = [*compared.differing, *problems]
+    if problems:
+        draft.discard()
+        lines = [f"{draft.final}: not written, it would not be the source:", *problems]
+        raise VerificationError("\n".join(lines), compared)
+    with attempt(Team()):
+        record = {**plan, "sha256": compared.sha256}
+        (draft.path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if with_manifest:
+            parts = [record["files"] for record in draft.done().values()]
+            measured = {name: Fingerprint(**each) for part in parts for name, each in part.items()}
+            others = set(draft.names()) - measured.keys() - {checkpoint_files.MANIFEST}
+            checkpoint_files.write_manifest(draft.path, measured | checkpoint_files.measure(draft.path, others))
+        draft.publish()
+
+
+def _fingerprint(folder: Path) -> dict[str, Any]:
+    """What a folder holds, as far as names, sizes and times of its files tell."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = {str(path.relative_to(folder)): path.stat() for path in files}
+    return {"folder": str(folder.resolve()), "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}}
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Make config.json say in which type the weights are, where it says anything else."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    stated = {key for key in ("dtype", "torch_dtype") if key in values}
+    if any(values[key] != name for key in stated) or not stated:
+        values |= dict.fromkeys(stated or {"dtype"}, name)
+        write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _hint(folder: Path) -> str:
+    steps = sorted(folder.glob("**/step_*/.metadata"))
+    return f"its newest checkpoint is {steps[-1].parent}" if steps else "give a run's checkpoints/step_NNNNNN"

@@ -1,0 +1,48 @@
+"""Memory of a job: how much it took, and giving back what it does not need."""
+
+import ctypes
+import resource
+import sys
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_mcpo.distributed.cpu_backend import uses_gpu
+from megatron_mcpo.distributed.parallel import Groups
+
+
+def peak_memory_gib(groups: Groups) -> float:
+    """GiB: the largest resident size so far of every rank, plus the present one of its worker processes, summed.
+
+    Pages that processes share count once for each of them, so this is an upper bound. On a GPU: the most memory that
+    torch had reserved on any one device.
+    """
+    if uses_gpu():
+        peak = torch.tensor(float(torch.cuda.max_memory_reserved()), device=torch.device("cuda"))
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.world)
+        return peak.item() / 2**30
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    workers = sum(_resident(child) for child in psutil.Process().children(recursive=True))
+    total = torch.tensor(float(own + workers))
+    dist.all_reduce(total, group=groups.world)
+    return total.item() / 2**30
+
+
+def trim() -> None:
+    """Give freed memory back to the system, that of the device too.
+
+    glibc keeps the holes that tensors of ever new sizes leave in its heap; over a run they add up to gigabytes. Torch
+    keeps what it freed on a GPU, and an engine takes its own beside it.
+    """
+    if uses_gpu():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0

@@ -1,0 +1,272 @@
+"""The ranks of a run: starting them, the groups they form, and failing together."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.distributed import cpu_backend
+
+cpu_backend.apply()  # before the imports of Megatron-Core below
+
+from megatron.core import parallel_state, tensor_parallel
+
+
+class Peers(Protocol):
+    """Processes that can agree. host: carries Python objects between them; None where there is but one of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def host(self) -> dist.ProcessGroup | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """Processes that share work, and no model."""
+
+    rank: int = 0
+    world_size: int = 1
+    host: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Every process group this rank belongs to. None is never one of them: to torch.distributed it means all ranks.
+
+    tensor, pipeline, context: the ranks that share this rank's weights, layers, sequences
+    data: the ranks that hold the same shard of the model, at the same place of the sequence, in other replicas
+    data_context: data x context, the ranks over which gradients are reduced
+    expert: the ranks that hold this stage's experts between them
+    world: all ranks; host: all ranks, for Python objects and CPU tensors (gloo)
+    """
+
+    layout: Layout
+    rank: int
+    world_size: int
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data: dist.ProcessGroup
+    data_context: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    world: dist.ProcessGroup
+    host: dist.ProcessGroup
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.pipeline.rank()
+
+    @property
+    def context_rank(self) -> int:
+        return self.context.rank()
+
+    @property
+    def data_rank(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.data.rank()
+
+    @property
+    def expert_rank(self) -> int:
+        return self.expert.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def last_stage_global_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline: a source for broadcasts over `pipeline`."""
+        return dist.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+
+
+def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
+    """Start this rank and form the groups of `layout`. Collective over all ranks; once until `destroy`.
+
+    The ranks are those that torchrun's environment names; without one this process is the only rank. A process group
+    that exists already is used as it is. A collective that takes longer than `timeout_seconds` fails.
+    Raises ValueError when `layout` does not fit the number of ranks.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    if layout.tensor > 1:
+        # Before CUDA starts: kernels then begin in the order in which they are queued, and Megatron-Core counts on that
+        # to send while it multiplies.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not dist.is_initialized():
+        _start(timeout)
+    world_size = dist.get_world_size()
+    if layout.world_size != world_size:
+        raise ValueError(
+            f"{layout} needs {layout.world_size} ranks, {world_size} are running; start {layout.world_size} of them"
+        )
+    _form_groups(layout, seed=seed, timeout=timeout, gloo=True)
+    # On a CPU the world's group carries objects already; NCCL can't.
+    host = None if cpu_backend.backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    return _groups(layout, host)
+
+
+@contextmanager
+def pretend(layout: Layout, *, rank: int) -> Iterator[Groups]:
+    """The groups of one rank of a run that isn't there: nobody answers, collectives return at once (torch's fake).
+
+    For the shapes of what that rank would hold and of what it would send. Not while a process group exists.
+    """
+    assert not dist.is_initialized(), "a rank of a run can't pretend to be another one"
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+    try:
+        _form_groups(layout, seed=0, timeout=timedelta(seconds=60), gloo=False)
+        # Its optimizer asks for groups of host tensors: these are as good, since nothing travels.
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = parallel_state.get_data_parallel_group(
+            with_context_parallel=True
+        )
+        parallel_state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO = parallel_state.get_expert_data_parallel_group()
+        yield _groups(layout, None)
+    finally:
+        destroy()
+
+
+@contextmanager
+def team(*, timeout_seconds: float) -> Iterator[Team]:
+    """The processes that torchrun started, or this one alone. One that waits longer for the others fails."""
+    if "RANK" not in os.environ:
+        yield Team()
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield Team(rank=dist.get_rank(), world_size=dist.get_world_size(), host=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def destroy() -> None:
+    """Leave all groups. Does nothing where there are none."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def raise_together(error: Exception | None, groups: Peers) -> None:
+    """Agree whether any rank has an error; then every rank raises, or none. Collective over all ranks.
+
+    Raises this rank's own error, with the others' noted on it. A rank without one raises what the user has to mend
+    (ConfigError) where that is what stopped another, else a RuntimeError that names the ranks and their errors.
+    """
+    if not anywhere(error is not None, groups):
+        return
+    problems = error.problems if isinstance(error, ConfigError) else []
+    mine = None if error is None else (f"{type(error).__name__}: {error}", problems)
+    failures = gather_objects(mine, groups)
+    others = [f"rank {rank}: {each[0]}" for rank, each in enumerate(failures) if each and rank != groups.rank]
+    if error is None:
+        to_mend = [problem for each in failures if each for problem in each[1]]
+        if to_mend:
+            raise ConfigError(list(dict.fromkeys(to_mend)))
+        raise RuntimeError("failed on " + "; ".join(others))
+    for note in others:
+        error.add_note(f"also failed on {note}")
+    raise error
+
+
+@contextmanager
+def together(groups: Peers) -> Iterator[None]:
+    """A block whose failure on any rank is a failure on every rank, after the block (see `raise_together`).
+
+    Nothing inside may wait for another rank, which might have failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    raise_together(error, groups)
+
+
+def agree[T](value: T, groups: Peers) -> T:
+    """Rank 0's value, on every rank."""
+    if groups.host is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=groups.host)
+    return box[0]
+
+
+def anywhere(flag: bool, groups: Peers) -> bool:
+    """Whether the flag is set on any rank. Collective over all ranks."""
+    if groups.host is None:
+        return flag
+    count = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(count, dist.ReduceOp.MAX, group=groups.host)
+    return bool(count.item())
+
+
+def gather_objects[T](value: T, groups: Peers) -> list[T]:
+    """Every rank's value, in order of rank, on every rank."""
+    if groups.host is None:
+        return [value]
+    found: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(found, value, group=groups.host)
+    return found
+
+
+def _start(timeout: timedelta) -> None:
+    """Join the process group that torchrun's environment describes, or form one of this process alone."""
+    if cpu_backend.uses_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(cpu_backend.backend(), timeout=timeout)
+    else:
+        dist.init_process_group(cpu_backend.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _form_groups(layout: Layout, *, seed: int, timeout: timedelta, gloo: bool) -> None:
+    """gloo: whether Megatron-Core also gets groups for host tensors, which its checkpoints use"""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        create_gloo_process_groups=gloo,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _groups(layout: Layout, host: dist.ProcessGroup | None) -> Groups:
+    """host: None for the world's own group"""
+    world = dist.group.WORLD
+    assert world is not None
+    return Groups(
+        layout=layout,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        world=world,
+        host=host or world,
+    )

@@ -1,0 +1,111 @@
+"""Everything a run says, on the one rank that speaks: console, metrics files, trackers, dumps, plots, the report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.reporting.console import Console
+from megatron_mcpo.reporting.html.html_report import write_report
+from megatron_mcpo.reporting.loggers import MetricsLog, write_representations, write_rollouts
+from megatron_mcpo.reporting.plots import write_plots
+from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_rows
+from megatron_mcpo.storage.run_folder import RunFolder
+
+
+class Journal:
+    """Speaks on the rank that has the run folder; on all others (folder None) every call does nothing."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        first_step: int,
+        evaluated: bool,
+    ):
+        """first_step: the last step that is done already, 0 for a new run; evaluated: whether its evaluation is on file
+
+        Raises ConfigError where a tracker can't be started.
+        """
+        self._config = config
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._evaluated = {first_step} if evaluated else set[int]()
+        self._step = first_step
+        if folder is not None:
+            self._log = MetricsLog(folder.path, config.run.trackers)
+            self._console = Console(config, config.run.steps, first_step + 1)
+
+    def note(self, text: str) -> None:
+        """Say something that is no figure, and keep it with the step it follows."""
+        if self._folder is not None:
+            self._console.note(text)
+            self._log.log_note(self._step, text)
+
+    def step(self, step: int, figures: Mapping[str, float], learned: Sequence[BatchReport]) -> None:
+        """Log a training step and dump its rollouts and representations."""
+        if self._folder is None:
+            return
+        self._step = step
+        self._log.log(step, dict(figures))
+        self._console.step(step, dict(figures))
+        self._dump(self._folder.path, step, learned)
+
+    def has_evaluation(self, step: int) -> bool:
+        return step in self._evaluated
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log a held-out evaluation."""
+        if self._folder is None:
+            return
+        self._log.log_eval(step, figures)
+        self._console.evaluation(step, {name: figures[name] for name in self._config.domain_names})
+
+    def finish(self) -> None:
+        """Draw the plots, mark the run as complete, write the report and print the summary."""
+        if self._folder is None:
+            return
+        for note in write_plots(self._folder.path, self._config.domain_names).notes:
+            self.note(note)
+        self._folder.finish()
+        try:
+            write_report(self._folder.path, self._config)
+        except Exception as error:  # a page that can't be written is no reason for a finished run to fail
+            self.note(
+                f"WARNING: no report.html ({type(error).__name__}: {error}); megatron_mcpo/cli/report.py tries again"
+            )
+        self._console.summary(self._folder.path)
+
+    def stop(self, step: int) -> None:
+        """Mark the run as one that made room after `step`, and wants to be started again."""
+        if self._folder is not None:
+            self._folder.ask_for_restart()
+            self.note(f"asked to stop: ended after step {step}; the same command goes on from there")
+
+    def close(self) -> None:
+        """Leave the terminal as it was and end the trackers' runs, also after a failure."""
+        if self._folder is not None:
+            self._console.close()
+            self._log.close()
+
+    def _dump(self, folder: Path, step: int, learned: Sequence[BatchReport]) -> None:
+        rows = []
+        for number, report in enumerate(learned):
+            prompts = self._tokenizer.batch_decode([list(group.prompt.token_ids) for group in report.groups])
+            rows += [{"minibatch": number, **row} for row in rollout_rows(report, self._config.domain_names, prompts)]
+        write_rollouts(folder, step, rows)
+        drawn = [report for report in learned if report.z_MD is not None]
+        if not drawn:
+            return
+        groups = [group for report in drawn for group in report.groups]
+        write_representations(
+            folder,
+            step,
+            z=np.concatenate([report.z_MD.float().cpu().numpy() for report in drawn if report.z_MD is not None]),
+            domain=np.array([group.prompt.domain for group in groups for _ in group.correct]),
+            correct=np.array([correct for group in groups for correct in group.correct]),
+        )

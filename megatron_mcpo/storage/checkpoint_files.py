@@ -1,0 +1,158 @@
+"""The files of checkpoints: what is complete, whole, and kept. Imports no torch.
+
+A checkpoint is a folder step_NNNNNN. It has that name only once all of it is on disk; before, and while it is deleted,
+it is called .step_NNNNNN.tmp, which nobody takes for one. Its manifest.json holds size and SHA-256 of every other file:
+
+  {"files": {"state.json": {"bytes": 812, "sha256": "9f86..."}, ...}}
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from megatron_mcpo.storage.files import step_files, write_atomically
+
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a file's content is known by."""
+
+    bytes: int
+    sha256: str
+
+
+def draft_of(path: Path) -> Path:
+    """The name of a checkpoint that is not complete."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what killed runs have left half written or half deleted."""
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def names(folder: Path) -> list[str]:
+    """All entries of a checkpoint but its manifest, largest first, so that every n-th is a fair share of the bytes."""
+    found = [path for path in folder.iterdir() if path.name != MANIFEST]
+    return [path.name for path in sorted(found, key=lambda path: (-path.lstat().st_size, path.name))]
+
+
+def measure(folder: Path, files: Collection[str]) -> dict[str, Fingerprint]:
+    """Read the files. Raises OSError, also for what is no regular file."""
+    found = {}
+    for name in files:
+        with _open_regular(folder / name) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = Fingerprint(bytes=file.tell(), sha256=digest)
+    return found
+
+
+def publish(draft: Path, final: Path, measured: Mapping[str, Fingerprint]) -> None:
+    """Add the manifest, have everything reach the disk, and only then give the checkpoint its name."""
+    write_manifest(draft, measured)
+    for path in [*draft.iterdir(), draft]:
+        sync(path)
+    replaced = _unname(final) if final.exists() else None
+    draft.rename(final)
+    sync(final.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def write_manifest(folder: Path, measured: Mapping[str, Fingerprint]) -> None:
+    """Say what every file has to be."""
+    table = {name: asdict(measured[name]) for name in sorted(measured)}
+    write_atomically(folder / MANIFEST, json.dumps({"files": table}, indent=1).encode())
+
+
+def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:
+    """What is wrong with the files of a checkpoint; empty: all are as they were written.
+
+    The manifest and the list of files are looked at by all, contents by one: the n-th of `num_parts` reads every n-th
+    file. What the files say is not looked at.
+    """
+    try:
+        expected = _read_manifest(folder / MANIFEST)
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{MANIFEST} is no manifest ({type(error).__name__})"]
+    present = names(folder)
+    missing = sorted(expected.keys() - set(present))
+    found = [f"{name} is missing" for name in missing]
+    found += [f"{name} is not in {MANIFEST}" for name in sorted(set(present) - expected.keys())]
+    for name in [name for name in present if name in expected][part::num_parts]:
+        found += _content_problems(folder, name, expected[name])
+    return found
+
+
+def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> None:
+    """Delete all checkpoints but the last `keep` and those of every `keep_every`-th step (0: none of them).
+
+    newest: step of the one just written, which is never deleted. Later ones are of steps that the run went back behind
+    because they were damaged; they go.
+    """
+    steps = [step for step, _ in step_files(folder) if step <= newest]
+    kept = {newest, *steps[-keep:]} | {step for step in steps if keep_every and step % keep_every == 0}
+    for step, path in step_files(folder):
+        if step not in kept:
+            shutil.rmtree(_unname(path))
+
+
+def _unname(path: Path) -> Path:
+    """Take a checkpoint's name away, so that no half of it has one while it is deleted; returns where it is."""
+    gone = draft_of(path).with_suffix(".old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    return path.rename(gone)
+
+
+def _read_manifest(path: Path) -> dict[str, Fingerprint]:
+    """Raises OSError, KeyError, ValueError, TypeError, AttributeError or RecursionError for what is no manifest."""
+    with _open_regular(path) as file:
+        files = json.load(file)["files"]
+    found = {name: Fingerprint(**entry) for name, entry in files.items()}
+    if not all(type(each.bytes) is int and type(each.sha256) is str for each in found.values()):
+        raise TypeError
+    return found
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Raises OSError for links, which lead elsewhere, and for pipes and the like, which may never end."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path.open("rb")
+
+
+def _content_problems(folder: Path, name: str, expected: Fingerprint) -> list[str]:
+    try:
+        found = measure(folder, [name])[name]
+    except OSError as error:
+        return [f"{name} can't be read ({error.strerror})"]
+    if found.bytes != expected.bytes:
+        return [f"{name} has {found.bytes} bytes, {MANIFEST} says {expected.bytes}"]
+    if found.sha256 != expected.sha256:
+        return [
+            f"{name} is not as it was written (SHA-256 {found.sha256[:12]}, {MANIFEST} says {expected.sha256[:12]})"
+        ]
+    return []
+
+
+def sync(path: Path, *, forget: bool = False) -> None:
+    """Have a file or folder reach the disk. forget: drop a file's pages too, so that who reads it reads the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if forget and path.is_file():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""Do engine and trainer hold the same weights? Their values are compared, and how likely both call the same tokens.
+
+Shape legend: see megatron_mcpo.types.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.distributed.gather import gather_rows
+from megatron_mcpo.distributed.parallel import Groups, gather_objects
+from megatron_mcpo.mcore.policy import Policy, Reference
+from megatron_mcpo.rollout.engine import Comparison
+from megatron_mcpo.trainer.collector import Collector, Sampling
+from megatron_mcpo.types import Prompt
+
+TOLERANCE: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05, "fp8_per_block": 0.35}
+"""Largest mean absolute log-prob difference. Engine and trainer round differently: on a 135M model in fp32 they were
+measured 6e-6 apart, and bf16 itself is 0.037 away from fp32. Weights rounded to FP8 were 0.17 away from those in bf16:
+twice that is allowed, since smaller models suffer more."""
+_GROSS = 4.0
+"""Times the tolerance; no rounding of the same weights was seen to reach it."""
+_SHOWN = 5
+
+
+class CanaryError(RuntimeError):
+    """Engine and trainer disagree: what is sampled is not what is trained."""
+
+
+class Canary:
+    """A few fixed prompts, completed by every engine and scored by the policy."""
+
+    def __init__(
+        self,
+        config: Config,
+        collector: Collector,
+        policy: Policy | Reference,
+        groups: Groups,
+        prompts: Sequence[Prompt],
+    ):
+        """policy: what the engine was given; prompts: repeated so that each engine has one at least"""
+        self.collector = collector
+        self.policy = policy
+        self.groups = groups
+        rounds = -(-collector.num_engines // len(prompts))
+        self.prompts = list(prompts) * rounds
+        quantization = config.engine.quantization
+        self.tolerance = TOLERANCE[config.model.dtype if quantization == "none" else quantization]
+        self.sampling = Sampling(
+            num_samples=[2] * len(config.domain),
+            max_tokens=config.response_limits,
+            temperature=config.rollout.temperature,
+            seed=1,
+        )
+
+    def difference(self) -> float:
+        """Mean absolute difference of log-probs (nats a token), the same on every rank; collective."""
+        completed = self.collector.complete(self.prompts, self.sampling)
+        batch = make_batch(
+            completed,
+            num_data_ranks=self.groups.layout.data,
+            data_rank=self.groups.data_rank,
+            share_prompts=self.policy.shares_prompts,
+        )
+        logp_R = self.policy.score(batch).logp_R.cpu()
+        sums_N = torch.zeros(len(batch)).index_add(0, batch.rollout_R, (logp_R - batch.engine_logp_R).abs())
+        local_N1 = sums_N.unsqueeze(1).to(self.policy.device)
+        return gather_rows(local_N1, batch, self.groups).sum().item() / batch.num_response_tokens
+
+    def check(self) -> float:
+        """The difference; collective. Raises CanaryError with the first tensors that an engine holds with other values.
+
+        Rounding alone may exceed the tolerance, except in fp32: where all tensors agree, only a gross difference is an
+        error.
+        """
+        difference = self.difference()
+        if difference <= self.tolerance:
+            return difference
+        different = self._compared().different
+        if not different and difference <= _GROSS * self.tolerance:
+            return difference
+        raise CanaryError(
+            f"engine and trainer log-probs of the same tokens differ by {difference:.3g} on average, more than "
+            f"{self.tolerance:g}; "
+            + (f"tensors that differ: {_some(different)}" if different else "yet no tensor was found to differ")
+        )
+
+    def compare_weights(self) -> str:
+        """Hold every engine's weights against the policy's; says how many could be compared. Collective.
+
+        Raises CanaryError, the same on every rank, with the first tensors that an engine holds with other values.
+        """
+        found = self._compared()
+        if found.different:
+            raise CanaryError(
+                f"the engine does not hold what the trainer sent; tensors that differ: {_some(found.different)}"
+            )
+        compared = f"{found.num_tensors - len(found.unread)} of {found.num_tensors} tensors compared"
+        return compared + (f", the engine can't say what it holds of {_some(found.unread)}" if found.unread else "")
+
+    def _compared(self) -> Comparison:
+        """What the ranks' engines found together, the same on every rank."""
+        mine = self.collector.engine.compare(self.policy.weights())
+        found = gather_objects(mine, self.groups)
+        return Comparison(
+            different=tuple(dict.fromkeys(name for each in found for name in each.different)),
+            unread=tuple(dict.fromkeys(name for each in found for name in each.unread)),
+            num_tensors=mine.num_tensors,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,58 @@
+"""Held-out accuracy by domain."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.domain_schema import DomainConfig
+from megatron_mcpo.data.domains import Domain
+from megatron_mcpo.reporting.accuracy import Item, figures
+from megatron_mcpo.rewards.registry import KINDS
+from megatron_mcpo.rewards.scorer import check_error_rate
+from megatron_mcpo.rewards.voting import EXTRACTING, stated
+from megatron_mcpo.trainer.collector import Collector, Sampling
+from megatron_mcpo.types import Completion, RolloutGroup, StopReason
+
+_SEED = 0
+"""Of every evaluation, whatever the run's seed and step: what differs between two is the model."""
+
+
+def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) -> dict[str, float]:
+    """What megatron_mcpo.reporting.accuracy describes, of evaluation.samples responses to every held-out item; collective.
+
+    Items whose verifier failed are left out; a domain without a verified item has NaN. Raises TooManyErrors when more
+    than rewards.max_error_rate of all items failed.
+    """
+    prompts = [prompt for domain in domains for prompt in domain.held_out]
+    sampling = Sampling(
+        num_samples=[config.evaluation.samples] * len(domains),
+        max_tokens=config.response_limits,
+        temperature=config.evaluation.temperature,
+        seed=_SEED,
+    )
+    groups = collector.collect(prompts, sampling)
+    check_error_rate(groups, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate)
+    return figures(
+        {
+            settings.name: [item_of(g, settings) for g in groups if g.prompt.domain == number and g.error is None]
+            for number, settings in enumerate(config.domain)
+        }
+    )
+
+
+def item_of(group: RolloutGroup, settings: DomainConfig) -> Item:
+    kind = voting_kind(settings, group.prompt.entry)
+    return Item(correct=group.correct, answers=tuple(answer(completion, kind) for completion in group.completions))
+
+
+def voting_kind(settings: DomainConfig, entry: Mapping[str, Any]) -> str:
+    """The kind of verifier whose answer counts in a vote: of several that judge, the first that extracts one."""
+    kinds = [verifier.kind for verifier in settings.scoring if KINDS[verifier.kind].judges]
+    if not settings.scoring:
+        kinds = [entry.get("verifier") or "reasoning_gym"]
+    return next((kind for kind in kinds if kind in EXTRACTING), "")
+
+
+def answer(completion: Completion, kind: str) -> str:
+    """What a response votes for, by the kind of its verifier; "" where it states nothing, or was cut."""
+    return stated(kind, completion.text.strip()) if completion.stop_reason is StopReason.STOP else ""

@@ -1,0 +1,135 @@
+"""What is learned from a scored batch: L = L_policy + beta KL + lambda_share L_share + lambda_cons L_cons.
+
+The contrastive terms are taken over the rollouts of ALL ranks, outside the model, and come back into a micro-batch's
+loss as <z, dL/dz>. Shape legend: see megatron_mcpo.types.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_mcpo.algo.advantage import group_advantages
+from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
+from megatron_mcpo.algo.policy_loss import policy_loss, token_weights
+from megatron_mcpo.algo.surrogate import surrogate
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.data.batch import rewards_of
+from megatron_mcpo.distributed.gather import gather_rows
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
+from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A batch with what policy and reference say of it."""
+
+    groups: Sequence[RolloutGroup]
+    batch: TrainBatch
+    old: Scores
+    reference_logp_R: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrasted:
+    """Representations of all rollouts, made by the policy's weights of `version`, and their contrastive terms."""
+
+    z_MD: Tensor
+    contrast: Contrast
+    version: int
+
+
+class Objective:
+    """MCPO (arXiv 2605.25443). All ranks call its methods together."""
+
+    def __init__(self, config: Config, policy: Policy, groups: Groups):
+        self.config = config
+        self.policy = policy
+        self.groups = groups
+
+    def contrast(self, scored: Scored, *, step: int) -> Contrasted | None:
+        """The contrastive terms at the policy's present weights; None where they are switched off.
+
+        Costs a forward pass where the weights have moved since the batch was scored. Raises FloatingPointError, the
+        same on every rank, for representations that are not finite.
+        """
+        settings = self.config.contrastive
+        if not settings.enabled:
+            return None
+        moved = scored.old.version != self.policy.version
+        scores = self.policy.score(scored.batch) if moved else scored.old
+        assert scores.z_ND is not None
+        z_MD = gather_rows(scores.z_ND, scored.batch, self.groups)
+        self._check_finite(z_MD, scored.batch, step)
+        contrast = contrastive(z_MD, scored.batch.keys.to(z_MD.device), settings)
+        return Contrasted(z_MD=z_MD, contrast=contrast, version=scores.version)
+
+    def advantages(self, scored: Scored, contrasted: Contrasted | None) -> Tensor:
+        """Group-relative advantages [M] of the rewards, from which mode "reward" takes the contrastive terms."""
+        settings, keys = self.config.contrastive, scored.batch.keys
+        rewards_M = rewards_of(scored.groups)
+        if contrasted is not None and settings.mode == "reward":
+            rewards_M += reward_penalty(contrasted.contrast, settings).cpu()
+        return group_advantages(rewards_M, keys.prompt_M, keys.domain_M, kind=self.config.algorithm.advantage)
+
+    def loss(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> LossFunction:
+        """A micro-batch's share of the objective."""
+        batch, settings = scored.batch, self.config.algorithm
+        device = scored.old.logp_R.device
+        rollout_R = batch.rollout_R
+        advantages_R = advantages_M[batch.rows_N][rollout_R].to(device)
+        engine_logp_R = batch.engine_logp_R.to(device)
+        weights_R = token_weights(
+            batch.response_lens_N,
+            aggregation=settings.aggregation,
+            num_tokens=batch.num_response_tokens,
+            num_rollouts=len(batch.keys),
+            max_response_tokens=self.config.rollout.max_response_tokens,
+        ).to(device)
+        rollout_R = rollout_R.to(device)
+        contrastive_share = self.contrastive_loss(scored, contrasted.contrast) if contrasted else None
+
+        def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+            r = x.response_r
+            term = policy_loss(
+                logp_R=x.logp_r,
+                old_logp_R=scored.old.logp_R[r],
+                engine_logp_R=engine_logp_R[r],
+                ref_logp_R=None if scored.reference_logp_R is None else scored.reference_logp_R[r],
+                advantages_R=advantages_R[r],
+                weights_R=weights_R[r],
+                rollout_R=rollout_R[r],
+                num_tokens=batch.num_response_tokens,
+                settings=settings,
+            )
+            if contrastive_share is None:
+                # The head exists: a gradient of zero keeps every rank in the reduction.
+                connected = 0.0 if x.z_nD is None else 0.0 * x.z_nD.sum()
+                return term.loss + connected, term.metrics
+            return term.loss + contrastive_share(x)[0], term.metrics
+
+        return share
+
+    def contrastive_loss(self, scored: Scored, contrast: Contrast) -> LossFunction:
+        """A micro-batch's share of the weighted contrastive terms alone."""
+        grad_z_ND = contrast.grad_z_MD[scored.batch.rows_N.to(contrast.grad_z_MD.device)]
+
+        def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+            assert x.z_nD is not None
+            return surrogate(x.z_nD, grad_z_ND[list(x.rollouts)]) + 0.0 * x.logp_r.sum(), {}
+
+        return share
+
+    def _check_finite(self, z_MD: Tensor, batch: TrainBatch, step: int) -> None:
+        """Every rank sees the representations of all: where one is not finite, all raise the same error."""
+        bad = (~z_MD.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if not bad:
+            return
+        ranks = [rank for rank, rows in enumerate(batch.rank_rows) if not set(rows).isdisjoint(bad)]
+        domains = [self.config.domain_names[number] for number in batch.keys.domain_M[bad].unique().tolist()]
+        raise FloatingPointError(
+            f"step {step}: representations of {len(bad)} of {len(z_MD)} rollouts are not finite (data-parallel "
+            f"ranks {ranks}, domains {', '.join(domains)}); start again from the last checkpoint with a lower "
+            "optimizer.lr, or with model.dtype fp32"
+        )

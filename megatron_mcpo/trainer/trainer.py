@@ -1,0 +1,246 @@
+"""The loop: the only module that knows the order of the stages. Shape legend: see megatron_mcpo.types."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from megatron_mcpo.algo.contrastive import Contrast
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.data.batch import make_batch, minibatches
+from megatron_mcpo.data.domains import Domain
+from megatron_mcpo.data.stream import PromptStream
+from megatron_mcpo.distributed.gather import gather_rows
+from megatron_mcpo.distributed.memory import peak_memory_gib, trim
+from megatron_mcpo.distributed.parallel import Groups, anywhere
+from megatron_mcpo.distributed.preemption import asked_to_stop
+from megatron_mcpo.mcore.checkpoint import Checkpoints
+from megatron_mcpo.mcore.policy import Policy, Reference
+from megatron_mcpo.reporting.run_logger import Journal
+from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_figures
+from megatron_mcpo.rewards.scorer import check_error_rate
+from megatron_mcpo.rollout.engine import Engine
+from megatron_mcpo.trainer.collector import Collector, Sampling
+from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_signal, num_seeds
+from megatron_mcpo.trainer.engine_check import Canary
+from megatron_mcpo.trainer.evaluation import evaluate
+from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
+from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
+from megatron_mcpo.types import RolloutGroup, Update
+from megatron_mcpo.weights.reshard_sync import Executor
+
+_STEPS_PER_SEED = 1_000_003
+"""Two runs with neighbouring seeds share no sampling seed before this many steps."""
+
+_MOST_LEFT_OUT = 5
+
+
+class Trainer:
+    """MCPO (arXiv 2605.25443): sample, score, contrast, update, push; all ranks run it together."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        groups: Groups,
+        policy: Policy,
+        reference: Reference | None,
+        engine: Engine,
+        executor: Executor,
+        collector: Collector,
+        canary: Canary,
+        stream: PromptStream,
+        domains: Sequence[Domain],
+        journal: Journal,
+        checkpoints: Checkpoints,
+        first_step: int,
+    ):
+        self.config = config
+        self.groups = groups
+        self.policy = policy
+        self.objective = Objective(config, policy, groups)
+        self.reference = reference
+        self.engine = engine
+        self.executor = executor
+        self.collector = collector
+        self.canary = canary
+        self.stream = stream
+        self.domains = domains
+        self.journal = journal
+        self.checkpoints = checkpoints
+        self.step = self.saved = first_step
+        self.stopped = False
+        self.seconds: dict[str, float] = {}
+        self.bytes_received = 0
+        self.updates_left_out = 0
+
+    def run(self) -> None:
+        """Train to the last step, or until the job is asked to make room; then until the checkpoint is on disk."""
+        config = self.config
+        self.push_weights(verify=True)
+        self.check_engine()
+        if self.is_due(config.evaluation.every):
+            self.evaluate()
+        while self.step < config.run.steps and not self.must_stop():
+            self.step += 1
+            self.seconds = {}
+            with self.timed("step"):
+                collected = self.collect()
+                scored = [self.score(part) for part in minibatches(collected.groups, config.batch.minibatches)]
+                learned = [self.learn(part) for part in scored]
+                trim()
+                self.push_weights(verify=config.engine.verify_sync)
+            self.log(collected, learned)
+            if self.step % config.engine.canary_every == 0:
+                self.check_engine()
+            self.checkpoints.advance()
+            if self.is_due(config.run.checkpoint_every):
+                self.checkpoint()
+            if self.is_due(config.evaluation.every):
+                self.evaluate()
+        self.checkpoint()
+        self.checkpoints.finish()
+
+    def is_due(self, every: int) -> bool:
+        """Whether this step is one of every so many, or the last one."""
+        return self.step % every == 0 or self.step == self.config.run.steps
+
+    def must_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank, and for good. Collective."""
+        self.stopped = self.stopped or anywhere(asked_to_stop(), self.groups)
+        return self.stopped
+
+    def collect(self) -> Collected:
+        """Sample a step's prompts and score the completions; the engine then gives its memory to the trainer."""
+        config = self.config
+        prompts = self.stream.next(config.batch.prompts)
+        sampling = Sampling(
+            num_samples=config.group_sizes,
+            max_tokens=config.response_limits,
+            temperature=config.rollout.temperature,
+            seed=(config.run.seed * _STEPS_PER_SEED + self.step)
+            * num_seeds(len(prompts), config.group_sizes, rounds=config.data.resample),
+        )
+        with self.timed("rollout"):
+            collected = collect_with_signal(self.collector, self.stream, prompts, sampling, rounds=config.data.resample)
+            self.engine.sleep()
+        self.stream.observe(collected.sampled)
+        check_error_rate(
+            collected.sampled, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate
+        )
+        return collected
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scored:
+        """What policy and reference say of the rollouts before anything is learned."""
+        batch = make_batch(
+            groups,
+            num_data_ranks=self.groups.layout.data,
+            data_rank=self.groups.data_rank,
+            share_prompts=self.policy.shares_prompts,
+        )
+        with self.timed("score"):
+            old = self.policy.score(batch)
+            reference_logp_R = self.reference.score(batch).logp_R if self.reference else None
+        return Scored(groups=groups, batch=batch, old=old, reference_logp_R=reference_logp_R)
+
+    def learn(self, scored: Scored) -> BatchReport:
+        """One optimizer step on the policy term, the KL term and both contrastive terms."""
+        batch = scored.batch
+        stats_MK = gather_rows(rollout_stats(batch, scored.old, scored.reference_logp_R), batch, self.groups)
+        with self.timed("update"):
+            contrasted = self.objective.contrast(scored, step=self.step)
+            advantages_M = self.objective.advantages(scored, contrasted)
+        z_MD, contrast = (contrasted.z_MD, contrasted.contrast) if contrasted else (None, None)
+        diagnosis = self.diagnose(scored, advantages_M, contrasted)
+        with self.timed("update"):
+            loss = self.objective.loss(scored, advantages_M, contrasted)
+            update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
+        return BatchReport(
+            groups=scored.groups,
+            advantages_M=advantages_M,
+            stats_MK=stats_MK,
+            z_MD=z_MD,
+            contrast=contrast,
+            keys=batch.keys,
+            num_tokens=batch.num_tokens,
+            metrics=_update_figures(update, contrast),
+            diagnosis=diagnosis,
+        )
+
+    def diagnose(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> dict[str, float]:
+        """Every few steps: how much each term pulls, and whether it pulls with the policy term."""
+        every = self.config.contrastive.diagnose_every
+        if contrasted is None or every == 0 or self.step % every:
+            return {}
+        with self.timed("diagnose"):
+            return term_gradients(self.objective, self.policy, scored, advantages_M, contrasted)
+
+    def push_weights(self, *, verify: bool) -> None:
+        """Give the engine the policy's weights. verify: stop the run where it then computes with others."""
+        self.engine.wake()
+        with self.timed("sync"):
+            self.bytes_received = self.executor.push(self.policy.version).received
+        if verify:
+            with self.timed("verify"):
+                compared = self.canary.compare_weights()
+            self.journal.note(f"the engine holds what it was sent: {compared} in {self.seconds['verify']:.1f} s")
+
+    def check_engine(self) -> None:
+        """Stop the run where the engine doesn't sample from the weights that are trained."""
+        difference = self.canary.check()
+        self.journal.note(f"engine and trainer agree: log-probs of the same tokens {difference:.2g} apart on average")
+
+    def evaluate(self) -> None:
+        """Held-out accuracy by domain, unless a run that we go on with has it already, or it is left to the next."""
+        if not self.journal.has_evaluation(self.step) and not self.must_stop():
+            self.journal.evaluation(self.step, evaluate(self.collector, self.domains, self.config))
+
+    def checkpoint(self) -> None:
+        """Save, unless this step is saved already."""
+        if self.saved < self.step:
+            self.checkpoints.save(self.step, {"stream": self.stream.state_dict()})
+            trim()
+            self.saved = self.step
+
+    def log(self, collected: Collected, learned: Sequence[BatchReport]) -> None:
+        figures = step_figures(learned, collected.sampled, self.config.domain_names) | collected.figures
+        figures |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
+        figures |= {
+            "sync/seconds": self.seconds["sync"],
+            "sync/bytes": float(self.bytes_received),
+            "tokens/trained": float(sum(part.num_tokens for part in learned)),
+            "memory/peak_gib": peak_memory_gib(self.groups),
+        }
+        self.journal.step(self.step, figures, learned)
+        self.stop_when_lost(learned)
+
+    def stop_when_lost(self, learned: Sequence[BatchReport]) -> None:
+        """An update without a finite gradient is left out; a run that leaves out one after the other is lost."""
+        for part in learned:
+            self.updates_left_out = 0 if part.metrics["update/applied"] else self.updates_left_out + 1
+        if self.updates_left_out >= _MOST_LEFT_OUT:
+            raise FloatingPointError(
+                f"step {self.step}: the last {self.updates_left_out} updates were left out, for gradients that are not "
+                "finite; start again from the last checkpoint with a lower optimizer.lr, or with model.dtype fp32"
+            )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a block to its phase of this step."""
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+
+def _update_figures(update: Update, contrast: Contrast | None) -> dict[str, float]:
+    return {
+        **update.metrics,
+        "grad_norm": update.grad_norm,
+        "lr": update.lr,
+        "update/applied": float(update.applied),
+        "loss/share": contrast.loss_share if contrast else 0.0,
+        "loss/consolidate": contrast.loss_consolidate if contrast else 0.0,
+        "contrast/anchors_share": float(contrast.anchors_share if contrast else 0),
+        "contrast/anchors_consolidate": float(contrast.anchors_consolidate if contrast else 0),
+    }

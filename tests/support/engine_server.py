@@ -1,0 +1,48 @@
+"""An engine server of our own, for tests and checks."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_mcpo.rollout.server_client import Client, ServerError
+from tests.support.paths import ROOT
+
+START_SECONDS = 400
+
+
+class Server:
+    """Starts at once, on a free port of this host; ask for it when it is ready."""
+
+    def __init__(self, config: Path, log: Path, environment: dict[str, str] | None = None):
+        """environment: variables beside this process's"""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [sys.executable, "-m", "megatron_mcpo.cli.serve", str(config), "--port", str(port)]
+        variables = {**os.environ, **(environment or {})}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=variables, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def wait_ready(self) -> None:
+        """Raises RuntimeError with the end of its log when it dies or takes more than START_SECONDS."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+            try:
+                return Client(self.url).get("/health")
+            except ServerError:
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        """All its processes, as a host that fails would."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()

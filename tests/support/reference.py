@@ -1,0 +1,249 @@
+"""The objective once more, plainly: dense matrices, autograd, one process. What the trainer is held against.
+
+Shares no line with megatron_mcpo.algo. Memory is O(M^2). Shape legend: see megatron_mcpo.types.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.schema import AlgorithmConfig, ContrastiveConfig
+from megatron_mcpo.types import Keys, RolloutGroup
+
+
+def gradients(
+    model: nn.Module,
+    head: Mapping[str, Tensor],
+    groups: Sequence[RolloutGroup],
+    old_logp: Sequence[Tensor],
+    ref_logp: Sequence[Tensor],
+    config: Config,
+) -> dict[str, Tensor]:
+    """Gradient of the whole objective with respect to every parameter: autograd in float64, a rollout at a time.
+
+    model: a Hugging Face causal model; it is left in float64
+    head: `weight` [D, H] and, of an mlp, `hidden_weight` [H, H]; empty where there is no contrastive term
+    old_logp, ref_logp: log-probs of every rollout's tokens
+    Returns the gradients under the names of the model's parameters, those of the head as contrastive_head.NAME.
+    """
+    model = model.double()
+    head = {name: weight.detach().double().requires_grad_() for name, weight in head.items()}
+    rollouts = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
+    results = [_evaluate(model, head, prompt, response, config) for prompt, response in rollouts]
+    rewards = [torch.tensor(group.rewards, dtype=torch.float64) for group in groups]
+    contrast = torch.zeros((), dtype=torch.float64)
+    if head:
+        z_MD = torch.stack([z_D for _, z_D in results])
+        keys = _keys(groups)
+        contrast = contrastive_loss(z_MD, keys, config.contrastive)
+        if config.contrastive.mode == "reward":
+            penalties = reward_penalty(z_MD, keys, config.contrastive).split([len(r) for r in rewards])
+            rewards = [r + penalty for r, penalty in zip(rewards, penalties, strict=True)]
+    policy = policy_term(
+        [logp_r for logp_r, _ in results],
+        old_logp,
+        [torch.tensor(c.logprobs) for group in groups for c in group.completions],
+        ref_logp,
+        _advantages(rewards, [group.prompt.domain for group in groups], config.algorithm),
+        config.algorithm,
+        longest=config.rollout.max_response_tokens,
+    )
+    named = dict(model.named_parameters()) | {f"contrastive_head.{name}": weight for name, weight in head.items()}
+    found = torch.autograd.grad(policy + contrast, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+def policy_term(
+    logp: Sequence[Tensor],
+    old_logp: Sequence[Tensor],
+    engine_logp: Sequence[Tensor],
+    ref_logp: Sequence[Tensor],
+    advantages: Sequence[float],
+    settings: AlgorithmConfig,
+    *,
+    longest: int,
+) -> Tensor:
+    """Clipped ratio with importance weights, plus the KL estimate to the reference; a tensor a rollout.
+
+    longest: most tokens that a response may have, the denominator of `dr_grpo`.
+    """
+    assert settings.importance != "off"
+    sums, means = [], []
+    for new, old, engine, ref, advantage in zip(logp, old_logp, engine_logp, ref_logp, advantages, strict=True):
+        ratio = (new - old.double()).exp()
+        if settings.clip == "gspo":
+            ratio = (new - old.double()).mean().exp().expand_as(new)
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        if settings.clip == "cispo":
+            gain = clipped.detach() * advantage * new
+        weight = (old.double() - engine.double()).exp()
+        if settings.importance == "mask":
+            weight = weight * ((weight >= settings.importance_floor) & (weight <= settings.importance_cap))
+        weight = weight.clamp(max=settings.importance_cap)
+        towards = ref.double() - new
+        kl = {"k1": -towards, "k2": towards.square() / 2, "k3": towards.exp() - 1 - towards}[settings.kl_estimator]
+        token = -weight * gain + settings.kl_weight * kl
+        sums.append(token.sum())
+        means.append(token.sum() / max(1, len(new)))
+    total = torch.stack(sums).sum()
+    if settings.aggregation == "token_mean":
+        return total / sum(len(new) for new in logp)
+    if settings.aggregation == "dr_grpo":
+        return total / (len(logp) * longest)
+    return torch.stack(means).mean()
+
+
+def contrastive_loss(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """share_weight * L_share + consolidate_weight * L_cons, with a graph to z."""
+    share, _ = share_term(z_MD, keys, settings)
+    consolidate, _ = consolidate_term(z_MD, keys, settings)
+    return settings.share_weight * share + settings.consolidate_weight * consolidate
+
+
+def reward_penalty(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """max(-(share_weight * L_share(i) + consolidate_weight * L_cons(i)), -0.5) of every rollout [M], no graph."""
+    share_M, _ = _share_costs(z_MD.detach(), keys, settings)
+    consolidate_M, _ = _consolidate_costs(z_MD.detach(), keys, settings)
+    return (-settings.share_weight * share_M - settings.consolidate_weight * consolidate_M).clamp(min=-0.5)
+
+
+def share_term(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    """L_share, and which rollouts are its anchors."""
+    return _mean(*_share_costs(z_MD, keys, settings))
+
+
+def consolidate_term(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    """L_cons, and which rollouts are its anchors."""
+    return _mean(*_consolidate_costs(z_MD, keys, settings))
+
+
+def share_positives(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """C(i) as rows of a matrix [M, M]."""
+    candidates = _correct_pairs(keys) & ~_same(keys.domain_M)
+    similarity = (z_MD @ z_MD.T).detach()
+    if settings.transfer == "all":
+        return candidates
+    if settings.transfer == "threshold":
+        return candidates & (similarity >= settings.threshold)
+    chosen = torch.zeros_like(candidates)
+    for domain in keys.domain_M.unique():
+        inside = candidates & (keys.domain_M == domain)
+        ranking = similarity.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        chosen |= torch.zeros_like(candidates).scatter_(1, ranking[:, : settings.top_k], True) & inside
+    return chosen
+
+
+def negatives(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """M(i) as rows of a matrix [M, M]."""
+    return _scope(keys, settings) & ~keys.correct_M
+
+
+def rivals(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    """Whom the positives of i compete with, as rows of a matrix [M, M]."""
+    if settings.denominator == "negatives":
+        return negatives(keys, settings)
+    return _scope(keys, settings).fill_diagonal_(False)
+
+
+def _scope(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+    if settings.negatives == "pool":
+        return keys.correct_M.new_ones(len(keys), len(keys))
+    return _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
+
+
+def _share_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    candidates = _correct_pairs(keys) & ~_same(keys.domain_M)
+    return _info_nce(z_MD, share_positives(z_MD, keys, settings), candidates, keys, settings)
+
+
+def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    same = _same(keys.domain_M if settings.consolidate == "domain" else keys.prompt_M)
+    positives = same & _correct_pairs(keys)
+    positives.fill_diagonal_(False)
+    if settings.consolidation_loss == "infonce":
+        return _info_nce(z_MD, positives, positives, keys, settings)
+    distances = ((1 - z_MD @ z_MD.T) * positives).sum(1) / positives.sum(1).clamp(min=1)
+    return distances, positives.any(1)
+
+
+def _info_nce(
+    z_MD: Tensor, positives: Tensor, candidates: Tensor, keys: Keys, settings: ContrastiveConfig
+) -> tuple[Tensor, Tensor]:
+    """What every anchor costs [M], 0 for all others, and which rollouts are anchors.
+
+    candidates: the pairs that the positives were chosen from; an anchor needs a rival besides them
+    """
+    logits = z_MD @ z_MD.T / settings.temperature
+    against = rivals(keys, settings)
+    anchors = positives.any(1) & (against & ~candidates).any(1)
+    logits, positives, against = logits[anchors], positives[anchors], against[anchors]
+    others = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
+    whole = torch.logaddexp(others.expand_as(logits), logits)
+    if settings.denominator == "all":
+        whole = torch.where(against, others, whole)  # a positive among the rivals is not counted twice
+    costs = torch.where(positives, whole - logits, 0.0).sum(1) / positives.sum(1)
+    return z_MD.new_zeros(len(keys)).masked_scatter(anchors, costs), anchors
+
+
+def _mean(cost_M: Tensor, anchors_M: Tensor) -> tuple[Tensor, Tensor]:
+    return cost_M.sum() / anchors_M.sum().clamp(min=1), anchors_M
+
+
+def _same(group_M: Tensor) -> Tensor:
+    return group_M[:, None] == group_M
+
+
+def _correct_pairs(keys: Keys) -> Tensor:
+    return keys.correct_M[:, None] & keys.correct_M
+
+
+def _evaluate(
+    model: nn.Module, head: Mapping[str, Tensor], prompt: Sequence[int], response: Sequence[int], config: Config
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of a response's tokens and, with a head, its representation [D]."""
+    ids, start = torch.tensor([[*prompt, *response]]), len(prompt)
+    output = model(ids, output_hidden_states=True)
+    log_probs = (output.logits[0, start - 1 : -1] / config.rollout.temperature).log_softmax(-1)
+    logp_r = log_probs.gather(1, ids[0, start:, None]).squeeze(1)
+    if not head:
+        return logp_r, torch.zeros(0)
+    hidden_rH = output.hidden_states[-1][0, start:]  # behind the final norm
+    pooled_rH = hidden_rH[-1:] if config.contrastive.pool == "last" else hidden_rH
+    features_H = pooled_rH.sum(0) / max(1, len(pooled_rH))  # 0 of an empty response
+    if config.contrastive.mode == "reward":
+        features_H = features_H.detach()
+    if "hidden_weight" in head:
+        features_H = F.gelu(head["hidden_weight"] @ features_H)
+    return logp_r, F.normalize(head["weight"] @ features_H, dim=0)
+
+
+def _keys(groups: Sequence[RolloutGroup]) -> Keys:
+    rollouts = [(number, group, correct) for number, group in enumerate(groups) for correct in group.correct]
+    return Keys(
+        domain_M=torch.tensor([group.prompt.domain for _, group, _ in rollouts]),
+        prompt_M=torch.tensor([number for number, _, _ in rollouts]),
+        correct_M=torch.tensor([correct for _, _, correct in rollouts]),
+    )
+
+
+def _advantages(rewards: Sequence[Tensor], domains: Sequence[int], settings: AlgorithmConfig) -> list[float]:
+    """Reward minus mean by prompt, by `settings.advantage` divided; 0 where all are equal."""
+    centred = [r - r.mean() if len(set(r.tolist())) > 1 else torch.zeros_like(r) for r in rewards]
+    found = []
+    for r, own, domain in zip(rewards, centred, domains, strict=True):
+        match settings.advantage:
+            case "dr_grpo":
+                found += own.tolist()
+            case "grpo":
+                found += (own / (r.std() + 1e-6)).tolist()
+            case "rloo":
+                others = (r.sum() - r) / (len(r) - 1)
+                found += torch.where(own != 0, r - others, 0.0).tolist()
+            case "per_domain":
+                whole = torch.cat([c for c, d in zip(centred, domains, strict=True) if d == domain])
+                found += (own / (whole.square().mean().sqrt() + 1e-6)).tolist()
+    return found

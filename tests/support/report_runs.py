@@ -1,0 +1,159 @@
+"""Run folders for tests of the report, written by the journal as a run does, with pairs made by the real terms."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerFast
+
+from megatron_mcpo.algo.advantage import group_advantages
+from megatron_mcpo.algo.contrastive import contrastive
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.data.batch import make_batch, rewards_of
+from megatron_mcpo.reporting import accuracy
+from megatron_mcpo.reporting.run_logger import Journal
+from megatron_mcpo.reporting.step_metrics import COLUMNS, BatchReport, step_figures
+from megatron_mcpo.storage.files import read_jsonl, step_file
+from megatron_mcpo.storage.run_folder import RunFolder
+from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
+
+NAMES = ["arithmetic", "logic", "cognition"]
+OFF = {"share_weight": 0.0, "consolidate_weight": 0.0}
+type Texts = Callable[[int, int], str]
+"""(domain, number of the rollout in its step) -> a text."""
+
+
+def config_of(runs: Path, *, name: str = "run", num_steps: int = 6, **contrastive_options: Any) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"name": name, "dir": str(runs), "steps": num_steps},
+            "model": {"path": "model"},
+            "batch": {"prompts": 6, "samples": 4},
+            "optimizer": {"lr": 1e-5},
+            "contrastive": contrastive_options,
+            "domain": [{"name": name, "sources": [{"generator": "chain_sum"}]} for name in NAMES],
+        }
+    )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    characters = [chr(code) for code in range(32, 127)]
+    tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def plain_text(domain: int, number: int) -> str:
+    return f"Because of {NAMES[domain]}, the answer is {number}."
+
+
+def groups_of(step: int, *, prompts: int, samples: int, text: Texts, tokenizer: Any) -> list[RolloutGroup]:
+    """Prompts of the domains by turns; about half of the rollouts are right, more of them in later steps."""
+    draw = torch.rand(prompts, samples, generator=torch.Generator().manual_seed(step))
+    rewards = (draw < 0.3 + 0.05 * min(step, 10)).float().tolist()
+    groups = []
+    for number in range(prompts):
+        domain = number % len(NAMES)
+        shown = text(domain, number * samples)[:200].encode("ascii", "replace").decode()
+        question = tokenizer.encode(f"{shown} What is {number}?")
+        completions = tuple(
+            Completion(
+                token_ids=(1,) * (2 + domain),
+                logprobs=(-1.0,) * (2 + domain),
+                stop_reason=StopReason.STOP,
+                version=step,
+                text=text(domain, number * samples + sample),
+            )
+            for sample in range(samples)
+        )
+        prompt = Prompt(domain=domain, source="made", index=number, token_ids=tuple(question), entry={"answer": "42"})
+        correct = tuple(reward == 1.0 for reward in rewards[number])
+        groups.append(
+            RolloutGroup(prompt=prompt, completions=completions, rewards=tuple(rewards[number]), correct=correct)
+        )
+    return groups
+
+
+def report_of(config: Config, groups: list[RolloutGroup], step: int) -> BatchReport:
+    batch = make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=False)
+    z_MD = normalize(torch.randn(len(batch.keys), 16, generator=torch.Generator().manual_seed(step)), dim=1)
+    on = config.contrastive.enabled
+    return BatchReport(
+        groups=groups,
+        advantages_M=group_advantages(rewards_of(groups), batch.keys.prompt_M, batch.keys.domain_M),
+        stats_MK=torch.rand(len(batch.keys), len(COLUMNS), generator=torch.Generator().manual_seed(step)),
+        z_MD=z_MD if on else None,
+        contrast=contrastive(z_MD, batch.keys, config.contrastive) if on else None,
+        keys=batch.keys,
+        num_tokens=batch.num_tokens,
+        metrics={"loss/policy": 0.1 / step, "grad_norm": 2.0, "lr": 1e-5, "update/applied": 1.0},
+    )
+
+
+def work_figures(step: int) -> dict[str, float]:
+    phases = {"time/rollout": 1.0, "time/score": 0.5, "time/update": 1.5 / step, "sync/seconds": 0.1}
+    return {**phases, "time/step": sum(phases.values()) + 0.05, "tokens/trained": 1000.0, "memory/peak_gib": 1.5}
+
+
+class MadeRun:
+    """A run folder and its reports by step; finished by `finish`."""
+
+    def __init__(self, config: Config, *, num_minibatches: int = 2, prompts: int = 6, samples: int = 4):
+        self.config = config
+        self.folder = RunFolder.open(config)
+        self.path = self.folder.path
+        self.tokenizer = character_tokenizer()
+        self.journal = Journal(config, self.folder, self.tokenizer, first_step=0, evaluated=False)
+        self.sizes = {"prompts": prompts, "samples": samples}
+        self.num_minibatches = num_minibatches
+        self.reports: dict[int, list[BatchReport]] = {}
+
+    def evaluate(self, step: int) -> None:
+        """10, 20 and 30 % of ten held-out items are answered right."""
+        items = {
+            name: [accuracy.Item(correct=(item <= domain,), answers=("",)) for item in range(10)]
+            for domain, name in enumerate(NAMES)
+        }
+        self.journal.evaluation(step, accuracy.figures(items))
+
+    def step(self, step: int, *, text: Texts = plain_text, figures: dict[str, float] | None = None) -> None:
+        groups = groups_of(step, **self.sizes, text=text, tokenizer=self.tokenizer)
+        parts = [groups[number :: self.num_minibatches] for number in range(self.num_minibatches)]
+        self.reports[step] = [report_of(self.config, part, step) for part in parts]
+        values = step_figures(self.reports[step], groups, NAMES) | work_figures(step) | (figures or {})
+        self.journal.step(step, values, self.reports[step])
+
+    def repeat(self, steps: range, like: int) -> None:
+        """Steps with the figures and dumps of the first `like` by turns; files are shared, or the disk would fill."""
+        rows = read_jsonl(self.path / "metrics.jsonl")
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps({**rows[step % like], "step": step}) + "\n" for step in steps)
+        for step in steps:
+            for kind, suffix in (("rollouts", ".jsonl"), ("representations", ".npz")):
+                shared = step_file(self.path, kind, 1 + step % like, suffix)
+                os.link(shared, step_file(self.path, kind, step, suffix))
+
+    def finish(self) -> Path:
+        """The report."""
+        self.journal.finish()
+        self.journal.close()
+        self.folder.close()
+        return self.path / "report.html"
+
+
+def made_run(runs: Path, *, num_steps: int = 6, text: Texts = plain_text, name: str = "run", **options: Any) -> MadeRun:
+    """A run of so many steps with an evaluation before and after, not finished; options: of [contrastive]."""
+    run = MadeRun(config_of(runs, name=name, num_steps=max(1, num_steps), **options))
+    if num_steps:
+        run.evaluate(0)
+    for step in range(1, num_steps + 1):
+        run.step(step, text=text)
+    if num_steps:
+        run.evaluate(num_steps)
+    return run
