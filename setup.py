@@ -31,7 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["megatron_mcpo", "megatron_mcpo.*"]),
-    package_data={"megatron_mcpo": ["report_page/*"]},
+    package_data={"megatron_mcpo.reporting.html": ["page/*"]},
     install_requires=requirements(),
     extras_require={
         "wandb": ["wandb"],

@@ -1,4 +1,7 @@
-"""What a conversion costs beside copying the same files: time, and memory at the highest. Part of benchmarks/contrastive.py."""
+"""What a conversion costs beside copying the same files: seconds, and peak memory. Needs 28 GB of disk.
+
+`.venv/bin/python -m benchmarks.convert [--small] [--json] [--out benchmarks/results/NAME.json]`
+"""
 
 import json
 import os
@@ -7,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, options, write_rows
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.weights.hf_write import file_names, spread, write_index, write_safetensors
 from megatron_mcpo.weights.mapping import hf_shapes
@@ -48,6 +51,13 @@ SHAPES_OF_32B = {
     "eos_token_id": 151645,
 }
 """Qwen3-32B with 4 of its 64 layers: 7.0 GB in bf16, of which the largest tensor is 1.6 GB."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = options(__doc__)
+    parser.add_argument("--small", action="store_true", help="only the 135M model")
+    known = parser.parse_args(arguments)
+    return write_rows("convert", rows(small_only=known.small), known)
 
 
 def rows(*, small_only: bool) -> Iterator[dict[str, Any]]:
@@ -142,3 +152,7 @@ def _copy(source: Path, target: Path) -> float:
 def _largest(folder: Path) -> int:
     model = from_folder(folder)
     return max(2 * torch.Size(shape).numel() for shape in hf_shapes(model).values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,12 @@
-"""What it costs to bring the policy's weights into the engines: both executors on real gloo ranks.
+"""What it costs to bring the policy's weights into the engines: both ways, on real gloo ranks.
 
+`.venv/bin/python -m benchmarks.push [--cases PART] [--json] [--out benchmarks/results/NAME.json]`
 The engine is a stand-in that copies what it is given into parameters of its own, as vLLM's loaders do.
 """
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import forget_peak, memory, timed
+from benchmarks.measure import forget_peak, memory, options, timed, write_rows
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import Experts, ModelConfig
 from megatron_mcpo.distributed import parallel
@@ -109,6 +111,13 @@ CASES = (
     Case("32B shapes, 6 layers, pipeline 2 to 1 engine of 2", WIDE, Layout(pipeline=2), 2),
 )
 """They grow with the layers, the engines, and tensor parallelism; the last two have 6 GB of weights."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = options(__doc__)
+    parser.add_argument("--cases", default="", help="only those with this in their names")
+    known = parser.parse_args(arguments)
+    return write_rows("push", sync_rows(known.cases), known)
 
 
 def sync_rows(part: str) -> Iterator[dict[str, Any]]:
@@ -237,3 +246,7 @@ def cost(executor: "Executor", repeats: int) -> dict[str, float]:
         "seconds_processor": (time.process_time() - processor) / repeats,
         "peak_extra": peak - before,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,14 @@
 """What a rank receives in a step as a run grows: more replicas, layers, rollouts, domains.
 
+`.venv/bin/python -m benchmarks.scaling [--json] [--out benchmarks/results/NAME.json]`
 A rank of the trainer takes a real step in a run whose other ranks are not there (torch's fake process group): its
 messages are those it would exchange, their content is not. The rollouts, which travel as pickled objects, are counted
 without a group. tests/test_bench_scaling.py holds all of it against real ranks.
 """
 
 import pickle
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import options, write_rows
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.batch import make_batch
@@ -35,6 +38,10 @@ GROWTH: dict[str, tuple[int, ...]] = {
     "domains": (1, 3, 30),
 }
 """What grows, alone; the others stay at two replicas, 2 layers, 1,024 rollouts and 3 domains."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    return write_rows("scaling", scaling_rows(), options(__doc__).parse_args(arguments))
 
 
 def scaling_rows() -> Iterator[dict[str, Any]]:
@@ -118,3 +125,7 @@ def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[s
         },
         "messages": {**training.messages, "contrastive": sum(contrastive.messages.values())},
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

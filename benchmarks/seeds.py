@@ -1,13 +1,11 @@
 """Runs a configuration with several seeds, one after the other, and writes what they reached as JSON.
 
-`.venv/bin/python benchmarks/seeds.py CONFIG --seeds 0 1 2 --out benchmarks/NAME.json [--section.key VALUE ...]`
+`.venv/bin/python -m benchmarks.seeds CONFIG --seeds 0 1 2 --out benchmarks/results/NAME.json [--section.key VALUE ...]`
 Each run is the whole program in processes of its own, as a user starts it; run it on an otherwise idle machine.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks.measure import machine
 
 WINDOW = 5
 """Steps at the beginning and at the end whose rewards are compared."""
@@ -86,20 +86,6 @@ def summary(folder: Path, seed: int, seconds: float, peak: int) -> dict[str, Any
         | {"sync": round(statistics.median(row["sync/seconds"] for row in steps), 2)},
         "tokens_a_step": round(statistics.fmean(row["tokens/trained"] for row in steps)),
     }
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "python": platform.python_version(),
-    }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

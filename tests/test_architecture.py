@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,60 +16,61 @@ import pytest
 from tests.support.paths import ROOT
 
 PACKAGE = "megatron_mcpo"
+TREE = "docs/development.md"
+OUTSIDE = ("tools", "benchmarks", "examples")
 
-# Imports go down, or stay on a level without ever closing a circle. A folder speaks for all modules in it.
-LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("environment", "sections", "domain_sections", "domain_rules", "config", "config_io", "layout", "types",
-        "hf_files", "hf_config", "model_config", "run_folder", "checkpoint_files", "preemption", "accuracy"),
-    1: ("parallel", "platform", "memory", "metrics", "console", "plots", "plan", "comparison",
-        "rollout_sample", "html_report"),
-    2: ("algo", "batch", "gather", "weights.mapping", "weights.layout", "weights.engine_layout",
-        "weights.reshard", "rollout.engine", "rollout.blockwise", "rollout.vllm_options", "rollout.server_client",
-        "rewards", "data"),
-    3: ("mcore", "weights.bind", "weights.hf_io", "weights.hf_write", "weights.teamwork", "weights.draft",
-        "weights.torch_dist", "weights.stored", "weights.megatron_write", "weights.compare", "weights.convert",
-        "weights.sync", "weights.transfer", "rollout.vllm_engine", "rollout.vllm_transfer",
-        "rollout.vllm_cpu_fixes", "rollout.vllm_probe", "rollout.vllm_server", "rollout.weight_link", "report"),
-    4: ("collect", "resample", "evaluation", "canary", "journal", "objective", "diagnose", "trainer", "planner"),
-    5: ("run", "launch", "train", "evaluate", "serve"),
-}  # fmt: skip
-TOP_LEVEL = 6  # tools and examples may import all of the package
+# A folder is a layer: it imports from the layers below only, and modules of one folder without closing a circle.
+LAYERS: dict[str, int] = {
+    "config": 0,
+    "types": 0,
+    "algo": 1,
+    "distributed": 1,
+    "storage": 1,
+    "rewards": 1,
+    "weights": 2,
+    "reporting": 2,
+    "data": 2,
+    "mcore": 3,
+    "rollout": 3,
+    "trainer": 4,
+    "planner": 4,
+    "convert": 4,
+    "cli": 5,
+}
+TOP_LEVEL = 6  # tools, benchmarks and examples may import all of the package
 
 # Pairs (importer, imported) that levels alone would allow. The loss is handed to mcore as a callable.
 FORBIDDEN = [("mcore", "algo")]
 
 # A library behind a fence, and the only modules that may import it.
 FENCES = {
-    "megatron": ("mcore", "parallel", "platform"),
+    "megatron": ("mcore", "distributed"),
     "vllm": ("rollout.vllm_engine", "rollout.vllm_transfer", "rollout.vllm_cpu_fixes"),
 }
 
 # What pure torch means for algo; the configuration is plain values.
-ALGO_MAY_IMPORT = {"torch", "algo", "types", "sections"}
+ALGO_MAY_IMPORT = {"torch", "algo", "types", "config"}
 
 # Importing these must not import torch, not even through others: bad configurations fail before anything slow.
 WITHOUT_TORCH = (
-    "sections",
-    "domain_rules",
-    "config",
-    "config_io",
-    "layout",
-    "hf_config",
-    "model_config",
-    "run_folder",
-    "checkpoint_files",
-    "preemption",
-    "accuracy",
-    "plan",
-    "weights.reshard",
+    "config.config",
+    "config.hf_config",
+    "config.model",
+    "config.summary",
+    "storage.run_folder",
+    "storage.checkpoint_files",
+    "distributed.preemption",
+    "reporting.accuracy",
+    "weights.reshard_plan",
     "rewards.allowlist",
     "rewards.rules",
-    "rewards.votes",
+    "rewards.voting",
     "rollout.vllm_options",
     "rollout.server_client",
-    "train",
-    "evaluate",
-    "serve",
+    "cli.preflight",
+    "cli.train",
+    "cli.evaluate",
+    "cli.serve",
 )
 
 MAX_FILE_LINES = 400
@@ -99,11 +99,9 @@ def within(module: str, unit: str) -> bool:
     return module == unit or module.startswith(unit + ".")
 
 
-def level_of(module: str) -> int | None:
-    """The level of the longest entry that covers a module; 0 for the bare packages that hold no code of their own."""
-    fitting = [(len(unit), level) for level, units in LEVELS.items() for unit in units if within(module, unit)]
-    is_shell = module in {"", "weights", "rollout"}
-    return max(fitting)[1] if fitting else 0 if is_shell else None
+def layer_of(module: str) -> int | None:
+    """Return the layer of a module's folder; the package's own __init__ lies just above `config`, which it imports."""
+    return LAYERS.get(module.partition(".")[0], 1 if not module else None)
 
 
 def imported(source: str, package: str = "") -> Iterator[str]:
@@ -134,19 +132,19 @@ def foreign_imports(source: str) -> set[str]:
     return {name.partition(".")[0] for name in imported(source)} - {PACKAGE}
 
 
-def test_every_module_has_a_level_and_every_level_entry_a_module() -> None:
-    assert [module for module in MODULES if level_of(module) is None] == [], "give these a level in LEVELS"
-    units = [unit for units in LEVELS.values() for unit in units]
-    assert [unit for unit in units if not any(within(module, unit) for module in MODULES)] == [], "no such modules"
+def test_every_folder_is_a_layer() -> None:
+    assert {module.partition(".")[0] for module in MODULES} - {""} == set(LAYERS), "give a new folder a layer in LAYERS"
 
 
 def test_imports_go_down() -> None:
     wrong = []
-    for path in python_files(PACKAGE, "tools", "examples"):
-        own_level = level_of(module_name(path)) if path.is_relative_to(ROOT / PACKAGE) else TOP_LEVEL
+    for path in python_files(PACKAGE, *OUTSIDE):
+        inside = path.is_relative_to(ROOT / PACKAGE)
+        folder = module_name(path).partition(".")[0] if inside else ""
+        layer = layer_of(folder) if inside else TOP_LEVEL
         for target in own_imports(path):
-            if (level_of(target) or 0) > (own_level or 0):
-                wrong.append(f"{path.relative_to(ROOT)} imports {target}, which lies above it")
+            if target.partition(".")[0] != folder and (layer_of(target) or 0) >= (layer or 0):
+                wrong.append(f"{path.relative_to(ROOT)} imports {target}, which does not lie below it")
     assert wrong == []
 
 
@@ -169,7 +167,7 @@ def test_forbidden_pairs() -> None:
 @pytest.mark.parametrize("library", FENCES)
 def test_fenced_libraries_are_imported_behind_their_fence_only(library: str) -> None:
     wrong = []
-    for path in python_files(PACKAGE, "tools", "examples"):
+    for path in python_files(PACKAGE, *OUTSIDE):
         inside = path.is_relative_to(ROOT / PACKAGE)
         allowed = inside and any(within(module_name(path), unit) for unit in FENCES[library])
         if library in foreign_imports(path.read_text(encoding="utf-8")) and not allowed:
@@ -178,13 +176,13 @@ def test_fenced_libraries_are_imported_behind_their_fence_only(library: str) -> 
 
 
 def test_one_place_asks_whether_there_is_a_gpu() -> None:
-    """Torch's answer alone is wrong where vLLM is the CPU build: `platform.uses_gpu` is the answer for everybody."""
+    """Torch's answer alone is wrong where vLLM is the CPU build: `cpu_backend.uses_gpu` is the answer for everybody."""
     asking = [
         str(path.relative_to(ROOT))
-        for path in python_files(PACKAGE, "tools", "examples", "tests/gpu")
+        for path in python_files(PACKAGE, *OUTSIDE, "tests/gpu")
         if "cuda.is_available" in path.read_text(encoding="utf-8")
     ]
-    assert asking == [f"{PACKAGE}/platform.py"]
+    assert asking == [f"{PACKAGE}/distributed/cpu_backend.py"]
 
 
 def test_algo_is_pure_torch() -> None:
@@ -212,7 +210,7 @@ def test_imports_are_found_wherever_they_hide() -> None:
     assert set(imported(source, "a.b")) == {
         "torch.nn", "megatron.core.optimizer", "a.b.near", "a.types.Keys", "vllm.config",
     }  # fmt: skip
-    assert foreign_imports("from megatron_mcpo import platform\nimport megatron") == {"megatron"}
+    assert foreign_imports("from megatron_mcpo import types\nimport megatron") == {"megatron"}
 
 
 def file_problems(source: str, limit: int) -> list[str]:
@@ -249,7 +247,7 @@ def nesting(node: ast.AST) -> int:
 
 def test_sizes_of_files_and_functions() -> None:
     problems = []
-    for path in python_files(PACKAGE, "tools"):
+    for path in python_files(PACKAGE, *OUTSIDE):
         source = path.read_text(encoding="utf-8")
         found = file_problems(source, MAX_FILE_LINES) + function_problems(source)
         problems += [f"{path.relative_to(ROOT)}: {problem}" for problem in found]
@@ -279,7 +277,7 @@ LEFTOVERS = re.compile(r"\b(TODO|FIXME|NotImplementedError)\b|# type: ignore(?!\
 def test_no_leftovers() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in python_files(PACKAGE, "tools", "examples", "tests")
+        for path in python_files(PACKAGE, *OUTSIDE, "tests")
         if path != Path(__file__)
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if LEFTOVERS.search(line)
@@ -293,15 +291,15 @@ def test_leftovers_are_recognised() -> None:
     assert not LEFTOVERS.search("x = 1  # type: ignore[assignment]")
 
 
-def tree_entries(readme: str) -> dict[str, str]:
+def tree_entries(page: str) -> dict[str, str]:
     """Path and purpose of every line of the first fenced block under "## The tree".
 
     A line is a name, two or more spaces, a purpose; deeper indentation puts it into the folder above (`name/`).
     Raises ValueError where the heading or block is missing, or a line has no purpose or a path comes twice.
     """
-    match = re.search(r"^## The tree\n(?:(?!^## ).*\n)*?```.*\n((?:(?!```).*\n)*)```", readme, re.MULTILINE)
+    match = re.search(r"^## The tree\n(?:(?!^## ).*\n)*?```.*\n((?:(?!```).*\n)*)```", page, re.MULTILINE)
     if match is None:
-        raise ValueError('README.md: no fenced block under the heading "## The tree"')
+        raise ValueError('docs/development.md: no fenced block under the heading "## The tree"')
     entries: dict[str, str] = {}
     folders: list[tuple[int, str]] = []
     for line in filter(str.strip, match[1].splitlines()):
@@ -311,7 +309,7 @@ def tree_entries(readme: str) -> dict[str, str]:
             folders.pop()
         path = (folders[-1][1] if folders else "") + name
         if not purpose or path in entries:
-            raise ValueError(f"README.md: {path!r} has no purpose or comes twice: {line!r}")
+            raise ValueError(f"docs/development.md: {path!r} has no purpose or comes twice: {line!r}")
         entries[path] = purpose[0]
         if name.endswith("/"):
             folders.append((indent, path))
@@ -319,25 +317,33 @@ def tree_entries(readme: str) -> dict[str, str]:
 
 
 def tree_on_disk() -> set[str]:
-    """What the README must list: the top level, what lies in examples and tools, every module of the package."""
-    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
+    """What the tree must list: the top level, folders two levels deep, programs in tools/, folders of the package."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     found = set()
-    children = [child for folder in (ROOT, ROOT / "examples", ROOT / "tools") for child in folder.iterdir()]
-    for path in [*children, *(ROOT / PACKAGE).rglob("*")]:
-        inner = path.relative_to(ROOT)
-        hidden = any(part.startswith(".") or any(fnmatch(part, rule) for rule in ignored) for part in inner.parts)
-        if not hidden and path.name != "__init__.py":
-            found.add(f"{inner}/" if path.is_dir() else str(inner))
+    for path in map(Path, listed.stdout.splitlines()):
+        if path.parts[0].startswith(".") or not (ROOT / path).exists():
+            continue
+        deep = 9 if path.parts[0] == PACKAGE else 1 if path.parts[0] == "examples" and path.parts[1] == "models" else 2
+        found |= {f"{folder}/" for folder in path.parents if 0 < len(folder.parts) <= deep}
+        is_listed = len(path.parts) == 1 or path.parts[0] == "tools" or path.parent == Path(PACKAGE)
+        if is_listed and path.name != "__init__.py":
+            found.add(str(path))
     return found
 
 
-def test_readme_tree_is_the_tree() -> None:
-    entries = tree_entries((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert sorted(tree_on_disk() - entries.keys()) == [], "not in the README"
-    assert sorted(path for path in entries if not (ROOT / path).exists()) == [], "in the README only"
+def test_the_tree_is_the_tree() -> None:
+    entries = tree_entries((ROOT / TREE).read_text(encoding="utf-8"))
+    assert sorted(tree_on_disk() - entries.keys()) == [], f"not in {TREE}"
+    assert sorted(path for path in entries if not (ROOT / path).exists()) == [], f"in {TREE} only"
 
 
-def test_readme_tree_is_read_as_indented() -> None:
+def test_the_tree_is_read_as_indented() -> None:
     tree = "a/  one\n  b/    two\n    c.py  three\n  d.py  four\ne  five\n"
     text = f"# T\n```\nno\n```\n## The tree\nWords.\n\n```text\n{tree}```\n"
     expected = {"a/": "one", "a/b/": "two", "a/b/c.py": "three", "a/d.py": "four", "e": "five"}
@@ -345,6 +351,6 @@ def test_readme_tree_is_read_as_indented() -> None:
 
 
 @pytest.mark.parametrize("text", ["# T\n", "## The tree\n## Next\n```\na  one\n```\n", "## The tree\n```\na\n```\n"])
-def test_readme_without_a_proper_tree_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"README\.md"):
+def test_a_page_without_a_proper_tree_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"development"):
         tree_entries(text)

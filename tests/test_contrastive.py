@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.contrastive import cost, memory
+from benchmarks.contrastive import cost
+from benchmarks.measure import memory
 from megatron_mcpo.algo.contrastive import TILE_ELEMENTS, Contrast, contrastive, reward_penalty
 from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.config.schema import ContrastiveConfig

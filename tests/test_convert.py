@@ -1,6 +1,7 @@
 """Conversion between Hugging Face folders and Megatron checkpoints: every family and layout, real files, real ranks.
 
-Not covered here: models larger than memory (benchmarks/contrastive.py convert), checkpoints of Transformer Engine's modules, GPUs.
+Not covered here: models larger than memory (benchmarks/convert.py), checkpoints of Transformer Engine's modules,
+GPUs.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Rounding to FP8 moves products as far as its mantissas say, in a trained model's every layer, and its log-probs.
 
 Bands have a lower end: an error that is too small means that FP8 is not on. All of it is computed in fp32, where
-processors agree. Not covered: any FP8 product of a GPU, for which tests/support/fp8_emulation.py is an emulation; gradients
+processors agree. Not covered: any FP8 product of a GPU, which tests/support/fp8_emulation.py emulates; gradients
 after many layers in FP8 (those of a random model are a row of tools/gpu_check.sh): in a trained model as small as this
 one errors grow until they are as large from one order of sums to another (cosines of 0.85 to 0.97 were measured).
 """

@@ -27,7 +27,7 @@ from megatron_mcpo.storage.files import read_jsonl, step_file
 from tests.support.paths import ROOT
 from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, made_run
 
-PAGE = ROOT / "megatron_mcpo" / "report_page"
+PAGE = ROOT / "megatron_mcpo" / "reporting" / "html" / "page"
 
 
 class Scripts(HTMLParser):

@@ -355,7 +355,7 @@ def test_a_run_of_figures_that_are_no_numbers_or_do_not_move(driver: webdriver.C
     ("-Infinity", "Infinity"), ("0", "1"), ("-3.7", "12.2"), ("999999.1", "999999.2"), ("2", "1"),
 ])  # fmt: skip
 def test_an_axis_has_few_marks_whatever_the_values(driver: webdriver.Chrome, low: str, high: str) -> None:
-    source = (ROOT / "megatron_mcpo" / "report_page" / "ticks.js").read_text()
+    source = (ROOT / "megatron_mcpo" / "reporting" / "html" / "page" / "ticks.js").read_text()
     driver.get("about:blank")
     marks = driver.execute_script(f"{source}; return ticks({low}, {high})")
     assert len(marks) <= 12 and all(isinstance(mark, int | float) for mark in marks)

@@ -322,7 +322,8 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
     code = (
-        "import resource, signal, sys; from pathlib import Path; from megatron_mcpo.storage.files import write_atomically;"
+        "import resource, signal, sys; from pathlib import Path;"
+        "from megatron_mcpo.storage.files import write_atomically;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
         "write_atomically(Path(sys.argv[1]), b'new' * 100)"
     )

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_mcpo.cli import serve, train
+from megatron_mcpo.cli import preflight, serve
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -356,7 +356,7 @@ def problems(folder: Path, urls: list[str], *overrides: str) -> list[str]:
     path = write_config(model, folder) if not (folder / "config.toml").exists() else folder / "config.toml"
     try:
         config: Config = load(path, ["--engine.servers", json.dumps(urls), *overrides])
-        train.check(config, None)
+        preflight.check(config, None)
     except ConfigError as error:
         return error.problems
     return []

@@ -67,7 +67,7 @@ def _on_two_ranks(model: str, layouts: Sequence[str]) -> Outcome:
         folder = Path(name)
         (folder / "cases").write_bytes(pickle.dumps(_cases(folder / "models", model)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={_RANKS}"]
-        subprocess.run([*command, __file__, name, *layouts], cwd=ROOT, check=True)
+        subprocess.run([*command, "-m", "benchmarks.gpu.layouts", name, *layouts], cwd=ROOT, check=True)
         return _outcome(json.loads((folder / "found").read_text()))
 
 

@@ -2,8 +2,7 @@
 
 `tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes)
 Every row is a process of its own. Ends with one table; figures go to FOLDER/gpu-DEVICE.json, the measured rates to
-FOLDER/rates-DEVICE.json, which `megatron_mcpo/cli/plan.py --gpu` takes. Exits with 1 where a figure lies outside its band or a row
-crashed; a row whose modules are missing, or for which no time is left, is skipped, and says so.
+FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes. Exits with 1 where a figure lies outside its band or a row crashed; a row whose modules are missing, or for which no time is left, is skipped, and says so.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def environment() -> Outcome:
 
 def _of(module: str, name: str) -> Outcome:
     """Run a check; its module imports Megatron-Core, which takes seconds."""
-    check: Callable[[], Outcome] = getattr(importlib.import_module(f"tools.{module}"), name)
+    check: Callable[[], Outcome] = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
     return check()
 
 
@@ -72,26 +71,26 @@ ROWS = {
     row.name: row
     for row in (
         Row(name="environment", run=environment, seconds=60),
-        _row("gpu_speed", "ceilings", 60),
-        _row("gpu_numbers", "logprobs", 120),
-        _row("gpu_layouts", "gradients", 180),
-        _row("gpu_layouts", "layouts", 240),
-        _row("gpu_layouts", "experts", 180),
-        _row("gpu_numbers", "recompute", 120),
-        _row("gpu_numbers", "fp8_products", 90, *FP8),
-        _row("gpu_numbers", "fp8", 180, *FP8),
-        _row("gpu_speed", "logprob", 90),
-        _row("gpu_speed", "contrastive_terms", 120),
-        _row("gpu_speed", "export", 120),
-        _row("gpu_engine", "checkpoint", 120),
-        _row("gpu_engine", "conversion", 120),
-        _row("gpu_engine", "engine", 240, *ENGINE),
-        _row("gpu_engine", "engine_fp8", 240, *ENGINE),
-        _row("gpu_engine", "servers", 300, *ENGINE),
-        _row("gpu_speed", "step_1_7b", 180),
-        _row("gpu_speed", "step_8b", 180),
-        _row("gpu_speed", "fp8_speed", 240, *FP8),
-        _row("gpu_engine", "program", 300, *PROGRAM),
+        _row("speed", "ceilings", 60),
+        _row("numbers", "logprobs", 120),
+        _row("layouts", "gradients", 180),
+        _row("layouts", "layouts", 240),
+        _row("layouts", "experts", 180),
+        _row("numbers", "recompute", 120),
+        _row("numbers", "fp8_products", 90, *FP8),
+        _row("numbers", "fp8", 180, *FP8),
+        _row("speed", "logprob", 90),
+        _row("speed", "contrastive_terms", 120),
+        _row("speed", "export", 120),
+        _row("engine", "checkpoint", 120),
+        _row("engine", "conversion", 120),
+        _row("engine", "engine", 240, *ENGINE),
+        _row("engine", "engine_fp8", 240, *ENGINE),
+        _row("engine", "servers", 300, *ENGINE),
+        _row("speed", "step_1_7b", 180),
+        _row("speed", "step_8b", 180),
+        _row("speed", "fp8_speed", 240, *FP8),
+        _row("engine", "program", 300, *PROGRAM),
     )
 }
 
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all of them")
     parser.add_argument("--list", action="store_true", help="print the rows and their limits in seconds")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files")
     parser.add_argument("--here", action="store_true", help="run one row in this process and print its outcome")
     options = parser.parse_args(arguments)
     if options.list:
@@ -193,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     results = {}
     deadline = time.monotonic() + SECONDS
     for name in options.rows:
-        command = [sys.executable, __file__, "--here", "--rows", name]
+        command = [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", name]
         results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
         print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
     written = write(results, torch.cuda.get_device_name(), options.out)

@@ -177,7 +177,7 @@ def _field_problems(values: dict[str, Any], family: Family) -> list[str]:
         elif key not in known:
             problems.append(
                 f"{key} = {json.dumps(value)[:60]}: unknown field, which may change what the model computes; "
-                "if it doesn't, remove it from config.json (or add it to _HARMLESS in megatron_mcpo/config/hf_config.py)"
+                "if it doesn't, remove it from config.json (or add it to _HARMLESS in config/hf_config.py)"
             )
     return problems
 

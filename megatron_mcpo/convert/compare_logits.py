@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -12,8 +11,8 @@ from transformers.utils import logging
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import backend, device
-from megatron_mcpo.mcore.model import build_chunks
+from megatron_mcpo.distributed.cpu_backend import backend
+from megatron_mcpo.mcore.model import build_chunks, logits
 from megatron_mcpo.weights.hf_io import Source, load_source
 
 TOLERANCE = 1e-4
@@ -41,12 +40,7 @@ def logits_error(source: Source, model: ModelConfig, folder: Path, dtype: torch.
     chunks = build_chunks(model, groups, dtype=torch.float32, head=None)
     load_source(chunks, model, source, groups)
     _round(chunks[0], dtype)
-    ends = torch.tensor([0, _TOKENS], dtype=torch.int32, device=device())
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=_TOKENS, max_seqlen_kv=_TOKENS
-    )
-    with torch.no_grad():
-        found_TV = chunks[0].eval()(tokens_1T.to(device()), None, None, packed_seq_params=packed)[0].cpu()
+    found_TV = logits(chunks[0], tokens_1T)
     parallel.destroy()
     return float((found_TV - expected_TV).abs().max() / expected_TV.abs().max())
 

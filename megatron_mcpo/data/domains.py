@@ -40,6 +40,13 @@ class Domain:
     notes: tuple[str, ...]
     """What a user should know: rows that are left out, sources that have fewer questions than were asked for."""
 
+    @property
+    def verifiers_of_rows(self) -> set[str]:
+        """The kinds of verifiers that training rows name themselves."""
+        return {
+            prompt.entry["verifier"] for source in self.sources for prompt in source.train if "verifier" in prompt.entry
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import Fp8, Recompute
@@ -175,3 +176,15 @@ def unwrap(module: nn.Module) -> Any:
     while hasattr(inner, "module"):
         inner = inner.module
     return inner
+
+
+@torch.no_grad()
+def logits(chunk: nn.Module, tokens_1T: Tensor) -> Tensor:
+    """Return the logits (T, vocabulary), on the CPU, of one sequence in the only chunk of an undivided model."""
+    length = tokens_1T.shape[1]
+    ends = torch.tensor([0, length], dtype=torch.int32, device=device())
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length
+    )
+    logits_1TV: Tensor = chunk.eval()(tokens_1T.to(device()), None, None, packed_seq_params=packed)
+    return logits_1TV[0].cpu()

@@ -2,17 +2,13 @@
 
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.domain_schema import DomainConfig, VerifierConfig
 from megatron_mcpo.rewards.registry import KINDS
 from megatron_mcpo.rewards.sandbox.levels import available_level
-
-if TYPE_CHECKING:
-    from megatron_mcpo.data.domains import Domain
 
 
 def problems(config: Config) -> list[str]:
@@ -28,9 +24,13 @@ def problems(config: Config) -> list[str]:
     return found
 
 
-def where_code_runs(config: Config, domains: Sequence["Domain"]) -> list[str]:
-    """A note where a domain's responses are programs. Raises ConfigError where this machine has no place for them."""
-    if not any(_runs_code(settings, domain) for settings, domain in zip(config.domain, domains, strict=True)):
+def where_code_runs(config: Config, chosen_by_rows: Sequence[Collection[str]]) -> list[str]:
+    """Return a note where the responses of a domain are programs.
+
+    chosen_by_rows: per domain, the kinds of verifiers that its rows name themselves.
+    Raises ConfigError where this machine has no place for programs.
+    """
+    if not any(_runs_code(settings, kinds) for settings, kinds in zip(config.domain, chosen_by_rows, strict=True)):
         return []
     level, problems = _sandbox(config)
     if problems:
@@ -39,10 +39,9 @@ def where_code_runs(config: Config, domains: Sequence["Domain"]) -> list[str]:
     return [f"{warning}the model's code runs at level {level!r} (rewards.sandbox = {config.rewards.sandbox!r})"]
 
 
-def _runs_code(settings: DomainConfig, domain: "Domain") -> bool:
-    if settings.scoring:
-        return any(verifier.kind == "code" for verifier in settings.scoring)
-    return any(prompt.entry.get("verifier") == "code" for source in domain.sources for prompt in source.train)
+def _runs_code(settings: DomainConfig, chosen_by_rows: Collection[str]) -> bool:
+    """A domain with verifiers of its own ignores those that its rows name."""
+    return "code" in ([verifier.kind for verifier in settings.scoring] if settings.scoring else chosen_by_rows)
 
 
 def _sandbox(config: Config) -> tuple[str | None, list[str]]:

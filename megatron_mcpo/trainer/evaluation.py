@@ -18,7 +18,7 @@ _SEED = 0
 
 
 def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) -> dict[str, float]:
-    """What megatron_mcpo.reporting.accuracy describes, of evaluation.samples responses to every held-out item; collective.
+    """Measure what reporting/accuracy.py describes on evaluation.samples responses to every held-out item; collective.
 
     Items whose verifier failed are left out; a domain without a verified item has NaN. Raises TooManyErrors when more
     than rewards.max_error_rate of all items failed.

@@ -145,7 +145,7 @@ def _load_data(config: Config, groups: Groups) -> tuple[PreTrainedTokenizerBase,
                 loaded = load_domains(config, tokenizer, cache_dir=CACHE)
     assert loaded is not None
     with parallel.together(groups):
-        place = rules.where_code_runs(config, loaded)
+        place = rules.where_code_runs(config, [domain.verifiers_of_rows for domain in loaded])
     return tokenizer, loaded, [*place, *(note for domain in loaded for note in domain.notes)]
 
 

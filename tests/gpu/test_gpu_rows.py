@@ -13,7 +13,7 @@ from benchmarks.gpu import run
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", run.ROWS)
 def test_the_row_stays_in_its_bands(name: str) -> None:
-    command = [sys.executable, run.__file__, "--here", "--rows", name]
+    command = [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", name]
     result = run.check(run.ROWS[name], command)
     if result["state"] == "skipped":
         pytest.skip(result["why"])

@@ -75,7 +75,7 @@ def collect(folder: Path, config: Config) -> dict[str, Any]:
 
 def page(title: str, data: dict[str, Any]) -> bytes:
     """The HTML file, pure ASCII but for the page's own text."""
-    files = importlib.resources.files("megatron_mcpo") / "report_page"
+    files = importlib.resources.files("megatron_mcpo.reporting.html") / "page"
     texts = {name: (files / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", *SCRIPTS)}
     script = '(() => {\n"use strict";\n' + "\n".join(texts[name] for name in SCRIPTS) + "})();\n"
     policy = (
