@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 .PHONY: train test env model lock clean
 
 train: model
-	$(PYTHON) -m megatron_mcpo.cli.train $(CONFIG) $(ARGS)
+	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
 
 # One thread: tests start several ranks, and OpenMP's spinning threads would fight over the cores.
 # Offline: after `make model` nothing may be fetched.

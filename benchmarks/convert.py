@@ -109,8 +109,8 @@ def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         seconds_cp = _copy(source, copied)
         for direction, given, made, options in (
-            ("hf_to_megatron", source, megatron, LAYOUT if case != "135M" else ("--tp", "3", "--pp", "2")),
-            ("megatron_to_hf", megatron, back, ()),
+            ("to-megatron", source, megatron, LAYOUT if case != "135M" else ("--tp", "3", "--pp", "2")),
+            ("to-hf", megatron, back, ()),
         ):
             seconds, peak = measure(direction, given, made, *options)
             yield {
@@ -127,7 +127,7 @@ def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
 def measure(direction: str, given: Path, made: Path, *options: str, processes: int = 1) -> tuple[float, int]:
     """Seconds of a tool, started and ended, and the highest resident memory of any of its processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
-    command = [sys.executable, *launcher, str(ROOT / "tools" / f"{direction}.py"), str(given), str(made), *options]
+    command = [sys.executable, *launcher, "-m", "megatron_mcpo", "convert", direction, str(given), str(made), *options]
     command.append("--no-verify-forward")
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-I", "-S", "-c", _PEAK_OF, *command], stdout=subprocess.PIPE, check=False)

@@ -1,8 +1,8 @@
 """Is the gradient exact? Every parameter's, of the whole objective, in every parallel layout, on real gloo ranks.
 
 `.venv/bin/python -m benchmarks.gradient_table [--json] [--layouts tp2 dp2 ...]`
-The reference is autograd in float64 through a Hugging Face model in one process (tests/support/reference.py). An error is the
-largest of a parameter's gradient, relative to its largest entry. Exits with 1 where one exceeds the bound.
+The reference is autograd in float64 through a Hugging Face model in one process (tests/support/reference.py). An error
+is the largest of a parameter's gradient, relative to its largest entry. Exit code 1: one exceeds the bound.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(config: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """One run of the program in a fresh folder; raises CalledProcessError when it fails."""
     with tempfile.TemporaryDirectory(prefix="seeds-") as folder:
-        command = [sys.executable, "-m", "megatron_mcpo.cli.train", str(config), "--run.seed", str(seed)]
+        command = [sys.executable, "-m", "megatron_mcpo", "train", str(config), "--run.seed", str(seed)]
         command += ["--run.dir", folder, *overrides]
         start = time.monotonic()
         process = psutil.Popen(command)

@@ -2,6 +2,6 @@
 
 from megatron_mcpo.config.environment import hide_gpu
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 hide_gpu()

@@ -60,7 +60,7 @@ def refuse(config: str, folder: Path, *overrides: str) -> str:
     """What the program prints when it refuses. It must do so at once: before it imports anything that takes long."""
     path = folder / "config.toml"
     path.write_text(config)
-    command = [sys.executable, "-X", "importtime", "-m", "megatron_mcpo.cli.train", str(path), *overrides]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_mcpo", "train", str(path), *overrides]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     message, imported = IMPORT.sub("", result.stderr), set(IMPORT.findall(result.stderr))
     assert result.returncode == 2, message
@@ -218,7 +218,7 @@ def test_a_folder_without_what_prompts_need_is_refused(
 def dry_run(config: str, folder: Path, *overrides: str) -> str:
     path = folder / "config.toml"
     path.write_text(config)
-    command = [sys.executable, "-m", "megatron_mcpo.cli.train", str(path), "--dry-run", *overrides]
+    command = [sys.executable, "-m", "megatron_mcpo", "train", str(path), "--dry-run", *overrides]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert not (folder / "runs").exists()

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_mcpo.cli import convert_check
+from megatron_mcpo.cli import convert_check, convert_to_megatron
 from megatron_mcpo.convert import compare as comparing
 from megatron_mcpo.convert import convert
 from megatron_mcpo.convert.convert import hf_to_megatron, megatron_to_hf
 from tests.support.conversion import make_model, program, quiet, same, save_folder, sizes, tensors
 from tests.support.paths import ROOT
-from tools import hf_to_megatron as to_megatron
 
 EMBEDDED = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 
@@ -28,10 +27,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tools_convert_and_say_so(source: Path, tmp_path: Path) -> None:
     """In the types that are asked for."""
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    first = program("hf_to_megatron", source, megatron, "--tp", 2, "--pp", 2, "--vpp", 2)
+    first = program("to-megatron", source, megatron, "--tp", 2, "--pp", 2, "--vpp", 2)
     assert (first.returncode, first.stderr) == (0, "")
     assert "logits against transformers: largest difference" in first.stdout
-    second = program("megatron_to_hf", megatron, back, "--dtype", "fp32")
+    second = program("to-hf", megatron, back, "--dtype", "fp32")
     assert (second.returncode, second.stderr) == (0, "")
     assert "weights: widened from bfloat16\n" in second.stdout
     assert "logits against transformers: largest difference" in second.stdout
@@ -40,7 +39,7 @@ def test_the_tools_convert_and_say_so(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_round_trip_is_checked_in_several_layouts(source: Path) -> None:
-    checked = program("check_roundtrip", source, "--layouts", "tp2,pp2vpp2", "--json")
+    checked = program("check", source, "--layouts", "tp2,pp2vpp2", "--json")
     assert checked.returncode == 0, checked.stderr
     rows = [json.loads(line) for line in checked.stdout.splitlines()]
     assert [(row["layout"], row["tensors"], row["bits"]) for row in rows] == [("tp2", 47, 0), ("pp2vpp2", 47, 0)]
@@ -49,7 +48,7 @@ def test_the_round_trip_is_checked_in_several_layouts(source: Path) -> None:
 
 
 def test_the_embedded_model_goes_there_and_back(tmp_path: Path) -> None:
-    checked = program("check_roundtrip", EMBEDDED, "--layouts", "tp3pp2", "--json", "--work", tmp_path)
+    checked = program("check", EMBEDDED, "--layouts", "tp3pp2", "--json", "--work", tmp_path)
     assert checked.returncode == 0, checked.stderr
     row = json.loads(checked.stdout)
     assert (row["tensors"], row["bits"]) == (272, 0) and 0 < row["logits"] < 1e-4
@@ -91,7 +90,7 @@ def test_what_a_conversion_gets_wrong_is_counted(
 @pytest.mark.parametrize("value", ["0", "-1", "two"])
 def test_sizes_are_whole_numbers(source: Path, tmp_path: Path, capsys: Any, option: str, value: str) -> None:
     with pytest.raises(SystemExit) as left:
-        to_megatron.main([str(source), str(tmp_path / "out"), option, value])
+        convert_to_megatron.main([str(source), str(tmp_path / "out"), option, value])
     assert left.value.code == 2 and "must be a whole number from 1 up" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

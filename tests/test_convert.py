@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from megatron_mcpo.cli import convert_to_hf, convert_to_megatron
 from megatron_mcpo.config.config import Config, ConfigError, dump
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -42,8 +43,6 @@ from tests.support import tiny_models
 from tests.support.conversion import FAMILIES, make_model, quiet, same, save_folder, sizes, tensors
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
-from tools import hf_to_megatron as to_megatron
-from tools import megatron_to_hf as to_hf
 
 EMBEDDED = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 LAYOUTS = [
@@ -285,7 +284,7 @@ def test_a_wrong_bit_is_found_and_nothing_is_left(
 
     monkeypatch.setattr(convert, "compare", damage_first)
     monkeypatch.setattr(comparing, "SMALL_BYTES", 0)
-    assert to_megatron.main([str(source), str(tmp_path / "out")]) == 1
+    assert convert_to_megatron.main([str(source), str(tmp_path / "out")]) == 1
     assert "1 bits differ" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -351,7 +350,7 @@ def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkey
         ("inside", "is the source or lies in it; give another folder"),
         ("layout", "must divide the 2 key-value heads"),
         ("mixed", "must all be bfloat16 or all float32"),
-        ("megatron", "megatron_to_hf.py converts these"),
+        ("megatron", "`mcpo convert to-hf` converts these"),
         ("full", "the disk has 1,000 left"),
         ("empty", "no such file"),
     ],
@@ -381,7 +380,7 @@ def test_what_cannot_be_converted_is_refused(
         given = tmp_path / "empty"
         given.mkdir()
     before = sorted(tmp_path.iterdir())
-    assert to_megatron.main([str(given), str(final), *more]) == 2
+    assert convert_to_megatron.main([str(given), str(final), *more]) == 2
     assert message in capsys.readouterr().err
     assert [path for path in sorted(tmp_path.iterdir()) if not path.name.startswith(".")] == before
 
@@ -390,30 +389,30 @@ def test_damaged_and_foreign_checkpoints_are_refused(source: Path, tmp_path: Pat
     megatron = tmp_path / "megatron"
     hf_to_megatron(source, megatron, sizes(), verify_forward=False, say=quiet)
     other = make_model(tmp_path / "other", "llama", "bfloat16")
-    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(other)]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(other)]) == 2
     assert "q_layernorm.weight: unknown, the llama model has no such tensor" in capsys.readouterr().err
-    assert to_hf.main([str(source), str(tmp_path / "out")]) == 2
+    assert convert_to_hf.main([str(source), str(tmp_path / "out")]) == 2
     assert "no Megatron checkpoint" in capsys.readouterr().err
     manifest, record = ((megatron / name).read_bytes() for name in ("manifest.json", "conversion.json"))
     (megatron / "manifest.json").unlink()
-    assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
     assert "manifest.json is missing" in capsys.readouterr().err
     (megatron / "conversion.json").rename(megatron / "state.json")  # as in a run's checkpoint
-    assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
     assert "manifest.json is missing" in capsys.readouterr().err
     (megatron / "state.json").unlink()  # now it is as one of unknown origin
     (megatron / "config.json").unlink()
-    assert to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
     assert "give --hf FOLDER" in capsys.readouterr().err
     (megatron / "manifest.json").write_bytes(manifest)
     (megatron / "conversion.json").write_bytes(record)
-    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
     assert "config.json is missing" in capsys.readouterr().err
     (megatron / "conversion.json").unlink()
     (megatron / "manifest.json").unlink()
     os.truncate(megatron / "__0_0.distcp", 1000)
-    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
     assert "__0_0.distcp: has 1000 bytes, must have" in capsys.readouterr().err
     (megatron / "__0_0.distcp").unlink()
-    assert to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
+    assert convert_to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(source)]) == 2
     assert "__0_0.distcp: missing" in capsys.readouterr().err

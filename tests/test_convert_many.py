@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_mcpo.cli import convert_to_megatron
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.convert import megatron_write
@@ -32,7 +33,6 @@ from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.hf_io import HfFolder
 from tests.support.conversion import make_model, quiet, same, sizes, tensors
 from tests.support.ranks import run_ranks
-from tools import hf_to_megatron as to_megatron
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def run_tool(given: Path, final: Path) -> tuple[int, str]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as said:
-        code = to_megatron.main([str(given), str(final), "--no-verify-forward"])
+        code = convert_to_megatron.main([str(given), str(final), "--no-verify-forward"])
     return code, said.getvalue() + errors.getvalue()
 
 

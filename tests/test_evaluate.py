@@ -26,7 +26,6 @@ from tests.support.scoring import completion, group
 
 SLOWER = ("--optimizer.lr", "1e-3")
 """A run that learns faster may lose all it knew, on one processor or another."""
-PROGRAM = "megatron_mcpo.cli.evaluate"
 SAMPLED = ("--evaluation.samples", "4", "--evaluation.temperature", "1")
 
 
@@ -84,7 +83,7 @@ def test_a_checkpoint_has_the_figures_of_its_step_as_a_user_starts_it(
 ) -> None:
     out, baseline = tmp_path / "figures.json", config.parent / "runs" / "tiny" / "eval.jsonl"
     given = ["--checkpoint", checkpoint(config, 3), "--baseline", baseline, "--out", out, "--json", *SAMPLED]
-    command = [sys.executable, "-m", PROGRAM, config, *given]
+    command = [sys.executable, "-m", "megatron_mcpo", "evaluate", config, *given]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
     found, others = evaluated(finished)
     assert found == logged[3]
@@ -99,14 +98,14 @@ def test_a_checkpoint_has_the_figures_of_its_step_as_a_user_starts_it(
 def test_several_ranks_find_the_same(config: Path, logged: dict[int, dict[str, Any]]) -> None:
     """Two engines with half of the items each; the loaded layout is not the run's."""
     given = ("--checkpoint", str(checkpoint(config, 6)), "--json", "--parallel.data", "2", *SAMPLED)
-    assert evaluated(forked(PROGRAM, config, *given, ranks=2))[0] == logged[6]
+    assert evaluated(forked("evaluate", config, *given, ranks=2))[0] == logged[6]
 
 
 def test_an_exported_folder_has_the_figures_of_its_checkpoint(
     config: Path, logged: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
     megatron_to_hf(checkpoint(config, 6), tmp_path / "hf", verify_forward=False, say=quiet)
-    found, _ = evaluated(forked(PROGRAM, config, "--hf", str(tmp_path / "hf"), "--json", *SAMPLED))
+    found, _ = evaluated(forked("evaluate", config, "--hf", str(tmp_path / "hf"), "--json", *SAMPLED))
     assert found == {**logged[6], "step": 0}, "of a folder that no run made it is the zeroth"
 
 
@@ -115,7 +114,7 @@ def test_the_configured_model_is_the_run_before_its_first_step(
 ) -> None:
     baseline = tmp_path / "baseline.jsonl"
     baseline.write_text(json.dumps({**logged[0], "letters": 1.0, "items/letters": 32}) + "\n")
-    finished = forked(PROGRAM, config, "--baseline", str(baseline), *SAMPLED)
+    finished = forked("evaluate", config, "--baseline", str(baseline), *SAMPLED)
     assert finished.returncode == 0, finished.stderr[-3000:]
     lines = {line.split()[1]: line for line in finished.stdout.splitlines() if line.startswith("│")}
     fall = logged[0]["letters"] - 1
@@ -164,7 +163,7 @@ def test_a_damaged_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    refused = forked(PROGRAM, config, "--checkpoint", str(damaged), *SAMPLED)
+    refused = forked("evaluate", config, "--checkpoint", str(damaged), *SAMPLED)
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert f"{file.name} is not as it was written" in refused.stderr
 

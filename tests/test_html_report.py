@@ -228,7 +228,7 @@ def test_a_page_that_can_t_be_written_does_not_fail_a_finished_run(tmp_path: Pat
 
 def test_the_tool_makes_the_page_anew_and_refuses_what_is_no_run(tmp_path: Path) -> None:
     run = made_run(tmp_path, num_steps=2)  # not finished
-    command = [sys.executable, ROOT / "tools" / "report.py"]
+    command = [sys.executable, "-m", "megatron_mcpo", "report"]
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 100}
     made = subprocess.run([*command, tmp_path / "latest"], **options)
     assert (made.returncode, made.stdout.strip()) == (0, str(run.path / "report.html")), made.stderr

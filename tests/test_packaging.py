@@ -133,7 +133,7 @@ def test_what_the_package_imports_is_declared():
 
 def make_env(folder: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a copy of make_env.sh in `folder`, which is also the home of whoever runs it."""
-    for name in ("tools/make_env.sh", "requirements/bootstrap.txt", "requirements/cpu.lock", "setup.py"):
+    for name in ("tools/make_env.sh", "requirements/bootstrap.txt", "requirements/cpu.lock", "pyproject.toml"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
     environment = {"PATH": path, "HOME": str(folder)}
@@ -200,7 +200,7 @@ def test_an_environment_of_the_users_is_left_as_it_is(tmp_path, stamp, holds):
     answer = make_env(tmp_path, python)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert ".venv was not made by this script" in answer.stderr
-    assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo.cli.train" in answer.stderr
+    assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo train" in answer.stderr
     assert sorted(tmp_path.glob(".venv/**/*")) == before
     removing = make_env(tmp_path, python, "--remove")
     assert removing.returncode == 0 and "so it stays" in removing.stderr

@@ -53,7 +53,7 @@ PHASES: dict[str, tuple[type, str, int, int]] = {
 
 def wants_restart(config: Path, *overrides: str) -> bool:
     """What a job script asks; the mark is then gone."""
-    tool = [sys.executable, ROOT / "tools" / "requeue.py", config, *overrides]
+    tool = [sys.executable, "-m", "megatron_mcpo", "requeue", config, *overrides]
     code = subprocess.run(tool, cwd=ROOT, timeout=180).returncode
     assert code in (0, 1)
     return code == 0
@@ -136,7 +136,8 @@ def test_a_signal_while_loading_ends_the_run_before_its_first_step(model: Path, 
         "--shutdown-timeout",
         "120",
         "-m",
-        "megatron_mcpo.cli.train",
+        "megatron_mcpo",
+        "train",
         str(config),
         *PIPELINE,
     ]

@@ -47,7 +47,7 @@ def test_there_is_a_recipe_for_each_model() -> None:
 def test_a_recipe_fits_as_its_plan_says(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A plan that has changed: `.venv/bin/python megatron_mcpo/cli/plan.py RECIPE --nodes N > plan_GPUS.txt`."""
+    """A plan that has changed: `mcpo plan RECIPE --nodes N > plan_GPUS.txt`."""
     monkeypatch.chdir(ROOT)
     config = load(path)
     assert allowlist.problems(config) == [] and len(config.domain) == 5

@@ -108,7 +108,7 @@ def test_attacks_are_programs() -> None:
 
 
 def test_tool_counts_and_fails(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "check_sandbox.py"), "--level", "insecure", "--json"]
+    command = [sys.executable, "-m", "megatron_mcpo", "sandbox", "check", "--level", "insecure", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=tmp_path, check=False)
     said = json.loads(done.stdout)
     assert said["level"] == "insecure" and said["attacks"] == len(HARMLESS) > said["contained"]

@@ -57,7 +57,7 @@ if [ "${1:-}" = --remove ]; then
     exit 0
 fi
 
-digest=$(cat requirements/bootstrap.txt requirements/cpu.lock setup.py tools/make_env.sh | cksum)
+digest=$(cat requirements/bootstrap.txt requirements/cpu.lock pyproject.toml tools/make_env.sh | cksum)
 
 if [ "$(line 1)" = "$here" ] && [ "$(line 2)" = "$digest" ] && works .venv/bin/python; then
     exit 0
@@ -66,7 +66,7 @@ fi
 if is_users; then
     echo "make_env: .venv was not made by this script (or holds vLLM for GPUs by now), so it is left as it is. Either" >&2
     echo "  put it somewhere else, and make again:   mv .venv .venv-mine" >&2
-    echo "  or use it, and call programs without make:   .venv/bin/python -m megatron_mcpo.cli.train CONFIG" >&2
+    echo "  or use it, and call programs without make:   .venv/bin/python -m megatron_mcpo train CONFIG" >&2
     exit 2
 fi
 

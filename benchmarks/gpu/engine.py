@@ -217,7 +217,7 @@ def conversion() -> Outcome:
     """To Megatron's format and back with the tool, whatever layers the trainer has on this machine."""
     with TemporaryDirectory() as name:
         models.save_model(Path(name), SMALL, dtype=torch.bfloat16)
-        command = [sys.executable, "megatron_mcpo/cli/convert_check.py", name, "--layouts", "tp2pp2", "--json"]
+        command = [sys.executable, "-m", "megatron_mcpo", "convert", "check", name, "--layouts", "tp2pp2", "--json"]
         output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     row = json.loads(output)
     return Outcome(
@@ -237,7 +237,7 @@ def program() -> Outcome:
     with TemporaryDirectory() as name:
         arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
         finished = subprocess.run(
-            [sys.executable, "-m", "megatron_mcpo.cli.train", str(config), *arguments],
+            [sys.executable, "-m", "megatron_mcpo", "train", str(config), *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

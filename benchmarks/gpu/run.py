@@ -2,7 +2,8 @@
 
 `tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes)
 Every row is a process of its own. Ends with one table; figures go to FOLDER/gpu-DEVICE.json, the measured rates to
-FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes. Exits with 1 where a figure lies outside its band or a row crashed; a row whose modules are missing, or for which no time is left, is skipped, and says so.
+FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes. Exit code 1: a figure lies outside its band, or a row
+crashed. A row whose modules are missing, or for which no time is left, is skipped, and says so.
 """
 
 import argparse

@@ -35,4 +35,4 @@ exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run "${meeting[@]}" \
     --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts=1 \
     --signals-to-handle=SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT --shutdown-timeout=1800 \
     --log-dir="${LOGS:-logs}" --redirects=3 --tee=3 --local-ranks-filter=0 \
-    -m megatron_mcpo.cli.train "$@"
+    -m megatron_mcpo train "$@"

@@ -1,11 +1,10 @@
-"""Compares runs: `.venv/bin/python megatron_mcpo/cli/compare.py runs/A runs/B ... [--out DIR] [--json]`.
+"""Compare runs: `mcpo compare runs/A runs/B ... [--out DIR] [--json]`.
 
 Prints, for every domain, their mean and the worst, the reward of the last steps, held-out accuracy, and its change to
 the first run; and draws the curves of both. Runs of the same settings but for run.seed, names and layouts are one
-method, shown as mean and band. Exit code 2: a folder that is no run's.
+method, shown as mean and band.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -16,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mcpo.cli.launch import REFUSED
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.reporting.compare import Band, Comparison, Method, compare
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("compare", __doc__, example="runs/grpo runs/mcpo")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; the first is what others are held against")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the plots")
     parser.add_argument("--json", action="store_true", help="print an object instead of a table")
@@ -31,8 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         comparison = compare(known.runs)
         plots = _write_plots(comparison, known.out)
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return REFUSED
+        return options.refuse(error)
     if known.json:
         print(json.dumps(report(comparison) | {"plots": list(map(str, plots))}, allow_nan=False))
         return 0
@@ -138,7 +136,3 @@ def _plain(band: Band) -> dict[str, float | None]:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,25 +1,19 @@
-"""Converts a Hugging Face folder to Megatron's format and back, in several layouts, and compares every bit.
+"""Convert a Hugging Face folder to Megatron's format and back, in several layouts, and compare every bit.
 
-`.venv/bin/python megatron_mcpo/cli/convert_check.py HF_DIR [--layouts tp2,pp2,tp2pp2vpp2,ep2] [--json]`
 Prints a row a layout: tensors compared, bits different, largest error of the logits (of those computed with
 Megatron's modules from the converted folder, against transformers; relative to the largest logit; small models and
 --verify-forward). Without --layouts: those of a list that are possible. Exit code 1 on any difference.
 """
 
-import argparse
 import json
-import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Logits are compared in fp32, which a GPU's kernels round to TF32.
-
-from megatron_mcpo.cli.convert import guarded
+from megatron_mcpo.cli import options
+from megatron_mcpo.cli.converting import guarded
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -39,7 +33,7 @@ _SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "ep": "ex
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("convert check", __doc__, example="models/qwen3-0.6b --layouts tp2,pp2")
     parser.add_argument("folder", type=Path, metavar="HF_DIR")
     parser.add_argument("--layouts", type=lambda text: text.split(","), help="such as tp2,pp2,tp2pp2")
     parser.add_argument("--json", action="store_true", help="one object a row")
@@ -97,7 +91,3 @@ def parse(name: str) -> Layout:
 
 def _nothing(_text: str) -> None:
     """Rows say enough."""
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

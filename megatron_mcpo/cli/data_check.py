@@ -1,12 +1,10 @@
-"""Which rows of a configuration's data can't be used, and why: all are read and tokenised, as a run does at its start.
+"""Tell which rows of the data cannot be used, and why: all are read and tokenized, as a run does at its start.
 
-`.venv/bin/python megatron_mcpo/cli/data_check.py CONFIG [--json] [--section.key VALUE ...]`
 Needs no GPU and no weights: of the model's folder the tokenizer is enough. A row a source: its rows, the bad ones, and
 how many of them are bad for which reason (megatron_mcpo/data/rows.py), with the first of each. Exit code 1: the run
 would be refused, for too many bad rows or too few good ones; 2: the configuration is bad or data can't be read.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -16,17 +14,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.domain_rules import missing_files
 from megatron_mcpo.data.row_counts import Census
 from megatron_mcpo.rewards import allowlist
 
 NOT_USABLE = 1
-REFUSED = 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = options.parser("data check", __doc__, example="examples/five_domains/config.toml")
     parser.add_argument("config", type=Path)
     parser.add_argument("--json", action="store_true", help="one JSON object a source instead of a table")
     known, overrides = parser.parse_known_args(arguments)
@@ -40,8 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
         inspection = inspect_domains(config, load_tokenizer(config), cache_dir=CACHE)
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return REFUSED
+        return options.refuse(error)
     if known.json:
         for census in inspection.census:
             print(json.dumps(census.as_json()))
@@ -62,8 +60,3 @@ def _print_table(counted: Sequence[Census]) -> None:
         reasons = "\n".join(f"{count} {reason}: {census.first[reason]}" for reason, count in census.reasons.items())
         table.add_row(census.domain, census.source, f"{census.rows:,}", f"{census.bad:,}", reasons)
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False).print(table)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main(sys.argv[1:]))

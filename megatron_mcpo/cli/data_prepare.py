@@ -1,11 +1,10 @@
-"""Makes JSON lines in our schema (megatron_mcpo/data/rows.py) of public data sets, as their hub keeps them.
+"""Convert public data sets, as their hub keeps them, to JSON lines in our schema (megatron_mcpo/data/rows.py).
 
-`.venv/bin/python megatron_mcpo/cli/data_prepare.py SET FILE... --out datasets/NAME.jsonl`
+`mcpo data prepare SET FILE... --out datasets/NAME.jsonl`
 FILE: .parquet or .jsonl of the set. `--list` names the sets, and where they come from. Rows that can't be used are
 counted, by reason; exit code 1 where none can.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.storage.files import write_atomically
 
 Row = Mapping[str, Any]
@@ -115,7 +115,7 @@ SETS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("data prepare", __doc__, example="gsm8k train.parquet --out datasets/gsm8k.jsonl")
     parser.add_argument("set", choices=[*SETS], nargs="?", metavar="SET")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
     parser.add_argument("--out", type=Path, help="the .jsonl file to write")
@@ -175,7 +175,3 @@ def _rows(file: Path) -> Iterator[Row]:
                 yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number} is no JSON") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,7 @@
-"""The program: `python -m megatron_mcpo.cli.evaluate CONFIG [--checkpoint DIR | --hf DIR] [--baseline FILE] [--out FILE]
-[--json] [--section.key VALUE ...]`.
+"""Measure held-out accuracy: `mcpo evaluate CONFIG [--checkpoint DIR | --hf DIR] [--baseline FILE] [--out FILE]`.
 
-Held-out accuracy, as a run measures it, of the configuration's model, of a run's checkpoint, or of a Hugging Face
-folder. How it is started, and exit code 2: see megatron_mcpo.cli.launch.
+It is measured as a run does, of the configuration's model, of a checkpoint of a run, or of a Hugging Face folder. It
+starts its ranks as `mcpo train` does.
 """
 
 import argparse
@@ -17,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mcpo.cli.launch import launch, on_rank, refuse, started_ranks
+from megatron_mcpo.cli import options
+from megatron_mcpo.cli.launch import launch, on_rank, started_ranks
 from megatron_mcpo.cli.preflight import check
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.hf_files import is_sharded, read_json
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
         baseline = None if known.baseline is None else read_baseline(known.baseline, config.domain_names)
         _check_out(known.out)
     except ConfigError as error:
-        return refuse(error)
+        return options.refuse(error)
     if world_size is None:
-        return launch("megatron_mcpo.cli.evaluate", arguments, layout.world_size)
+        return launch("evaluate", arguments, layout.world_size)
 
     def evaluate() -> None:
         from megatron_mcpo.trainer.setup import measure
@@ -86,8 +86,8 @@ def read_baseline(path: Path, domain_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_mcpo.cli.evaluate", description="Measure held-out accuracy.", allow_abbrev=False
+    parser = options.parser(
+        "evaluate", __doc__, example="examples/quickstart/config.toml --checkpoint runs/latest/checkpoints/step_000020"
     )
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
     weights = parser.add_mutually_exclusive_group()
@@ -216,7 +216,3 @@ def _about_baseline(row: Mapping[str, Any], config: Config, baseline: Mapping[st
 
 def _cell(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

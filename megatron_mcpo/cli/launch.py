@@ -1,8 +1,7 @@
 """What the programs that run on ranks have in common: exit codes, and torchrun in this process. Imports no torch.
 
 Started by itself such a program is torchrun for as many ranks as the layout needs; started by torchrun (or srun
-torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
-"""
+torchrun) it is one of these ranks."""
 
 import logging
 import os
@@ -11,11 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 
+from megatron_mcpo.cli.options import FAILED, REFUSED, refuse
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.distributed.preemption import GRACE_SECONDS, SIGNALS
 
-FAILED = 1
-REFUSED = 2
 INTERRUPTED = 130
 
 _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -26,13 +24,6 @@ def started_ranks() -> int | None:
     """How many ranks torchrun started, of which this process is one; None where it started none."""
     size = os.environ.get("WORLD_SIZE")
     return int(size) if size else None
-
-
-def refuse(error: ConfigError) -> int:
-    """Say what is wrong, once a host; returns the exit code."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("\n".join(error.problems), file=sys.stderr)
-    return REFUSED
 
 
 def on_rank(work: Callable[[], None]) -> int:
@@ -50,8 +41,8 @@ def on_rank(work: Callable[[], None]) -> int:
     return 0
 
 
-def launch(program: str, arguments: Sequence[str], num_ranks: int) -> int:
-    """Run torchrun in this process, with `python -m program arguments` as its ranks.
+def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:
+    """Run torchrun in this process, with `mcpo subcommand arguments` as its ranks.
 
     Returns the exit code of the rank that failed first, which torchrun would hide.
     """
@@ -73,7 +64,7 @@ def launch(program: str, arguments: Sequence[str], num_ranks: int) -> int:
     try:
         with TemporaryDirectory(prefix="torchrun-") as folder:
             options += ["--log-dir", folder]  # that it makes anyway, and would leave behind
-            torchrun.run(torchrun.parse_args([*options, "-m", program, *arguments]))
+            torchrun.run(torchrun.parse_args([*options, "-m", "megatron_mcpo", subcommand, *arguments]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode

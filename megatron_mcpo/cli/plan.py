@@ -1,28 +1,25 @@
-"""What a configuration needs on GPUs before any is booked: memory by rank, bytes on the wire, seconds a step.
+"""Predict what a run needs on GPUs before any is booked: memory per rank, bytes on the wire, seconds per step.
 
-`.venv/bin/python megatron_mcpo/cli/plan.py CONFIG --gpu h100 --nodes 4 [--gpus-per-node 8] [--json] [--search]
-[--section.key VALUE ...]`
 Needs no GPU and no weights: of the model's folder config.json is enough. Builds the model of a rank of every stage
-without memory. Exit code 1: it does not fit; 2: the configuration is bad.
+without memory. Exit code 1: it does not fit.
 """
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.hf_config import from_folder
 
 DOES_NOT_FIT = 1
-REFUSED = 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = options.parser("plan", __doc__, example="examples/qwen3_32b/h100_32.toml --gpu h100 --nodes 4 --search")
     parser.add_argument("config", type=Path)
     parser.add_argument("--gpu", default="h100", help="h100, h200, a100, b200, or a JSON file of measured rates")
     parser.add_argument("--nodes", type=int, required=True)
@@ -43,8 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         gpu = replace(gpu, per_node=known.gpus_per_node or gpu.per_node)
         plan = planning.plan(config, model, gpu, known.nodes)
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return REFUSED
+        return options.refuse(error)
     plan.check_built()
     found = search.fastest(config, model, gpu, known.nodes) if known.search else []
     remedies = [] if plan.fits else search.remedies(config, model, gpu, known.nodes)
@@ -61,8 +57,3 @@ def main(arguments: Sequence[str]) -> int:
             lines += plan_text.remedy_lines(plan, remedies)
         print("\n".join(lines + (["", *plan_text.search_lines(found)] if known.search else [])))
     return 0 if plan.fits else DOES_NOT_FIT
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main(sys.argv[1:]))

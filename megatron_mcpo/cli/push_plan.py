@@ -1,14 +1,12 @@
-"""Prints how a configuration's weights go from the trainer's ranks to the engines', and how much travels.
+"""Show how weights go from the ranks of the trainer to those of the engines, and how many bytes travel.
 
-`.venv/bin/python megatron_mcpo/cli/push_plan.py CONFIG [--ranks N] [--expert-parallel] [--moves] [--section.key VALUE ...]`
 Reads the configuration and the model's config.json; starts nothing and imports no torch.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.model import layout_problems
@@ -19,7 +17,7 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("push-plan", __doc__, example="examples/qwen3_32b/h100_32.toml --ranks 32")
     parser.add_argument("config", type=Path)
     parser.add_argument("--ranks", type=int, help="of the run; else as many as the configuration needs at least")
     parser.add_argument("--expert-parallel", action="store_true", help="as to engines whose ranks hold whole experts")
@@ -32,8 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems:
             raise ConfigError(problems)
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return 2
+        return options.refuse(error)
     plan = Plan(
         model=model,
         layout=layout,
@@ -85,7 +82,3 @@ def kind(step: Step) -> str:
 
 def mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

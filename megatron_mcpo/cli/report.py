@@ -1,20 +1,17 @@
-"""Writes runs/NAME/report.html anew, also of a run that is not finished: a page that any browser opens.
+"""Write report.html of a run again, also of one that is not finished: a page that any browser opens."""
 
-`.venv/bin/python megatron_mcpo/cli/report.py RUN [RUN ...]`, each the folder of a run.
-"""
-
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.reporting.html.html_report import write_report
 from megatron_mcpo.storage.run_folder import CONFIG
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("report", __doc__, example="runs/latest")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, such as runs/latest")
     for folder in parser.parse_args(arguments).runs:
         if not (folder / CONFIG).is_file():
@@ -23,14 +20,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             path = write_report(folder.resolve(), load(folder / CONFIG))
         except ConfigError as error:
-            print("\n".join(error.problems), file=sys.stderr)
-            return 2
+            return options.refuse(error)
         except OSError as error:
             print(f"{folder}: no report can be written ({error}); is it the folder of a run?", file=sys.stderr)
             return 2
         print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

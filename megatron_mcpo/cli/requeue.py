@@ -1,34 +1,28 @@
-"""megatron_mcpo/cli/requeue.py CONFIG [--put-back] [--section.key VALUE ...]: did the run stop to make room? 0: start it again.
+"""Tell a job script whether the run was preempted: exit code 0 if so, it should be started again; 1 if not.
 
 For a job script, once the ranks have ended: torchrun's exit code is 1 for a run that saved and one that crashed. The
 run's mark (REQUEUE in its folder) is taken away, so that the answer is yes once; --put-back, where it could not be
 started again, makes the mark anew. Exit code 1: no; 2: bad configuration.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.storage.run_folder import put_back_restart, take_restart
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("requeue", __doc__, example="examples/quickstart/config.toml")
     parser.add_argument("config", type=Path)
     parser.add_argument("--put-back", action="store_true", help="the run could not be started again")
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load(known.config, overrides)
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return 2
+        return options.refuse(error)
     if known.put_back:
         put_back_restart(config)
         return 0
     return 0 if take_restart(config) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,10 @@
-"""Does the code sandbox hold? Runs the programs of megatron_mcpo/rewards/sandbox/attacks.py in it and watches the host.
-
-    python megatron_mcpo/cli/sandbox_check.py [--level auto|bubblewrap|interpreter|insecure] [--json]
+"""Attack the code sandbox with the programs of rewards/sandbox/attacks.py, and watch the host.
 
 An attack is contained when its program isn't called right, the host's files, processes and sockets are as before, no
 process or file of it is left, it took no more memory than it may, and it ended in time. Exit code 1 if one isn't, 2
 where there is no such level. With --level insecure only attacks that do no harm are run; most of them succeed.
 """
 
-import argparse
 import contextlib
 import ctypes
 import json
@@ -21,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +26,7 @@ from typing import Any, Self
 import psutil
 
 import megatron_mcpo
+from megatron_mcpo.cli import options
 from megatron_mcpo.rewards.code import score
 from megatron_mcpo.rewards.sandbox.attacks import ATTACKS, HARMLESS
 from megatron_mcpo.rewards.sandbox.interpreter import Unsupported
@@ -245,13 +243,13 @@ def attacks_for(level: Level) -> tuple[str, ...]:
     return HARMLESS if level == "insecure" else tuple(ATTACKS)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Does the code sandbox hold?")
+def main(arguments: Sequence[str]) -> int:
+    parser = options.parser("sandbox check", __doc__, example="--level bubblewrap")
     parser.add_argument("--level", choices=("auto", "bubblewrap", "interpreter", "insecure"), default="auto")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    arguments = parser.parse_args()
+    known = parser.parse_args(arguments)
     try:
-        level = available_level(arguments.level)
+        level = available_level(known.level)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -260,16 +258,12 @@ def main() -> int:
         for name in attacks_for(level):
             result = attack(name, host, level)
             results.append(result)
-            if not arguments.json:
+            if not known.json:
                 state = "; ".join(result.problems) or "contained"
                 print(f"{name:45s} {result.verdict:8s} {result.seconds:5.1f} s  {state}", flush=True)
     contained = sum(not result.problems for result in results)
-    if arguments.json:
+    if known.json:
         print(json.dumps({"attacks": len(results), "contained": contained, "level": level}))
     else:
         print(f"level {level}: {contained} of {len(results)} attacks contained")
     return 0 if contained == len(results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,16 @@
-"""The program: `python -m megatron_mcpo.cli.serve CONFIG [--host HOST] [--port PORT] [--section.key VALUE ...]`.
+"""Serve an engine: `mcpo serve CONFIG [--host HOST] [--port PORT] [--section.key VALUE ...]`.
 
-An engine in a process of its own, for `engine.servers` of a run with the same configuration: it becomes vLLM's
-OpenAI server, with the options that such a run needs, and prints the command that it stands for. It has no weights
-until a run pushes some. Exit code 2: the configuration or its files are bad.
+The process becomes vLLM's OpenAI server, with the options that a run with the same configuration needs of its
+`engine.servers`, and prints the command that it runs. It has no weights until a run sends some.
 """
 
-import argparse
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.hf_config import from_folder
@@ -19,7 +18,6 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_flags, engine_options
 
-REFUSED = 2
 _ON_CPU = {
     # As for this process (environment.hide_gpu): the command that is printed must work by itself.
     "CUDA_VISIBLE_DEVICES": "",
@@ -32,7 +30,7 @@ _ON_CPU = {
 
 def main(arguments: Sequence[str]) -> int:
     """Become the server; returns the exit code of a refusal, and never when there is nothing to refuse."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_mcpo.cli.serve", description="Serve an engine to a run.")
+    parser = options.parser("serve", __doc__, example="examples/quickstart/config.toml --port 8001")
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
@@ -43,8 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load(known.config, overrides)
         _check(config)
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return REFUSED
+        return options.refuse(error)
     environment, command = server_command(config, host=known.host, port=known.port)
     settings = [f"{key}={value}" for key, value in environment.items()]
     print(shlex.join(["env", *settings, *command]), flush=True)
@@ -92,7 +89,3 @@ def _check(config: Config) -> None:
         problems += quantization_problems(model, tensor_parallel, in_servers=True, on_cpu=vllm_on_cpu())
     if problems:
         raise ConfigError(problems)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,9 @@
-"""Checks a configuration for the nodes that a job will have, and queues it: what examples/launch/submit.sh runs.
+"""Check a configuration for the nodes that a job will have, then queue it (examples/launch/train.sbatch).
 
-`examples/launch/submit.sh [[--gpu h100] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]`
-What is wrong would otherwise show when the job starts. --gpu, as megatron_mcpo/cli/plan.py takes it, also refuses what does not fit
-into the memory of these GPUs. The nodes and their GPUs are read from --nodes and --gpus-per-node, or --gres. Exit code
-1: it does not fit; 2: the configuration or the options are bad.
+`mcpo submit [[--gpu h100] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]`, from the root of the checkout.
+Errors would otherwise show when the job starts. --gpu, as `mcpo plan` takes it, also refuses what does not fit into
+the memory of these GPUs. The nodes and their GPUs are read from --nodes and --gpus-per-node, or --gres. Exit code 1:
+it does not fit.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mcpo.cli import plan, train
-from megatron_mcpo.cli.launch import refuse
+from megatron_mcpo.cli.options import refuse
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.planner import hardware
 
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str], script: str) -> Request:
     Ends the program, as argparse does, where the options leave open how many ranks there will be.
     """
     ours = argparse.ArgumentParser(
-        prog="examples/launch/submit.sh",
+        prog="mcpo submit",
         usage="%(prog)s [[--gpu GPU] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str], script: str) -> Request:
 
 def _sbatch() -> argparse.ArgumentParser:
     """What of sbatch's options says how many ranks there will be, in all forms that sbatch takes."""
-    parser = argparse.ArgumentParser(prog="examples/launch/submit.sh", usage=argparse.SUPPRESS, add_help=False)
+    parser = argparse.ArgumentParser(prog="mcpo submit", usage=argparse.SUPPRESS, add_help=False)
     parser.add_argument("-N", "--nodes", type=_number_of_nodes, default=1)
     parser.add_argument("--gpus-per-node", type=_gpus)
     parser.add_argument("--gres", type=_gres)
@@ -149,7 +149,3 @@ def main(arguments: Sequence[str]) -> int:
     except FileNotFoundError:
         print("sbatch: not found; submit from a host that has Slurm's commands", file=sys.stderr)
         return NOT_QUEUED
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,16 +1,15 @@
-"""The program: `python -m megatron_mcpo.cli.train CONFIG [--dry-run [--ranks N]] [--section.key VALUE ...]`.
+"""Train a model: `mcpo train CONFIG [--dry-run [--ranks N]] [--section.key VALUE ...]`.
 
-Started by itself it checks the configuration and is torchrun for as many ranks as the layout needs; started by torchrun
-(or srun torchrun) it is one of these ranks. Exit code 2: the configuration or its files are bad.
+Started by itself it checks the configuration and runs torchrun with as many ranks as the layout needs; started by
+torchrun (or srun torchrun) it is one of these ranks.
 """
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mcpo.cli.launch import launch, on_rank, refuse, started_ranks
+from megatron_mcpo.cli import options
+from megatron_mcpo.cli.launch import launch, on_rank, started_ranks
 from megatron_mcpo.cli.preflight import check
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.summary import arithmetic, empty_terms, slow_arithmetic
@@ -19,7 +18,7 @@ from megatron_mcpo.distributed.preemption import hold_signals
 
 def main(arguments: Sequence[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_mcpo.cli.train", description="Train with MCPO.")
+    parser = options.parser("train", __doc__, example="examples/quickstart/config.toml --run.steps 5")
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
     parser.add_argument(
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load(known.config, overrides)
         layout, model = check(config, world_size if known.ranks is None else known.ranks)
     except ConfigError as error:
-        return refuse(error)
+        return options.refuse(error)
     if os.environ.get("RANK", "0") == "0" and (known.dry_run or world_size):
         # A run says by itself which terms are empty.
         notes = [*empty_terms(config), *slow_arithmetic(config)] if known.dry_run else []
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     if known.dry_run:
         return 0
     if world_size is None:
-        return launch("megatron_mcpo.cli.train", arguments, layout.world_size)
+        return launch("train", arguments, layout.world_size)
 
     def train() -> None:
         from megatron_mcpo.trainer.setup import run
@@ -55,7 +54,3 @@ def main(arguments: Sequence[str]) -> int:
         run(config, layout, model)
 
     return on_rank(train)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -65,7 +65,7 @@ def _source_problems(source: SourceConfig) -> list[str]:
 
 def missing_files(config: _Data) -> list[str]:
     """Files that sources name and that are not there: to be asked where the run is started."""
-    fix = "correct it, or make it (of public data sets: megatron_mcpo/cli/data_prepare.py)"
+    fix = "correct it, or make it (of public data sets: mcpo data prepare)"
     return [
         f"domain {domain.name!r}: sources[{index}].{key} = {path!r}: no such file; {fix}"
         for domain in config.domain

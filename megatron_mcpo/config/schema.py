@@ -55,7 +55,7 @@ class ModelSection(Section):
     """The policy, and the reference that starts as its copy."""
 
     path: PathText = Field(
-        description="folder with config.json, tokenizer and safetensors, or what hf_to_megatron.py made of one"
+        description="folder with config.json, tokenizer and safetensors, or what `mcpo convert to-megatron` made of one"
     )
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16",

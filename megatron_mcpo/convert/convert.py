@@ -97,7 +97,7 @@ def hf_to_megatron(
     with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
         with attempt(team):
             if is_sharded(source):
-                raise ConfigError([f"{source}: is a Megatron checkpoint; megatron_to_hf.py converts these"])
+                raise ConfigError([f"{source}: is a Megatron checkpoint; `mcpo convert to-hf` converts these"])
             model = from_folder(source)
             folder = HfFolder(source, model)
             problems = layout_problems(model, layout, 1)

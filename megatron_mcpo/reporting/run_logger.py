@@ -75,9 +75,7 @@ class Journal:
         try:
             write_report(self._folder.path, self._config)
         except Exception as error:  # a page that can't be written is no reason for a finished run to fail
-            self.note(
-                f"WARNING: no report.html ({type(error).__name__}: {error}); megatron_mcpo/cli/report.py tries again"
-            )
+            self.note(f"WARNING: no report.html ({type(error).__name__}: {error}); mcpo report tries again")
         self._console.summary(self._folder.path)
 
     def stop(self, step: int) -> None:

@@ -89,7 +89,7 @@ def server_problems(config: Config, model: ModelConfig) -> list[str]:
             problems.append(f"engine.servers: {same} and {url} are one server; leave one of them out")
         problems += [
             f"engine.servers: {url} has {name} {found}, this run needs {wanted}; start it again with "
-            "python -m megatron_mcpo.cli.serve and this configuration, or change the configuration"
+            "mcpo serve and this configuration, or change the configuration"
             for name, found, wanted in _differences(answer, wanted_description(config, model))
         ]
     return problems
@@ -112,7 +112,7 @@ def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:
 def _description(url: str) -> dict[str, Any] | str:
     """What the server says of itself, or what is wrong."""
     client = Client(url)
-    start = "python -m megatron_mcpo.cli.serve"
+    start = "mcpo serve"
     try:
         client.get("/health", timeout=_CHECK_SECONDS)
     except ServerError as error:

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.convert.convert import layout_of
-from tests.support.paths import ROOT
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -59,8 +58,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A tool as users start it. A process of its own: one that has been a rank can't fork others afterwards."""
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
+    """Run a subcommand of `mcpo convert` in a process of its own: one that was a rank cannot fork others."""
+    command = [sys.executable, "-m", "megatron_mcpo", "convert", name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=540)
 
 

@@ -23,7 +23,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        command = [sys.executable, "-m", "megatron_mcpo.cli.serve", str(config), "--port", str(port)]
+        command = [sys.executable, "-m", "megatron_mcpo", "serve", str(config), "--port", str(port)]
         variables = {**os.environ, **(environment or {})}
         with log.open("w") as file:
             self.process = subprocess.Popen(

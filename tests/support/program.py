@@ -4,7 +4,6 @@ Imports take ten times as long as a few steps of a tiny model. Forks have them b
 that torchrun's ranks go through, except torchrun; what concerns starting and ending is for `train`.
 """
 
-import importlib
 import json
 import os
 import re
@@ -66,7 +65,7 @@ def write_config(model: Path, folder: Path) -> Path:
 
 
 def command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_mcpo.cli.train", str(config), *overrides]
+    return [sys.executable, "-m", "megatron_mcpo", "train", str(config), *overrides]
 
 
 def train(config: Path, *overrides: str, timeout: float = 540) -> Finished:
@@ -77,25 +76,25 @@ def train_forked(
     config: Path, *overrides: str, ranks: int = 1, prepare: Callable[[], None] | None = None, timeout: float = 540
 ) -> Finished:
     """`prepare` is called first on every rank. The exit code is the highest of the ranks'."""
-    return forked("megatron_mcpo.cli.train", config, *overrides, ranks=ranks, prepare=prepare, timeout=timeout)
+    return forked("train", config, *overrides, ranks=ranks, prepare=prepare, timeout=timeout)
 
 
 def forked(
-    program: str,
+    subcommand: str,
     config: Path,
     *arguments: str,
     ranks: int = 1,
     prepare: Callable[[], None] | None = None,
     timeout: float = 540,
 ) -> Finished:
-    """Any program that torchrun may start, as `train_forked`."""
+    """Any subcommand that torchrun may start, as `train_forked`."""
     given = [str(config), *arguments]
-    code, output, errors = vllm_cases.run(_fork_ranks, program, given, ranks, prepare, timeout, timeout=timeout + 30)
+    code, output, errors = vllm_cases.run(_fork_ranks, subcommand, given, ranks, prepare, timeout, timeout=timeout + 30)
     return subprocess.CompletedProcess(given, code, output, errors)
 
 
 def _fork_ranks(
-    program: str, arguments: list[str], ranks: int, prepare: Callable[[], None] | None, timeout: float
+    subcommand: str, arguments: list[str], ranks: int, prepare: Callable[[], None] | None, timeout: float
 ) -> tuple[int, str, str]:
     from tempfile import TemporaryDirectory
 
@@ -104,19 +103,20 @@ def _fork_ranks(
     os.chdir(ROOT)
     with TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("output", "errors")]
-        codes = run_ranks(ranks, _rank_main, program, arguments, streams, prepare, timeout=timeout)
+        codes = run_ranks(ranks, _rank_main, subcommand, arguments, streams, prepare, timeout=timeout)
         output, errors = (path.read_text() for path in streams)
     return max(codes), output, errors
 
 
-def _rank_main(program: str, arguments: list[str], streams: list[Path], prepare: Callable[[], None] | None) -> int:
-    main = importlib.import_module(program).main
+def _rank_main(subcommand: str, arguments: list[str], streams: list[Path], prepare: Callable[[], None] | None) -> int:
+    from megatron_mcpo.cli.main import main
+
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if prepare is not None:
         prepare()
     try:
-        code: int = main(arguments)
+        code: int = main([subcommand, *arguments])
         return code
     except BaseException:
         traceback.print_exc()

@@ -1,7 +1,7 @@
 """Programs that try to get out of the code sandbox, exhaust the machine or forge a verdict: nothing but data.
 
 ATTACKS: name -> (kind, program). The kind says for what output the program would be right, which is what must not
-happen (megatron_mcpo/cli/sandbox_check.py watches the host besides):
+happen (mcpo sandbox check watches the host besides):
 
 escape   it prints ESCAPED, after a deed that must not succeed
 secret   it prints what the file @CANARY@, the variable MCPO_SECRET or an inherited descriptor holds

@@ -1,0 +1,30 @@
+"""Convert a Hugging Face folder to a Megatron checkpoint (torch_dist), as the ranks of a layout would save it.
+
+One process does it, with a few tensors in memory, or several: `torchrun --nproc-per-node N -m megatron_mcpo convert
+to-megatron ...` (torchrun's own exit code is 1 whatever is wrong). Everything is read back and compared before DST gets its name. A
+call after an interruption continues where the last one stopped. Exit code 1: the result differs from the source.
+"""
+
+from collections.abc import Sequence
+
+from megatron_mcpo.cli import options
+from megatron_mcpo.cli.converting import guarded, parse, say, size, tell
+from megatron_mcpo.convert.convert import hf_to_megatron, layout_of
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = options.parser(
+        "convert to-megatron", __doc__, example="models/qwen3-0.6b megatron/qwen3-0.6b --tp 2 --pp 2"
+    )
+    for name, meaning in {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert"}.items():
+        parser.add_argument(f"--{name}", type=size, default=1, metavar="N", help=f"{meaning} parallel size")
+    known = parse(parser, arguments)
+
+    def work() -> int:
+        layout = layout_of(tensor=known.tp, pipeline=known.pp, virtual_pipeline=known.vpp, expert=known.ep)
+        compared = hf_to_megatron(
+            known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward, say=say
+        )
+        return tell(known, compared)
+
+    return guarded(work)
