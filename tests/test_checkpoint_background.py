@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from torch import Tensor
 
 from megatron_mcpo.config.config import Config
@@ -33,6 +32,7 @@ from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.hf_write import read_assets
 from tests.support import tiny_models, tiny_run
 from tests.support.ranks import run_ranks
+from tests.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 
 LAYOUTS = [Layout(data=2), Layout(tensor=2, sequence=True)]
 ENOUGH = 240.0

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_checkpoint import build, checkpoints_of, learn, settings
-from test_checkpoint_background import close_gate, in_background, names, until
 
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
@@ -19,6 +17,8 @@ from megatron_mcpo.storage.checkpoint_files import draft_of
 from tests.support import tiny_models, tiny_run
 from tests.support.program import train_forked, write_config
 from tests.support.ranks import run_ranks
+from tests.test_checkpoint import build, checkpoints_of, learn, settings
+from tests.test_checkpoint_background import close_gate, in_background, names, until
 
 TWO = Layout(tensor=2, sequence=True)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from torch import Tensor
 
 from megatron_mcpo.config.config import Config, ConfigError
@@ -28,6 +27,7 @@ from megatron_mcpo.storage.checkpoint_files import MANIFEST
 from megatron_mcpo.weights import safe_unpickler
 from tests.support import tiny_models
 from tests.support.ranks import run_ranks
+from tests.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 
 TWO = Layout(data=2)
 SHARD = "__0_0.distcp"

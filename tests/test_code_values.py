@@ -4,11 +4,11 @@ Not covered: programs that print (test_sandbox.py has them).
 """
 
 import pytest
-from test_sandbox import STACK, allowed, asserts
 
 from megatron_mcpo.rewards.code import extract_code, score
 from megatron_mcpo.rewards.code_tests import parse_tests
 from megatron_mcpo.rewards.sandbox.levels import Level
+from tests.test_sandbox import STACK, allowed, asserts
 
 # Values that are neither numbers, texts nor containers of them, and what the program's process makes of its own.
 DATES = (

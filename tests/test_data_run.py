@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import figures
 
 from tests.support import program, tiny_run
 from tests.support.program import metrics, train_forked
+from tests.test_resume import figures
 
 DYNAMIC = """
 [data]

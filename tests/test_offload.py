@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import UPDATES, build, checkpoints_of, learn, load_train, settings, train_save_train, weights
-from test_policy import maximise, start
 from torch import Tensor
 
 from megatron_mcpo.config.config import Config
@@ -22,6 +20,8 @@ from megatron_mcpo.storage import checkpoint_files
 from tests.support import tiny_models, tiny_run
 from tests.support.program import lasting, metrics, train_forked, write_config
 from tests.support.ranks import run_ranks
+from tests.test_checkpoint import UPDATES, build, checkpoints_of, learn, load_train, settings, train_save_train, weights
+from tests.test_policy import maximise, start
 
 LAYOUTS: list[tuple[str, str, Layout]] = [
     ("tied", "bf16", Layout()),

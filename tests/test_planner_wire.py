@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_planner_memory import Kind, Trainer, config_of, save_model
 
 from benchmarks.scaling import small_loss
 from megatron_mcpo.config.config import Config
@@ -26,6 +25,7 @@ from megatron_mcpo.weights.reshard_plan import Plan
 from tests.support import tiny_models
 from tests.support.ranks import run_ranks
 from tests.support.traffic import Received
+from tests.test_planner_memory import Kind, Trainer, config_of, save_model
 
 
 def counted(config: Config, world_size: int) -> dict[str, float]:

@@ -15,11 +15,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from test_html_report import data_of, partners
 
 from megatron_mcpo.reporting.html.html_report import write_report
 from tests.support.paths import ROOT
 from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, made_run
+from tests.test_html_report import data_of, partners
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")

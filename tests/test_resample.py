@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from test_data import TOKENIZER, make_config
-from test_stream import made_up_domain, names
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.config.domain_schema import DataConfig
@@ -20,7 +18,10 @@ from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_signal, num_seeds
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
+from tests.support.paths import EMBEDDED_MODEL
 from tests.support.ranks import run_ranks
+from tests.test_data import make_config
+from tests.test_stream import made_up_domain, names
 
 SIZES = [2, 5, 3]
 LIMITS = [4, 8, 16]
@@ -60,9 +61,9 @@ class ScriptedScorer:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    if not TOKENIZER.exists():
-        pytest.skip(f"{TOKENIZER} is missing: make model")
-    return AutoTokenizer.from_pretrained(TOKENIZER)
+    if not EMBEDDED_MODEL.exists():
+        pytest.skip(f"{EMBEDDED_MODEL} is missing: make model")
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 def collect(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_weights import FAMILIES, MODEL, WITH_EXPERTS
 from torch import Tensor
 
 from megatron_mcpo.cli import push_plan
@@ -26,6 +25,7 @@ from megatron_mcpo.weights.reshard_plan import Plan
 from megatron_mcpo.weights.shards import cut_dim, fill, shard_shape
 from tests.support import tiny_models
 from tests.support.paths import ROOT
+from tests.test_weights import FAMILIES, MODEL, WITH_EXPERTS
 
 
 @st.composite

@@ -17,7 +17,6 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_data import TOKENIZER, make_config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.cli import data_check
@@ -27,16 +26,17 @@ from megatron_mcpo.data.domains import Domain, inspect_domains, load_domains
 from megatron_mcpo.data.pools import read_pools
 from megatron_mcpo.data.rows import COLUMNS, RowError, parse_row
 from megatron_mcpo.data.verl import from_verl
-from tests.support.paths import DATA
+from tests.support.paths import DATA, EMBEDDED_MODEL
+from tests.test_data import make_config
 
 GOOD: dict[str, Any] = {"question": "1 + 1 = ?", "answer": "2", "verifier": "math"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    if not TOKENIZER.exists():
-        pytest.skip(f"{TOKENIZER} is missing: make model")
-    return AutoTokenizer.from_pretrained(TOKENIZER)
+    if not EMBEDDED_MODEL.exists():
+        pytest.skip(f"{EMBEDDED_MODEL} is missing: make model")
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
@@ -405,12 +405,12 @@ def test_real_gsm8k_and_commonsense_qa(tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def test_check_data_prints_a_row_a_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    if not TOKENIZER.exists():
-        pytest.skip(f"{TOKENIZER} is missing: make model")
+    if not EMBEDDED_MODEL.exists():
+        pytest.skip(f"{EMBEDDED_MODEL} is missing: make model")
     file = write_jsonl(tmp_path / "rows.jsonl", [*questions(98), b"{", {"question": "q", "verifier": "math"}])
     config = tmp_path / "config.toml"
     config.write_text(
-        f'[run]\nsteps = 1\n[model]\npath = "{TOKENIZER}"\n[batch]\nprompts = 4\nsamples = 2\n[optimizer]\nlr = 1e-5\n'
+        f'[run]\nsteps = 1\n[model]\npath = "{EMBEDDED_MODEL}"\n[batch]\nprompts = 4\nsamples = 2\n[optimizer]\nlr = 1e-5\n'
         f'[[domain]]\nname = "sums"\nshots = 0\n[[domain.sources]]\nfile = "{file}"\n'
     )
     assert data_check.main([str(config), "--json"]) == 1

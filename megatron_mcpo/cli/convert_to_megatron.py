@@ -1,8 +1,9 @@
 """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist), as the ranks of a layout would save it.
 
 One process does it, with a few tensors in memory, or several: `torchrun --nproc-per-node N -m megatron_mcpo convert
-to-megatron ...` (torchrun's own exit code is 1 whatever is wrong). Everything is read back and compared before DST gets its name. A
-call after an interruption continues where the last one stopped. Exit code 1: the result differs from the source.
+to-megatron ...` (torchrun's own exit code is 1 whatever is wrong). Everything is read back and compared before DST gets
+its name. A call after an interruption continues where the last one stopped. Exit code 1: the result differs from the
+source.
 """
 
 from collections.abc import Sequence
