@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from benchmarks.measure import ROOT, forget_peak, memory, options, timed, write_rows
 from megatron_mcpo.algo.contrastive import TILE_ELEMENTS, contrastive
 from megatron_mcpo.config.schema import ContrastiveConfig
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 from tests.support import reference
 
 DIM = 512
@@ -57,18 +57,18 @@ def contrastive_rows(*, large: bool) -> Iterator[dict[str, Any]]:
 def cost(impl: str, n: int, transfer: Any) -> dict[str, Any]:
     """Seconds of both terms with their gradient, and the memory they take beside z at the highest."""
     settings = ContrastiveConfig(transfer=transfer)
-    z_MD, keys = rollouts(n)
-    run: dict[str, Callable[[Tensor, Keys], object]] = {
+    z_MD, labels = rollouts(n)
+    run: dict[str, Callable[[Tensor, RolloutLabels], object]] = {
         "naive": lambda z, k: reference.contrastive_loss(z.requires_grad_(), k, settings).backward(),
         "tiled": lambda z, k: contrastive(z, k, settings),
     }
     run[impl](*rollouts(256))
     before = memory("VmRSS")
     forget_peak()
-    seconds = [timed(lambda: run[impl](z_MD, keys))]
+    seconds = [timed(lambda: run[impl](z_MD, labels))]
     peak = memory("VmHWM")
     while len(seconds) < 5 and sum(seconds) < LONG_ENOUGH:
-        seconds.append(timed(lambda: run[impl](z_MD, keys)))
+        seconds.append(timed(lambda: run[impl](z_MD, labels)))
     median = statistics.median(seconds)
     return {
         "n": n,
@@ -77,7 +77,7 @@ def cost(impl: str, n: int, transfer: Any) -> dict[str, Any]:
         "impl": impl,
         "seconds": round(median, 5),
         "peak_extra_bytes": peak - before,
-        "ratio_to_floor": round(median / floor(z_MD.detach(), int(keys.correct_M.sum())), 3),
+        "ratio_to_floor": round(median / floor(z_MD.detach(), int(labels.correct_M.sum())), 3),
         "threads": torch.get_num_threads(),
     }
 
@@ -90,11 +90,13 @@ def floor(z_MD: Tensor, num_anchors: int) -> float:
     return sum(min(timed(product) for _ in range(4)) for product in products) * num_anchors / rows
 
 
-def rollouts(n: int) -> tuple[Tensor, Keys]:
+def rollouts(n: int) -> tuple[Tensor, RolloutLabels]:
     random = torch.Generator().manual_seed(0)
     z_MD = normalize(torch.randn(n, DIM, generator=random), dim=1)
     prompt_M = torch.arange(n) // SAMPLES
-    return z_MD, Keys(domain_M=prompt_M % DOMAINS, prompt_M=prompt_M, correct_M=torch.rand(n, generator=random) < 0.5)
+    return z_MD, RolloutLabels(
+        domain_M=prompt_M % DOMAINS, prompt_M=prompt_M, correct_M=torch.rand(n, generator=random) < 0.5
+    )
 
 
 if __name__ == "__main__":

@@ -127,7 +127,11 @@ VARIANTS = [
                 "importance": "mask",
                 "kl_estimator": "k2",
             },
-            "contrastive": {"mode": "reward", "share_weight": 0.1, "consolidate_weight": 0.05},  # some of them capped
+            "contrastive": {
+                "mode": "reward",
+                "cross_domain_weight": 0.1,
+                "in_domain_weight": 0.05,
+            },  # some of them capped
         },
         share_prompts=False,
     ),
@@ -204,7 +208,7 @@ def _without_choices(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str,
 def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:
     """All terms weigh enough that an error in any of them shows."""
     algorithm = {"kl_weight": 0.05, **sections.get("algorithm", {})}
-    contrastive = {"share_weight": 0.5, "consolidate_weight": 0.3, "temperature": 0.2, "top_k": 2}
+    contrastive = {"cross_domain_weight": 0.5, "in_domain_weight": 0.3, "temperature": 0.2, "top_k": 2}
     contrastive |= sections.get("contrastive", {})
     return tiny_models.config(folder, **{**sections, "algorithm": algorithm, "contrastive": contrastive})
 

@@ -27,7 +27,7 @@ from megatron_mcpo.weights.shards import cut_dim, placed
 from tests.support.ranks import run_ranks
 
 if TYPE_CHECKING:
-    from megatron_mcpo.weights.reshard_sync import Executor
+    from megatron_mcpo.weights.reshard_sync import WeightSync
 
 REPEATS, LARGE_REPEATS = 9, 3
 LARGE = 10**9
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sync_rows(part: str) -> Iterator[dict[str, Any]]:
-    """A row a case and executor, of the cases with `part` in their names.
+    """A row per case and way, of the cases with `part` in their names.
 
     Times are each rank's least, of the slowest rank.
     seconds_memcpy: of copying what the engine holds, by one rank at a time
@@ -136,13 +136,13 @@ def sync_rows(part: str) -> Iterator[dict[str, Any]]:
         plan = Plan(model=case.model, layout=case.layout, engine_ranks=case.engine_ranks)
         least = 2 * sum(plan.totals().received)
         ranks = run_ranks(case.layout.world_size, measure, case, timeout=600)
-        for executor in ("direct", "gather"):
-            costs: list[dict[str, float]] = [rank[executor] for rank in ranks]
+        for weight_sync in ("direct", "gather"):
+            costs: list[dict[str, float]] = [rank[weight_sync] for rank in ranks]
             highest = {key: max(cost[key] for cost in costs) for key in costs[0]}
             moved = sum(int(cost["received"]) for cost in costs)
             yield {
                 "case": case.name,
-                "executor": executor,
+                "weight_sync": weight_sync,
                 **{key: round(value, 4) for key, value in highest.items() if key.startswith("seconds")},
                 "seconds_processor": round(sum(cost["seconds_processor"] for cost in costs), 4),
                 "ratio_to_memcpy": round(highest["seconds"] / highest["seconds_memcpy"], 2),
@@ -196,9 +196,9 @@ class Drain:
 
 
 def measure(case: Case) -> dict[str, dict[str, float]]:
-    """One rank's costs by executor."""
+    """One rank's costs per way."""
     from megatron_mcpo.mcore.model import build_chunks
-    from megatron_mcpo.weights.reshard_sync import Direct, Gather
+    from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync
 
     groups = parallel.init(case.layout, seed=0, timeout_seconds=600)
     chunks = build_chunks(case.model, groups, dtype=torch.bfloat16, head=None)
@@ -219,9 +219,9 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
             copying = min(timed(memcpy) for _ in range(REPEATS))
         dist.barrier()
     repeats = LARGE_REPEATS if sum(map(Tensor.numel, engine.own.values())) > LARGE else REPEATS
-    gather = Gather(chunks=chunks, model=case.model, groups=groups, engine=engine)
+    gather = FullTensorSync(chunks=chunks, model=case.model, groups=groups, engine=engine)
     costs = {
-        "direct": cost(Direct(chunks, case.model, groups, engine, engine_ranks=case.engine_ranks), repeats),
+        "direct": cost(ReshardSync(chunks, case.model, groups, engine, engine_ranks=case.engine_ranks), repeats),
         "gather": cost(gather, repeats),
     }
     costs["gather"]["seconds_loading"] = min(engine.loading)
@@ -229,17 +229,17 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
     return {name: each | {"seconds_memcpy": copying} for name, each in costs.items()}
 
 
-def cost(executor: "Executor", repeats: int) -> dict[str, float]:
+def cost(weight_sync: "WeightSync", repeats: int) -> dict[str, float]:
     """Memory of a first push, least time of some more: what else runs on the machine can only add to it."""
     trim()
     before = memory("VmRSS")
     forget_peak()
-    meter = executor.push(1)
+    meter = weight_sync.push(1)
     peak = memory("VmHWM")
     seconds, processor = [], time.process_time()
     for _ in range(repeats):
         dist.barrier()
-        seconds.append(timed(lambda: executor.push(1)))
+        seconds.append(timed(lambda: weight_sync.push(1)))
     return {
         "received": meter.received,
         "seconds": min(seconds),

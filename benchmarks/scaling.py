@@ -25,7 +25,7 @@ from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.policy import LossInput, Policy, Reference
 from megatron_mcpo.types import RolloutGroup
-from megatron_mcpo.weights.full_sync import Meter, export
+from megatron_mcpo.weights.full_sync import TransferStats, export
 from tests.support import tiny_models
 from tests.support.traffic import Received
 
@@ -113,7 +113,7 @@ def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[s
         policy.update(batch, small_loss)
     with Received(ranks) as contrastive:
         gather_rows(torch.zeros(len(batch), 16), batch, ranks)
-    meter = Meter()
+    meter = TransferStats()
     for _ in export(policy.chunks, model, ranks, meter=meter):
         pass
     return {

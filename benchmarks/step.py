@@ -40,7 +40,7 @@ def step_row() -> dict[str, Any]:
     """
 
     path = ROOT / "examples" / "quickstart" / "config.toml"
-    off = ["--contrastive.share_weight", "0.0", "--contrastive.consolidate_weight", "0.0"]
+    off = ["--contrastive.cross_domain_weight", "0.0", "--contrastive.in_domain_weight", "0.0"]
     configs = {"on": load(path), "off": load(path, off)}
     torch.set_num_threads(1)
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
@@ -102,14 +102,14 @@ class Learner:
         self.seconds_terms.append(time.perf_counter() - before)
         advantages_M = self.objective.advantages(scored, contrasted)
         loss = self.objective.loss(scored, advantages_M, contrasted)
-        update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
+        update = self.policy.update(batch, loss, representation_version=contrasted.version if contrasted else None)
         report = BatchReport(
             groups=sampled,
             advantages_M=advantages_M,
             stats_MK=rollout_stats(batch, old, frozen.logp_R),
             z_MD=contrasted.z_MD if contrasted else None,
             contrast=contrasted.contrast if contrasted else None,
-            keys=batch.keys,
+            labels=batch.labels,
             num_tokens=batch.num_tokens,
             metrics=update.metrics,
         )

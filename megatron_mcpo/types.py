@@ -70,13 +70,13 @@ class RolloutGroup:
     timed_out: bool = False
 
     @property
-    def has_signal(self) -> bool:
+    def has_nonzero_advantage(self) -> bool:
         """Whether the rewards differ, so that some rollout has an advantage; not where the verifier failed."""
         return self.error is None and len(set(self.rewards)) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keys:
+class RolloutLabels:
     """What pairs need to know of every rollout of a batch, on all ranks, in the batch's order. All shapes [M]."""
 
     domain_M: Tensor
@@ -86,8 +86,8 @@ class Keys:
     def __len__(self) -> int:
         return len(self.domain_M)
 
-    def to(self, device: torch.device) -> "Keys":
-        return Keys(
+    def to(self, device: torch.device) -> "RolloutLabels":
+        return RolloutLabels(
             domain_M=self.domain_M.to(device), prompt_M=self.prompt_M.to(device), correct_M=self.correct_M.to(device)
         )
 
@@ -100,7 +100,7 @@ class TrainBatch:
     prompt_lens_N, response_lens_N: int64; their sum is a rollout's length, their total is T
     rows_N: int64, position of each rollout in the batch's order over all ranks (0..M-1), ascending
     engine_logp_R: fp32, the engine's log-prob of each response token
-    keys: domain, prompt and correctness of ALL rollouts of the batch (the same on every rank)
+    labels: domain, prompt and correctness of ALL rollouts of the batch (the same on every rank)
     num_response_tokens: R of the whole batch, over all ranks: the denominator of token means
     prompt_lens_M, response_lens_M: number of tokens of every rollout of the batch
     rank_rows: which of these rollouts each data-parallel rank holds; from all three every rank derives the same number
@@ -113,7 +113,7 @@ class TrainBatch:
     response_lens_N: Tensor
     rows_N: Tensor
     engine_logp_R: Tensor
-    keys: Keys
+    labels: RolloutLabels
     num_response_tokens: int
     prompt_lens_M: tuple[int, ...]
     response_lens_M: tuple[int, ...]

@@ -118,7 +118,7 @@ def imported(source: str, package: str = "") -> Iterator[str]:
 
 
 def own_imports(path: Path) -> set[str]:
-    """The package's modules that a file imports (`from megatron_mcpo.types import Keys` is `types`)."""
+    """The package's modules that a file imports (`from megatron_mcpo.types import RolloutLabels` is `types`)."""
     package = ".".join(path.relative_to(ROOT).parts[:-1])
     found = set()
     for name in imported(path.read_text(encoding="utf-8"), package):
@@ -204,11 +204,11 @@ def test_configuration_is_checked_without_torch(module: str) -> None:
 def test_imports_are_found_wherever_they_hide() -> None:
     source = (
         "import torch.nn as nn\nfrom megatron.core import optimizer\n"
-        "def f():\n    if True:\n        from . import near\n        from ..types import Keys\n"
+        "def f():\n    if True:\n        from . import near\n        from ..types import RolloutLabels\n"
         "    importlib.import_module('vllm.config')\n"
     )
     assert set(imported(source, "a.b")) == {
-        "torch.nn", "megatron.core.optimizer", "a.b.near", "a.types.Keys", "vllm.config",
+        "torch.nn", "megatron.core.optimizer", "a.b.near", "a.types.RolloutLabels", "vllm.config",
     }  # fmt: skip
     assert foreign_imports("from megatron_mcpo import types\nimport megatron") == {"megatron"}
 

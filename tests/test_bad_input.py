@@ -229,10 +229,10 @@ def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) ->
     config = CONFIG.replace("MODEL", str(model))
     printed = dry_run(config, tmp_path, "--parallel.pipeline", "2", "--contrastive.dim", "64")
     assert "4 prompts x 2 samples = 8 rollouts" in printed and "pipeline 2" in printed
-    assert "share_weight" not in printed
+    assert "cross_domain_weight" not in printed
 
 
 def test_one_domain_has_nobody_to_share_with_which_is_no_error(model: Path, tmp_path: Path) -> None:
     alone = CONFIG.replace("MODEL", str(model))
     alone = alone[: alone.rindex("[[domain]]")]
-    assert "contrastive.share_weight = 0.1: with one domain" in dry_run(alone, tmp_path)
+    assert "contrastive.cross_domain_weight = 0.1: with one domain" in dry_run(alone, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.checkpoint import Checkpoints
-from megatron_mcpo.storage.checkpoint_files import draft_of
+from megatron_mcpo.storage.checkpoint_files import staging_of
 from tests.support import tiny_models, tiny_run
 from tests.support.program import train_forked, write_config
 from tests.support.ranks import run_ranks
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_others(
     with disk(tmp_path / "disk", 3 * size + (2 << 20)) as folder:
         error = same(run_ranks(2, save_two, folder))
         assert names(folder) == ["step_000001", "step_000003"]
-        assert not draft_of(folder / "step_000002").exists()
+        assert not staging_of(folder / "step_000002").exists()
     assert "step_000002: can't be written: it needs " in error and "OSError: [Errno 28] No space left" in error
 
 

@@ -36,7 +36,7 @@ sources = [{ generator = "chain_sum" }]
 name = "logic"
 sources = [{ generator = "syllogism" }]
 """
-PLAIN = ("--contrastive.share_weight", "0")
+PLAIN = ("--contrastive.cross_domain_weight", "0")
 OTHERWISE = ("--evaluation.samples", "4", "--evaluation.temperature", "1", "--evaluation.items", "9")
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,7 +86,7 @@ def test_two_runs_domain_by_domain(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (found["window"], found["notes"]) == (2, [])
     mcpo, grpo = found["methods"]
     assert (mcpo["name"], mcpo["runs"], mcpo["seeds"], mcpo["differences"]) == ("mcpo", [str(first)], [0], [])
-    assert grpo["differences"] == ["contrastive.share_weight 0.1 there, 0.0 here"]
+    assert grpo["differences"] == ["contrastive.cross_domain_weight 0.1 there, 0.0 here"]
     assert mcpo["domains"]["sums"]["reward"]["mean"] == pytest.approx(0.6), "of the last two steps"
     assert mcpo["reward"]["mean"] == pytest.approx((0.6 + 0.25) / 2)
     logged = figures({"sums": items(4), "logic": items(6)})

@@ -167,7 +167,7 @@ def test_bad_overrides(tmp_path, overrides, expected):
         ("contrastive", "top_k = 0", "contrastive.top_k = 0: must be greater than 0"),
         ("contrastive", "threshold = 1.5", "contrastive.threshold = 1.5: must be less than or equal to 1"),
         ("contrastive", 'transfer = "nearest"', "must be 'top_k', 'threshold' or 'all'"),
-        ("contrastive", "share_weight = -0.1", "must be greater than or equal to 0; lambda"),
+        ("contrastive", "cross_domain_weight = -0.1", "must be greater than or equal to 0; lambda"),
         ("parallel", "virtual_pipeline = 2", "needs at least 2 pipeline stages; set parallel.pipeline"),
         ("run", "steps = 5\nkeep_every = 7", "run.keep_every = 7: must be a multiple of run.checkpoint_every = 5"),
         ("rollout", "temperature = 0.0", "rollout.temperature = 0.0: must be greater than 0"),
@@ -195,14 +195,14 @@ def test_bad_domains(tmp_path, domains, expected):
     assert expected in problem
 
 
-CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contrastive.share_weight=0"]
+CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contrastive.cross_domain_weight=0"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
-            [*CLIPO, "--contrastive.consolidate_weight=0"],
+            [*CLIPO, "--contrastive.in_domain_weight=0"],
             "contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them",
         ),
         ([*CLIPO, "--contrastive.diagnose_every=2"], "contrastive.diagnose_every = 2: no contrastive term reaches"),
@@ -240,7 +240,7 @@ def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
     "overrides",
     [
         CLIPO,
-        ["--contrastive.share_weight=0", "--contrastive.consolidate_weight=0"],
+        ["--contrastive.cross_domain_weight=0", "--contrastive.in_domain_weight=0"],
         ["--algorithm.importance=mask"],
         ["--algorithm.importance=mask", "--engine.quantization=fp8_per_block", "--model.dtype=bf16"],
         ["--algorithm.importance_floor=9"],  # only mask has a floor
@@ -253,7 +253,7 @@ def test_methods_at_the_edge_of_these_rules_are_allowed(tmp_path, overrides):
 
 
 def test_contrastive_terms_are_on_where_one_has_a_weight(tmp_path):
-    off = ["--contrastive.share_weight=0", "--contrastive.consolidate_weight=0"]
+    off = ["--contrastive.cross_domain_weight=0", "--contrastive.in_domain_weight=0"]
     assert not load(write(tmp_path), off).contrastive.enabled
     assert load(write(tmp_path), off[:1]).contrastive.enabled and load(write(tmp_path), off[1:]).contrastive.enabled
 
@@ -261,8 +261,8 @@ def test_contrastive_terms_are_on_where_one_has_a_weight(tmp_path):
 def test_one_domain_leaves_the_sharing_term_empty_which_is_worth_a_note(tmp_path):
     alone = load(write(tmp_path, domains=("a",)))
     (note,) = empty_terms(alone)
-    assert note.startswith("contrastive.share_weight = 0.1: with one domain there is nobody to share with")
-    assert empty_terms(load(write(tmp_path, domains=("a",)), ["--contrastive.share_weight=0"])) == []
+    assert note.startswith("contrastive.cross_domain_weight = 0.1: with one domain there is nobody to share with")
+    assert empty_terms(load(write(tmp_path, domains=("a",)), ["--contrastive.cross_domain_weight=0"])) == []
     assert empty_terms(load(write(tmp_path))) == []
 
 

@@ -40,14 +40,14 @@ CONFIG = {
 
 VALUES = {
     "reward/mean": 0.4125,
-    "signal/arithmetic": 0.5,
-    "signal/logic": 0.75,
+    "nonzero_advantage/arithmetic": 0.5,
+    "nonzero_advantage/logic": 0.75,
     "loss/policy": -0.0123,
     "loss/kl": 0.0001,
-    "loss/share": 4.1,
-    "loss/consolidate": math.nan,
-    "contrast/anchors_share": 12.0,
-    "contrast/positives_share": 4.5,
+    "loss/cross_domain": 4.1,
+    "loss/in_domain": math.nan,
+    "contrast/anchors_cross_domain": 12.0,
+    "contrast/positives_cross_domain": 4.5,
     "grad_norm": 1.25,
     "lr": 1e-5,
     "engine/logprob_diff_mean": 0.03,
@@ -91,14 +91,14 @@ def test_figures_of_pairs_and_gradients_are_for_the_files_alone() -> None:
         "contrast/alignment": 0.5,
         "contrast/similarity/arithmetic/logic": 0.25,
         "contrast/positives/arithmetic/logic": 4.0,
-        "gradient/cos_share": -0.5,
+        "gradient/cos_cross_domain": -0.5,
     }
     assert step_line(3, 12, VALUES | pairs) == step_line(3, 12, VALUES)
     assert domain_lines(["arithmetic", "logic"], VALUES | pairs) == domain_lines(["arithmetic", "logic"], VALUES)
 
 
 def test_the_share_with_signal_is_that_of_all_groups_where_it_is_known() -> None:
-    assert "signal 60%" in step_line(1, 1, VALUES | {"signal": 0.6})
+    assert "signal 60%" in step_line(1, 1, VALUES | {"nonzero_advantage": 0.6})
 
 
 def test_the_step_line_says_when_nothing_was_learned() -> None:

@@ -21,16 +21,16 @@ from benchmarks.measure import memory
 from megatron_mcpo.algo.contrastive import TILE_ELEMENTS, Contrast, contrastive, reward_penalty
 from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.config.schema import ContrastiveConfig
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 from tests.support import reference
 
-WEIGHTS = {"share_weight": 0.7, "consolidate_weight": 0.3}
+WEIGHTS = {"cross_domain_weight": 0.7, "in_domain_weight": 0.3}
 Rollout = tuple[int, int, bool]
 """Domain, prompt, correctness."""
 
 
-def keys_of(rollouts: list[Rollout]) -> Keys:
-    return Keys(
+def keys_of(rollouts: list[Rollout]) -> RolloutLabels:
+    return RolloutLabels(
         domain_M=torch.tensor([domain for domain, _, _ in rollouts], dtype=torch.int64),
         prompt_M=torch.tensor([prompt for _, prompt, _ in rollouts], dtype=torch.int64),
         correct_M=torch.tensor([correct for _, _, correct in rollouts], dtype=torch.bool),
@@ -54,21 +54,21 @@ def evaluate(z: Tensor, rollouts: list[Rollout], *, tile_elements: int = TILE_EL
 
 def assert_equals_reference(z: Tensor, rollouts: list[Rollout], tile_elements: int, **options: Any) -> None:
     """Values, gradient, anchors and everything that is counted, each from its definition."""
-    keys, chosen = keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options})
-    result = contrastive(z, keys, chosen, tile_elements=tile_elements)
+    labels, chosen = keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options})
+    result = contrastive(z, labels, chosen, tile_elements=tile_elements)
     leaf = z.clone().requires_grad_()
-    share, valid_share = reference.share_term(leaf, keys, chosen)
-    consolidate, valid_consolidate = reference.consolidate_term(leaf, keys, chosen)
+    share, valid_cross_domain = reference.share_term(leaf, labels, chosen)
+    consolidate, valid_in_domain = reference.consolidate_term(leaf, labels, chosen)
     (expected,) = torch.autograd.grad(0.7 * share + 0.3 * consolidate + 0.0 * leaf.sum(), leaf)
-    assert result.loss_share == pytest.approx(share.item(), rel=1e-12, abs=1e-12)
-    assert result.loss_consolidate == pytest.approx(consolidate.item(), rel=1e-12, abs=1e-12)
+    assert result.loss_cross_domain == pytest.approx(share.item(), rel=1e-12, abs=1e-12)
+    assert result.loss_in_domain == pytest.approx(consolidate.item(), rel=1e-12, abs=1e-12)
     torch.testing.assert_close(result.grad_z_MD, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(result.valid_share_M, valid_share)
-    assert torch.equal(result.valid_consolidate_M, valid_consolidate)
+    assert torch.equal(result.valid_cross_domain_M, valid_cross_domain)
+    assert torch.equal(result.valid_in_domain_M, valid_in_domain)
 
-    anchors = [bool(a or b) for a, b in zip(valid_share, valid_consolidate, strict=True)]
-    positives = reference.share_positives(z, keys, chosen)
-    against = reference.negatives(keys, chosen)
+    anchors = [bool(a or b) for a, b in zip(valid_cross_domain, valid_in_domain, strict=True)]
+    positives = reference.share_positives(z, labels, chosen)
+    against = reference.negatives(labels, chosen)
     domains = [domain for domain, _, _ in rollouts]
     for i in range(len(rollouts)):
         mine = positives[i].nonzero()[:, 0].tolist() if anchors[i] else []
@@ -76,17 +76,17 @@ def assert_equals_reference(z: Tensor, rollouts: list[Rollout], tile_elements: i
         assert result.positives_MK[i].tolist() == [
             sum(domains[j] == domain for j in mine) for domain in range(max(domains) + 1)
         ]
-        assert result.positives_share_M[i] == len(mine)
-        group = 0 if chosen.consolidate == "domain" else 1
+        assert result.positives_cross_domain_M[i] == len(mine)
+        group = 0 if chosen.in_domain_scope == "domain" else 1
         same = sum(right and other[group] == rollouts[i][group] for *other, right in rollouts) - 1
-        assert result.positives_consolidate_M[i] == (same if anchors[i] else 0)
+        assert result.positives_in_domain_M[i] == (same if anchors[i] else 0)
         against_i = against[i].nonzero()[:, 0].tolist() if anchors[i] else []
         assert result.negatives_MK[i].tolist() == [
             sum(domains[j] == domain for j in against_i) for domain in range(max(domains) + 1)
         ]
         assert result.negatives_M[i] == len(against_i)
-    assert result.anchors_share == sum(valid_share.tolist())
-    assert result.anchors_consolidate == sum(valid_consolidate.tolist())
+    assert result.anchors_cross_domain == sum(valid_cross_domain.tolist())
+    assert result.anchors_in_domain == sum(valid_in_domain.tolist())
 
 
 def with_own_prompts(rollouts: list[Rollout]) -> list[Rollout]:
@@ -100,8 +100,8 @@ def with_own_prompts(rollouts: list[Rollout]) -> list[Rollout]:
     transfer=st.sampled_from(["top_k", "threshold", "all"]),
     negatives=st.sampled_from(["pool", "domain", "prompt"]),
     denominator=st.sampled_from(["negatives", "all"]),
-    consolidate=st.sampled_from(["domain", "prompt"]),
-    consolidation_loss=st.sampled_from(["infonce", "align"]),
+    in_domain_scope=st.sampled_from(["domain", "prompt"]),
+    in_domain_loss=st.sampled_from(["infonce", "align"]),
     temperature=st.sampled_from([0.05, 0.1, 0.5, 2.0]),
     top_k=st.integers(1, 5),
     threshold=st.sampled_from([-1.0, 0.0, 0.25, 0.5]),
@@ -140,21 +140,21 @@ def test_named_pools_against_the_reference(
 ) -> None:
     rollouts = NAMED[name]
     options: dict[str, Any] = {"negatives": negatives, "denominator": denominator}
-    options |= {"consolidation_loss": loss, "transfer": transfer[0], "threshold": transfer[1]}
+    options |= {"in_domain_loss": loss, "transfer": transfer[0], "threshold": transfer[1]}
     kinds = [unit_rows(len(rollouts), 4), torch.zeros(len(rollouts), 4).double()]
     kinds.append(torch.tensor([[0.6, 0.8]] * len(rollouts), dtype=torch.float64).view(-1, 2))
     for z in kinds:
         # No domain has more than top_k right ones: nothing is chosen among equal rows, whose products may round apart.
-        for consolidate in ("domain", "prompt"):
-            assert_equals_reference(z, rollouts, 2 * len(rollouts), consolidate=consolidate, **options)
+        for in_domain_scope in ("domain", "prompt"):
+            assert_equals_reference(z, rollouts, 2 * len(rollouts), in_domain_scope=in_domain_scope, **options)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a single rollout", "none correct", "one correct"])
 def test_without_a_valid_anchor_everything_is_exactly_zero(name: str) -> None:
     z = unit_rows(len(NAMED[name]), 4).float()
     result = evaluate(z, NAMED[name])
-    assert (result.loss_share, result.loss_consolidate) == (0.0, 0.0)
-    assert (result.anchors_share, result.anchors_consolidate) == (0, 0)
+    assert (result.loss_cross_domain, result.loss_in_domain) == (0.0, 0.0)
+    assert (result.anchors_cross_domain, result.anchors_in_domain) == (0, 0)
     assert torch.equal(result.grad_z_MD, torch.zeros_like(z))
 
 
@@ -163,9 +163,9 @@ def test_one_pair_across_domains_has_the_closed_form() -> None:
     z = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
     result = evaluate(z, [(0, 0, True), (1, 1, True), (0, 0, False)], temperature=0.5)
     first, second = math.log1p(math.exp((0.0 - 0.6) / 0.5)), math.log1p(math.exp((0.8 - 0.6) / 0.5))
-    assert result.loss_share == pytest.approx((first + second) / 2, rel=1e-14)
-    assert result.loss_consolidate == 0.0
-    assert (result.anchors_share, result.anchors_consolidate) == (2, 0)
+    assert result.loss_cross_domain == pytest.approx((first + second) / 2, rel=1e-14)
+    assert result.loss_in_domain == 0.0
+    assert (result.anchors_cross_domain, result.anchors_in_domain) == (2, 0)
     assert result.listed_ML[:, 0].tolist() == [1, 0, -1] and result.positives_MK.tolist() == [[0, 1], [1, 0], [0, 0]]
     # d log(1 + e^x) = sigmoid(x) dx with x = (s_in - s_ij) / tau, averaged over two anchors, times the weight.
     a = 0.7 / 2 / 0.5 / (1 + math.exp((0.6 - 0.0) / 0.5))
@@ -178,18 +178,18 @@ def test_consolidation_of_one_domain_averages_over_positives_and_anchors() -> No
     # All similarities are 1 or 0: three equal correct rollouts, two wrong ones orthogonal to them.
     z = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 2, dtype=torch.float64)
     result = evaluate(z, [(0, 0, True)] * 3 + [(0, 1, False), (1, 2, False)], temperature=1.0)
-    assert result.loss_consolidate == pytest.approx(math.log1p(2 / math.e), rel=1e-14)
-    assert (result.loss_share, result.anchors_share, result.anchors_consolidate) == (0.0, 0, 3)
-    assert result.positives_consolidate_M.tolist() == [2, 2, 2, 0, 0]
-    assert result.positives_share_M.tolist() == [0] * 5
+    assert result.loss_in_domain == pytest.approx(math.log1p(2 / math.e), rel=1e-14)
+    assert (result.loss_cross_domain, result.anchors_cross_domain, result.anchors_in_domain) == (0.0, 0, 3)
+    assert result.positives_in_domain_M.tolist() == [2, 2, 2, 0, 0]
+    assert result.positives_cross_domain_M.tolist() == [0] * 5
 
 
 def test_alignment_is_the_mean_distance_and_needs_no_negatives() -> None:
     z = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
-    result = evaluate(z, [(0, 0, True)] * 3, consolidation_loss="align", temperature=0.3)
+    result = evaluate(z, [(0, 0, True)] * 3, in_domain_loss="align", temperature=0.3)
     costs = torch.tensor([(0.4 + 1.0) / 2, (0.4 + 0.2) / 2, (1.0 + 0.2) / 2], dtype=torch.float64)
-    torch.testing.assert_close(result.loss_consolidate_M, costs)
-    assert result.loss_consolidate == pytest.approx(costs.mean().item())
+    torch.testing.assert_close(result.loss_in_domain_M, costs)
+    assert result.loss_in_domain == pytest.approx(costs.mean().item())
     # Every similarity is in two anchors' means of two: the weight 0.3 by 3 anchors, twice a half.
     torch.testing.assert_close(result.grad_z_MD, -0.3 / 3 * (z.sum(dim=0) - z))
 
@@ -198,7 +198,7 @@ def test_a_positive_competes_with_negatives_only_not_with_other_positives() -> N
     z = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     result = evaluate(z, [(0, 0, True), (1, 1, True), (2, 2, True), (0, 3, False)], temperature=1.0)
     one, zero = math.log1p(math.exp(-1)), math.log(2)
-    assert result.loss_share == pytest.approx(((one + zero) / 2 + (one + zero) / 2 + zero) / 3, rel=1e-14)
+    assert result.loss_cross_domain == pytest.approx(((one + zero) / 2 + (one + zero) / 2 + zero) / 3, rel=1e-14)
 
 
 def test_a_positive_outside_of_the_rivals_scope_joins_them_in_its_own_denominator() -> None:
@@ -208,8 +208,8 @@ def test_a_positive_outside_of_the_rivals_scope_joins_them_in_its_own_denominato
     rollouts = [(0, 0, True), (0, 0, True), (1, 1, True), (0, 0, False)]
     result = evaluate(z, rollouts, temperature=1.0, negatives="prompt", denominator="all")
     within, beside = math.log((math.e + 1) / math.e), math.log((2 * math.e + 1) / math.e)
-    assert result.loss_consolidate_M.tolist() == pytest.approx([within, within, 0, 0], rel=1e-14)
-    assert result.loss_share_M.tolist() == pytest.approx([beside, beside, 0, 0], rel=1e-14)
+    assert result.loss_in_domain_M.tolist() == pytest.approx([within, within, 0, 0], rel=1e-14)
+    assert result.loss_cross_domain_M.tolist() == pytest.approx([beside, beside, 0, 0], rel=1e-14)
     assert result.negatives_MK.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
 
 
@@ -217,10 +217,15 @@ def test_a_positive_outside_of_the_rivals_scope_joins_them_in_its_own_denominato
 def test_without_a_rival_besides_its_positives_a_rollout_is_no_anchor(denominator: str) -> None:
     # The prompt of the first domain is all right; in the second domain's, one wrong rollout is enough.
     rollouts = [(0, 0, True)] * 3 + [(1, 1, True)] * 2 + [(1, 1, False)]
-    options = {"negatives": "prompt", "consolidate": "prompt", "denominator": denominator, "share_weight": 0.0}
+    options = {
+        "negatives": "prompt",
+        "in_domain_scope": "prompt",
+        "denominator": denominator,
+        "cross_domain_weight": 0.0,
+    }
     result = evaluate(unit_rows(6, 4), rollouts, **options)
-    assert result.valid_consolidate_M.tolist() == [False] * 3 + [True] * 2 + [False]
-    assert not result.loss_consolidate_M[:3].any() and not result.grad_z_MD[:3].any()
+    assert result.valid_in_domain_M.tolist() == [False] * 3 + [True] * 2 + [False]
+    assert not result.loss_in_domain_M[:3].any() and not result.grad_z_MD[:3].any()
 
 
 def test_positives_are_counted_by_their_own_domain_and_listed_by_their_anchor() -> None:
@@ -228,7 +233,7 @@ def test_positives_are_counted_by_their_own_domain_and_listed_by_their_anchor() 
     rollouts = [(0, 0, True), (1, 1, True), (1, 1, True), (2, 2, True), (2, 2, True), (2, 2, True), (0, 0, False)]
     result = evaluate(unit_rows(7, 5), rollouts, transfer="all")
     assert result.positives_MK.tolist() == [[0, 2, 3], [1, 0, 3], [1, 0, 3], *[[1, 2, 0]] * 3, [0, 0, 0]]
-    assert result.positives_share_M.tolist() == [5, 4, 4, 3, 3, 3, 0]
+    assert result.positives_cross_domain_M.tolist() == [5, 4, 4, 3, 3, 3, 0]
     assert result.listed_ML[:, :5].tolist() == [
         [1, 2, 3, 4, 5], *[[0, 3, 4, 5, -1]] * 2, *[[0, 1, 2, -1, -1]] * 3, [-1] * 5,
     ]  # fmt: skip
@@ -246,8 +251,8 @@ def test_the_first_64_positives_are_listed_and_all_are_counted() -> None:
 def test_duplicates_of_one_vector_cost_log_two() -> None:
     rollouts = [(0, 0, True), (1, 1, True), (1, 1, True), (0, 0, False)]
     result = evaluate(torch.tensor([[0.6, 0.8]] * 4, dtype=torch.float64), rollouts)
-    assert result.loss_share == pytest.approx(math.log(2))
-    assert result.loss_consolidate == pytest.approx(math.log(2))
+    assert result.loss_cross_domain == pytest.approx(math.log(2))
+    assert result.loss_in_domain == pytest.approx(math.log(2))
     assert result.grad_z_MD.isfinite().all()
 
 
@@ -258,10 +263,10 @@ def test_opposite_vectors_at_small_temperatures_do_not_overflow_in_fp32(temperat
     # The first rollout is in both and gets (z2 - 2 z1) / tau.
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     far = evaluate(z, [(0, 0, True), (1, 1, True), (0, 0, False), (1, 1, False)], temperature=temperature)
-    assert far.loss_share == pytest.approx(2 / temperature, rel=1e-5)
+    assert far.loss_cross_domain == pytest.approx(2 / temperature, rel=1e-5)
     torch.testing.assert_close(far.grad_z_MD[0], 0.7 / 2 / temperature * torch.tensor([3.0, 0.0]))
     near = evaluate(z, [(0, 0, True), (0, 1, False), (1, 1, True), (1, 0, False)], temperature=temperature)
-    assert near.loss_share == pytest.approx(2 * math.exp(-2 / temperature), rel=1e-4)
+    assert near.loss_cross_domain == pytest.approx(2 * math.exp(-2 / temperature), rel=1e-4)
     assert near.grad_z_MD.isfinite().all()
 
 
@@ -282,10 +287,10 @@ def test_extreme_temperatures_stay_finite_in_fp32(
     z = torch.cat([unit_rows(len(rollouts), 4, seed), grid_rows(len(rollouts), seed).new_zeros(1, 4)]).float()
     z = z[torch.randint(0, len(z), (len(rollouts),), generator=torch.Generator().manual_seed(seed))]
     options: dict[str, Any] = {"negatives": negatives, "denominator": denominator}
-    options |= {"consolidation_loss": loss, "temperature": temperature}
+    options |= {"in_domain_loss": loss, "temperature": temperature}
     result = evaluate(z, with_own_prompts(rollouts), **options)
     assert result.grad_z_MD.isfinite().all()
-    assert result.loss_share_M.isfinite().all() and result.loss_consolidate_M.isfinite().all()
+    assert result.loss_cross_domain_M.isfinite().all() and result.loss_in_domain_M.isfinite().all()
     assert reward_penalty(result, ContrastiveConfig(**WEIGHTS, **options)).isfinite().all()
 
 
@@ -308,28 +313,30 @@ def test_what_is_measured_of_the_terms_has_its_names() -> None:
 
 def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:
     rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False)]
-    z, keys = unit_rows(4, 5), keys_of(rollouts)
+    z, labels = unit_rows(4, 5), keys_of(rollouts)
 
-    def at(share_weight: float, consolidate_weight: float) -> Contrast:
-        return contrastive(z, keys, ContrastiveConfig(share_weight=share_weight, consolidate_weight=consolidate_weight))
+    def at(cross_domain_weight: float, in_domain_weight: float) -> Contrast:
+        return contrastive(
+            z, labels, ContrastiveConfig(cross_domain_weight=cross_domain_weight, in_domain_weight=in_domain_weight)
+        )
 
     share, consolidate, both = at(1.0, 0.0), at(0.0, 1.0), at(2.0, 3.0)
-    assert share.loss_share == consolidate.loss_share == both.loss_share > 0
+    assert share.loss_cross_domain == consolidate.loss_cross_domain == both.loss_cross_domain > 0
     torch.testing.assert_close(both.grad_z_MD, 2 * share.grad_z_MD + 3 * consolidate.grad_z_MD)
 
 
 def test_a_terms_value_is_the_mean_of_its_anchors() -> None:
     rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False), (1, 3, False)]
     result = evaluate(unit_rows(5, 5), rollouts)
-    assert result.loss_share == pytest.approx(result.loss_share_M[:3].mean().item())
-    assert result.loss_consolidate == pytest.approx(result.loss_consolidate_M[:2].mean().item())
-    assert result.loss_share_M[3:].tolist() == [0, 0] and result.loss_consolidate_M[2:].tolist() == [0, 0, 0]
+    assert result.loss_cross_domain == pytest.approx(result.loss_cross_domain_M[:3].mean().item())
+    assert result.loss_in_domain == pytest.approx(result.loss_in_domain_M[:2].mean().item())
+    assert result.loss_cross_domain_M[3:].tolist() == [0, 0] and result.loss_in_domain_M[2:].tolist() == [0, 0, 0]
 
 
 def test_the_penalty_of_a_reward_is_the_weighted_terms_and_at_most_a_half() -> None:
     rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False)]
     z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    chosen = ContrastiveConfig(share_weight=0.2, consolidate_weight=0.4, temperature=1.0)
+    chosen = ContrastiveConfig(cross_domain_weight=0.2, in_domain_weight=0.4, temperature=1.0)
     penalty = reward_penalty(contrastive(z, keys_of(rollouts), chosen), chosen)
     share, consolidate = math.log1p(math.exp(2)), math.log(2)
     assert 0.2 * share + 0.4 * consolidate > 0.5

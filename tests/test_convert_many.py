@@ -28,7 +28,7 @@ from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.convert import megatron_write
 from megatron_mcpo.convert.compare import compare
 from megatron_mcpo.convert.convert import hf_to_megatron, megatron_to_hf
-from megatron_mcpo.convert.staging import Draft
+from megatron_mcpo.convert.staging import StagingFolder
 from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.hf_io import HfFolder
 from tests.support.conversion import make_model, quiet, same, sizes, tensors
@@ -44,16 +44,16 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_mcpo.weights import convert, megatron_write
-from megatron_mcpo.convert.staging import Draft
+from megatron_mcpo.convert.staging import StagingFolder
 source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 megatron_write.PART_BYTES = 100_000
-finish, parts = Draft.finish, []
+finish, parts = StagingFolder.finish, []
 def finish_and_die(self, part, files, record):
     if len(parts) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self, part, files, record)
     parts.append(part)
-Draft.finish = finish_and_die
+StagingFolder.finish = finish_and_die
 if kind == "megatron":
     layout = convert.layout_of(tensor=2, pipeline=2, virtual_pipeline=1, expert=1)
     convert.hf_to_megatron(source, final, layout, say=print)
@@ -148,16 +148,16 @@ def test_configuration_and_tokenizer_are_whole_after_a_kill_in_the_middle_of_one
 
 def convert(kind: str, given: Path, final: Path, *, dies_at: int | None = None) -> list[str]:
     """The parts that this process has made. It kills itself (rank 1) at the end of one of them."""
-    finish, made = Draft.finish, []
+    finish, made = StagingFolder.finish, []
 
-    def count(self: Draft, part: str, files: Sequence[str], record: Any) -> None:
+    def count(self: StagingFolder, part: str, files: Sequence[str], record: Any) -> None:
         if len(made) == dies_at and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         finish(self, part, files, record)
         made.append(part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Draft, "finish", count)
+        patch.setattr(StagingFolder, "finish", count)
         patch.setattr(megatron_write, "PART_BYTES", 30_000)
         if kind == "megatron":
             hf_to_megatron(given, final, sizes(tensor=2, pipeline=2), verify_forward=False, say=quiet)
@@ -216,19 +216,19 @@ def test_what_one_process_cannot_write_ends_all_and_is_said_once(source: Path, t
 
 
 def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
-    draft = Draft.begin(tmp_path / "out", {"from": 1})
-    (draft.path / "a").write_text("x")
-    draft.finish("0", ["a"], None)
-    other = Draft.join(tmp_path / "out")
-    draft.close()
+    staging = StagingFolder.begin(tmp_path / "out", {"from": 1})
+    (staging.path / "a").write_text("x")
+    staging.finish("0", ["a"], None)
+    other = StagingFolder.join(tmp_path / "out")
+    staging.close()
     with pytest.raises(ConfigError, match="another process"):
-        Draft.begin(tmp_path / "out", {"from": 1})
+        StagingFolder.begin(tmp_path / "out", {"from": 1})
     other.close()
-    again = Draft.begin(tmp_path / "out", {"from": 1})
+    again = StagingFolder.begin(tmp_path / "out", {"from": 1})
     assert again.done() == {"0": None}
     again.close()
-    assert Draft.begin(tmp_path / "out", {"from": 2}).done() == {}
-    assert not (draft.path / "a").exists()
+    assert StagingFolder.begin(tmp_path / "out", {"from": 2}).done() == {}
+    assert not (staging.path / "a").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
@@ -237,13 +237,13 @@ def test_a_draft_is_made_where_the_file_system_has_no_locks(
 ) -> None:
     """With one warning, however many processes make it."""
     monkeypatch.setattr(fcntl, "flock", refuses(number))
-    draft = Draft.begin(tmp_path / "out", {"from": 1})
-    other = Draft.join(tmp_path / "out")
+    staging = StagingFolder.begin(tmp_path / "out", {"from": 1})
+    other = StagingFolder.join(tmp_path / "out")
     (other.path / "a").write_text("x")
     other.finish("0", ["a"], None)
     other.close()
-    assert draft.done() == {"0": None}
-    draft.publish()
+    assert staging.done() == {"0": None}
+    staging.publish()
     assert contents(tmp_path / "out") == {"a": b"x"}
     [said] = caplog.messages
     assert said.startswith(f"{tmp_path / 'out'}: this file system has no locks ({os.strerror(number)}); ")
@@ -256,7 +256,7 @@ def test_a_draft_that_another_host_holds_is_refused(
     """Whichever way a network file system says that the lock is taken."""
     monkeypatch.setattr(fcntl, "flock", refuses(number))
     with pytest.raises(ConfigError, match="another process"):
-        Draft.begin(tmp_path / "out", {"from": 1})
+        StagingFolder.begin(tmp_path / "out", {"from": 1})
 
 
 def refuses(number: int) -> Callable[[object, int], None]:

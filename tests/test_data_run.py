@@ -104,7 +104,13 @@ def test_two_ranks_resample_what_one_does(whole: tuple[Path, str], tmp_path: Pat
     assert two.returncode == 0, two.stderr[-3000:]
     expected, (found,) = metrics(whole[0])[0], metrics(tmp_path / "tiny")
     assert found["resample/replaced"] > 0
-    for name in ("resample/prompts", "resample/replaced", "resample/rounds", "reward/mean", "signal/letters"):
+    for name in (
+        "resample/prompts",
+        "resample/replaced",
+        "resample/rounds",
+        "reward/mean",
+        "nonzero_advantage/letters",
+    ):
         assert found[name] == expected[name], name
     keys = ("domain", "index", "completion", "reward")
     one, both = ([[each[key] for key in keys] for each in rollouts(run)[0]] for run in (whole[0], tmp_path / "tiny"))

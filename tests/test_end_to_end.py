@@ -26,9 +26,10 @@ from tests.support.program import command, lasting, metrics, train, train_forked
 from tests.support.vllm_cases import needs_fp8
 
 FIXED_NAMES = {
-    "step", "reward/mean", "reward/divisors", "reward/letters", "signal/divisors", "signal/letters",
-    "loss/policy", "loss/kl", "loss/share", "loss/consolidate", "contrast/anchors_share",
-    "contrast/anchors_consolidate", "contrast/negatives", "contrast/alignment", "contrast/uniformity",
+    "step", "reward/mean", "reward/divisors", "reward/letters", "nonzero_advantage/divisors",
+    "nonzero_advantage/letters",
+    "loss/policy", "loss/kl", "loss/cross_domain", "loss/in_domain", "contrast/anchors_cross_domain",
+    "contrast/anchors_in_domain", "contrast/negatives", "contrast/alignment", "contrast/uniformity",
     "entropy", "grad_norm", "lr", "engine/logprob_diff_mean",
     "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/score", "time/update", "time/step",
     "tokens/trained", "memory/peak_gib",
@@ -137,29 +138,29 @@ def test_two_ranks_start_where_one_starts(
     two = train(config, *overrides) if layout == "tensor" else train_forked(config, *overrides, ranks=2)
     assert two.returncode == 0, two.stderr[-3000:]
     expected, found = whole[0], metrics(tmp_path / "runs" / "tiny")[0]
-    for name in ("reward/mean", "reward/divisors", "response_tokens", "signal/letters", "tokens/trained"):
+    for name in ("reward/mean", "reward/divisors", "response_tokens", "nonzero_advantage/letters", "tokens/trained"):
         assert found[name] == expected[name], name
     assert found["entropy"] == pytest.approx(expected["entropy"], abs=1e-4)
     if "--batch.minibatches" not in overrides:
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-        assert found["loss/share"] == pytest.approx(expected["loss/share"], rel=1e-3)
+        assert found["loss/cross_domain"] == pytest.approx(expected["loss/cross_domain"], rel=1e-3)
 
 
 def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
-    """And hand the engine every expert, or the canary would stop the second run."""
+    """And hand the engine every expert, or the engine_check would stop the second run."""
     folders = [tmp_path / name for name in ("model", "one", "two")]
     for folder in folders:
         folder.mkdir()
     tiny_run.save_chat_model(folders[0], experts=True)
     rows = []
     for folder, ranks in ((folders[1], 1), (folders[2], 2)):
-        overrides = ("--run.steps", "2", "--engine.canary_every", "1", "--parallel.expert", str(ranks))
+        overrides = ("--run.steps", "2", "--engine.engine_check_every", "1", "--parallel.expert", str(ranks))
         finished = train_forked(write_config(folders[0], folder), *overrides, ranks=ranks)
         assert finished.returncode == 0, finished.stderr[-3000:]
         rows.append(metrics(folder / "runs" / "tiny")[0])
     for name in ("reward/mean", "response_tokens", "tokens/trained"):
         assert rows[0][name] == rows[1][name], name
-    for name in ("entropy", "grad_norm", "loss/share"):
+    for name in ("entropy", "grad_norm", "loss/cross_domain"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3), name
 
 
@@ -184,9 +185,9 @@ FIRST_PUSH, SECOND_PUSH = 1, 2
     [
         (FIRST_PUSH, [], "does not hold what the trainer sent", 0),
         (SECOND_PUSH, ["--engine.verify_sync", "true"], "does not hold what the trainer sent", 0),
-        (SECOND_PUSH, ["--engine.canary_every", "1"], "log-probs of the same tokens differ", 1),
+        (SECOND_PUSH, ["--engine.engine_check_every", "1"], "log-probs of the same tokens differ", 1),
     ],
-    ids=["first push", "every push", "canary"],
+    ids=["first push", "every push", "engine_check"],
 )
 def test_swapped_tensors_stop_the_run_and_are_named(
     config: Path, tmp_path: Path, push: int, overrides: list[str], found: str, num_steps: int
@@ -196,7 +197,7 @@ def test_swapped_tensors_stop_the_run_and_are_named(
     errors = [
         line
         for line in stopped.stderr.splitlines()
-        if line.startswith("megatron_mcpo.trainer.engine_check.CanaryError")
+        if line.startswith("megatron_mcpo.trainer.engine_check.EngineCheckError")
     ]
     assert len(errors) == 2 and len(set(errors)) == 1, "the same on each rank"
     assert [words for words in (found, *O_PROJ) if words not in errors[0]] == [], errors
@@ -207,7 +208,9 @@ def test_swapped_tensors_stop_the_run_and_are_named(
 @needs_fp8
 def test_an_engine_with_fp8_weights(config: Path, tmp_path: Path) -> None:
     fp8 = ("--engine.quantization", "fp8_per_block", "--model.dtype", "bf16", "--engine.verify_sync", "true")
-    finished = train_forked(config, "--run.steps", "2", "--engine.canary_every", "1", "--evaluation.every", "9", *fp8)
+    finished = train_forked(
+        config, "--run.steps", "2", "--engine.engine_check_every", "1", "--evaluation.every", "9", *fp8
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert len(re.findall("engine holds what it was sent: 20 of 20 tensors compared in", finished.stdout)) == 3
     rows = metrics(tmp_path / "runs" / "tiny")
@@ -248,11 +251,11 @@ def test_what_only_the_ranks_can_see_is_refused_too(
 
 def ruinous(lr: float) -> list[str]:
     """A run whose first update ruins the model."""
-    return ["--optimizer.lr", str(lr), "--run.steps", "12", "--engine.canary_every", "99"]
+    return ["--optimizer.lr", str(lr), "--run.steps", "12", "--engine.engine_check_every", "99"]
 
 
 def test_a_run_whose_updates_are_never_finite_stops(config: Path, tmp_path: Path) -> None:
-    off = ["--contrastive.share_weight", "0", "--contrastive.consolidate_weight", "0"]
+    off = ["--contrastive.cross_domain_weight", "0", "--contrastive.in_domain_weight", "0"]
     lost = train_forked(config, *ruinous(1e30), *off)
     assert lost.returncode == 1, lost.stderr[-3000:]
     assert "step 6: the last 5 updates were left out" in lost.stderr
@@ -272,8 +275,8 @@ def test_representations_that_are_not_finite_stop_a_run_and_nothing_hangs(config
 
 METHODS = {
     "clipo": (
-        *("--contrastive.mode=reward", "--contrastive.share_weight=0"),
-        *("--contrastive.consolidate=prompt", "--contrastive.negatives=prompt"),
+        *("--contrastive.mode=reward", "--contrastive.cross_domain_weight=0"),
+        *("--contrastive.in_domain_scope=prompt", "--contrastive.negatives=prompt"),
     ),
     "gspo": (
         *("--algorithm.clip=gspo", "--batch.minibatches=2"),
@@ -300,12 +303,14 @@ def test_other_methods_go_the_whole_road(
         assert row["update/applied"] == 1.0
         assert [name for name, value in row.items() if value is None or not math.isfinite(value)] == []
     assert rows[0]["reward/mean"] == whole[0]["reward/mean"], "the same weights have sampled"
-    gradients = {f"gradient/{name}_{term}" for name in ("z", "trunk", "cos") for term in ("share", "consolidate")}
+    gradients = {f"gradient/{name}_{term}" for name in ("z", "trunk", "cos") for term in ("cross_domain", "in_domain")}
     assert {name for name in rows[0] if name.startswith("gradient/")} == (
         gradients | {"gradient/trunk_policy"} if method == "mlp" else set()
     )
     if method == "mlp":
-        assert all(abs(row[f"gradient/cos_{term}"]) <= 1 + 1e-6 for row in rows for term in ("share", "consolidate"))
+        assert all(
+            abs(row[f"gradient/cos_{term}"]) <= 1 + 1e-6 for row in rows for term in ("cross_domain", "in_domain")
+        )
         assert rows[0]["gradient/trunk_share"] > 0 and rows[0]["gradient/z_share"] > 0
     first = (tmp_path / "runs" / "tiny" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
     assert len(first) == 32

@@ -26,7 +26,7 @@ def test_methods_differ_in_the_contrastive_terms_alone() -> None:
     rest = [config.model_dump(exclude={"run": {"name"}, "contrastive": True}) for config in whole.values()]
     assert all(values == rest[0] for values in rest)
     assert {name: config.run.name for name, config in whole.items()} == {name: name for name in whole}
-    weights = {name: (c.contrastive.share_weight, c.contrastive.consolidate_weight) for name, c in whole.items()}
+    weights = {name: (c.contrastive.cross_domain_weight, c.contrastive.in_domain_weight) for name, c in whole.items()}
     expected = {"mcpo": (0.1, 0.1), "grpo": (0, 0), "clipo": (0, 0.2), "cross_only": (0.1, 0), "in_only": (0, 0.1)}
     assert weights == expected
     clipo = whole["clipo"].contrastive

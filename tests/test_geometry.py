@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_mcpo.algo.geometry import alignment, domain_similarity, uniformity
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 
 Rollout = tuple[int, bool]
 """Domain, correctness."""
@@ -21,8 +21,8 @@ Rollout = tuple[int, bool]
 rollouts = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=12)
 
 
-def keys_of(rollouts: list[Rollout]) -> Keys:
-    return Keys(
+def keys_of(rollouts: list[Rollout]) -> RolloutLabels:
+    return RolloutLabels(
         domain_M=torch.tensor([domain for domain, _ in rollouts], dtype=torch.int64),
         prompt_M=torch.arange(len(rollouts)),
         correct_M=torch.tensor([correct for _, correct in rollouts], dtype=torch.bool),
@@ -78,20 +78,20 @@ def test_uniformity_is_the_log_of_the_mean_potential_over_all_pairs(num: int, di
 @pytest.mark.parametrize("seed", range(20))
 def test_a_lone_correct_rollout_is_no_pair_whatever_the_rounding(seed: int) -> None:
     """The sum of its squares and the product of its sum with itself may differ in the last digit."""
-    keys = keys_of([(0, True), (1, True), (1, False)])
+    labels = keys_of([(0, True), (1, True), (1, False)])
     z = unit_rows(3, dim=97, seed=seed)
-    assert domain_similarity(z, keys, num_domains=2).isnan().tolist() == [[True, False], [False, True]]
-    assert math.isnan(alignment(z, keys))
+    assert domain_similarity(z, labels, num_domains=2).isnan().tolist() == [[True, False], [False, True]]
+    assert math.isnan(alignment(z, labels))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_coinciding_rollouts(seed: int) -> None:
     """Hold the similarity against the row's own square, which fp32 leaves some 1e-7 beside 1 (in fp64 97 * eps)."""
     z = unit_rows(1, dim=97, seed=seed).expand(6, -1)
-    keys = keys_of([(0, True)] * 3 + [(1, True)] * 3)
+    labels = keys_of([(0, True)] * 3 + [(1, True)] * 3)
     square = z[0].double().square().sum()
-    torch.testing.assert_close(domain_similarity(z, keys, num_domains=2), square.expand(2, 2), rtol=1e-13, atol=0)
-    assert 0 <= alignment(z, keys) < 1e-6
+    torch.testing.assert_close(domain_similarity(z, labels, num_domains=2), square.expand(2, 2), rtol=1e-13, atol=0)
+    assert 0 <= alignment(z, labels) < 1e-6
     assert uniformity(z) == pytest.approx(0.0, abs=1e-5)
 
 
@@ -111,9 +111,9 @@ def test_spread_rollouts_have_the_values_that_the_docstrings_name() -> None:
 
 def test_empty_responses_are_zero_vectors_and_still_finite() -> None:
     z = torch.zeros(3, 4)
-    keys = keys_of([(0, True), (0, True), (1, True)])
-    assert domain_similarity(z, keys, num_domains=2)[0].tolist() == [0.0, 0.0]
-    assert alignment(z, keys) == uniformity(z) == 0.0
+    labels = keys_of([(0, True), (0, True), (1, True)])
+    assert domain_similarity(z, labels, num_domains=2)[0].tolist() == [0.0, 0.0]
+    assert alignment(z, labels) == uniformity(z) == 0.0
 
 
 @pytest.mark.parametrize(("num", "every"), [(2048, 1), (2049, 2), (5000, 3)])

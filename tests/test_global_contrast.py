@@ -29,7 +29,7 @@ from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.trainer.objective import Objective, Scored
-from megatron_mcpo.types import Keys, TrainBatch
+from megatron_mcpo.types import RolloutLabels, TrainBatch
 from tests.support import reference, tiny_models
 from tests.support.ranks import run_ranks
 
@@ -50,15 +50,15 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def keys(self) -> Keys:
+    def keys(self) -> RolloutLabels:
         domain, prompt, correct = zip(*self.rollouts, strict=True)
-        return Keys(
+        return RolloutLabels(
             domain_M=torch.tensor(domain), prompt_M=torch.tensor(prompt), correct_M=torch.tensor(correct).bool()
         )
 
     @property
     def settings(self) -> ContrastiveConfig:
-        return ContrastiveConfig(**{"share_weight": 0.7, "consolidate_weight": 0.3, "top_k": 2, **self.options})
+        return ContrastiveConfig(**{"cross_domain_weight": 0.7, "in_domain_weight": 0.3, "top_k": 2, **self.options})
 
     def share(self, rank: int, num_ranks: int) -> TrainBatch:
         """What of a batch the gathering looks at: which rows are whose."""
@@ -73,7 +73,7 @@ class Case:
             response_lens_N=mine,
             rows_N=torch.tensor(rank_rows[rank], dtype=torch.int64),
             engine_logp_R=torch.zeros(len(mine)),
-            keys=self.keys,
+            labels=self.labels,
             num_response_tokens=len(lens_M),
             prompt_lens_M=lens_M,
             response_lens_M=lens_M,
@@ -106,7 +106,7 @@ def features(num: int, seed: int, *, empty: Sequence[int] = (), copied: Sequence
 def in_one_process(case: Case) -> list[Tensor]:
     """Gradient of the weighted terms with respect to the head's weights, by autograd through the dense reference."""
     head = Head()
-    reference.contrastive_loss(head(case.features_MH), case.keys, case.settings).backward()
+    reference.contrastive_loss(head(case.features_MH), case.labels, case.settings).backward()
     return [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
 
 
@@ -126,10 +126,10 @@ def two_passes(case: Case, groups: Groups) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad():
         z_ND = torch.cat([head(case.features_MH[rows]) for rows in micro_batches])
     z_MD = gather_rows(z_ND, batch, groups)
-    contrast = contrastive(z_MD, batch.keys, case.settings)
+    contrast = contrastive(z_MD, batch.labels, case.settings)
     for rows in micro_batches:
         surrogate(head(case.features_MH[rows]), contrast.grad_z_MD[rows]).backward()
-    losses = torch.tensor([contrast.loss_share, contrast.loss_consolidate], dtype=torch.float64)
+    losses = torch.tensor([contrast.loss_cross_domain, contrast.loss_in_domain], dtype=torch.float64)
     return torch.cat([losses, z_MD.flatten(), contrast.grad_z_MD.flatten()]), summed(head, groups)
 
 
@@ -177,7 +177,7 @@ def named_cases(num_ranks: int) -> list[Case]:
         Case("no incorrect rollout", [(d, p, RIGHT) for d, p, _ in MIXED], dealt, plain),
         Case("no incorrect rollout, all", [(d, p, RIGHT) for d, p, _ in MIXED], dealt, plain, {"denominator": "all"}),
         Case("one domain", one_domain, dealt, plain),
-        Case("one prompt a domain", one_prompt, dealt, plain, {"consolidate": "prompt", "negatives": "prompt"}),
+        Case("one prompt a domain", one_prompt, dealt, plain, {"in_domain_scope": "prompt", "negatives": "prompt"}),
         Case("all of the domain", MIXED, dealt, plain, {"denominator": "all", "negatives": "domain"}),
         Case("all of the prompt", MIXED, dealt, plain, {"denominator": "all", "negatives": "prompt"}),
         Case("duplicates", MIXED, dealt, features(num, 0, copied=range(1, 12))),
@@ -204,8 +204,8 @@ def a_case(draw: st.DrawFn, num_ranks: int) -> Case:
         "top_k": draw(st.integers(1, 3)),
         "threshold": draw(st.sampled_from([-1.0, 0.1])),
         "negatives": draw(st.sampled_from(["pool", "domain", "prompt"])),
-        "consolidate": draw(st.sampled_from(["domain", "prompt"])),
-        "consolidation_loss": draw(st.sampled_from(["infonce", "align"])),
+        "in_domain_scope": draw(st.sampled_from(["domain", "prompt"])),
+        "in_domain_loss": draw(st.sampled_from(["infonce", "align"])),
         "denominator": draw(st.sampled_from(["negatives", "negatives", "all"])),
         "temperature": draw(st.sampled_from([0.05, 0.1, 1.0])),
     }
@@ -231,21 +231,21 @@ def averaged_over_ranks(case: Case, groups: Groups) -> tuple[Tensor, list[Tensor
     head, batch = Head(), case.share(groups.data_rank, groups.world_size)
     z_ND = head(case.features_MH[batch.rows_N])
     z_MD = gather_rows(z_ND, batch, groups).index_copy(0, batch.rows_N, z_ND)
-    loss = reference.contrastive_loss(z_MD, batch.keys, case.settings)
+    loss = reference.contrastive_loss(z_MD, batch.labels, case.settings)
     loss.backward()
     return loss.detach(), [gradient / groups.world_size for gradient in summed(head, groups)]
 
 
 def with_local_anchors(case: Case, groups: Groups) -> tuple[Tensor, list[Tensor]]:
     """Wrong: every rank has the costs of its own anchors, over representations that came without a gradient."""
-    head, batch, keys = Head(), case.share(groups.data_rank, groups.world_size), case.keys
+    head, batch, labels = Head(), case.share(groups.data_rank, groups.world_size), case.labels
     z_ND = head(case.features_MH[batch.rows_N])
     z_MD = gather_rows(z_ND, batch, groups).index_copy(0, batch.rows_N, z_ND)
-    positives = reference.share_positives(z_MD, keys, case.settings)
+    positives = reference.share_positives(z_MD, labels, case.settings)
     logits = z_MD @ z_MD.T / case.settings.temperature
-    rivals = logits.masked_fill(~reference.negatives(keys, case.settings), -torch.inf).logsumexp(1, keepdim=True)
+    rivals = logits.masked_fill(~reference.negatives(labels, case.settings), -torch.inf).logsumexp(1, keepdim=True)
     costs = (softplus(rivals - logits) * positives).sum(1) / positives.sum(1).clamp(min=1)
-    loss = case.settings.share_weight * costs[batch.rows_N].sum() / positives.any(1).sum()
+    loss = case.settings.cross_domain_weight * costs[batch.rows_N].sum() / positives.any(1).sum()
     loss.backward()
     value = loss.detach().clone()
     dist.all_reduce(value, group=groups.data)
@@ -255,8 +255,8 @@ def with_local_anchors(case: Case, groups: Groups) -> tuple[Tensor, list[Tensor]
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("wrong_way", [averaged_over_ranks, with_local_anchors])
 def test_popular_conventions_give_the_right_value_and_a_wrong_gradient(wrong_way: Any, num_ranks: int) -> None:
-    case = replace(named_cases(num_ranks)[0], options={"consolidate_weight": 0.0, "temperature": 0.5})
-    value = reference.contrastive_loss(Head()(case.features_MH), case.keys, case.settings).item()
+    case = replace(named_cases(num_ranks)[0], options={"in_domain_weight": 0.0, "temperature": 0.5})
+    value = reference.contrastive_loss(Head()(case.features_MH), case.labels, case.settings).item()
     expected = torch.cat([gradient.flatten() for gradient in in_one_process(case)])
     assert_exact([case], num_ranks)
     for ((loss, gradients),) in on_ranks([case], num_ranks, wrong_way):
@@ -304,7 +304,7 @@ def test_a_representation_that_is_not_finite_stops_every_rank_with_the_same_erro
             scored = replace(scored, old=replace(scored.old, z_ND=z_ND))
         with pytest.raises(FloatingPointError) as caught:
             objective.contrast(scored, step=7)
-        domain = config.domain_names[int(scored.batch.keys.domain_M[scored.batch.rank_rows[1][2]])]
+        domain = config.domain_names[int(scored.batch.labels.domain_M[scored.batch.rank_rows[1][2]])]
         return str(caught.value), domain, bool(healthy.contrast.grad_z_MD.any())
 
     (first, domain, learned), second = run_ranks(2, rank_main, tiny_config(folder), timeout=3 * SECONDS)
@@ -327,7 +327,7 @@ def test_a_weight_that_is_not_finite_on_one_rank_of_a_pipeline_stops_all_with_th
         scored = score(policy)
         with pytest.raises(FloatingPointError) as caught:
             Objective(config, policy, ranks).contrast(scored, step=7)
-        return str(caught.value), scored.batch.keys.domain_M[list(scored.batch.rank_rows[1])].tolist()
+        return str(caught.value), scored.batch.labels.domain_M[list(scored.batch.rank_rows[1])].tolist()
 
     config = tiny_config(folder)
     reports = run_ranks(4, rank_main, config, timeout=3 * SECONDS)

@@ -34,7 +34,7 @@ def gradients(folder: Path, *, fused: bool) -> dict[str, Tensor]:
     mcore_model.fuses_gradients = lambda dtype: fused
     if fused:
         gradient_fusion.put_in()
-    config = tiny_models.config(folder, contrastive={"share_weight": 0.0, "consolidate_weight": 0.0})
+    config = tiny_models.config(folder, contrastive={"cross_domain_weight": 0.0, "in_domain_weight": 0.0})
     policy = Policy(config, from_folder(folder), parallel.init(Layout(), seed=0, timeout_seconds=240))
     groups = tiny_models.rollout_groups(num_prompts=6, num_samples=3)
     batch = make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=policy.shares_prompts)

@@ -36,7 +36,7 @@ from megatron_mcpo.mcore.packing import num_micro_batches
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
 from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
-from megatron_mcpo.types import Keys, RolloutGroup
+from megatron_mcpo.types import RolloutGroup, RolloutLabels
 from tests.support import tiny_models
 from tests.support.ranks import run_ranks
 
@@ -156,8 +156,10 @@ class Local(Objective):
     def contrast(self, scored: Scored, *, step: int) -> Contrasted | None:
         found = super().contrast(scored, step=step)
         assert found is not None
-        rows, keys = scored.batch.rows_N, scored.batch.keys
-        own = Keys(domain_M=keys.domain_M[rows], prompt_M=keys.prompt_M[rows], correct_M=keys.correct_M[rows])
+        rows, labels = scored.batch.rows_N, scored.batch.labels
+        own = RolloutLabels(
+            domain_M=labels.domain_M[rows], prompt_M=labels.prompt_M[rows], correct_M=labels.correct_M[rows]
+        )
         local = contrastive(found.z_MD[rows], own, self.config.contrastive)
         grad_MD = torch.zeros_like(found.z_MD)
         grad_MD[rows] = local.grad_z_MD
@@ -201,8 +203,8 @@ def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
 ) -> None:
     """With tied embeddings, which two pipeline stages hold; what a term adds to a gradient is its own."""
     model, groups = tiny_models.save_model(tmp_path, kind), tiny_models.rollout_groups(num_prompts=6, num_samples=3)
-    without = {"share": {"consolidate_weight": 0.0}, "consolidate": {"share_weight": 0.0}}
-    plain = make_config(tmp_path, {"contrastive": without["share"] | without["consolidate"]})
+    without = {"cross_domain": {"in_domain_weight": 0.0}, "in_domain": {"cross_domain_weight": 0.0}}
+    plain = make_config(tmp_path, {"contrastive": without["cross_domain"] | without["in_domain"]})
     own = trunk_gradient(model, groups, plain)
     expected = {"gradient/trunk_policy": own.norm().item()}
     for term, weights in without.items():

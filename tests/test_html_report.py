@@ -64,25 +64,25 @@ def data_of(path: Path) -> dict[str, Any]:
 def partners(entry: dict[str, Any], rollout: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
     """What the page takes for its positives, what it is consolidated with, and its negatives: places."""
     rollouts = entry["rollouts"]
-    _, num_consolidated, num_negatives = rollout["partners"]
+    _, num_in_domain, num_negatives = rollout["partners"]
     together = [
         o["place"] for o in rollouts if o["right"] and o["with"] == rollout["with"] and o["place"] != rollout["place"]
     ]
     against = [o["place"] for o in rollouts if not o["right"] and o["against"] == rollout["against"]]
-    return rollout["positives"], together if num_consolidated else [], against if num_negatives else []
+    return rollout["positives"], together if num_in_domain else [], against if num_negatives else []
 
 
 def true_partners(run: MadeRun, step: int) -> list[tuple[list[int], list[int], list[int]]]:
     """The same by the objective's own masks; empty where the rollout is no anchor of the term."""
     found: list[tuple[list[int], list[int], list[int]]] = []
     for report in run.reports[step]:
-        start, num = len(found), len(report.keys)
+        start, num = len(found), len(report.labels)
         assert report.z_MD is not None and report.contrast is not None
         rows = torch.arange(num)
-        pairs = Pairing(report.keys, run.config.contrastive).find(report.z_MD @ report.z_MD.T, rows)
-        share, together = report.contrast.valid_share_M, report.contrast.valid_consolidate_M
+        pairs = Pairing(report.labels, run.config.contrastive).find(report.z_MD @ report.z_MD.T, rows)
+        share, together = report.contrast.valid_cross_domain_M, report.contrast.valid_in_domain_M
         valid = [share, together, share | together]
-        masks = [pairs.share_AM, pairs.consolidate_AM, pairs.rivals_AM]
+        masks = [pairs.cross_domain_AM, pairs.in_domain_AM, pairs.rivals_AM]
         for row in range(num):
             places = [
                 (start + mask[row].nonzero()[:, 0]).tolist() if ok[row] else []
@@ -93,9 +93,9 @@ def true_partners(run: MadeRun, step: int) -> list[tuple[list[int], list[int], l
 
 
 @pytest.mark.parametrize("negatives", ["pool", "domain", "prompt"])
-@pytest.mark.parametrize("consolidate", ["domain", "prompt"])
-def test_partners_are_those_of_the_objective(tmp_path: Path, negatives: str, consolidate: str) -> None:
-    run = made_run(tmp_path, num_steps=3, negatives=negatives, consolidate=consolidate, top_k=2)
+@pytest.mark.parametrize("in_domain_scope", ["domain", "prompt"])
+def test_partners_are_those_of_the_objective(tmp_path: Path, negatives: str, in_domain_scope: str) -> None:
+    run = made_run(tmp_path, num_steps=3, negatives=negatives, in_domain_scope=in_domain_scope, top_k=2)
     data = data_of(run.finish())
     assert [entry["step"] for entry in data["rollouts"]["steps"]] == [1, 2, 3]
     kinds = Counter[int]()
@@ -109,7 +109,7 @@ def test_partners_are_those_of_the_objective(tmp_path: Path, negatives: str, con
 
 def test_a_run_s_figures_notes_and_settings(tmp_path: Path) -> None:
     run = made_run(tmp_path, num_steps=4)
-    run.journal.note("WARNING: <b>something</b>\nover two lines")
+    run.run_logger.note("WARNING: <b>something</b>\nover two lines")
     data = data_of(run.finish())
     assert data["status"] == "finished" and data["domains"] == NAMES and data["planned"] == 4
     assert data["figures"]["steps"] == [1, 2, 3, 4]
@@ -135,8 +135,8 @@ def test_the_map_is_one_projection_of_all_steps(tmp_path: Path) -> None:
     xy = (z - z.mean(axis=0)) @ plane.T
     np.testing.assert_allclose(points[:, 1:3], xy * 1000 / np.abs(xy).max(), atol=0.51)
     assert data["shares"] == pytest.approx(share, rel=1e-4)
-    right = torch.cat([r.keys.correct_M for step in (1, 2, 3) for r in run.reports[step]])
-    domain = torch.cat([r.keys.domain_M for step in (1, 2, 3) for r in run.reports[step]])
+    right = torch.cat([r.labels.correct_M for step in (1, 2, 3) for r in run.reports[step]])
+    domain = torch.cat([r.labels.domain_M for step in (1, 2, 3) for r in run.reports[step]])
     assert points[:, 3].tolist() == (2 * domain + right).tolist()
     assert points[:, 0].tolist() == [*range(24)] * 3
 
@@ -154,7 +154,7 @@ ATTACK = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u
 
 def test_nothing_that_a_model_wrote_becomes_markup(tmp_path: Path) -> None:
     run = made_run(tmp_path, num_steps=1, text=lambda domain, number: ATTACK)
-    run.journal.note(ATTACK)
+    run.run_logger.note(ATTACK)
     path = run.finish()
     plain = made_run(tmp_path, name="plain", num_steps=1).finish()
     text = path.read_text(encoding="utf-8")
@@ -341,7 +341,7 @@ def test_of_many_figures_the_ends_and_some_between_are_kept(tmp_path: Path, line
 def test_of_many_notes_the_first_and_the_last_are_kept(tmp_path: Path) -> None:
     run = MadeRun(config_of(tmp_path))
     for number in range(1100):
-        run.journal.note(f"{number} " + "x" * 2000)
+        run.run_logger.note(f"{number} " + "x" * 2000)
     notes = data_of(write_report(run.path, run.config))["notes"]
     numbers = [int(note["text"].split()[0]) for note in notes["notes"]]
     assert numbers == [*range(200), *range(300, 1100)]

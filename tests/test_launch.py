@@ -135,7 +135,7 @@ def test_without_options_the_fewest_ranks_are_checked(
 def test_a_requeue_that_fails_is_said_and_leaves_the_mark(model: Path, tmp_path: Path, requeued: bool) -> None:
     config = write_config(model, tmp_path)
     folder = RunFolder.open(load(config))
-    folder.ask_for_restart()
+    folder.mark_preempted()
     folder.close()
     for program, code in (("srun", 1), ("scontrol", 0 if requeued else 3)):
         (tmp_path / program).write_text(f'#!/bin/sh\necho {program} "$1"\nexit {code}\n')
@@ -153,4 +153,4 @@ def test_a_requeue_that_fails_is_said_and_leaves_the_mark(model: Path, tmp_path:
     assert "scontrol requeue" in job.stdout, job.stderr
     assert job.returncode == (0 if requeued else 3)
     assert ("Job 7 could not be requeued: scontrol exited with 3" in job.stderr) is not requeued
-    assert (folder.path / "REQUEUE").exists() is not requeued
+    assert (folder.path / "PREEMPTED").exists() is not requeued

@@ -48,8 +48,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_one_object_a_step_in_a_stable_order_at_once(folder: Path) -> None:
     log = MetricsLog(folder, [])
-    log.log(1, {"reward/mean": 0.5, "lr": 1e-5, "tokens/trained": 1234, "contrast/anchors_share": 0.0})
-    text = '{"step": 1, "contrast/anchors_share": 0.0, "lr": 1e-05, "reward/mean": 0.5, "tokens/trained": 1234}\n'
+    log.log(1, {"reward/mean": 0.5, "lr": 1e-5, "tokens/trained": 1234, "contrast/anchors_cross_domain": 0.0})
+    text = (
+        '{"step": 1, "contrast/anchors_cross_domain": 0.0, "lr": 1e-05, "reward/mean": 0.5, "tokens/trained": 1234}\n'
+    )
     assert (folder / "metrics.jsonl").read_text() == text
     log.log(2, {"reward/mean": 0.75})
     assert (folder / "metrics.jsonl").read_text() == text + '{"step": 2, "reward/mean": 0.75}\n'

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_mcpo.algo.pairing import Pairing, members
 from megatron_mcpo.config.schema import ContrastiveConfig
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 
 
-def keys_of(domains: list[int], correct: list[int], prompts: list[int] | None = None) -> Keys:
-    return Keys(
+def keys_of(domains: list[int], correct: list[int], prompts: list[int] | None = None) -> RolloutLabels:
+    return RolloutLabels(
         domain_M=torch.tensor(domains, dtype=torch.int64),
         prompt_M=torch.tensor(prompts or list(range(len(domains))), dtype=torch.int64),
         correct_M=torch.tensor(correct, dtype=torch.bool),
@@ -35,12 +35,14 @@ def angles(*degrees: float) -> Tensor:
     return torch.tensor([[math.cos(angle), math.sin(angle)] for angle in radians], dtype=torch.float64)
 
 
-def pairs_of(z: Tensor, keys: Keys, **options: Any) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+def pairs_of(
+    z: Tensor, labels: RolloutLabels, **options: Any
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """C(i), S(i) and the rivals of every rollout; those of a wrong rollout are empty."""
-    anchors = keys.correct_M.nonzero()[:, 0]
-    pairs = Pairing(keys, ContrastiveConfig(**options)).find(z[anchors] @ z.T, anchors)
-    found: tuple[list[list[int]], ...] = tuple([[] for _ in keys.domain_M] for _ in range(3))
-    for rows, mask in zip(found, (pairs.share_AM, pairs.consolidate_AM, pairs.rivals_AM), strict=True):
+    anchors = labels.correct_M.nonzero()[:, 0]
+    pairs = Pairing(labels, ContrastiveConfig(**options)).find(z[anchors] @ z.T, anchors)
+    found: tuple[list[list[int]], ...] = tuple([[] for _ in labels.domain_M] for _ in range(3))
+    for rows, mask in zip(found, (pairs.cross_domain_AM, pairs.in_domain_AM, pairs.rivals_AM), strict=True):
         for anchor, row in zip(anchors.tolist(), mask, strict=True):
             rows[anchor] = row.nonzero()[:, 0].tolist()
     return found[0], found[1], found[2]
@@ -49,20 +51,20 @@ def pairs_of(z: Tensor, keys: Keys, **options: Any) -> tuple[list[list[int]], li
 def test_each_other_domain_lends_its_most_similar_correct_rollouts() -> None:
     #            anchor        domain 1          domain 2, all farther away    wrong, nearest of all
     z = angles(0.0, 10.0, 30.0, 20.0, 100.0, 120.0, 110.0, 1.0)
-    keys = keys_of([0, 1, 1, 1, 2, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 0])
-    share, _, _ = pairs_of(z, keys, top_k=2)
+    labels = keys_of([0, 1, 1, 1, 2, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 0])
+    share, _, _ = pairs_of(z, labels, top_k=2)
     assert share[0] == [1, 3, 4, 6]
-    assert pairs_of(z, keys, top_k=1)[0][0] == [1, 4]
-    assert pairs_of(z, keys, top_k=9)[0][0] == [1, 2, 3, 4, 5, 6]
+    assert pairs_of(z, labels, top_k=1)[0][0] == [1, 4]
+    assert pairs_of(z, labels, top_k=9)[0][0] == [1, 2, 3, 4, 5, 6]
 
 
 def test_threshold_and_all_take_from_the_whole_pool_of_other_domains() -> None:
     z = angles(0.0, 10.0, 30.0, 80.0, 60.0, 5.0)
     z[4] = torch.tensor([0.5, math.sqrt(0.75)])  # cos 60 to the last bit, which no library's cosine promises
-    keys = keys_of([0, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 1])
-    assert pairs_of(z, keys, transfer="threshold", threshold=0.5)[0][0] == [1, 2, 4], "cos 60 is just enough"
-    assert pairs_of(z, keys, transfer="threshold", threshold=math.nextafter(0.5, 1.0))[0][0] == [1, 2]
-    assert pairs_of(z, keys, transfer="all")[0][0] == [1, 2, 3, 4]
+    labels = keys_of([0, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 1])
+    assert pairs_of(z, labels, transfer="threshold", threshold=0.5)[0][0] == [1, 2, 4], "cos 60 is just enough"
+    assert pairs_of(z, labels, transfer="threshold", threshold=math.nextafter(0.5, 1.0))[0][0] == [1, 2]
+    assert pairs_of(z, labels, transfer="all")[0][0] == [1, 2, 3, 4]
 
 
 def test_sharing_need_not_be_mutual() -> None:
@@ -72,8 +74,8 @@ def test_sharing_need_not_be_mutual() -> None:
 
 def test_ties_go_to_the_first_in_step_order() -> None:
     z = torch.tensor([[1.0, 0.0]] * 40)
-    keys = keys_of([0] * 20 + [1] * 20, [1] * 40)
-    assert pairs_of(z, keys, top_k=3)[0] == [[20, 21, 22]] * 20 + [[0, 1, 2]] * 20
+    labels = keys_of([0] * 20 + [1] * 20, [1] * 40)
+    assert pairs_of(z, labels, top_k=3)[0] == [[20, 21, 22]] * 20 + [[0, 1, 2]] * 20
 
 
 def test_a_tie_at_the_last_place_leaves_the_nearer_ones_alone() -> None:
@@ -82,21 +84,21 @@ def test_a_tie_at_the_last_place_leaves_the_nearer_ones_alone() -> None:
 
 
 def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
-    keys = keys_of([0, 0, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 0], prompts=[0, 0, 1, 2, 0, 1, 2])
+    labels = keys_of([0, 0, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 0], prompts=[0, 0, 1, 2, 0, 1, 2])
     z = angles(*range(7))
-    assert pairs_of(z, keys)[1] == [[1, 2], [0, 2], [0, 1], [], [], [], []]
-    assert pairs_of(z, keys, consolidate="prompt")[1] == [[1], [0], [], [], [], [], []]
-    assert pairs_of(z, keys)[2][:4] == [[4, 5, 6]] * 4
-    assert pairs_of(z, keys, negatives="domain")[2][:4] == [[4, 5], [4, 5], [4, 5], [6]]
-    assert pairs_of(z, keys, negatives="prompt")[2][:4] == [[4], [4], [5], [6]]
+    assert pairs_of(z, labels)[1] == [[1, 2], [0, 2], [0, 1], [], [], [], []]
+    assert pairs_of(z, labels, in_domain_scope="prompt")[1] == [[1], [0], [], [], [], [], []]
+    assert pairs_of(z, labels)[2][:4] == [[4, 5, 6]] * 4
+    assert pairs_of(z, labels, negatives="domain")[2][:4] == [[4, 5], [4, 5], [4, 5], [6]]
+    assert pairs_of(z, labels, negatives="prompt")[2][:4] == [[4], [4], [5], [6]]
 
 
 def test_rivals_may_be_all_others_of_the_pool_the_domain_or_the_prompt() -> None:
-    keys = keys_of([0, 0, 0, 1, 0], [1, 1, 1, 1, 0], prompts=[0, 0, 1, 2, 0])
+    labels = keys_of([0, 0, 0, 1, 0], [1, 1, 1, 1, 0], prompts=[0, 0, 1, 2, 0])
     z = angles(*range(5))
 
     def rivals(scope: str) -> list[list[int]]:
-        return pairs_of(z, keys, negatives=scope, denominator="all")[2][:4]
+        return pairs_of(z, labels, negatives=scope, denominator="all")[2][:4]
 
     assert rivals("pool") == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4]]
     assert rivals("domain") == [[1, 2, 4], [0, 2, 4], [0, 1, 4], []]
@@ -122,23 +124,23 @@ def test_members_are_counted_by_group() -> None:
     st.integers(0, 10_000),
 )
 def test_random_pools_against_the_definition(
-    rollouts: list[tuple[int, int, bool]], top_k: int, negatives: str, consolidate: str, denominator: str, seed: int
+    rollouts: list[tuple[int, int, bool]], top_k: int, negatives: str, in_domain_scope: str, denominator: str, seed: int
 ) -> None:
     domains = [domain for domain, _, _ in rollouts]
     prompts = [10 * domain + prompt for domain, prompt, _ in rollouts]
     right = [i for i, (_, _, correct) in enumerate(rollouts) if correct]
     random = torch.Generator().manual_seed(seed)
     z = torch.nn.functional.normalize(torch.randn(len(rollouts), 5, generator=random, dtype=torch.float64), dim=1)
-    keys = keys_of(domains, [int(i in right) for i in range(len(rollouts))], prompts)
-    options = {"negatives": negatives, "consolidate": consolidate, "denominator": denominator}
-    found = pairs_of(z, keys, top_k=top_k, **options)
+    labels = keys_of(domains, [int(i in right) for i in range(len(rollouts))], prompts)
+    options = {"negatives": negatives, "in_domain_scope": in_domain_scope, "denominator": denominator}
+    found = pairs_of(z, labels, top_k=top_k, **options)
     group = {"pool": [0] * len(rollouts), "domain": domains, "prompt": prompts}
     for i in range(len(rollouts)):
         share: list[int] = []
         for other in set(domains) - {domains[i]}:
             candidates = [j for j in right if domains[j] == other]
             share += sorted(candidates, key=lambda j: (-(z[i] @ z[j]).item(), j))[:top_k]
-        same = [j for j in right if j != i and group[consolidate][j] == group[consolidate][i]]
+        same = [j for j in right if j != i and group[in_domain_scope][j] == group[in_domain_scope][i]]
         scope = [j for j in range(len(rollouts)) if j != i and group[negatives][j] == group[negatives][i]]
         rivals = scope if denominator == "all" else [j for j in scope if j not in right]
         expected = (sorted(share), same, rivals) if i in right else ([], [], [])
@@ -147,6 +149,6 @@ def test_random_pools_against_the_definition(
 
 @pytest.mark.parametrize("transfer", ["top_k", "threshold", "all"])
 def test_wrong_rollouts_are_never_positives(transfer: str) -> None:
-    keys = keys_of([0, 1, 1, 0], [1, 0, 1, 0])
-    share, consolidate, _ = pairs_of(torch.ones(4, 1), keys, transfer=transfer)
+    labels = keys_of([0, 1, 1, 0], [1, 0, 1, 0])
+    share, consolidate, _ = pairs_of(torch.ones(4, 1), labels, transfer=transfer)
     assert share == [[2], [], [0], []] and consolidate == [[], [], [], []]

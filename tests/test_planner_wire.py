@@ -20,7 +20,7 @@ from megatron_mcpo.planner.push import direct_elements, gathered_bytes, is_direc
 from megatron_mcpo.planner.ranks import rank_size
 from megatron_mcpo.planner.step_shape import workload
 from megatron_mcpo.planner.wire import wire_bytes
-from megatron_mcpo.weights.full_sync import Meter, export
+from megatron_mcpo.weights.full_sync import TransferStats, export
 from megatron_mcpo.weights.reshard_plan import Plan
 from tests.support import tiny_models
 from tests.support.ranks import run_ranks
@@ -39,7 +39,7 @@ def counted(config: Config, world_size: int) -> dict[str, float]:
     with Received(groups) as contrast:
         assert z_ND is not None
         gather_rows(z_ND, batch, groups)
-    meter = Meter()
+    meter = TransferStats()
     for _ in export(policy.chunks, policy.model_config, groups, meter=meter):
         pass
     return {**training.bytes, "sync": meter.received, "contrastive": sum(contrast.bytes.values())}

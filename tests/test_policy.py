@@ -148,12 +148,12 @@ def test_an_update_with_representations_of_other_weights_is_refused(folder: Path
     def check(config: Config) -> None:
         policy, batch = start(config)
         scores = policy.score(batch)
-        policy.update(batch, maximise(1.0), z_version=scores.version)
+        policy.update(batch, maximise(1.0), representation_version=scores.version)
         before = {name: tensor.clone() for name, tensor in policy.weights()}
         with pytest.raises(ValueError, match="weights of version 0, the policy has version 1"):
-            policy.update(batch, maximise(1.0), z_version=scores.version)
+            policy.update(batch, maximise(1.0), representation_version=scores.version)
         assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
-        assert policy.update(batch, maximise(1.0), z_version=policy.score(batch).version).applied
+        assert policy.update(batch, maximise(1.0), representation_version=policy.score(batch).version).applied
 
     run_ranks(1, check, tiny_models.config(folder))
 

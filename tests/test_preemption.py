@@ -71,9 +71,9 @@ def test_in_every_phase_one_rank_s_signal_stops_all_after_the_same_step(
         assert stopped.returncode == 0, (phase, stopped.stderr[-3000:])
         assert f"asked to stop: ended after step {last};" in stopped.stdout, phase
         assert [step for step, _ in step_files(run / "checkpoints")][-1:] == ([last] if last else []), phase
-        assert (run / "REQUEUE").exists() and not (run / "FINISHED").exists(), phase
+        assert (run / "PREEMPTED").exists() and not (run / "FINISHED").exists(), phase
     go_on(model, tmp_path, *SEVERAL_STEPS)
-    assert (run / "FINISHED").exists() and not (run / "REQUEUE").exists()
+    assert (run / "FINISHED").exists() and not (run / "PREEMPTED").exists()
     assert figures(run) == whole
 
 
@@ -145,4 +145,4 @@ def test_a_signal_while_loading_ends_the_run_before_its_first_step(model: Path, 
     wait_until(lambda: [holds_signals(rank) for rank in agent.children()] == [True, True], agent, log)
     assert end_of_all(agent, log, signal.SIGUSR1) == 1, "torchrun's own"
     assert "asked to stop: ended after step 0;" in log.read_text()
-    assert (run / "REQUEUE").exists() and not (run / "metrics.jsonl").exists() and not (run / "eval.jsonl").exists()
+    assert (run / "PREEMPTED").exists() and not (run / "metrics.jsonl").exists() and not (run / "eval.jsonl").exists()

@@ -98,18 +98,18 @@ def report_of(
 ) -> BatchReport:
     """A report as the trainer makes it; representations are random."""
     shares = [batch_of(groups, data_rank=rank, num_data_ranks=num_data_ranks) for rank in range(num_data_ranks)]
-    keys = shares[0].keys
-    stats_MK = torch.zeros(len(keys), len(COLUMNS))
+    labels = shares[0].labels
+    stats_MK = torch.zeros(len(labels), len(COLUMNS))
     for share in shares:
         stats_MK[share.rows_N] = stats_of(share)
-    z_MD = normalize(torch.randn(len(keys), 4, generator=torch.Generator().manual_seed(seed)), dim=1)
+    z_MD = normalize(torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(seed)), dim=1)
     return BatchReport(
         groups=groups,
-        advantages_M=group_advantages(rewards_of(groups), keys.prompt_M, keys.domain_M),
+        advantages_M=group_advantages(rewards_of(groups), labels.prompt_M, labels.domain_M),
         stats_MK=stats_MK,
         z_MD=z_MD if contrastive_terms.enabled else None,
-        contrast=contrastive(z_MD, keys, contrastive_terms) if contrastive_terms.enabled else None,
-        keys=keys,
+        contrast=contrastive(z_MD, labels, contrastive_terms) if contrastive_terms.enabled else None,
+        labels=labels,
         num_tokens=shares[0].num_tokens,
         metrics=metrics or {},
     )
@@ -159,9 +159,9 @@ def test_figures_of_rollouts_and_groups_leave_failed_groups_out_but_count_them(f
         "response_tokens/green": 5.0,
         "truncated": 2 / 6,
         "truncated/red": 0.5,
-        "signal": 2 / 3,
-        "signal/red": 0.5,
-        "signal/green": 1.0,
+        "nonzero_advantage": 2 / 3,
+        "nonzero_advantage/red": 0.5,
+        "nonzero_advantage/green": 1.0,
         "reward/red": 0.75,
         "reward/green": 0.5,
         "reward/mean": 0.625,
@@ -200,8 +200,8 @@ def test_figures_of_updates_are_means_over_them_and_not_finite_where_one_is_not(
 def test_anchors_of_a_domain_are_a_mean_over_minibatches(figures: dict[str, float]) -> None:
     # The first has a right rollout of red and one of green, each the other's positive; the second is all right.
     expected = {
-        "contrast/positives_share": 1.0,
-        "contrast/positives_consolidate": 0.0,
+        "contrast/positives_cross_domain": 1.0,
+        "contrast/positives_in_domain": 0.0,
         "contrast/anchors/red": 0.5,
         "contrast/anchors/green": 0.5,
         "contrast/positives/red": 1.0,
@@ -213,7 +213,7 @@ def test_without_a_wrong_rollout_there_are_no_anchors() -> None:
     right = [group(0, [1, 2], [1.0, 1.0]), group(1, [3, 4], [1.0, 1.0])]
     made = report_of(right)
     found = step_figures([made], right, NAMES)
-    for name in ("positives_share", "positives_consolidate", "anchors/red", "positives/red"):
+    for name in ("positives_cross_domain", "positives_in_domain", "anchors/red", "positives/red"):
         assert found[f"contrast/{name}"] == 0.0, name
     left_out = ["contrast/negatives", "contrast/positives/red/green", "contrast/positives/green/red"]
     left_out += [f"contrast/negatives/{a}/{b}" for a in ("red", "green") for b in ("red", "green")]
@@ -303,7 +303,7 @@ def test_gradients_of_the_terms_are_means_over_the_updates_like_all_figures_of_t
 
 
 def test_without_contrastive_terms_there_is_no_figure_of_pairs() -> None:
-    off = ContrastiveConfig(share_weight=0.0, consolidate_weight=0.0)
+    off = ContrastiveConfig(cross_domain_weight=0.0, in_domain_weight=0.0)
     made = report_of(FIRST, contrastive_terms=off)
     assert not [name for name in step_figures([made], FIRST, NAMES) if name.startswith("contrast/")]
     assert [row["positives"] for row in rollout_rows(made, NAMES, prompts=["", ""])] == [[]] * 4
@@ -386,7 +386,7 @@ def test_replaced_groups_count_in_what_was_sampled_not_in_what_was_trained_on() 
 def test_a_step_whose_groups_all_failed_has_figures_without_values() -> None:
     found = step_figures([], [FAILED], NAMES)
     assert found["groups/errors"] == found["errors/green"] == 1.0
-    for name in ("reward/mean", "reward/green", "entropy", "kl/green", "engine/logprob_diff_max", "signal"):
+    for name in ("reward/mean", "reward/green", "entropy", "kl/green", "engine/logprob_diff_max", "nonzero_advantage"):
         assert math.isnan(found[name]), name
 
 
@@ -429,7 +429,7 @@ def test_a_row_says_what_was_asked_answered_and_learned() -> None:
         "version": 3,
         "positives": [0],
         "num_positives": 1,
-        "num_consolidated": 0,
+        "num_in_domain": 0,
         "num_negatives": 2,
     }
     assert [rows[1][name] for name in ("correct", "num_positives", "num_negatives")] == [False, 0, 0]

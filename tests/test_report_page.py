@@ -102,7 +102,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     made = made_run(tmp_path_factory.mktemp("runs"), num_steps=8, top_k=2)
-    made.journal.note("WARNING: something to know")
+    made.run_logger.note("WARNING: something to know")
     made.finish()
     return made
 
@@ -307,7 +307,7 @@ ATTACK = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1
 
 def test_what_a_model_wrote_is_only_ever_text(driver: webdriver.Chrome, tmp_path: Path) -> None:
     made = made_run(tmp_path, num_steps=2, text=lambda domain, number: f"{ATTACK} {number} \u202e\u2028")
-    made.journal.note(ATTACK)
+    made.run_logger.note(ATTACK)
     page = Page(driver, made.finish())
     page.open(1, 0)
     assert ATTACK in page.text(".detail pre")

@@ -16,7 +16,7 @@ from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.trainer.collector import Collector, Sampling
-from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_signal, num_seeds
+from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 from tests.support.paths import EMBEDDED_MODEL
 from tests.support.ranks import run_ranks
@@ -91,7 +91,7 @@ def _collect(
     for step in range(steps):
         seed = step * num_seeds(6, SIZES, rounds=rounds)
         sampling = Sampling(num_samples=SIZES, max_tokens=LIMITS, temperature=1.0, seed=seed)
-        collected.append(collect_with_signal(collector, stream, stream.next(6), sampling, rounds=rounds))
+        collected.append(collect_with_nonzero_advantage(collector, stream, stream.next(6), sampling, rounds=rounds))
     return collected, engine.requests, stream
 
 
@@ -107,11 +107,13 @@ def test_every_domain_has_its_own_number_of_samples_and_limit(tokenizer: PreTrai
 def test_groups_without_signal_are_replaced_in_their_place(tokenizer: PreTrainedTokenizerBase) -> None:
     [before], _, _ = collect(tokenizer, rounds=0)
     [after], requests, _ = collect(tokenizer, rounds=20)
-    assert all(group.has_signal for group in after.groups) and not all(group.has_signal for group in before.groups)
+    assert all(group.has_nonzero_advantage for group in after.groups) and not all(
+        group.has_nonzero_advantage for group in before.groups
+    )
     assert [g.prompt.domain for g in after.groups] == [g.prompt.domain for g in before.groups]
     for old, new in zip(before.groups, after.groups, strict=True):
-        assert new == old if old.has_signal else new.prompt != old.prompt
-    assert not any(group.has_signal for group in after.passed_over)
+        assert new == old if old.has_nonzero_advantage else new.prompt != old.prompt
+    assert not any(group.has_nonzero_advantage for group in after.passed_over)
     assert {g.error for g in after.passed_over} <= {None, "scripted"}
     # What was sampled altogether: the step's prompts and one for every group that was replaced.
     assert len(requests) == len(after.sampled) == 6 + len(after.passed_over)
@@ -123,13 +125,13 @@ def test_groups_without_signal_are_replaced_in_their_place(tokenizer: PreTrained
 def test_what_has_no_signal_after_the_last_round_stays(tokenizer: PreTrainedTokenizerBase) -> None:
     [none], _, _ = collect(tokenizer, rounds=0)
     [one], _, stream = collect(tokenizer, rounds=1)
-    lost = [group for group in none.groups if not group.has_signal]
+    lost = [group for group in none.groups if not group.has_nonzero_advantage]
     assert one.rounds == 1 and list(one.passed_over) == lost
     # The stream of the run without rounds would deal the replacements next.
     [_], _, untouched = collect(tokenizer, rounds=0)
     fresh = untouched.replacements([group.prompt.domain for group in lost])
     assert names([new.prompt for old, new in zip(none.groups, one.groups, strict=True) if old in lost]) == names(fresh)
-    assert any(not group.has_signal for group in one.groups)
+    assert any(not group.has_nonzero_advantage for group in one.groups)
     assert stream.state_dict() == untouched.state_dict()
 
 
@@ -149,9 +151,9 @@ def test_the_number_of_engines_changes_nothing(tokenizer: PreTrainedTokenizerBas
 
 def test_signal() -> None:
     prompt = made_up_domain(0, [1]).sources[0].train[0]
-    assert RolloutGroup(prompt=prompt, completions=(), rewards=(0.0, 0.5)).has_signal
-    assert not RolloutGroup(prompt=prompt, completions=(), rewards=(0.5, 0.5)).has_signal
-    assert not RolloutGroup(prompt=prompt, completions=(), error="failed").has_signal
+    assert RolloutGroup(prompt=prompt, completions=(), rewards=(0.0, 0.5)).has_nonzero_advantage
+    assert not RolloutGroup(prompt=prompt, completions=(), rewards=(0.5, 0.5)).has_nonzero_advantage
+    assert not RolloutGroup(prompt=prompt, completions=(), error="failed").has_nonzero_advantage
 
 
 def test_sizes_and_limits_of_domains_are_the_runs_unless_they_have_their_own() -> None:

@@ -192,9 +192,9 @@ def test_every_kind_of_bad_row_is_counted_and_the_first_of_each_named(
     rows = [*questions(20), *(row for row, _, _ in BAD), b""]
     config = config_of(write_jsonl(tmp_path / "rows.jsonl", rows), data={"max_bad_rows": 0.0})
     inspection = inspect_domains(config, tokenizer, cache_dir=tmp_path)
-    [census] = inspection.census
+    [row_statistics] = inspection.row_statistics
     expected = Counter(reason for _, reason, _ in BAD)
-    assert (census.rows, census.bad, census.reasons) == (20 + len(BAD), len(BAD), expected)
+    assert (row_statistics.rows, row_statistics.bad, row_statistics.reasons) == (20 + len(BAD), len(BAD), expected)
     [problem] = inspection.problems
     assert "domain 'sums', source 'rows.jsonl'" in problem and f"{len(BAD)} of {20 + len(BAD)} rows are bad" in problem
     for reason, count in expected.items():
@@ -244,7 +244,7 @@ def test_no_value_of_a_column_is_more_than_a_bad_row(column: str, tmp_path: Path
     rows = [{**row, "question": f"{row['question']} {i}"} if row.get("question") == "q" else row
             for i, row in enumerate(rows)]  # fmt: skip
     [[pools]] = read_pools(config_of(write_jsonl(tmp_path / "rows.jsonl", rows)), cache_dir=tmp_path)
-    assert pools.train.census.rows == len(rows) == len(pools.train.items) + pools.train.census.bad
+    assert pools.train.row_statistics.rows == len(rows) == len(pools.train.items) + pools.train.row_statistics.bad
 
 
 @pytest.mark.parametrize("ground_truth", ODD_VALUES)
@@ -307,7 +307,9 @@ def test_a_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:
             out.write(b"x" * (1 << 20))
         out.write(b'"}\n' + json.dumps(GOOD).encode())
     [[pools]] = read_pools(config_of(file), cache_dir=tmp_path)
-    assert pools.train.census.reasons == {"malformed": 1} and [item.position for item in pools.train.items] == [1]
+    assert pools.train.row_statistics.reasons == {"malformed": 1} and [item.position for item in pools.train.items] == [
+        1
+    ]
 
 
 def test_parquet_has_the_same_items_as_jsonl(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -333,8 +335,8 @@ def test_what_json_cannot_hold_is_malformed(tmp_path: Path) -> None:
     rows = [{**row, "metadata": {"raw": b"x"}} for row in questions(3)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     [[pools]] = read_pools(config_of(tmp_path / "rows.parquet"), cache_dir=tmp_path)
-    assert pools.train.census.reasons == {"malformed": 3}
-    assert "row 0 its metadata can't be written as JSON" in str(pools.train.census.problem(0.5))
+    assert pools.train.row_statistics.reasons == {"malformed": 3}
+    assert "row 0 its metadata can't be written as JSON" in str(pools.train.row_statistics.problem(0.5))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 no, it is not"])
@@ -392,7 +394,9 @@ def test_real_gsm8k_and_commonsense_qa(tokenizer: PreTrainedTokenizerBase) -> No
     )
     inspection = inspect_domains(config, tokenizer, cache_dir=Path("/nonexistent"))
     rows = [pyarrow.parquet.read_metadata(file).num_rows for file in (train, test, commonsense_qa)]
-    assert [(census.rows, census.bad) for census in inspection.census] == [(num, 0) for num in rows]
+    assert [(row_statistics.rows, row_statistics.bad) for row_statistics in inspection.row_statistics] == [
+        (num, 0) for num in rows
+    ]
     assert min(rows) > 100
     math, qa = inspection.domains
     assert {prompt.entry["verifier"] for prompt in (*math.sources[0].train, *math.held_out)} == {"math"}
@@ -410,7 +414,8 @@ def test_check_data_prints_a_row_a_source(tmp_path: Path, capfd: pytest.CaptureF
     file = write_jsonl(tmp_path / "rows.jsonl", [*questions(98), b"{", {"question": "q", "verifier": "math"}])
     config = tmp_path / "config.toml"
     config.write_text(
-        f'[run]\nsteps = 1\n[model]\npath = "{EMBEDDED_MODEL}"\n[batch]\nprompts = 4\nsamples = 2\n[optimizer]\nlr = 1e-5\n'
+        f'[run]\nsteps = 1\n[model]\npath = "{EMBEDDED_MODEL}"\n'
+        "[batch]\nprompts = 4\nsamples = 2\n[optimizer]\nlr = 1e-5\n"
         f'[[domain]]\nname = "sums"\nshots = 0\n[[domain.sources]]\nfile = "{file}"\n'
     )
     assert data_check.main([str(config), "--json"]) == 1

@@ -79,7 +79,7 @@ def test_an_unfinished_run_with_equal_settings_is_resumed(file: Path) -> None:
 
 def test_the_layout_and_settings_that_do_not_change_the_result_may_differ(file: Path) -> None:
     RunFolder.open(config_of(file)).close()
-    overrides = ["--run.checkpoint_every", "2", "--rewards.workers", "3", "--engine.canary_every", "1"]
+    overrides = ["--run.checkpoint_every", "2", "--rewards.workers", "3", "--engine.engine_check_every", "1"]
     overrides += ["--run.keep_checkpoints", "1", "--run.keep_every", "4", "--parallel.tensor", "2"]
     overrides += ["--engine.servers", '["http://there:1"]']
     again = RunFolder.open(config_of(file, *overrides, "--run.trackers", '["trackio"]'))

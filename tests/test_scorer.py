@@ -14,7 +14,7 @@ from megatron_mcpo.config.config import Config, dump, load
 from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.scorer import DomainRules, Scorer
-from megatron_mcpo.rewards.verifier_queue import PATIENCE, Turns, Verdict
+from megatron_mcpo.rewards.verifier_queue import PATIENCE, Verdict, VerifierQueue
 from megatron_mcpo.types import StopReason
 from tests.support.scoring import completion, config_of, function, group, scorer_of
 
@@ -155,7 +155,7 @@ def test_a_thousand_hanging_items_of_one_domain_do_not_hold_up_the_others() -> N
 
 def play(lanes: str, items: list[Any], hangs: set[int], *, num_workers: int = 1, max_error_rate: float = 0.05) -> str:
     """Who was asked, in order, by workers that take turns; tasks in `hangs` time out."""
-    turns = Turns(lanes, items, num_workers=num_workers, max_error_rate=max_error_rate)
+    turns = VerifierQueue(lanes, items, num_workers=num_workers, max_error_rate=max_error_rate)
     asked = ""
     while taken := [n for n in (turns.take() for _ in range(num_workers)) if n is not None]:
         for number in taken:

@@ -111,7 +111,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, model: Path, 
     job = Job(slurm, write_config(model, tmp_path))
     job.wait(lambda: job.num_steps() >= 1)
     slurm.run("scancel", job.number)
-    job.wait(lambda: (job.run / "REQUEUE").exists(), seconds=200)
+    job.wait(lambda: (job.run / "PREEMPTED").exists(), seconds=200)
     assert len(step_files(job.run / "checkpoints")) > 0
     job.wait(lambda: job.slurm.num_idle() >= 2, seconds=200)
     assert job.state("JobState") == "CANCELLED" and job.state("Restarts") == "0"

@@ -22,10 +22,10 @@ from megatron_mcpo.config.model import layout_problems
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.weights.engine_layout import engine_shapes
-from megatron_mcpo.weights.full_sync import Meter, export
+from megatron_mcpo.weights.full_sync import TransferStats, export
 from megatron_mcpo.weights.hf_io import load_hf
 from megatron_mcpo.weights.reshard_plan import Plan
-from megatron_mcpo.weights.reshard_sync import Direct, Gather, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync, choose
 from tests.support import vllm_cases
 from tests.support.ranks import run_ranks
 from tests.support.reshard_cases import parameters_of_experts, pushes_into_an_engine
@@ -134,12 +134,12 @@ def push_directly(files: Files, family: str, layout: Layout, engine_ranks: int) 
     assert layout_problems(model, layout, engine_ranks) == []
     expected = files.engine_rank(family, engine_ranks, groups.rank % engine_ranks)
     engine = Engine(engine_shapes(model, engine_ranks))
-    first = Direct(chunks, model, groups, engine, engine_ranks=engine_ranks).push(1)
+    first = ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks).push(1)
     check(engine.own, expected)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.mul_(2)
-    small = Direct(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=BUCKET_BYTES).push(2)
+    small = ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=BUCKET_BYTES).push(2)
     assert engine.version == 2
     check(engine.own, {name: 2 * tensor for name, tensor in expected.items()})
     return [first.received, small.received, small.staged]
@@ -187,7 +187,7 @@ def push_gathered(files: Files, family: str, layout: Layout) -> tuple[int, int]:
     chunks, model, groups = policy(files.model(family), layout)
     expected = load_file(files.model(family) / "model.safetensors")
     engines = [Engine({}), Engine({})]
-    gather = Gather(chunks=chunks, model=model, groups=groups, engine=engines[0])
+    gather = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engines[0])
     one, many = gather.push(1), replace(gather, engine=engines[1], bucket_bytes=BUCKET_BYTES).push(2)
     for version, engine in enumerate(engines, start=1):
         check(engine.full, expected)
@@ -208,7 +208,7 @@ def test_gather_gives_every_rank_every_full_tensor(files: Files, family: str, la
 def stopped_early(files: Files) -> tuple[int, float]:
     """Bytes received when the first tensor was there, and a sum over the ranks after that was all they took."""
     chunks, model, groups = policy(files.model("qwen3"), TWO)
-    meter = Meter()
+    meter = TransferStats()
     stream = export(chunks, model, groups, bucket_bytes=4 * BUCKET, meter=meter)
     next(stream)
     received = meter.received
@@ -216,7 +216,7 @@ def stopped_early(files: Files) -> tuple[int, float]:
     total = torch.ones(1)
     dist.all_reduce(total, group=groups.world)
     again = Engine({})
-    Gather(chunks=chunks, model=model, groups=groups, engine=again, bucket_bytes=4 * BUCKET).push(1)
+    FullTensorSync(chunks=chunks, model=model, groups=groups, engine=again, bucket_bytes=4 * BUCKET).push(1)
     check(again.full, load_file(files.model("qwen3") / "model.safetensors"))
     return received, total.item()
 
@@ -233,9 +233,9 @@ def chosen(
     chunks, model, groups = policy(files.model(family), layout)
     shapes = {} if groups.rank == packed_rank else engine_shapes(model, 1) | changes
     engine = Engine(shapes, dtype=torch.bfloat16)
-    executor, reason = choose(chunks, model, groups, engine, engine_ranks=1)
-    executor.push(1)
-    return executor.name, reason
+    weight_sync, reason = choose(chunks, model, groups, engine, engine_ranks=1)
+    weight_sync.push(1)
+    return weight_sync.name, reason
 
 
 def test_direct_is_chosen_where_every_engine_rank_keeps_its_parameters_plain(files: Files) -> None:
@@ -243,9 +243,9 @@ def test_direct_is_chosen_where_every_engine_rank_keeps_its_parameters_plain(fil
     packed = "the engine keeps its weights packed or quantised"
     assert run_ranks(2, chosen, files, 1, {}) == [("gather", f"rank 1: {packed}")] * 2
     name = "model.layers.0.self_attn.qkv_proj.weight"
-    ((executor, reason), _) = run_ranks(2, chosen, files, -1, {name: (3, 4)})
-    assert executor == "gather" and reason.startswith(f"{name}: the engine has (3, 4)")
-    ((executor, reason), _) = run_ranks(2, chosen, files, -1, {"scale": (1,)})
-    assert (executor, reason) == ("gather", "scale: only the engine has it")
-    ((executor, reason), _) = run_ranks(2, chosen, files, -1, {}, "mixtral", Layout(data=2, expert=2))
-    assert (executor, reason) == ("gather", "some of vLLM's kernels rearrange experts after loading")
+    ((weight_sync, reason), _) = run_ranks(2, chosen, files, -1, {name: (3, 4)})
+    assert weight_sync == "gather" and reason.startswith(f"{name}: the engine has (3, 4)")
+    ((weight_sync, reason), _) = run_ranks(2, chosen, files, -1, {"scale": (1,)})
+    assert (weight_sync, reason) == ("gather", "scale: only the engine has it")
+    ((weight_sync, reason), _) = run_ranks(2, chosen, files, -1, {}, "mixtral", Layout(data=2, expert=2))
+    assert (weight_sync, reason) == ("gather", "some of vLLM's kernels rearrange experts after loading")

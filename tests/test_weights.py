@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import Experts, ModelConfig
-from megatron_mcpo.weights.mapping import Row, Split, hf_shapes, parameters, table
-from megatron_mcpo.weights.shards import Joining, cut_dim, fill, shard_shape, slices
+from megatron_mcpo.weights.mapping import ParamMapping, Split, hf_shapes, parameters, table
+from megatron_mcpo.weights.shards import ShardAssembler, cut_dim, fill, shard_shape, slices
 
 MODEL = ModelConfig(
     family="qwen3",
@@ -69,14 +69,14 @@ def models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     return model, num_ranks
 
 
-def full_tensors(row: Row) -> list[Tensor]:
+def full_tensors(row: ParamMapping) -> list[Tensor]:
     """Tensors of the row's shapes in which every value occurs once."""
     sizes = [torch.Size(shape).numel() for shape in row.shapes]
     values = torch.arange(1, sum(sizes) + 1, dtype=torch.float32).split(sizes)
     return [value.view(shape) for value, shape in zip(values, row.shapes, strict=True)]
 
 
-def cut_all(row: Row, full: list[Tensor], num_ranks: int) -> list[Tensor]:
+def cut_all(row: ParamMapping, full: list[Tensor], num_ranks: int) -> list[Tensor]:
     """The shards of every rank that has one of its own, each written over values that must vanish."""
     dim = cut_dim(row)
     num_ranks = row.num_shards(Layout(tensor=num_ranks))
@@ -93,7 +93,7 @@ def test_pieces_of_all_shards_join_to_the_full_tensors(case: tuple[ModelConfig, 
     for row in table(model):
         full, dim = full_tensors(row), cut_dim(row)
         shards = cut_all(row, full, 1 if row.split is Split.REPLICATED else num_ranks)
-        joining = Joining(row)
+        joining = ShardAssembler(row)
         back = {}
         for start in range(0, shards[0].shape[dim], step):
             for number, tensor in joining.add([s.split(step, dim)[start // step] for s in shards], start=start):
@@ -107,7 +107,7 @@ def test_a_full_tensor_is_there_with_its_last_element() -> None:
     """A gate is handed out before the memory of its up is taken."""
     row = next(row for row in table(MODEL) if row.split is Split.RANKS)
     halves = [shard.chunk(2) for shard in cut_all(row, full_tensors(row), 2)]
-    joining = Joining(row)
+    joining = ShardAssembler(row)
     assert [number for number, _ in joining.add([first for first, _ in halves])] == [0]
     assert [number for number, _ in joining.add([second for _, second in halves], start=len(halves[0][0]))] == [1]
 

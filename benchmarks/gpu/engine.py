@@ -25,7 +25,7 @@ from megatron_mcpo.rollout.engine import Engine, SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.trainer.engine_check import TOLERANCE
-from megatron_mcpo.weights.reshard_sync import Executor, Gather, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose
 from tests.support.engine_server import Server
 
 BF16_APART, FP8_APART = (0.0, 0.02), (0.04, TOLERANCE["fp8_per_block"])
@@ -113,7 +113,7 @@ def servers() -> Outcome:
             tag="gpu-check",
         )
         stack.callback(sampler.close)
-        executor = Gather(chunks=learner.chunks, model=learner.model_config, groups=groups, engine=sampler)
+        executor = FullTensorSync(chunks=learner.chunks, model=learner.model_config, groups=groups, engine=sampler)
         executor.push(0)
         figures = _speed(executor, learner)
         same_weights, apart = _same_weights(learner, sampler), _apart(learner, sampler)
@@ -126,7 +126,7 @@ def servers() -> Outcome:
     )
 
 
-def _speed(executor: Executor, learner: Policy) -> dict[str, float | str]:
+def _speed(executor: WeightSync, learner: Policy) -> dict[str, float | str]:
     """Of pushes after the first."""
     seconds = seconds_of(lambda: executor.push(0), repeats=5, warm_up=1)
     size = sum(tensor.nbytes for _, tensor in learner.weights())

@@ -20,7 +20,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.cpu_backend import device
 from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.planner.timing import attention_flops, layer_flops
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 
 _TERA, _GIGA = 1e12, 1e9
 _LENGTH, _TOKENS = 4096, 8192
@@ -97,12 +97,12 @@ def contrastive_terms() -> Outcome:
     for n in (4096, 8192, 65536):
         z_MD = F.normalize(torch.randn(n, 512, device=device()), dim=1)
         prompt_M = torch.arange(n, device=device()) // 8
-        keys = Keys(domain_M=prompt_M % 5, prompt_M=prompt_M, correct_M=torch.rand(n, device=device()) < 0.5)
-        anchors = int(keys.correct_M.sum())
+        labels = RolloutLabels(domain_M=prompt_M % 5, prompt_M=prompt_M, correct_M=torch.rand(n, device=device()) < 0.5)
+        anchors = int(labels.correct_M.sum())
         some_AD, tile_AM = z_MD[: min(anchors, 4096)], torch.rand(min(anchors, 4096), n, device=device())
         products = (lambda: some_AD @ z_MD.T, lambda: tile_AM @ z_MD, lambda: tile_AM.T @ some_AD)  # noqa: B023
         floor = sum(seconds_of(product) for product in products) * anchors / len(some_AD)
-        terms = lambda: contrastive(z_MD, keys, ContrastiveConfig())  # noqa: B023, E731
+        terms = lambda: contrastive(z_MD, labels, ContrastiveConfig())  # noqa: B023, E731
         extra = _peak_bytes(terms)
         figures |= {f"seconds_{n}": seconds_of(terms, repeats=3, warm_up=1), f"seconds_floor_{n}": floor}
         bands.append(Band(name=f"extra memory of {n}, GiB", value=extra / 2**30, low=0.0, high=1.0))

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid, one_hot
 from megatron_mcpo.algo.groups import group_sums
 from megatron_mcpo.algo.pairing import Pairing, Scope, members, scope_of
 from megatron_mcpo.config.schema import ContrastiveConfig
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 
 TILE_ELEMENTS = 2**24
 """Anchors x rollouts of a tile: 64 MiB in fp32, and enough rows for matrix products at full speed."""
@@ -32,29 +32,30 @@ _SCOPES: tuple[Scope, ...] = get_args(Scope)
 class Contrast:
     """The contrastive terms of one step.
 
-    loss_share, loss_consolidate: means over each term's valid anchors, without their weights; 0 where there is none
-    loss_share_M, loss_consolidate_M: the terms of every anchor, L_share(i) and L_cons(i); 0 for all others
-    grad_z_MD: gradient of share_weight * loss_share + consolidate_weight * loss_consolidate, in the dtype of z
-    valid_share_M, valid_consolidate_M: bool, the anchors of each term
-    positives_MK: int64, |C(i)| by the positives' domain; positives_consolidate_M: int64, |S(i)|
+    loss_cross_domain, loss_in_domain: means over each term's valid anchors, unweighted; 0 where there is none
+    loss_cross_domain_M, loss_in_domain_M: the terms of every anchor, L_share(i) and L_cons(i); 0 for all others
+    grad_z_MD: in the dtype of z, the gradient of cross_domain_weight * loss_cross_domain + in_domain_weight *
+        loss_in_domain
+    valid_cross_domain_M, valid_in_domain_M: bool, the anchors of each term
+    positives_MK: int64, |C(i)| by the positives' domain; positives_in_domain_M: int64, |S(i)|
     negatives_MK: int64, |M(i)| by the negatives' domain; like the positives 0 for rollouts that are no anchor at all
     listed_ML: int64, positions of (the first 64 of) the cross-domain positives of every rollout, filled up with -1
     """
 
-    loss_share: float
-    loss_consolidate: float
-    loss_share_M: Tensor
-    loss_consolidate_M: Tensor
+    loss_cross_domain: float
+    loss_in_domain: float
+    loss_cross_domain_M: Tensor
+    loss_in_domain_M: Tensor
     grad_z_MD: Tensor
-    valid_share_M: Tensor
-    valid_consolidate_M: Tensor
+    valid_cross_domain_M: Tensor
+    valid_in_domain_M: Tensor
     positives_MK: Tensor
-    positives_consolidate_M: Tensor
+    positives_in_domain_M: Tensor
     negatives_MK: Tensor
     listed_ML: Tensor
 
     @property
-    def positives_share_M(self) -> Tensor:
+    def positives_cross_domain_M(self) -> Tensor:
         """|C(i)|."""
         return self.positives_MK.sum(dim=1)
 
@@ -64,12 +65,12 @@ class Contrast:
         return self.negatives_MK.sum(dim=1)
 
     @property
-    def anchors_share(self) -> int:
-        return int(self.valid_share_M.sum())
+    def anchors_cross_domain(self) -> int:
+        return int(self.valid_cross_domain_M.sum())
 
     @property
-    def anchors_consolidate(self) -> int:
-        return int(self.valid_consolidate_M.sum())
+    def anchors_in_domain(self) -> int:
+        return int(self.valid_in_domain_M.sum())
 
 
 _MOST_PENALTY = 0.5
@@ -82,13 +83,16 @@ def reward_penalty(contrast: Contrast, settings: ContrastiveConfig) -> Tensor:
     paper with `denominator` "negatives", of its authors' program with "all". By default that program draws one positive
     an anchor; we take the mean over all of them, which is the expectation (its loss type supcon_loss_out).
     """
-    terms_M = settings.share_weight * contrast.loss_share_M + settings.consolidate_weight * contrast.loss_consolidate_M
+    terms_M = (
+        settings.cross_domain_weight * contrast.loss_cross_domain_M
+        + settings.in_domain_weight * contrast.loss_in_domain_M
+    )
     return -terms_M.clamp(max=_MOST_PENALTY)
 
 
 @torch.no_grad()
 def contrastive(
-    z_MD: Tensor, keys: Keys, settings: ContrastiveConfig, *, tile_elements: int = TILE_ELEMENTS
+    z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig, *, tile_elements: int = TILE_ELEMENTS
 ) -> Contrast:
     """Both terms of MCPO (arXiv 2605.25443) on the representations of ALL rollouts of the step.
 
@@ -96,13 +100,13 @@ def contrastive(
     but j: the negatives or, with `settings.denominator` "all", all other rollouts of the scope that `negatives`
     names (with the pool: SupCon's L_out, arXiv 2004.11362). An anchor's cost is the mean over its positives, a term the
     mean over its valid anchors: those with a positive, and with a rival that could not be one, or nothing would keep
-    representations apart. `consolidation_loss` "align" replaces the cost by 1 - z_i z_j, which needs no rivals.
+    representations apart. `in_domain_loss` "align" replaces the cost by 1 - z_i z_j, which needs no rivals.
 
     z_MD: unit rows; a graph behind it is ignored. The gradient is that with respect to z itself: projecting out its
     radial part is the business of the head's own backward pass.
     """
-    assert z_MD.ndim == 2 and len(z_MD) == len(keys), (z_MD.shape, len(keys))
-    sums = _Sums(z_MD, keys, settings, tile_elements)
+    assert z_MD.ndim == 2 and len(z_MD) == len(labels), (z_MD.shape, len(labels))
+    sums = _Sums(z_MD, labels, settings, tile_elements)
     for anchors_A in sums.tiles:
         sums.add_tile(anchors_A)
     return sums.result()
@@ -111,49 +115,49 @@ def contrastive(
 class _Sums:
     """What tiles of anchors add up to."""
 
-    def __init__(self, z_MD: Tensor, keys: Keys, settings: ContrastiveConfig, tile_elements: int):
+    def __init__(self, z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig, tile_elements: int):
         self.z_MD = z_MD
-        self.keys = keys
+        self.labels = labels
         self.settings = settings
-        self.pairing = Pairing(keys, settings)
-        num, device = len(keys), z_MD.device
+        self.pairing = Pairing(labels, settings)
+        num, device = len(labels), z_MD.device
         tile_rows = max(1, tile_elements // max(1, num))
         self.block_rows = -(-tile_rows // _BLOCKS) if device.type == "cpu" else tile_rows
-        num_domains = int(keys.domain_M.max()) + 1 if num else 1
-        wrong_MK = one_hot(keys.domain_M, num_domains) * ~keys.correct_M[:, None]
-        self.negatives_MK = group_sums(wrong_MK, scope_of(keys, settings.negatives))
+        num_domains = int(labels.domain_M.max()) + 1 if num else 1
+        wrong_MK = one_hot(labels.domain_M, num_domains) * ~labels.correct_M[:, None]
+        self.negatives_MK = group_sums(wrong_MK, scope_of(labels, settings.negatives))
         self._find_anchors(tile_rows)
         self.grad_z_MD = torch.zeros_like(z_MD)
-        self.loss_share_M, self.loss_consolidate_M = z_MD.new_zeros(num), z_MD.new_zeros(num)
+        self.loss_cross_domain_M, self.loss_in_domain_M = z_MD.new_zeros(num), z_MD.new_zeros(num)
         self.positives_MK = torch.zeros(num, num_domains, dtype=torch.int64, device=device)
         self.listed_ML = torch.full((num, min(num, _LISTED)), -1, dtype=torch.int64, device=device)
 
     def _find_anchors(self, tile_rows: int) -> None:
         """The anchors of each term, what each counts in the total, and the tiles they are taken in."""
-        settings, correct_M = self.settings, self.keys.correct_M
-        right = {scope: members(scope_of(self.keys, scope), correct_M) for scope in _SCOPES}
-        self.positives_consolidate_M = right[settings.consolidate] - 1
-        opposed_share_M = opposed_consolidate_M = self.negatives_MK.any(dim=1)
+        settings, correct_M = self.settings, self.labels.correct_M
+        right = {scope: members(scope_of(self.labels, scope), correct_M) for scope in _SCOPES}
+        self.positives_in_domain_M = right[settings.in_domain_scope] - 1
+        opposed_cross_domain_M = opposed_in_domain_M = self.negatives_MK.any(dim=1)
         if settings.denominator == "all":
             # Right rollouts of the rivals' scope that are of the anchor's domain, or not of its consolidation.
             scope = settings.negatives
-            opposed_share_M = opposed_share_M | (right[_narrower(scope, "domain")] > 1)
-            opposed_consolidate_M = opposed_consolidate_M | (
-                right[scope] > right[_narrower(scope, settings.consolidate)]
+            opposed_cross_domain_M = opposed_cross_domain_M | (right[_narrower(scope, "domain")] > 1)
+            opposed_in_domain_M = opposed_in_domain_M | (
+                right[scope] > right[_narrower(scope, settings.in_domain_scope)]
             )
-        self.valid_share_M = correct_M & opposed_share_M & (right["pool"] > right["domain"])
-        self.valid_consolidate_M = correct_M & (self.positives_consolidate_M > 0)
-        if settings.consolidation_loss == "infonce":
-            self.valid_consolidate_M &= opposed_consolidate_M
-        anchors_A = (self.valid_share_M | self.valid_consolidate_M).nonzero()[:, 0]
+        self.valid_cross_domain_M = correct_M & opposed_cross_domain_M & (right["pool"] > right["domain"])
+        self.valid_in_domain_M = correct_M & (self.positives_in_domain_M > 0)
+        if settings.in_domain_loss == "infonce":
+            self.valid_in_domain_M &= opposed_in_domain_M
+        anchors_A = (self.valid_cross_domain_M | self.valid_in_domain_M).nonzero()[:, 0]
         self.tiles = anchors_A.split(tile_rows) if len(anchors_A) else ()
         if settings.transfer == "threshold":
             # In the very tiles of later on: another shape of the product might round to the other side.
             for anchors_A in self.tiles:
                 similarity_AM = self.z_MD[anchors_A] @ self.z_MD.T
-                self.valid_share_M[anchors_A] &= self.pairing.transferable(similarity_AM, anchors_A).any(dim=1)
-        self.weight_share = settings.share_weight / max(1, int(self.valid_share_M.sum()))
-        self.weight_consolidate = settings.consolidate_weight / max(1, int(self.valid_consolidate_M.sum()))
+                self.valid_cross_domain_M[anchors_A] &= self.pairing.transferable(similarity_AM, anchors_A).any(dim=1)
+        self.weight_cross_domain = settings.cross_domain_weight / max(1, int(self.valid_cross_domain_M.sum()))
+        self.weight_in_domain = settings.in_domain_weight / max(1, int(self.valid_in_domain_M.sum()))
 
     def add_tile(self, anchors_A: Tensor) -> None:
         """Add the costs of these anchors and their part of the gradient, which reaches all rollouts."""
@@ -172,10 +176,10 @@ class _Sums:
         """
         settings, pairs, dtype = self.settings, self.pairing.find(similarity_AM, anchors_A), similarity_AM.dtype
         # Multiplied by, a mask of numbers is much faster than one of bools.
-        share_AM, consolidate_AM = pairs.share_AM.to(dtype), pairs.consolidate_AM.to(dtype)
-        part_share_A = self.valid_share_M[anchors_A] / share_AM.sum(dim=1).clamp(min=1)
-        part_consolidate_A = self.valid_consolidate_M[anchors_A] / consolidate_AM.sum(dim=1).clamp(min=1)
-        self._count(pairs.share_AM, anchors_A)
+        cross_domain_AM, in_domain_AM = pairs.cross_domain_AM.to(dtype), pairs.in_domain_AM.to(dtype)
+        part_cross_domain_A = self.valid_cross_domain_M[anchors_A] / cross_domain_AM.sum(dim=1).clamp(min=1)
+        part_in_domain_A = self.valid_in_domain_M[anchors_A] / in_domain_AM.sum(dim=1).clamp(min=1)
+        self._count(pairs.cross_domain_AM, anchors_A)
         logits_AM = similarity_AM / settings.temperature
         nothing = torch.finfo(dtype).min  # and not -inf, which would make NaN of an anchor without a rival
         rivals_AM = logits_AM.masked_fill(~pairs.rivals_AM, nothing)
@@ -183,28 +187,28 @@ class _Sums:
         total_A1 = rivals_AM.amax(dim=1, keepdim=True) - push_AM.amax(dim=1, keepdim=True).log()
         logp_AM = logits_AM.sub_(total_A1)
         logp_AM = torch.where(pairs.rivals_AM, logp_AM, logsigmoid(logp_AM))
-        self.loss_share_M[anchors_A] = -part_share_A * torch.linalg.vecdot(logp_AM, share_AM)
-        pull_AM = share_AM * (self.weight_share * part_share_A)[:, None]
-        spread_AM = consolidate_AM * (self.weight_consolidate * part_consolidate_A)[:, None]
-        if settings.consolidation_loss == "infonce":
-            self.loss_consolidate_M[anchors_A] = -part_consolidate_A * torch.linalg.vecdot(logp_AM, consolidate_AM)
+        self.loss_cross_domain_M[anchors_A] = -part_cross_domain_A * torch.linalg.vecdot(logp_AM, cross_domain_AM)
+        pull_AM = cross_domain_AM * (self.weight_cross_domain * part_cross_domain_A)[:, None]
+        spread_AM = in_domain_AM * (self.weight_in_domain * part_in_domain_A)[:, None]
+        if settings.in_domain_loss == "infonce":
+            self.loss_in_domain_M[anchors_A] = -part_in_domain_A * torch.linalg.vecdot(logp_AM, in_domain_AM)
             pull_AM += spread_AM
         else:
-            self.loss_consolidate_M[anchors_A] = part_consolidate_A * torch.linalg.vecdot(
-                1 - similarity_AM, consolidate_AM
-            )
+            self.loss_in_domain_M[anchors_A] = part_in_domain_A * torch.linalg.vecdot(1 - similarity_AM, in_domain_AM)
         # How much of a pair's cost the rivals are to blame for; all of it where the positive is one of them.
         pull_AM *= logp_AM.expm1_().neg_().masked_fill_(pairs.rivals_AM, 1.0)
         torch.sub(push_AM.mul_(pull_AM.sum(dim=1, keepdim=True)), pull_AM, out=similarity_AM)
         similarity_AM /= settings.temperature
-        if settings.consolidation_loss == "align":
+        if settings.in_domain_loss == "align":
             similarity_AM -= spread_AM
 
-    def _count(self, share_AM: Tensor, anchors_A: Tensor) -> None:
+    def _count(self, cross_domain_AM: Tensor, anchors_A: Tensor) -> None:
         """Note how many cross-domain positives these anchors have in each domain, and the first of them."""
         num_anchors, num_domains = len(anchors_A), self.positives_MK.shape[1]
-        row, column = share_AM.nonzero(as_tuple=True)
-        by_domain = torch.bincount(row * num_domains + self.keys.domain_M[column], minlength=num_anchors * num_domains)
+        row, column = cross_domain_AM.nonzero(as_tuple=True)
+        by_domain = torch.bincount(
+            row * num_domains + self.labels.domain_M[column], minlength=num_anchors * num_domains
+        )
         by_domain = by_domain.view(num_anchors, num_domains)
         self.positives_MK[anchors_A] = by_domain
         count_A = by_domain.sum(dim=1)
@@ -213,17 +217,17 @@ class _Sums:
         self.listed_ML[anchors_A[row[kept]], place[kept]] = column[kept]
 
     def result(self) -> Contrast:
-        anchor_M = self.valid_share_M | self.valid_consolidate_M
+        anchor_M = self.valid_cross_domain_M | self.valid_in_domain_M
         return Contrast(
-            loss_share=(self.loss_share_M.sum() / self.valid_share_M.sum().clamp(min=1)).item(),
-            loss_consolidate=(self.loss_consolidate_M.sum() / self.valid_consolidate_M.sum().clamp(min=1)).item(),
-            loss_share_M=self.loss_share_M,
-            loss_consolidate_M=self.loss_consolidate_M,
+            loss_cross_domain=(self.loss_cross_domain_M.sum() / self.valid_cross_domain_M.sum().clamp(min=1)).item(),
+            loss_in_domain=(self.loss_in_domain_M.sum() / self.valid_in_domain_M.sum().clamp(min=1)).item(),
+            loss_cross_domain_M=self.loss_cross_domain_M,
+            loss_in_domain_M=self.loss_in_domain_M,
             grad_z_MD=self.grad_z_MD,
-            valid_share_M=self.valid_share_M,
-            valid_consolidate_M=self.valid_consolidate_M,
+            valid_cross_domain_M=self.valid_cross_domain_M,
+            valid_in_domain_M=self.valid_in_domain_M,
             positives_MK=self.positives_MK,
-            positives_consolidate_M=self.positives_consolidate_M.where(anchor_M, 0),
+            positives_in_domain_M=self.positives_in_domain_M.where(anchor_M, 0),
             negatives_MK=self.negatives_MK * anchor_M[:, None],
             listed_ML=self.listed_ML,
         )

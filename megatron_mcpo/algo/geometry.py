@@ -5,29 +5,29 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 
 _UNIFORMITY_ROWS = 2048
 
 
-def domain_similarity(z_MD: Tensor, keys: Keys, *, num_domains: int) -> Tensor:
+def domain_similarity(z_MD: Tensor, labels: RolloutLabels, *, num_domains: int) -> Tensor:
     """Mean similarity of two different correct rollouts, by their domains: fp64 [K, K], symmetric; NaN without a pair.
 
     The mean over all pairs of two domains is the product of their sums, so no pair is looked at.
     """
-    sums_KD, squares_K, counts_K = _domain_sums(z_MD, keys, num_domains)
+    sums_KD, squares_K, counts_K = _domain_sums(z_MD, labels, num_domains)
     pairs_KK = counts_K[:, None] * counts_K - counts_K.diag()
     # Without a pair the numerator is 0 but for rounding, and a rounding error over 0 would be infinite.
     return ((sums_KD @ sums_KD.T - squares_K.diag()) / pairs_KK).where(pairs_KK > 0, torch.nan)
 
 
-def alignment(z_MD: Tensor, keys: Keys) -> float:
+def alignment(z_MD: Tensor, labels: RolloutLabels) -> float:
     """Mean squared distance of two correct rollouts of one domain (Wang & Isola, arXiv 2005.10242, alpha = 2).
 
     0: they coincide; 2: they are no nearer than by chance. NaN without such a pair.
     """
-    num_domains = int(keys.domain_M.max()) + 1 if len(keys) else 1
-    sums_KD, squares_K, counts_K = _domain_sums(z_MD, keys, num_domains)
+    num_domains = int(labels.domain_M.max()) + 1 if len(labels) else 1
+    sums_KD, squares_K, counts_K = _domain_sums(z_MD, labels, num_domains)
     distance = 2 * (counts_K * squares_K - sums_KD.square().sum(dim=1)).sum()
     pairs = (counts_K * (counts_K - 1)).sum()
     return float(distance.clamp(min=0) / pairs) if pairs else math.nan
@@ -50,9 +50,9 @@ def uniformity(z_MD: Tensor) -> float:
     return float(potential.log())
 
 
-def _domain_sums(z_MD: Tensor, keys: Keys, num_domains: int) -> tuple[Tensor, Tensor, Tensor]:
+def _domain_sums(z_MD: Tensor, labels: RolloutLabels, num_domains: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each domain's correct rollouts: sum of z [K, D], sum of |z|^2 [K], number [K]; fp64."""
-    z_CD, domain_C = z_MD[keys.correct_M].double(), keys.domain_M[keys.correct_M]
+    z_CD, domain_C = z_MD[labels.correct_M].double(), labels.domain_M[labels.correct_M]
     sums_KD = z_CD.new_zeros(num_domains, z_MD.shape[1]).index_add(0, domain_C, z_CD)
     squares_K = z_CD.new_zeros(num_domains).index_add(0, domain_C, z_CD.square().sum(dim=1))
     counts_K = z_CD.new_zeros(num_domains).index_add(0, domain_C, torch.ones_like(z_CD[:, 0]))

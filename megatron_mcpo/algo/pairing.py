@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_mcpo.algo.groups import group_sums
 from megatron_mcpo.config.schema import ContrastiveConfig
-from megatron_mcpo.types import Keys
+from megatron_mcpo.types import RolloutLabels
 
 Scope = Literal["pool", "domain", "prompt"]
 """Whose rollouts: the step's, a domain's, a prompt's; each holds the next."""
@@ -21,8 +21,8 @@ Scope = Literal["pool", "domain", "prompt"]
 class Pairs:
     """C(i), S(i) and the rivals of a tile's anchors as bool masks [A, M]. `rivals_AM` may be a view of one row."""
 
-    share_AM: Tensor
-    consolidate_AM: Tensor
+    cross_domain_AM: Tensor
+    in_domain_AM: Tensor
     rivals_AM: Tensor
 
 
@@ -38,23 +38,23 @@ class Pairing:
     Of equally similar rollouts the first ones in step order are taken, so that every rank picks the same.
     """
 
-    def __init__(self, keys: Keys, settings: ContrastiveConfig):
-        self.keys = keys
+    def __init__(self, labels: RolloutLabels, settings: ContrastiveConfig):
+        self.labels = labels
         self.settings = settings
-        self.wrong_M = ~keys.correct_M
-        domains = torch.unique(keys.domain_M[keys.correct_M]).tolist()
+        self.wrong_M = ~labels.correct_M
+        domains = torch.unique(labels.domain_M[labels.correct_M]).tolist()
         self.correct_by_domain = {
-            domain: (keys.correct_M & (keys.domain_M == domain)).nonzero()[:, 0] for domain in domains
+            domain: (labels.correct_M & (labels.domain_M == domain)).nonzero()[:, 0] for domain in domains
         }
         """Domain: positions of its correct rollouts, ascending."""
 
     def find(self, similarity_AM: Tensor, anchors_A: Tensor) -> Pairs:
         """The pairs of the rollouts `anchors_A` (int64, positions in the step's order), all of which are correct."""
-        assert similarity_AM.shape == (len(anchors_A), len(self.keys)), (similarity_AM.shape, anchors_A.shape)
-        consolidate_AM = self._same(self.settings.consolidate, anchors_A) & self.keys.correct_M
+        assert similarity_AM.shape == (len(anchors_A), len(self.labels)), (similarity_AM.shape, anchors_A.shape)
+        in_domain_AM = self._same(self.settings.in_domain_scope, anchors_A) & self.labels.correct_M
         return Pairs(
-            share_AM=self.transferable(similarity_AM, anchors_A),
-            consolidate_AM=consolidate_AM.scatter_(1, anchors_A[:, None], False),
+            cross_domain_AM=self.transferable(similarity_AM, anchors_A),
+            in_domain_AM=in_domain_AM.scatter_(1, anchors_A[:, None], False),
             rivals_AM=self._rivals(anchors_A),
         )
 
@@ -62,7 +62,7 @@ class Pairing:
         """C(i) alone: bool [A, M]."""
         if self.settings.transfer == "top_k":
             return self._most_similar(similarity_AM, anchors_A)
-        others_AM = ~self._same("domain", anchors_A) & self.keys.correct_M
+        others_AM = ~self._same("domain", anchors_A) & self.labels.correct_M
         if self.settings.transfer == "threshold":
             others_AM &= similarity_AM >= self.settings.threshold
         return others_AM
@@ -75,27 +75,27 @@ class Pairing:
         return self._same(self.settings.negatives, anchors_A) & self.wrong_M
 
     def _same(self, scope: Scope, anchors_A: Tensor) -> Tensor:
-        group_M = scope_of(self.keys, scope)
+        group_M = scope_of(self.labels, scope)
         return group_M[anchors_A, None] == group_M
 
     def _most_similar(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
         chosen_AM = torch.zeros_like(similarity_AM, dtype=torch.bool)
-        domain_A1 = self.keys.domain_M[anchors_A, None]
+        domain_A1 = self.labels.domain_M[anchors_A, None]
         for domain, columns in self.correct_by_domain.items():
             nearest = _largest(similarity_AM.index_select(1, columns), self.settings.top_k)
             chosen_AM.index_copy_(1, columns, nearest & (domain_A1 != domain))
         return chosen_AM
 
 
-def scope_of(keys: Keys, scope: Scope) -> Tensor:
+def scope_of(labels: RolloutLabels, scope: Scope) -> Tensor:
     """A number for every rollout, the same for all of one scope: int64 [M]. Prompts are numbered over all domains."""
     match scope:
         case "pool":
-            return torch.zeros_like(keys.domain_M)
+            return torch.zeros_like(labels.domain_M)
         case "domain":
-            return keys.domain_M
+            return labels.domain_M
         case "prompt":
-            return keys.prompt_M
+            return labels.prompt_M
 
 
 def members(group_M: Tensor, counted_M: Tensor) -> Tensor:

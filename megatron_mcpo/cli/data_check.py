@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.domain_rules import missing_files
-from megatron_mcpo.data.row_counts import Census
+from megatron_mcpo.data.row_counts import RowStatistics
 from megatron_mcpo.rewards import allowlist
 
 NOT_USABLE = 1
@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return options.refuse(error)
     if known.json:
-        for census in inspection.census:
-            print(json.dumps(census.as_json()))
+        for row_statistics in inspection.row_statistics:
+            print(json.dumps(row_statistics.as_json()))
     else:
-        _print_table(inspection.census)
+        _print_table(inspection.row_statistics)
         for note in [note for domain in inspection.domains for note in domain.notes]:
             print(note)
     if inspection.problems:
@@ -52,11 +52,15 @@ def main(arguments: Sequence[str]) -> int:
     return NOT_USABLE if inspection.problems else 0
 
 
-def _print_table(counted: Sequence[Census]) -> None:
+def _print_table(counted: Sequence[RowStatistics]) -> None:
     table = Table()
     for name in ("domain", "source", "rows", "bad", "reasons, with the first row of each"):
         table.add_column(name, justify="right" if name in ("rows", "bad") else "left", overflow="fold")
-    for census in counted:
-        reasons = "\n".join(f"{count} {reason}: {census.first[reason]}" for reason, count in census.reasons.items())
-        table.add_row(census.domain, census.source, f"{census.rows:,}", f"{census.bad:,}", reasons)
+    for row_statistics in counted:
+        reasons = "\n".join(
+            f"{count} {reason}: {row_statistics.first[reason]}" for reason, count in row_statistics.reasons.items()
+        )
+        table.add_row(
+            row_statistics.domain, row_statistics.source, f"{row_statistics.rows:,}", f"{row_statistics.bad:,}", reasons
+        )
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False).print(table)

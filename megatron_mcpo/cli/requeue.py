@@ -1,7 +1,7 @@
 """Tell a job script whether the run was preempted: exit code 0 if so, it should be started again; 1 if not.
 
 For a job script, once the ranks have ended: torchrun's exit code is 1 for a run that saved and one that crashed. The
-run's mark (REQUEUE in its folder) is taken away, so that the answer is yes once; --put-back, where it could not be
+run's mark (PREEMPTED in its folder) is taken away, so that the answer is yes once; --put-back, where it could not be
 started again, makes the mark anew. Exit code 1: no; 2: bad configuration.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
-from megatron_mcpo.storage.run_folder import put_back_restart, take_restart
+from megatron_mcpo.storage.run_folder import restore_preempted_mark, take_preempted_mark
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,6 +23,6 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return options.refuse(error)
     if known.put_back:
-        put_back_restart(config)
+        restore_preempted_mark(config)
         return 0
-    return 0 if take_restart(config) else 1
+    return 0 if take_preempted_mark(config) else 1

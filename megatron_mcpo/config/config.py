@@ -234,11 +234,12 @@ def _minibatches(config: Config) -> list[str]:
             f"batch.minibatches = {batch.minibatches}: at most batch.prompts = {batch.prompts}, because a group is not "
             "divided; lower it"
         ]
-    shares = config.contrastive.share_weight > 0 and len(config.domain) > 1
+    shares = config.contrastive.cross_domain_weight > 0 and len(config.domain) > 1
     if shares and batch.prompts < 2 * batch.minibatches:
         return [
             f"batch.minibatches = {batch.minibatches}: at most half of batch.prompts = {batch.prompts}, because "
-            "domains share within an optimizer step, which needs two; lower it, or set contrastive.share_weight to 0"
+            "each optimizer step needs at least 2 prompts for the cross-domain loss; lower it, or set "
+            "contrastive.cross_domain_weight to 0"
         ]
     return []
 
@@ -255,7 +256,8 @@ def _diagnosis(config: Config) -> list[str]:
         return []
     return [
         f"contrastive.diagnose_every = {c.diagnose_every}: no contrastive term reaches the model's weights (mode "
-        f"{c.mode!r}, weights {c.share_weight} and {c.consolidate_weight}), so there is nothing to compare; set it to 0"
+        f"{c.mode!r}, weights {c.cross_domain_weight} and {c.in_domain_weight}), so there is nothing to compare; "
+        "set it to 0"
     ]
 
 

@@ -135,7 +135,7 @@ class EngineConfig(Section):
     kv_cache_gib: PositiveFloat = Field(0.5, description="key-value cache on a CPU")
     gpu_memory_utilization: Share = Field(0.5, description="share of a GPU's memory that the engine may take")
     max_concurrent: PositiveInt = Field(64, description="sequences decoded together")
-    canary_every: PositiveInt = Field(10, description="steps between checks that engine and trainer agree")
+    engine_check_every: PositiveInt = Field(10, description="steps between checks that engine and trainer agree")
     quantization: Literal["none", "fp8_per_block"] = Field(
         "none",
         description="fp8_per_block: the engine rounds its layers' weights to FP8 (e4m3, a scale for each 128 x 128); "
@@ -183,8 +183,8 @@ class AlgorithmConfig(Section):
 class ContrastiveConfig(Section):
     """The contrastive terms; both weights 0: no head exists and the method is plain mixed-domain GRPO."""
 
-    share_weight: NonNegativeFloat = Field(0.1, description="lambda of cross-domain knowledge sharing")
-    consolidate_weight: NonNegativeFloat = Field(0.1, description="lambda of in-domain consolidation")
+    cross_domain_weight: NonNegativeFloat = Field(0.1, description="lambda of cross-domain knowledge sharing")
+    in_domain_weight: NonNegativeFloat = Field(0.1, description="lambda of in-domain consolidation")
     mode: Literal["loss", "reward"] = Field(
         "loss",
         description="reward: a correct rollout's reward falls by its weighted terms, at most by 0.5, and the terms' "
@@ -201,10 +201,10 @@ class ContrastiveConfig(Section):
     negatives: Literal["pool", "domain", "prompt"] = Field(
         "pool", description="incorrect rollouts that are an anchor's negatives: of the step, its domain, its prompt"
     )
-    consolidate: Literal["domain", "prompt"] = Field(
+    in_domain_scope: Literal["domain", "prompt"] = Field(
         "domain", description="correct rollouts that an anchor is pulled to: of its domain, of its prompt"
     )
-    consolidation_loss: Literal["infonce", "align"] = Field(
+    in_domain_loss: Literal["infonce", "align"] = Field(
         "infonce", description="align: the mean of 1 - similarity, without negatives"
     )
     denominator: Literal["negatives", "all"] = Field(
@@ -224,7 +224,7 @@ class ContrastiveConfig(Section):
 
     @property
     def enabled(self) -> bool:
-        return self.share_weight > 0 or self.consolidate_weight > 0
+        return self.cross_domain_weight > 0 or self.in_domain_weight > 0
 
 
 class OptimizerConfig(Section):

@@ -7,11 +7,12 @@ from megatron_mcpo.config.model import ModelConfig, fast_dtype
 
 def empty_terms(config: Config) -> list[str]:
     """Terms of the objective that this configuration leaves without a pair: a line each."""
-    if config.contrastive.share_weight == 0 or len(config.domain) > 1:
+    if config.contrastive.cross_domain_weight == 0 or len(config.domain) > 1:
         return []
     return [
-        f"contrastive.share_weight = {config.contrastive.share_weight}: with one domain there is nobody to share with, "
-        "the term stays 0"
+        f"contrastive.cross_domain_weight = {config.contrastive.cross_domain_weight}: "
+        "cross-domain sharing needs at least two domains; with one "
+        "the term is 0"
     ]
 
 

@@ -31,7 +31,7 @@ from megatron_mcpo.convert.compare import (
     is_small,
     nbytes,
 )
-from megatron_mcpo.convert.staging import Draft
+from megatron_mcpo.convert.staging import StagingFolder
 from megatron_mcpo.convert.work_sharing import attempt, share
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.parallel import Team, agree
@@ -105,12 +105,12 @@ def hf_to_megatron(
                 raise ConfigError(problems)
             dtype = _dtype(folder, dtype)
         plan = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
-        draft = _open_draft(source, final, plan, sum(nbytes(folder, name, dtype) for name in folder.names), team)
+        staging = _open_staging(source, final, plan, sum(nbytes(folder, name, dtype) for name in folder.names), team)
         parts = {str(number): part for number, part in enumerate(megatron_write.parts(model, layout, dtype))}
         _write_parts(
-            draft,
+            staging,
             parts,
-            lambda number: megatron_write.write_part(draft.path, number, parts[number], folder, layout, dtype),
+            lambda number: megatron_write.write_part(staging.path, number, parts[number], folder, layout, dtype),
             team,
             say,
         )
@@ -118,18 +118,18 @@ def hf_to_megatron(
         head = {name: values.to(dtype) for name, values in head.items()}
         with attempt(team):
             if team.rank == 0:
-                done = draft.done()
-                megatron_write.write_rest(draft.path, model, layout, dtype, head, [done[number] for number in parts])
-                copy_assets(source, draft.path)
-                _set_dtype(draft.path / "config.json", dtype)
+                done = staging.done()
+                megatron_write.write_rest(staging.path, model, layout, dtype, head, [done[number] for number in parts])
+                copy_assets(source, staging.path)
+                _set_dtype(staging.path / "config.json", dtype)
         with attempt(team):
-            megatron = MegatronFolder(draft.path, model)
+            megatron = MegatronFolder(staging.path, model)
         compared = compare(folder, megatron, dtype=dtype, team=team)
     if team.rank == 0:
         problems = head_problems(head, megatron.head())
         if _wants(verify_forward, folder):
             problems += _logits_problems(megatron, model, source, dtype, say)
-        _publish(draft, compared, problems, plan, with_manifest=True)
+        _publish(staging, compared, problems, plan, with_manifest=True)
     return compared
 
 
@@ -162,22 +162,22 @@ def megatron_to_hf(
         say(_origin(folder, found, dtype))
         plan = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_bytes": max_file_bytes}
         sizes = {name: nbytes(folder, name, dtype) for name in folder.names}
-        draft = _open_draft(source, final, plan, sum(sizes.values()), team)
+        staging = _open_staging(source, final, plan, sum(sizes.values()), team)
         groups = spread(sizes, max_file_bytes)
         files = dict(zip(file_names(len(groups)), groups, strict=True))
-        _write_parts(draft, files, lambda file: _write_file(draft, file, files[file], folder, dtype), team, say)
+        _write_parts(staging, files, lambda file: _write_file(staging, file, files[file], folder, dtype), team, say)
         head = folder.head()
         with attempt(team):
             if team.rank == 0:
-                _write_others(draft.path, assets, files, sum(sizes.values()), head, dtype)
+                _write_others(staging.path, assets, files, sum(sizes.values()), head, dtype)
         with attempt(team):
-            written = HfFolder(draft.path, model)
+            written = HfFolder(staging.path, model)
         compared = compare(folder, written, dtype=dtype, team=team)
     if team.rank == 0:
-        problems = head_problems(head, load_file(draft.path / HEAD_FILE) if head else {})
+        problems = head_problems(head, load_file(staging.path / HEAD_FILE) if head else {})
         if _wants(verify_forward, folder):
-            problems += _logits_problems(folder, model, draft.path, dtype, say)
-        _publish(draft, compared, problems, plan)
+            problems += _logits_problems(folder, model, staging.path, dtype, say)
+        _publish(staging, compared, problems, plan)
     return compared
 
 
@@ -197,30 +197,30 @@ def assets_of(checkpoint: Path) -> Path:
 
 
 def _write_parts(
-    draft: Draft, parts: Iterable[str], write: Callable[[str], tuple[list[str], Any]], team: Team, say: Say
+    staging: StagingFolder, parts: Iterable[str], write: Callable[[str], tuple[list[str], Any]], team: Team, say: Say
 ) -> None:
     """All that are not there already, each by one process. write: makes a part; gives its files and its record"""
     names = list(parts)
-    done = agree(draft.done() if team.rank == 0 else {}, team)
+    done = agree(staging.done() if team.rank == 0 else {}, team)
     todo = [name for name in names if name not in done]
     before = len(names) - len(todo)
     share(
         todo,
         team,
-        lambda name: draft.finish(name, *write(name)),
+        lambda name: staging.finish(name, *write(name)),
         after=lambda count: say(f"{before + count} of {len(names)} parts written"),
     )
 
 
 def _write_file(
-    draft: Draft, file: str, names: Sequence[str], source: MegatronFolder, dtype: torch.dtype
+    staging: StagingFolder, file: str, names: Sequence[str], source: MegatronFolder, dtype: torch.dtype
 ) -> tuple[list[str], None]:
     """One file of safetensors."""
 
     def rows(name: str) -> Iterator[Tensor]:
         return (source.read(name, start, stop, dim=0).to(dtype) for start, stop in blocks(source, name))
 
-    write_safetensors(draft.path / file, {name: source.shape(name) for name in names}, dtype, rows)
+    write_safetensors(staging.path / file, {name: source.shape(name) for name in names}, dtype, rows)
     return [file], None
 
 
@@ -266,22 +266,22 @@ def _wants(verify_forward: bool | None, source: Source) -> bool:
     return is_small(source) if verify_forward is None else verify_forward
 
 
-def _open_draft(source: Path, final: Path, plan: dict[str, Any], size: int, team: Team) -> Draft:
+def _open_staging(source: Path, final: Path, plan: dict[str, Any], size: int, team: Team) -> StagingFolder:
     """The first process begins it, the others join when it is there."""
     with attempt(team):
         if team.rank == 0:
             if final.resolve().is_relative_to(source.resolve()):
                 raise ConfigError([f"{final}: is the source or lies in it; give another folder"])
-            draft = Draft.begin(final, plan)
-            needed = size + size // 50 - draft.bytes()
-            free = shutil.disk_usage(draft.path).free
+            staging = StagingFolder.begin(final, plan)
+            needed = size + size // 50 - staging.bytes()
+            free = shutil.disk_usage(staging.path).free
             if free < needed:
                 rule = f"needs {needed:,} bytes, the disk has {free:,} left; free some or choose another"
                 raise ConfigError([f"{final}: {rule}"])
     with attempt(team):
         if team.rank != 0:
-            draft = Draft.join(final)
-    return draft
+            staging = StagingFolder.join(final)
+    return staging
 
 
 def _logits_problems(megatron: Source, model: ModelConfig, folder: Path, dtype: torch.dtype, say: Say) -> list[str]:
@@ -297,23 +297,28 @@ def _logits_problems(megatron: Source, model: ModelConfig, folder: Path, dtype: 
 
 
 def _publish(
-    draft: Draft, compared: Comparison, problems: list[str], plan: dict[str, Any], *, with_manifest: bool = False
+    staging: StagingFolder,
+    compared: Comparison,
+    problems: list[str],
+    plan: dict[str, Any],
+    *,
+    with_manifest: bool = False,
 ) -> None:
     """Give the folder its name, once nothing in it is wrong. For one process alone."""
     problems = [*compared.differing, *problems]
     if problems:
-        draft.discard()
-        lines = [f"{draft.final}: not written, it would not be the source:", *problems]
+        staging.discard()
+        lines = [f"{staging.final}: not written, it would not be the source:", *problems]
         raise VerificationError("\n".join(lines), compared)
     with attempt(Team()):
         record = {**plan, "sha256": compared.sha256}
-        (draft.path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (staging.path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if with_manifest:
-            parts = [record["files"] for record in draft.done().values()]
+            parts = [record["files"] for record in staging.done().values()]
             measured = {name: Fingerprint(**each) for part in parts for name, each in part.items()}
-            others = set(draft.names()) - measured.keys() - {checkpoint_files.MANIFEST}
-            checkpoint_files.write_manifest(draft.path, measured | checkpoint_files.measure(draft.path, others))
-        draft.publish()
+            others = set(staging.names()) - measured.keys() - {checkpoint_files.MANIFEST}
+            checkpoint_files.write_manifest(staging.path, measured | checkpoint_files.measure(staging.path, others))
+        staging.publish()
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.storage.checkpoint_files import sync
-from megatron_mcpo.weights.checkpoint_layout import Chunk, Stored, chunks, global_shape, stored
+from megatron_mcpo.weights.checkpoint_layout import CheckpointEntry, Chunk, chunks, global_shape, stored
 from megatron_mcpo.weights.hf_io import HfFolder
 from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, parameters
 from megatron_mcpo.weights.shards import cut_dim, cut_shape, placed
@@ -21,7 +21,7 @@ PART_BYTES = 1 << 30
 _OBJECTS = "__objects.distcp"
 
 
-type Part = list[tuple[Parameter, Stored]]
+type Part = list[tuple[Parameter, CheckpointEntry]]
 """Parameters, each with its place in the layout and in the checkpoint."""
 
 
@@ -63,7 +63,7 @@ def write_part(
     return list(measured), {"entries": [asdict(entry) for entry in entries], "files": measured}
 
 
-def _values(where: Stored, chunk: Chunk, full: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _values(where: CheckpointEntry, chunk: Chunk, full: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[1, ..., size, ...]: a chunk of the full tensors, with the dimensions of its layer and expert."""
     dim = cut_dim(where.row)
     shape = cut_shape(where.row, chunk.size)

@@ -22,10 +22,10 @@ _PARTS = "parts"
 log = logging.getLogger(__name__)
 
 
-class Draft:
+class StagingFolder:
     """The folder `.NAME.partial` beside what is to become NAME.
 
-    Nobody can begin a draft that any process still holds, where the file system has locks. See `begin` and `join`,
+    Nobody can begin a staging that any process still holds, where the file system has locks. See `begin` and `join`,
     which make one.
     """
 
@@ -36,7 +36,7 @@ class Draft:
 
     @classmethod
     def begin(cls, final: Path, plan: dict[str, Any]) -> Self:
-        """Go on with what is there. plan: JSON-able, what is made from what; a draft of something else is thrown away.
+        """Continue with what is there. plan: JSON-able, what is made from what; a folder with another plan is removed.
 
         Raises ConfigError where NAME exists, can't be made, or is being made by other processes.
         """
@@ -44,30 +44,30 @@ class Draft:
             raise ConfigError([f"{final}: exists; give a folder that doesn't, or delete it"])
         try:
             (_place(final) / _PARTS).mkdir(parents=True, exist_ok=True)
-            draft = cls(final, (_place(final) / _PLAN).open("a+", encoding="utf-8"))
+            staging = cls(final, (_place(final) / _PLAN).open("a+", encoding="utf-8"))
         except OSError as error:
             raise ConfigError([f"{final}: can't be written ({error.strerror}); give another folder"]) from error
-        draft._lock(fcntl.LOCK_EX)
-        draft._plan.seek(0)
+        staging._lock(fcntl.LOCK_EX)
+        staging._plan.seek(0)
         text = json.dumps(plan)
-        if draft._plan.read() != text:
-            draft._plan.truncate(0)  # first: what is half thrown away must not look like this plan's
-            for path in draft.path.iterdir():
+        if staging._plan.read() != text:
+            staging._plan.truncate(0)  # first: what is half thrown away must not look like this plan's
+            for path in staging.path.iterdir():
                 if path.name != _PLAN:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (draft.path / _PARTS).mkdir()
-            draft._plan.write(text)
-            draft._plan.flush()
-            os.fsync(draft._plan.fileno())
-        draft._lock(fcntl.LOCK_SH)
-        return draft
+            (staging.path / _PARTS).mkdir()
+            staging._plan.write(text)
+            staging._plan.flush()
+            os.fsync(staging._plan.fileno())
+        staging._lock(fcntl.LOCK_SH)
+        return staging
 
     @classmethod
     def join(cls, final: Path) -> Self:
-        """The draft that another process has begun and still holds. Raises OSError where this one can't see it."""
-        draft = cls(final, (_place(final) / _PLAN).open(encoding="utf-8"))
-        draft._lock(fcntl.LOCK_SH)
-        return draft
+        """The staging that another process has begun and still holds. Raises OSError where this one can't see it."""
+        staging = cls(final, (_place(final) / _PLAN).open(encoding="utf-8"))
+        staging._lock(fcntl.LOCK_SH)
+        return staging
 
     def finish(self, part: str, files: Sequence[str], record: Any) -> None:
         """Note that a part is complete: its files are on disk when this returns, and stay if the process dies."""

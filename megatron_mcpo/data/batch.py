@@ -10,7 +10,7 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor
 
-from megatron_mcpo.types import Completion, Keys, RolloutGroup, TrainBatch
+from megatron_mcpo.types import Completion, RolloutGroup, RolloutLabels, TrainBatch
 
 
 def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
@@ -53,9 +53,9 @@ def make_batch(
     rollouts = [(group, completion) for group in groups for completion in group.completions]
     prompt_lens = tuple(len(group.prompt.token_ids) for group, _ in rollouts)
     response_lens = tuple(len(completion.token_ids) for _, completion in rollouts)
-    keys = _keys(groups)
+    labels = _labels(groups)
     if share_prompts:
-        units = [list(rows) for _, rows in groupby(range(len(rollouts)), key=keys.prompt_M.tolist().__getitem__)]
+        units = [list(rows) for _, rows in groupby(range(len(rollouts)), key=labels.prompt_M.tolist().__getitem__)]
     else:
         units = [[row] for row in range(len(rollouts))]
     costs = [prompt_lens[rows[0]] + sum(response_lens[row] for row in rows) for rows in units]
@@ -70,7 +70,7 @@ def make_batch(
         response_lens_N=torch.tensor([response_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
         rows_N=rows_N,
         engine_logp_R=_engine_logprobs([completion for _, completion in mine]),
-        keys=keys,
+        labels=labels,
         num_response_tokens=sum(response_lens),
         prompt_lens_M=prompt_lens,
         response_lens_M=response_lens,
@@ -86,8 +86,8 @@ def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
     return torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
 
 
-def _keys(groups: Sequence[RolloutGroup]) -> Keys:
-    return Keys(
+def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:
+    return RolloutLabels(
         domain_M=torch.tensor([group.prompt.domain for group in groups for _ in group.completions]),
         prompt_M=torch.tensor([number for number, group in enumerate(groups) for _ in group.completions]),
         correct_M=torch.tensor([correct for group in groups for correct in group.correct]),

@@ -29,7 +29,7 @@ class PromptMaker:
         self._ids: dict[int, int] = {}
 
     def prompts(self, pool: Pool, items: Sequence[Item], shots: Sequence[Item]) -> Iterator[Prompt]:
-        """The prompt of every item that is short enough, in order; what is not is counted in the pool's census."""
+        """The prompt of every item that is short enough, in order; others are counted in the pool's row_statistics."""
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
             texts = [self._text(pool, item, shots) for item in batch]
@@ -40,7 +40,7 @@ class PromptMaker:
                     yield self._prompt(pool, item, ids)
                     continue
                 text = f"has {len(ids)} tokens as a prompt, rollout.max_prompt_tokens allows {self._max_tokens}"
-                pool.census.leave_out(item.position, RowError("too long", text))
+                pool.row_statistics.leave_out(item.position, RowError("too long", text))
 
     def _prompt(self, pool: Pool, item: Item, ids: Sequence[int]) -> Prompt:
         return Prompt(
@@ -63,7 +63,9 @@ class PromptMaker:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
-            pool.census.leave_out(item.position, RowError("malformed", f"is refused by the chat template: {error}"))
+            pool.row_statistics.leave_out(
+                item.position, RowError("malformed", f"is refused by the chat template: {error}")
+            )
             return None
 
     def _messages(self, item: Item, shots: Sequence[Item]) -> list[Message]:

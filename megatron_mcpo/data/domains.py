@@ -10,7 +10,7 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.domain_schema import GENERATED_ITEMS
 from megatron_mcpo.data.conversation import PromptMaker, choose_shots
 from megatron_mcpo.data.pools import Pool, SourcePools, held_out_shares, read_pools
-from megatron_mcpo.data.row_counts import Census
+from megatron_mcpo.data.row_counts import RowStatistics
 from megatron_mcpo.data.rows import Item
 from megatron_mcpo.types import Prompt
 
@@ -54,7 +54,7 @@ class Inspection:
 
     domains: list[Domain]
     problems: list[str]
-    census: list[Census]
+    row_statistics: list[RowStatistics]
     """Of every source, and of every file or split of held-out items, in the configuration's order."""
 
 
@@ -93,13 +93,13 @@ def inspect_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cac
     """
     domains: list[Domain] = []
     problems: list[str] = []
-    census: list[Census] = []
+    row_statistics: list[RowStatistics] = []
     for index, pools in enumerate(read_pools(config, cache_dir=cache_dir)):
         builder = _Builder(config, tokenizer, index)
         domains.append(builder.build(pools))
         problems += builder.problems
-        census += builder.census
-    return Inspection(domains=domains, problems=problems, census=census)
+        row_statistics += builder.row_statistics
+    return Inspection(domains=domains, problems=problems, row_statistics=row_statistics)
 
 
 class _Builder:
@@ -111,7 +111,7 @@ class _Builder:
         self._maker = PromptMaker(self._domain, index, tokenizer, max_tokens=config.rollout.max_prompt_tokens)
         self._notes: list[str] = []
         self.problems: list[str] = []
-        self.census: list[Census] = []
+        self.row_statistics: list[RowStatistics] = []
 
     def build(self, sources: list[SourcePools]) -> Domain:
         domain = self._domain
@@ -133,15 +133,15 @@ class _Builder:
         from_itself = share if pools.held_out is None else 0
         most = self._most_items(pool)
         usable, num_usable = _first(self._maker.prompts(pool, rest, shots), from_itself + most)
-        self._judge(pool.census)
-        if pool.census.rows == 0:
+        self._judge(pool.row_statistics)
+        if pool.row_statistics.rows == 0:
             return (), ()
         if len(shots) < domain.shots or num_usable < FEWEST_QUESTIONS:
             apart = "" if pools.held_out is None else " that aren't held out"
             self.problems.append(
-                f"{pool.census.where}: only {len(shots) + num_usable} distinct questions{apart}, which must do for "
-                f"{domain.shots} worked examples, with answers, and {FEWEST_QUESTIONS} more; give it more (a "
-                "generator: wider options; a file: other rows) or lower shots"
+                f"{pool.row_statistics.where}: only {len(shots) + num_usable} distinct questions{apart}, which "
+                f"must do for {domain.shots} worked examples, with answers, and {FEWEST_QUESTIONS} more; give it more "
+                "(a generator: wider options; a file: other rows) or lower shots"
             )
             return (), ()
         if num_usable < from_itself + most:
@@ -157,20 +157,22 @@ class _Builder:
 
     def _held_out(self, pool: Pool, shots: Sequence[Item], share: int) -> list[Prompt]:
         held, num_usable = _first(self._maker.prompts(pool, pool.items, shots), share)
-        self._judge(pool.census)
-        if num_usable == 0 and pool.census.rows > 0:
-            self.problems.append(f"{pool.census.where}: has no row that can be used; mend them, or name another file")
+        self._judge(pool.row_statistics)
+        if num_usable == 0 and pool.row_statistics.rows > 0:
+            self.problems.append(
+                f"{pool.row_statistics.where}: has no row that can be used; mend them, or name another file"
+            )
         return held
 
-    def _judge(self, census: Census) -> None:
-        self.census.append(census)
-        if problem := census.problem(self._config.data.max_bad_rows):
+    def _judge(self, row_statistics: RowStatistics) -> None:
+        self.row_statistics.append(row_statistics)
+        if problem := row_statistics.problem(self._config.data.max_bad_rows):
             self.problems.append(problem)
-        elif note := census.note():
+        elif note := row_statistics.note():
             self._notes.append(note)
 
     def _tell_sizes(self, pools: SourcePools, share: int, *, num_shots: int, num_usable: int, num_held: int) -> None:
-        where, items = pools.train.census.where, self._most_items(pools.train)
+        where, items = pools.train.row_statistics.where, self._most_items(pools.train)
         if pools.num_seen and pools.train.origin:
             self._notes.append(f"{where}: {pools.num_seen} questions are in an earlier source or held out: left out")
         own_held = num_held if pools.held_out is None else 0

@@ -11,7 +11,7 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import GENERATED_ITEMS, DomainConfig
 from megatron_mcpo.data.files import Origin, origins
 from megatron_mcpo.data.generators import ItemRequest, generate
-from megatron_mcpo.data.row_counts import Census
+from megatron_mcpo.data.row_counts import RowStatistics
 from megatron_mcpo.data.rows import Item, RowError, generated_item, parse_row
 from megatron_mcpo.data.verl import from_verl, is_verl
 
@@ -22,7 +22,7 @@ class Pool:
 
     name: str
     items: list[Item]
-    census: Census
+    row_statistics: RowStatistics
     origin: Origin | None = None
     """None: a generator."""
 
@@ -84,8 +84,8 @@ def _pools(
     name = source_name(domain, index)
     if domain.sources[index].generator is not None:
         items = [generated_item(position, item) for position, item in enumerate(next(generated))]
-        census = Census(domain=domain.name, source=name, place="item {}".format, rows=len(items))
-        return Pool(name=name, items=items, census=census), None
+        row_statistics = RowStatistics(domain=domain.name, source=name, place="item {}".format, rows=len(items))
+        return Pool(name=name, items=items, row_statistics=row_statistics), None
     train, held_out = origins(domain.sources[index])
     return (
         _row_pool(config, domain, index, train, name=name),
@@ -94,13 +94,13 @@ def _pools(
 
 
 def _row_pool(config: Config, domain: DomainConfig, index: int, origin: Origin, *, name: str) -> Pool:
-    census = Census(domain=domain.name, source=name, place=origin.place)
-    items = list(_distinct(_items(config, domain, origin, census), origin, census))
+    row_statistics = RowStatistics(domain=domain.name, source=name, place=origin.place)
+    items = list(_distinct(_items(config, domain, origin, row_statistics), origin, row_statistics))
     random.Random(_item_seed(domain.name, index)).shuffle(items)
-    return Pool(name=name, items=items, census=census, origin=origin)
+    return Pool(name=name, items=items, row_statistics=row_statistics, origin=origin)
 
 
-def _items(config: Config, domain: DomainConfig, origin: Origin, census: Census) -> Iterator[Item]:
+def _items(config: Config, domain: DomainConfig, origin: Origin, row_statistics: RowStatistics) -> Iterator[Item]:
     """The items of an origin; rows that are meant for another domain of the configuration are none of them."""
     kinds = [verifier.kind for verifier in domain.scoring]
     others = set(config.domain_names) - {domain.name}
@@ -114,10 +114,10 @@ def _items(config: Config, domain: DomainConfig, origin: Origin, census: Census)
             _check_domain(named, domain.name)
             item = parse_row(from_verl(row, kinds) if is_verl(row) else row, position, kinds)
         except RowError as error:
-            census.rows += 1
-            census.leave_out(position, error)
+            row_statistics.rows += 1
+            row_statistics.leave_out(position, error)
             continue
-        census.rows += 1
+        row_statistics.rows += 1
         yield item
 
 
@@ -128,7 +128,7 @@ def _check_domain(named: object, domain: str) -> None:
         raise RowError("malformed", f"domain = {named!r:.60}: there is no such [[domain]]")
 
 
-def _distinct(items: Iterator[Item], origin: Origin, census: Census) -> Iterator[Item]:
+def _distinct(items: Iterator[Item], origin: Origin, row_statistics: RowStatistics) -> Iterator[Item]:
     first: dict[bytes, int] = {}
     for item in items:
         earlier = first.setdefault(item.key, item.position)
@@ -136,7 +136,7 @@ def _distinct(items: Iterator[Item], origin: Origin, census: Census) -> Iterator
             yield item
         else:
             error = RowError("duplicate", f"has the question of {origin.place(earlier)}")
-            census.leave_out(item.position, error)
+            row_statistics.leave_out(item.position, error)
 
 
 def _generate(config: Config, cache_dir: Path) -> list[list[dict[str, Any]]]:

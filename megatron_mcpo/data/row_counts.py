@@ -10,7 +10,7 @@ from megatron_mcpo.data.rows import RowError
 
 
 @dataclass(kw_only=True)
-class Census:
+class RowStatistics:
     """Counts the rows of one source as they are read."""
 
     domain: str

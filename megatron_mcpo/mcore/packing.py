@@ -98,7 +98,7 @@ def pack(
 def _units(batch: TrainBatch, rows: Sequence[int], *, max_tokens: int, layout: Layout) -> list[list[int]]:
     """Rollouts (as rows of the batch) that are packed behind one copy of their prompt, in at most `max_tokens`."""
     units: list[list[int]] = []
-    prompts = batch.keys.prompt_M.tolist()
+    prompts = batch.labels.prompt_M.tolist()
     for row in rows:
         joins = batch.shared_prompts and units and prompts[units[-1][0]] == prompts[row]
         if joins and _cost(batch, [*units[-1], row], layout) <= max_tokens:

@@ -85,7 +85,7 @@ class _Model:
             self.chunks,
             micros,
             self.groups,
-            want_z=self.head is not None,
+            return_representations=self.head is not None,
             temperature=self.temperature,
             loss=None,
         )
@@ -215,22 +215,23 @@ class Policy(_Model):
             self.chunks,
             micros,
             self.groups,
-            want_z=self.head is not None,
+            return_representations=self.head is not None,
             temperature=self.temperature,
             loss=scaled,
         )
         return self._sum_over_ranks(totals)
 
-    def update(self, batch: TrainBatch, loss: LossFunction, *, z_version: int | None = None) -> Update:
+    def update(self, batch: TrainBatch, loss: LossFunction, *, representation_version: int | None = None) -> Update:
         """One optimizer step on the batch. Where any gradient is not finite, nothing moves and `applied` is False.
 
-        z_version: of the weights that made the representations `loss` was built from. A gradient taken at other weights
-        is that of no loss at all: raises ValueError where the policy has moved since.
+        representation_version: of the weights that made the representations `loss` was built from. A gradient at other
+            weights is that of no loss at all.
+        Raises ValueError where the policy has moved since.
         """
-        if z_version not in (None, self.version):
+        if representation_version not in (None, self.version):
             raise ValueError(
-                f"representations are of the weights of version {z_version}, the policy has version {self.version}: "
-                "score the batch again"
+                f"representations are of version {representation_version} of the weights, the policy has "
+                f"{self.version}: score the batch again"
             )
         metrics = self.backward(batch, loss)
         applied, grad_norm, lr = self._gradients_finite(), float("nan"), 0.0

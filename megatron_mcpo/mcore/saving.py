@@ -51,7 +51,7 @@ class Saving:
     def __init__(self, final: Path, sharded: dict[str, Any], beside: Mapping[str, bytes], groups: Groups):
         """Raises ConfigError where the disk has too little room, RuntimeError where Megatron-Core can't plan it."""
         self.final = final
-        self._draft = checkpoint_files.draft_of(final)
+        self._staging = checkpoint_files.staging_of(final)
         self._beside = beside
         self._groups = groups
         self._thread: Thread | None = None
@@ -61,13 +61,13 @@ class Saving:
         self._measured: dict[str, Fingerprint] = {}
         with together(groups):
             if groups.rank == 0:
-                checkpoint_files.remove_drafts(final.parent)
-                self._draft.mkdir(parents=True)
+                checkpoint_files.remove_staging_folders(final.parent)
+                self._staging.mkdir(parents=True)
         live = _storages(sharded)
         strategy = _Strategy()
         try:
             dist_checkpointing.save(
-                sharded, str(self._draft), strategy, async_sharded_save=True, async_strategy="mcore"
+                sharded, str(self._staging), strategy, async_sharded_save=True, async_strategy="mcore"
             )
         except CheckpointException as error:  # is no Exception
             raise RuntimeError(f"{final}: can't be planned ({reason(error)})") from error
@@ -131,7 +131,7 @@ class Saving:
                 if isinstance(results, Exception):
                     raise results
                 self._results += results
-                self._measured |= checkpoint_files.measure(self._draft, [name])
+                self._measured |= checkpoint_files.measure(self._staging, [name])
         except Exception as error:
             self._error = error
 
@@ -146,13 +146,13 @@ class Saving:
     def _finish(self, parts: list[Any]) -> None:
         """All that rank 0 adds to the shards."""
         self._writer.finish(self._contents, [results for results, _ in parts])
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._draft))
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._staging))
         for name, content in self._beside.items():
-            (self._draft / name).write_bytes(content)
+            (self._staging / name).write_bytes(content)
         measured = {name: each for _, part in parts for name, each in part.items()}
-        others = [name for name in checkpoint_files.names(self._draft) if name not in measured]
-        measured |= checkpoint_files.measure(self._draft, others)
-        checkpoint_files.publish(self._draft, self.final, measured)
+        others = [name for name in checkpoint_files.names(self._staging) if name not in measured]
+        measured |= checkpoint_files.measure(self._staging, others)
+        checkpoint_files.publish(self._staging, self.final, measured)
 
     def _raise_together(self) -> None:
         own = None if self._error is None else reason(self._error)
@@ -163,7 +163,7 @@ class Saving:
     def _fail(self, reasons: list[str]) -> None:
         """Raise the same on every rank, once the draft is gone. Collective."""
         if self._groups.rank == 0:
-            shutil.rmtree(self._draft, ignore_errors=True)
+            shutil.rmtree(self._staging, ignore_errors=True)
         free = self._free()
         numbers = f"it needs {self.num_bytes:,} bytes, the disk has {free:,} left"
         causes = f" ({'; '.join(reasons)})" if reasons else ""

@@ -36,7 +36,7 @@ def run(
     micros: Sequence[MicroBatch],
     groups: Groups,
     *,
-    want_z: bool,
+    return_representations: bool,
     temperature: float,
     loss: MicroLoss | None,
 ) -> list[MicroOutput]:
@@ -62,7 +62,7 @@ def run(
             None,
             packed_seq_params=micro.packed,
             output_processor=_process_output,
-            output_processor_context=_Context(unwrap(chunk), micro, groups, want_z, temperature),
+            output_processor_context=_Context(unwrap(chunk), micro, groups, return_representations, temperature),
         )
         return output, finish
 
@@ -85,7 +85,7 @@ class _Context:
     model: Any
     micro: MicroBatch
     groups: Groups
-    want_z: bool
+    return_representations: bool
     temperature: float
 
 
@@ -104,7 +104,7 @@ def _process_output(*, hidden_states: Tensor, output_weight: Tensor | None, cont
         temperature=context.temperature,
         group=context.groups.tensor,
     )
-    z_nD = context.model.contrastive_head(_pool(hidden_LH, context)) if context.want_z else None
+    z_nD = context.model.contrastive_head(_pool(hidden_LH, context)) if context.return_representations else None
     return logp_r, entropy_r, z_nD
 
 

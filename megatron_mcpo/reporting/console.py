@@ -153,7 +153,7 @@ def step_line(step: int, total: int, values: Mapping[str, float]) -> str:
 # Columns of a domain's line: label, key without the domain, format, unit.
 DOMAIN_COLUMNS = (
     ("reward", "reward", ".3f"),
-    ("signal", "signal", ".0%"),
+    ("nonzero_advantage", "signal", ".0%"),
     ("length", "response_tokens", ".1f"),
     ("entropy", "entropy", ".2f"),
     ("kl", "kl", ".1e"),
@@ -238,15 +238,15 @@ def _figure(values: Mapping[str, float], label: str, key: str, form: str, unit: 
 
 def _signal_part(values: Mapping[str, float]) -> str:
     """Share of all groups with signal; where only the domains' are known, their mean."""
-    if "signal" in values:
-        return _figure(values, "signal", "signal", ".0%")
-    shares = [value for key, value in values.items() if key.startswith("signal/") and math.isfinite(value)]
+    if "nonzero_advantage" in values:
+        return _figure(values, "nonzero_advantage", "signal", ".0%")
+    shares = [value for key, value in values.items() if key.startswith("nonzero_advantage/") and math.isfinite(value)]
     return f"signal {math.fsum(shares) / len(shares):.0%}" if shares else ""
 
 
 def _loss_part(values: Mapping[str, float]) -> str:
     parts = []
-    for term in ("policy", "kl", "share", "consolidate"):
+    for term in ("policy", "kl", "cross_domain", "in_domain"):
         if f"loss/{term}" not in values:
             continue
         counts = [

@@ -15,7 +15,7 @@ from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_rows
 from megatron_mcpo.storage.run_folder import RunFolder
 
 
-class Journal:
+class RunLogger:
     """Speaks on the rank that has the run folder; on all others (folder None) every call does nothing."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Journal:
     def stop(self, step: int) -> None:
         """Mark the run as one that made room after `step`, and wants to be started again."""
         if self._folder is not None:
-            self._folder.ask_for_restart()
+            self._folder.mark_preempted()
             self.note(f"asked to stop: ended after step {step}; the same command goes on from there")
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ NAME/<domain>. Groups whose verifier failed count as errors and nowhere else; a 
   reward_std/<domain>        standard deviation of the rewards within a group (over G): mean over groups
   pass_rate/<domain>         share of rollouts whose answer passed, whatever form and length cost them
   all_right/<domain>, all_wrong/<domain>   share of groups of whose rollouts all passed, and none
-  signal *                   share of groups whose rewards differ
+  nonzero_advantage *                 share of groups whose rewards differ
   response_tokens *          mean over rollouts
   truncated *                share of rollouts that reached the response limit
   groups/errors              groups whose verifier failed; errors/<domain> by domain; timeouts/<domain> those of them
@@ -22,10 +22,10 @@ Of the rollouts that were trained on, at the weights that sampled them.
 
 Of the optimizer steps: means over them, where a step has several.
   loss/policy, loss/kl, clip_fraction, ratio, importance/weight, importance/capped   see algo.policy_loss.PolicyLoss
-  loss/share, loss/consolidate                          contrastive terms without their weights, means over anchors
-  contrast/anchors_share, contrast/anchors_consolidate  number of anchors
+  loss/cross_domain, loss/in_domain                          contrastive terms without their weights, means over anchors
+  contrast/anchors_cross_domain, contrast/anchors_in_domain  number of anchors
   contrast/anchors/<domain>                             number of the domain's rollouts that are one of either term
-  contrast/positives_share, contrast/positives_consolidate   positives that an anchor has; contrast/positives/<domain>
+  contrast/positives_cross_domain, contrast/positives_in_domain   positives per anchor; contrast/positives/<domain>
                              those of the sharing term (of several optimizer steps: mean over all their anchors)
   contrast/negatives         negatives that an anchor of either term has; left out without an anchor
   contrast/negatives/<a>/<b>  those of them of domain b that an anchor of domain a has (also for a = b)
@@ -64,7 +64,7 @@ from torch import Tensor
 from megatron_mcpo.algo.contrastive import Contrast
 from megatron_mcpo.algo.geometry import alignment, domain_similarity, uniformity
 from megatron_mcpo.algo.policy_loss import kl_estimate
-from megatron_mcpo.types import Keys, RolloutGroup, Scores, StopReason, TrainBatch
+from megatron_mcpo.types import RolloutGroup, RolloutLabels, Scores, StopReason, TrainBatch
 
 COLUMNS = ("entropy", "kl", "engine/logprob_diff", "engine/logprob_diff_max")
 """What `rollout_stats` says of a rollout: three sums over its response tokens, and a maximum."""
@@ -79,7 +79,7 @@ class BatchReport:
     stats_MK: Tensor
     z_MD: Tensor | None
     contrast: Contrast | None
-    keys: Keys
+    labels: RolloutLabels
     num_tokens: int
     metrics: Mapping[str, float]
     diagnosis: Mapping[str, float] = field(default_factory=dict)
@@ -125,15 +125,15 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
     group: number of its prompt in this optimizer step
     positives: the first 64 of the rollout's positives of the sharing term, as `row` numbers of the same minibatch;
     empty where it is no anchor, and where the contrastive terms are off
-    num_positives, num_consolidated, num_negatives: how many positives it has of the sharing and of the consolidation
+    num_positives, num_in_domain, num_negatives: how many positives it has of the sharing and of the consolidation
     term, and how many negatives; 0 where it is no anchor of the term (negatives: of either)
     source, index: name the item for good
     version: of the weights that it was sampled with
     """
     rows: list[dict[str, Any]] = []
     contrast = report.contrast
-    listed = contrast.listed_ML.where(contrast.valid_share_M[:, None], -1).tolist() if contrast else None
-    counts = _pair_counts(contrast, len(report.keys))
+    listed = contrast.listed_ML.where(contrast.valid_cross_domain_M[:, None], -1).tolist() if contrast else None
+    counts = _pair_counts(contrast, len(report.labels))
     for number, (group, prompt) in enumerate(zip(report.groups, prompts, strict=True)):
         for sample, completion in enumerate(group.completions):
             row = len(rows)
@@ -164,8 +164,8 @@ def _pair_counts(contrast: Contrast | None, num_rollouts: int) -> dict[str, list
     if contrast is None:
         return {f"num_{name}": [0] * num_rollouts for name in ("positives", "consolidated", "negatives")}
     return {
-        "num_positives": (contrast.positives_share_M * contrast.valid_share_M).tolist(),
-        "num_consolidated": (contrast.positives_consolidate_M * contrast.valid_consolidate_M).tolist(),
+        "num_positives": (contrast.positives_cross_domain_M * contrast.valid_cross_domain_M).tolist(),
+        "num_in_domain": (contrast.positives_in_domain_M * contrast.valid_in_domain_M).tolist(),
         "num_negatives": contrast.negatives_M.tolist(),
     }
 
@@ -186,7 +186,7 @@ def _figures_of(
     figures = {
         f"response_tokens{suffix}": _mean([len(c.token_ids) for c in completions]),
         f"truncated{suffix}": _mean([c.stop_reason is StopReason.LENGTH for c in completions]),
-        f"signal{suffix}": _mean([g.has_signal for g in scored]),
+        f"nonzero_advantage{suffix}": _mean([g.has_nonzero_advantage for g in scored]),
         f"entropy{suffix}": entropy,
         f"kl{suffix}": kl,
     }
@@ -216,12 +216,12 @@ def _contrast_figures(reports: Sequence[BatchReport], selected: Sequence[Tensor]
     pairs = [(r.contrast, rows) for r, rows in zip(reports, selected, strict=True) if r.contrast]
     if not pairs:
         return {}
-    share = torch.cat([(c.positives_share_M * c.valid_share_M).cpu()[rows] for c, rows in pairs])
-    consolidate = torch.cat([(c.positives_consolidate_M * c.valid_consolidate_M).cpu()[rows] for c, rows in pairs])
+    share = torch.cat([(c.positives_cross_domain_M * c.valid_cross_domain_M).cpu()[rows] for c, rows in pairs])
+    consolidate = torch.cat([(c.positives_in_domain_M * c.valid_in_domain_M).cpu()[rows] for c, rows in pairs])
     if not suffix:
         return {
-            "contrast/positives_share": _mean(share[share > 0].tolist(), empty=0.0),
-            "contrast/positives_consolidate": _mean(consolidate[consolidate > 0].tolist(), empty=0.0),
+            "contrast/positives_cross_domain": _mean(share[share > 0].tolist(), empty=0.0),
+            "contrast/positives_in_domain": _mean(consolidate[consolidate > 0].tolist(), empty=0.0),
         }
     return {
         f"contrast/anchors{suffix}": ((share > 0) | (consolidate > 0)).sum().item() / len(pairs),
@@ -233,18 +233,18 @@ def _geometry(report: BatchReport, domain_names: Sequence[str]) -> dict[str, flo
     """What representations and pairs of one optimizer step look like, by pairs of domains; NaN where there is none."""
     if report.z_MD is None or report.contrast is None:
         return {}
-    contrast, keys = report.contrast, report.keys.to(report.z_MD.device)
-    anchors_M = contrast.valid_share_M | contrast.valid_consolidate_M
+    contrast, labels = report.contrast, report.labels.to(report.z_MD.device)
+    anchors_M = contrast.valid_cross_domain_M | contrast.valid_in_domain_M
     figures = {
         "contrast/negatives": contrast.negatives_M[anchors_M].double().mean().item(),
-        "contrast/alignment": alignment(report.z_MD, keys),
+        "contrast/alignment": alignment(report.z_MD, labels),
         "contrast/uniformity": uniformity(report.z_MD),
     }
-    similarity = domain_similarity(report.z_MD, keys, num_domains=len(domain_names)).tolist()
-    present = keys.domain_M.unique().tolist()
+    similarity = domain_similarity(report.z_MD, labels, num_domains=len(domain_names)).tolist()
+    present = labels.domain_M.unique().tolist()
     for a in present:
-        positives_AK = contrast.positives_MK[contrast.valid_share_M & (keys.domain_M == a)].double()
-        negatives_AK = contrast.negatives_MK[anchors_M & (keys.domain_M == a)].double()
+        positives_AK = contrast.positives_MK[contrast.valid_cross_domain_M & (labels.domain_M == a)].double()
+        negatives_AK = contrast.negatives_MK[anchors_M & (labels.domain_M == a)].double()
         for b in present:
             names = f"{domain_names[a]}/{domain_names[b]}"
             figures[f"contrast/negatives/{names}"] = negatives_AK[:, b].mean().item()

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mcpo.rewards.verifier_queue import Turns, Verdict
+from megatron_mcpo.rewards.verifier_queue import Verdict, VerifierQueue
 
 STARTUP_SECONDS = 300.0
 """How long a worker may take to import a verifier, on a crowded machine."""
@@ -167,7 +167,7 @@ class WorkerPool:
 
     def run(self, tasks: Sequence[Task], *, max_error_rate: float) -> list[Verdict]:
         """A verdict for every task, in order; see turns.py for what is not tried. Raises VerifierUnavailable."""
-        turns = Turns(
+        turns = VerifierQueue(
             [task.lane for task in tasks],
             [task.item for task in tasks],
             num_workers=len(self._workers),
@@ -186,7 +186,7 @@ class WorkerPool:
                 worker.kill()
         self._threads.shutdown(cancel_futures=True)
 
-    def _serve(self, slot: int, tasks: Sequence[Task], turns: Turns) -> None:
+    def _serve(self, slot: int, tasks: Sequence[Task], turns: VerifierQueue) -> None:
         try:
             while (number := turns.take()) is not None:
                 turns.settle(number, self._verify(slot, tasks[number]))

@@ -36,7 +36,7 @@ class _Lane:
     in_a_row: int = 0
 
 
-class Turns:
+class VerifierQueue:
     """Hands out the numbers of tasks, from several threads, and keeps their verdicts."""
 
     def __init__(

@@ -30,12 +30,12 @@ class Fingerprint:
     sha256: str
 
 
-def draft_of(path: Path) -> Path:
+def staging_of(path: Path) -> Path:
     """The name of a checkpoint that is not complete."""
     return path.with_name(f".{path.name}.tmp")
 
 
-def remove_drafts(folder: Path) -> None:
+def remove_staging_folders(folder: Path) -> None:
     """Delete what killed runs have left half written or half deleted."""
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
@@ -111,7 +111,7 @@ def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> None:
 
 def _unname(path: Path) -> Path:
     """Take a checkpoint's name away, so that no half of it has one while it is deleted; returns where it is."""
-    gone = draft_of(path).with_suffix(".old.tmp")
+    gone = staging_of(path).with_suffix(".old.tmp")
     shutil.rmtree(gone, ignore_errors=True)
     return path.rename(gone)
 

@@ -6,7 +6,7 @@ DIR/NAME/
   report.html       all of it on one page       tensorboard/       the same figures as event files
   rollouts/         step_000012.jsonl           representations/   step_000012.npz
   checkpoints/      plots/                      trackers/          ids of their runs, wandb's files; only with trackers
-  FINISHED          written by `finish`             REQUEUE            stopped to make room: wants to be started again
+  FINISHED          written by `finish`             PREEMPTED            stopped to make room: wants to be started again
 DIR/latest -> NAME
 """
 
@@ -27,7 +27,7 @@ from megatron_mcpo.config.config import Config, ConfigError, dump, load
 from megatron_mcpo.storage.files import read_jsonl, step_files, try_lock, whole_lines, write_atomically
 
 CONFIG, METRICS, EVALUATIONS, NOTES = "config.toml", "metrics.jsonl", "eval.jsonl", "notes.jsonl"
-REQUEUE = "REQUEUE"
+PREEMPTED = "PREEMPTED"
 FOLDERS = ("tensorboard", "rollouts", "representations", "checkpoints", "plots")
 
 # Keys that change neither a figure nor a weight of the run, bit for bit: a run may be resumed with other values.
@@ -42,7 +42,7 @@ NEUTRAL_KEYS = frozenset(
         "run.checkpoint_every",
         "run.keep_checkpoints",
         "run.keep_every",
-        "engine.canary_every",
+        "engine.engine_check_every",
         "engine.verify_sync",
         "contrastive.diagnose_every",
         "model.offload_reference",
@@ -115,29 +115,29 @@ class RunFolder:
         """Mark the run as complete: it is never resumed, the next launch gets a folder of its own."""
         write_atomically(self.path / "FINISHED", b"")
 
-    def ask_for_restart(self) -> None:
+    def mark_preempted(self) -> None:
         """Mark the run as one that stopped to make room. Whoever starts it again takes the mark away."""
-        write_atomically(self.path / REQUEUE, b"")
+        write_atomically(self.path / PREEMPTED, b"")
 
     def close(self) -> None:
         """Give the lock back before the process ends."""
         self.lock.close()
 
 
-def take_restart(config: Config) -> bool:
+def take_preempted_mark(config: Config) -> bool:
     """Whether the run that this configuration would go on with wants to be started again; the mark is then gone.
 
     So a start that fails before it opens the folder is not asked for a second time.
     """
     path = _resumable(config)
-    return path is not None and _remove(path / REQUEUE)
+    return path is not None and _remove(path / PREEMPTED)
 
 
-def put_back_restart(config: Config) -> None:
-    """Undo `take_restart`: nobody could start the run again."""
+def restore_preempted_mark(config: Config) -> None:
+    """Undo `take_preempted_mark`: nobody could start the run again."""
     path = _resumable(config)
     if path is not None:
-        write_atomically(path / REQUEUE, b"")
+        write_atomically(path / PREEMPTED, b"")
 
 
 def _resumable(config: Config) -> Path | None:
@@ -160,7 +160,7 @@ def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
         obstacle = _why_not_resumed(path, config)
         if obstacle is None:
             lock = Lock(path)
-            _remove(path / REQUEUE)
+            _remove(path / PREEMPTED)
             return RunFolder(path=path, resumed=True, notes=tuple(notes), lock=lock)
         notes.append(f"{path} {obstacle}")
     raise AssertionError("itertools.count ended")

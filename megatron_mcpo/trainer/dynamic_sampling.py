@@ -31,7 +31,7 @@ class Collected:
         }
 
 
-def collect_with_signal(
+def collect_with_nonzero_advantage(
     collector: Collector, stream: PromptStream, prompts: Sequence[Prompt], sampling: Sampling, *, rounds: int
 ) -> Collected:
     """Complete and score the prompts, then up to `rounds` times those that replace groups without signal.
@@ -41,7 +41,7 @@ def collect_with_signal(
     """
     collected = Collected(groups=tuple(collector.collect(prompts, sampling)))
     for number in range(1, rounds + 1):
-        places = [place for place, group in enumerate(collected.groups) if not group.has_signal]
+        places = [place for place, group in enumerate(collected.groups) if not group.has_nonzero_advantage]
         if not places:
             break
         fresh = stream.replacements([collected.groups[place].prompt.domain for place in places])

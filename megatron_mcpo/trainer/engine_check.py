@@ -25,11 +25,11 @@ _GROSS = 4.0
 _SHOWN = 5
 
 
-class CanaryError(RuntimeError):
+class EngineCheckError(RuntimeError):
     """Engine and trainer disagree: what is sampled is not what is trained."""
 
 
-class Canary:
+class EngineCheck:
     """A few fixed prompts, completed by every engine and scored by the policy."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Canary:
         return gather_rows(local_N1, batch, self.groups).sum().item() / batch.num_response_tokens
 
     def check(self) -> float:
-        """The difference; collective. Raises CanaryError with the first tensors that an engine holds with other values.
+        """Return the difference; collective. Raises EngineCheckError with the first tensors whose values differ.
 
         Rounding alone may exceed the tolerance, except in fp32: where all tensors agree, only a gross difference is an
         error.
@@ -81,7 +81,7 @@ class Canary:
         different = self._compared().different
         if not different and difference <= _GROSS * self.tolerance:
             return difference
-        raise CanaryError(
+        raise EngineCheckError(
             f"engine and trainer log-probs of the same tokens differ by {difference:.3g} on average, more than "
             f"{self.tolerance:g}; "
             + (f"tensors that differ: {_some(different)}" if different else "yet no tensor was found to differ")
@@ -90,11 +90,11 @@ class Canary:
     def compare_weights(self) -> str:
         """Hold every engine's weights against the policy's; says how many could be compared. Collective.
 
-        Raises CanaryError, the same on every rank, with the first tensors that an engine holds with other values.
+        Raises EngineCheckError, the same on every rank, with the first tensors that an engine holds with other values.
         """
         found = self._compared()
         if found.different:
-            raise CanaryError(
+            raise EngineCheckError(
                 f"the engine does not hold what the trainer sent; tensors that differ: {_some(found.different)}"
             )
         compared = f"{found.num_tensors - len(found.unread)} of {found.num_tensors} tensors compared"

@@ -26,12 +26,12 @@ def term_gradients(
     own = policy.trunk_gradient(scored.batch, objective.loss(scored, advantages_M, None))
     own_norm = policy.dot(own, own) ** 0.5
     figures = {"gradient/trunk_policy": own_norm}
-    weights = {"share": settings.share_weight, "consolidate": settings.consolidate_weight}
-    for term, other in (("share", "consolidate_weight"), ("consolidate", "share_weight")):
+    weights = {"cross_domain": settings.cross_domain_weight, "in_domain": settings.in_domain_weight}
+    for term, other in (("cross_domain", "in_domain_weight"), ("in_domain", "cross_domain_weight")):
         if weights[term] == 0:
             continue
         alone = contrastive(
-            contrasted.z_MD, scored.batch.keys.to(contrasted.z_MD.device), settings.model_copy(update={other: 0.0})
+            contrasted.z_MD, scored.batch.labels.to(contrasted.z_MD.device), settings.model_copy(update={other: 0.0})
         )
         gradient = policy.trunk_gradient(scored.batch, objective.contrastive_loss(scored, alone))
         norm = policy.dot(gradient, gradient) ** 0.5

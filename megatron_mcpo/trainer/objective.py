@@ -62,16 +62,16 @@ class Objective:
         assert scores.z_ND is not None
         z_MD = gather_rows(scores.z_ND, scored.batch, self.groups)
         self._check_finite(z_MD, scored.batch, step)
-        contrast = contrastive(z_MD, scored.batch.keys.to(z_MD.device), settings)
+        contrast = contrastive(z_MD, scored.batch.labels.to(z_MD.device), settings)
         return Contrasted(z_MD=z_MD, contrast=contrast, version=scores.version)
 
     def advantages(self, scored: Scored, contrasted: Contrasted | None) -> Tensor:
         """Group-relative advantages [M] of the rewards, from which mode "reward" takes the contrastive terms."""
-        settings, keys = self.config.contrastive, scored.batch.keys
+        settings, labels = self.config.contrastive, scored.batch.labels
         rewards_M = rewards_of(scored.groups)
         if contrasted is not None and settings.mode == "reward":
             rewards_M += reward_penalty(contrasted.contrast, settings).cpu()
-        return group_advantages(rewards_M, keys.prompt_M, keys.domain_M, kind=self.config.algorithm.advantage)
+        return group_advantages(rewards_M, labels.prompt_M, labels.domain_M, kind=self.config.algorithm.advantage)
 
     def loss(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> LossFunction:
         """A micro-batch's share of the objective."""
@@ -84,7 +84,7 @@ class Objective:
             batch.response_lens_N,
             aggregation=settings.aggregation,
             num_tokens=batch.num_response_tokens,
-            num_rollouts=len(batch.keys),
+            num_rollouts=len(batch.labels),
             max_response_tokens=self.config.rollout.max_response_tokens,
         ).to(device)
         rollout_R = rollout_R.to(device)
@@ -127,7 +127,7 @@ class Objective:
         if not bad:
             return
         ranks = [rank for rank, rows in enumerate(batch.rank_rows) if not set(rows).isdisjoint(bad)]
-        domains = [self.config.domain_names[number] for number in batch.keys.domain_M[bad].unique().tolist()]
+        domains = [self.config.domain_names[number] for number in batch.labels.domain_M[bad].unique().tolist()]
         raise FloatingPointError(
             f"step {step}: representations of {len(bad)} of {len(z_MD)} rollouts are not finite (data-parallel "
             f"ranks {ranks}, domains {', '.join(domains)}); start again from the last checkpoint with a lower "

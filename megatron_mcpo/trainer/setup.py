@@ -21,19 +21,19 @@ from megatron_mcpo.distributed.cpu_backend import device
 from megatron_mcpo.distributed.parallel import Groups, agree
 from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
-from megatron_mcpo.reporting.run_logger import Journal
+from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.vllm_engine import VllmEngine, check_hardware
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.storage.run_folder import RunFolder
 from megatron_mcpo.trainer.collector import Collector
-from megatron_mcpo.trainer.engine_check import Canary
+from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.trainer.evaluation import evaluate
 from megatron_mcpo.trainer.trainer import Trainer
 from megatron_mcpo.weights.hf_io import check_files
 from megatron_mcpo.weights.hf_write import read_assets
-from megatron_mcpo.weights.reshard_sync import Executor, Gather, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
@@ -55,8 +55,8 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
         loaded = checkpoints.load()
         if loaded is not None:
             stream.load_state_dict(loaded.state["stream"])
-        journal = _open_journal(config, folder, tokenizer, groups, resumed=loaded.step if loaded else None)
-        closing.callback(journal.close)
+        run_logger = _open_run_logger(config, folder, tokenizer, groups, resumed=loaded.step if loaded else None)
+        closing.callback(run_logger.close)
         for note in [
             *(_loading_notes(loaded, layout) if loaded else ()),
             *checkpoints.warnings(),
@@ -64,7 +64,7 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
             *slow_arithmetic(config),
             *data_notes,
         ]:
-            journal.note(note)
+            run_logger.note(note)
         engine = _engine(config, model, groups)
         collector = _collector(config, model, groups, engine, scorer, tokenizer)
         trainer = Trainer(
@@ -73,17 +73,17 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
             policy=policy,
             reference=reference,
             engine=engine,
-            executor=_executor(config, policy, engine, journal.note),
+            weight_sync=_weight_sync(config, policy, engine, run_logger.note),
             collector=collector,
-            canary=Canary(config, collector, policy, groups, [domain.held_out[0] for domain in domains]),
+            engine_check=EngineCheck(config, collector, policy, groups, [domain.held_out[0] for domain in domains]),
             stream=stream,
             domains=domains,
-            journal=journal,
+            run_logger=run_logger,
             checkpoints=checkpoints,
             first_step=loaded.step if loaded else 0,
         )
         trainer.run()
-        _conclude(trainer, journal)
+        _conclude(trainer, run_logger)
         engine.close()
     parallel.destroy()
 
@@ -103,11 +103,11 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
             note(text)
         engine = _engine(config, model, groups)
         collector = _collector(config, model, groups, engine, scorer, tokenizer)
-        executor = _executor(config, frozen, engine, note)
+        weight_sync = _weight_sync(config, frozen, engine, note)
         engine.wake()
-        executor.push(frozen.version)
-        canary = Canary(config, collector, frozen, groups, [domain.held_out[0] for domain in domains])
-        note(f"the engine holds what it was sent: {canary.compare_weights()}")
+        weight_sync.push(frozen.version)
+        engine_check = EngineCheck(config, collector, frozen, groups, [domain.held_out[0] for domain in domains])
+        note(f"the engine holds what it was sent: {engine_check.compare_weights()}")
         figures = evaluate(collector, domains, config)
         engine.close()
     parallel.destroy()
@@ -122,13 +122,13 @@ def _check(config: Config, groups: Groups) -> None:
     check_files(Path(config.model.path), groups)
 
 
-def _conclude(trainer: Trainer, journal: Journal) -> None:
+def _conclude(trainer: Trainer, run_logger: RunLogger) -> None:
     """No rank leaves before the run has its mark: where one has left, a launcher may end the others."""
     with parallel.together(trainer.groups):
         if trainer.stopped:
-            journal.stop(trainer.step)
+            run_logger.stop(trainer.step)
         else:
-            journal.finish()
+            run_logger.finish()
 
 
 def _load_data(config: Config, groups: Groups) -> tuple[PreTrainedTokenizerBase, list[Domain], list[str]]:
@@ -236,20 +236,22 @@ def _engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEngine | 
     )
 
 
-def _executor(
+def _weight_sync(
     config: Config, policy: Policy | Reference, engine: VllmEngine | VllmServers, note: Callable[[str], None]
-) -> Executor:
+) -> WeightSync:
     """How weights go to the engine, from the first push to the last. Collective."""
-    executor: Executor
+    weight_sync: WeightSync
     reason: str | None = "engines in other processes take full tensors"
     if isinstance(engine, VllmServers):
-        executor = Gather(chunks=policy.chunks, model=policy.model_config, groups=policy.groups, engine=engine)
+        weight_sync = FullTensorSync(
+            chunks=policy.chunks, model=policy.model_config, groups=policy.groups, engine=engine
+        )
     else:
-        executor, reason = choose(
+        weight_sync, reason = choose(
             policy.chunks, policy.model_config, policy.groups, engine, engine_ranks=config.engine.tensor_parallel
         )
-    note(f"weights go to the engine by {executor.name}" + (f": {reason}" if reason else ""))
-    return executor
+    note(f"weights go to the engine by {weight_sync.name}" + (f": {reason}" if reason else ""))
+    return weight_sync
 
 
 def _checkpoints(
@@ -279,14 +281,14 @@ def _open_folder(config: Config, groups: Groups) -> RunFolder | None:
     return folder
 
 
-def _open_journal(
+def _open_run_logger(
     config: Config,
     folder: RunFolder | None,
     tokenizer: PreTrainedTokenizerBase,
     groups: Groups,
     *,
     resumed: int | None,
-) -> Journal:
+) -> RunLogger:
     """resumed: the step of the checkpoint that the run goes on from"""
     first_step = resumed or 0
     evaluated = False
@@ -295,9 +297,9 @@ def _open_journal(
         evaluated = folder.evaluated(first_step)
     evaluated = agree(evaluated, groups)
     with parallel.together(groups):
-        journal = Journal(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
+        run_logger = RunLogger(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
     for note in folder.notes if folder else ():
-        journal.note(note)
+        run_logger.note(note)
     if resumed is not None:
-        journal.note(f"going on after step {first_step}")
-    return journal
+        run_logger.note(f"going on after step {first_step}")
+    return run_logger

@@ -17,18 +17,18 @@ from megatron_mcpo.distributed.parallel import Groups, anywhere
 from megatron_mcpo.distributed.preemption import asked_to_stop
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy, Reference
-from megatron_mcpo.reporting.run_logger import Journal
+from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_figures
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling
-from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_signal, num_seeds
-from megatron_mcpo.trainer.engine_check import Canary
+from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
+from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.trainer.evaluation import evaluate
 from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
 from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
 from megatron_mcpo.types import RolloutGroup, Update
-from megatron_mcpo.weights.reshard_sync import Executor
+from megatron_mcpo.weights.reshard_sync import WeightSync
 
 _STEPS_PER_SEED = 1_000_003
 """Two runs with neighbouring seeds share no sampling seed before this many steps."""
@@ -47,12 +47,12 @@ class Trainer:
         policy: Policy,
         reference: Reference | None,
         engine: Engine,
-        executor: Executor,
+        weight_sync: WeightSync,
         collector: Collector,
-        canary: Canary,
+        engine_check: EngineCheck,
         stream: PromptStream,
         domains: Sequence[Domain],
-        journal: Journal,
+        run_logger: RunLogger,
         checkpoints: Checkpoints,
         first_step: int,
     ):
@@ -62,12 +62,12 @@ class Trainer:
         self.objective = Objective(config, policy, groups)
         self.reference = reference
         self.engine = engine
-        self.executor = executor
+        self.weight_sync = weight_sync
         self.collector = collector
-        self.canary = canary
+        self.engine_check = engine_check
         self.stream = stream
         self.domains = domains
-        self.journal = journal
+        self.run_logger = run_logger
         self.checkpoints = checkpoints
         self.step = self.saved = first_step
         self.stopped = False
@@ -92,7 +92,7 @@ class Trainer:
                 trim()
                 self.push_weights(verify=config.engine.verify_sync)
             self.log(collected, learned)
-            if self.step % config.engine.canary_every == 0:
+            if self.step % config.engine.engine_check_every == 0:
                 self.check_engine()
             self.checkpoints.advance()
             if self.is_due(config.run.checkpoint_every):
@@ -123,7 +123,9 @@ class Trainer:
             * num_seeds(len(prompts), config.group_sizes, rounds=config.data.resample),
         )
         with self.timed("rollout"):
-            collected = collect_with_signal(self.collector, self.stream, prompts, sampling, rounds=config.data.resample)
+            collected = collect_with_nonzero_advantage(
+                self.collector, self.stream, prompts, sampling, rounds=config.data.resample
+            )
             self.engine.sleep()
         self.stream.observe(collected.sampled)
         check_error_rate(
@@ -155,14 +157,14 @@ class Trainer:
         diagnosis = self.diagnose(scored, advantages_M, contrasted)
         with self.timed("update"):
             loss = self.objective.loss(scored, advantages_M, contrasted)
-            update = self.policy.update(batch, loss, z_version=contrasted.version if contrasted else None)
+            update = self.policy.update(batch, loss, representation_version=contrasted.version if contrasted else None)
         return BatchReport(
             groups=scored.groups,
             advantages_M=advantages_M,
             stats_MK=stats_MK,
             z_MD=z_MD,
             contrast=contrast,
-            keys=batch.keys,
+            labels=batch.labels,
             num_tokens=batch.num_tokens,
             metrics=_update_figures(update, contrast),
             diagnosis=diagnosis,
@@ -180,21 +182,23 @@ class Trainer:
         """Give the engine the policy's weights. verify: stop the run where it then computes with others."""
         self.engine.wake()
         with self.timed("sync"):
-            self.bytes_received = self.executor.push(self.policy.version).received
+            self.bytes_received = self.weight_sync.push(self.policy.version).received
         if verify:
             with self.timed("verify"):
-                compared = self.canary.compare_weights()
-            self.journal.note(f"the engine holds what it was sent: {compared} in {self.seconds['verify']:.1f} s")
+                compared = self.engine_check.compare_weights()
+            self.run_logger.note(f"the engine holds what it was sent: {compared} in {self.seconds['verify']:.1f} s")
 
     def check_engine(self) -> None:
         """Stop the run where the engine doesn't sample from the weights that are trained."""
-        difference = self.canary.check()
-        self.journal.note(f"engine and trainer agree: log-probs of the same tokens {difference:.2g} apart on average")
+        difference = self.engine_check.check()
+        self.run_logger.note(
+            f"engine and trainer agree: log-probs of the same tokens {difference:.2g} apart on average"
+        )
 
     def evaluate(self) -> None:
         """Held-out accuracy by domain, unless a run that we go on with has it already, or it is left to the next."""
-        if not self.journal.has_evaluation(self.step) and not self.must_stop():
-            self.journal.evaluation(self.step, evaluate(self.collector, self.domains, self.config))
+        if not self.run_logger.has_evaluation(self.step) and not self.must_stop():
+            self.run_logger.evaluation(self.step, evaluate(self.collector, self.domains, self.config))
 
     def checkpoint(self) -> None:
         """Save, unless this step is saved already."""
@@ -212,7 +216,7 @@ class Trainer:
             "tokens/trained": float(sum(part.num_tokens for part in learned)),
             "memory/peak_gib": peak_memory_gib(self.groups),
         }
-        self.journal.step(self.step, figures, learned)
+        self.run_logger.step(self.step, figures, learned)
         self.stop_when_lost(learned)
 
     def stop_when_lost(self, learned: Sequence[BatchReport]) -> None:
@@ -239,8 +243,8 @@ def _update_figures(update: Update, contrast: Contrast | None) -> dict[str, floa
         "grad_norm": update.grad_norm,
         "lr": update.lr,
         "update/applied": float(update.applied),
-        "loss/share": contrast.loss_share if contrast else 0.0,
-        "loss/consolidate": contrast.loss_consolidate if contrast else 0.0,
-        "contrast/anchors_share": float(contrast.anchors_share if contrast else 0),
-        "contrast/anchors_consolidate": float(contrast.anchors_consolidate if contrast else 0),
+        "loss/cross_domain": contrast.loss_cross_domain if contrast else 0.0,
+        "loss/in_domain": contrast.loss_in_domain if contrast else 0.0,
+        "contrast/anchors_cross_domain": float(contrast.anchors_cross_domain if contrast else 0),
+        "contrast/anchors_in_domain": float(contrast.anchors_in_domain if contrast else 0),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
-from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, Place, Row, Split, parameters
+from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, ParamMapping, Place, Split, parameters
 from megatron_mcpo.weights.shards import Slice, cut_dim, placed, shard_shape, slices
 from megatron_mcpo.weights.torch_dist import ShardedFolder
 
@@ -27,10 +27,10 @@ _LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class CheckpointEntry:
     """A parameter in a checkpoint: global tensor `key`, under `index` (its layer and expert)."""
 
-    row: Row
+    row: ParamMapping
     key: str
     index: tuple[int, ...]
     hugging_face: tuple[str, ...]
@@ -49,17 +49,17 @@ class Chunk:
     size: int
 
 
-def stored(parameter: Parameter) -> Stored:
+def stored(parameter: Parameter) -> CheckpointEntry:
     """Names are those that Transformer Engine's modules have: it is these that both kinds of modules save under."""
     index = tuple(int(number) for number in _NUMBERS.findall(parameter.hugging_face[0]))
     name = parameter.row.megatron[-1]
     if parameter.row.expert:
         name = name.replace("mlp.experts.", "mlp.experts.experts.").replace("{expert}", "")
     key = _LAYERS + name if parameter.row.place is Place.LAYER else name
-    return Stored(row=parameter.row, key=key, index=index, hugging_face=parameter.hugging_face)
+    return CheckpointEntry(row=parameter.row, key=key, index=index, hugging_face=parameter.hugging_face)
 
 
-def global_shape(model: ModelConfig, found: Stored, tensor: int) -> tuple[int, ...]:
+def global_shape(model: ModelConfig, found: CheckpointEntry, tensor: int) -> tuple[int, ...]:
     """Of the whole tensor that a parameter is in. tensor: ranks whose multiple the vocabulary is padded to"""
     shape = list(shard_shape(found.row, 1))
     if found.row.split is Split.ROWS:
@@ -68,7 +68,7 @@ def global_shape(model: ModelConfig, found: Stored, tensor: int) -> tuple[int, .
     return (*counts[: len(found.index)], *shape)
 
 
-def chunks(row: Row, *, rank: int, num_ranks: int) -> Iterator[Chunk]:
+def chunks(row: ParamMapping, *, rank: int, num_ranks: int) -> Iterator[Chunk]:
     """What shard `rank` of `num_ranks` is saved as: one chunk, or one of each tensor where these are cut one by one."""
     shard = slices(row, rank=rank, num_ranks=num_ranks)
     if row.split is Split.RANKS:

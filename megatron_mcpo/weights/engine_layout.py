@@ -6,7 +6,7 @@ RowParallelLinear, VocabParallelEmbedding, and w13 and w2 of its fused experts. 
 
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig, padded_vocabulary
-from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
+from megatron_mcpo.weights.mapping import Parameter, ParamMapping, Split, parameters
 from megatron_mcpo.weights.shards import Slice, cut_dim, cut_shape
 
 
@@ -35,7 +35,7 @@ def expert_place(expert: int, *, count: int, num_ranks: int) -> tuple[int, int]:
     return ranks_with_more + rank, index
 
 
-def engine_slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
+def engine_slices(row: ParamMapping, *, rank: int, num_ranks: int) -> list[Slice]:
     """What rank `rank` of an engine holds of a parameter, in order; the vocabulary ends with zeros that aren't listed.
 
     An engine of more ranks than there are key-value heads gives the same head to several neighbours.
@@ -58,7 +58,7 @@ def engine_slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
     return found
 
 
-def engine_shard_shape(row: Row, num_ranks: int) -> tuple[int, ...]:
+def engine_shard_shape(row: ParamMapping, num_ranks: int) -> tuple[int, ...]:
     """Shape of a rank's parameter, padding included, or of one expert in it: the same on every rank of an engine."""
     if row.split is Split.ROWS:
         return cut_shape(row, padded_vocabulary(row.shapes[0][cut_dim(row)]) // num_ranks)

@@ -13,14 +13,14 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.weights.mapping import Parameter
 from megatron_mcpo.weights.match_parameters import bind
-from megatron_mcpo.weights.shards import Joining, cut_dim, cut_shape, shard_shape
+from megatron_mcpo.weights.shards import ShardAssembler, cut_dim, cut_shape, shard_shape
 
 BUCKET_BYTES = 512 * 2**20
 _ARRIVED = object()
 
 
 @dataclass(kw_only=True)
-class Meter:
+class TransferStats:
     """Bytes. received: by this rank from other ranks; staged: the most that buffers held at one time"""
 
     received: int = 0
@@ -53,7 +53,7 @@ def export(
     groups: Groups,
     *,
     bucket_bytes: int = BUCKET_BYTES,
-    meter: Meter | None = None,
+    meter: TransferStats | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every full tensor with its Hugging Face name, in layer order, the same on every rank. The tensors are new ones.
 
@@ -64,7 +64,7 @@ def export(
     The stage that owns a parameter sends its shards along the pipeline and then every stage gathers them: less travels
     between stages than with full tensors. Output embeddings tied to the input's and the contrastive head are left out.
     """
-    meter = meter or Meter()
+    meter = meter or TransferStats()
     template = next(chunks[0].parameters())
     bound = ((parameter, mine) for parameter, mine in bind(chunks, model, groups) if not parameter.row.tied)
     buckets = _buckets(bound, groups.layout, bucket_bytes // 4 // template.element_size())
@@ -75,7 +75,7 @@ def export(
         meter.staged = max(meter.staged, under_way.staged + (ahead.staged if ahead else 0))
         for piece in under_way.bucket:
             if piece.start == 0:
-                joining = Joining(piece.parameter.row)
+                joining = ShardAssembler(piece.parameter.row)
             for number, tensor in joining.add(arrived.pop(piece), start=piece.start):
                 yield piece.parameter.hugging_face[number], tensor
         if ahead:
@@ -113,7 +113,7 @@ class _UnderWay:
     next, so that the calls of a group have the same order on all its ranks.
     """
 
-    def __init__(self, bucket: Sequence[_Piece], template: nn.Parameter, groups: Groups, meter: Meter):
+    def __init__(self, bucket: Sequence[_Piece], template: nn.Parameter, groups: Groups, meter: TransferStats):
         """Sets out on the first leg that there is in this layout, and does not wait for it."""
         self.bucket, self.staged = bucket, 0
         self._template, self._groups, self._meter = template, groups, meter

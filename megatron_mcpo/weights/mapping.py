@@ -46,7 +46,7 @@ class Place(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ParamMapping:
     """A line of the table.
 
     megatron: names the parameter may have: in Megatron's local layer spec, then in its Transformer Engine spec;
@@ -84,7 +84,7 @@ class Parameter:
     expert_rank: of the ranks that have it; None: all of them
     """
 
-    row: Row
+    row: ParamMapping
     megatron: tuple[str, ...]
     hugging_face: tuple[str, ...]
     stage: int
@@ -92,24 +92,24 @@ class Parameter:
     expert_rank: int | None = None
 
 
-def table(model: ModelConfig) -> tuple[Row, ...]:
+def table(model: ModelConfig) -> tuple[ParamMapping, ...]:
     """The rows of one family, in the order of export: embedding, a layer, final norm, output layer."""
     hidden, vocab = model.hidden_size, model.vocab_size
-    embedding = Row(
+    embedding = ParamMapping(
         megatron=("embedding.word_embeddings.weight",),
         hugging_face=("model.embed_tokens.weight",),
         shapes=((vocab, hidden),),
         split=Split.ROWS,
         place=Place.FIRST,
     )
-    final_norm = Row(
+    final_norm = ParamMapping(
         megatron=("decoder.final_layernorm.weight",),
         hugging_face=("model.norm.weight",),
         shapes=((hidden,),),
         split=Split.REPLICATED,
         place=Place.LAST,
     )
-    output = Row(
+    output = ParamMapping(
         megatron=("output_layer.weight",),
         hugging_face=("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight",),
         shapes=((vocab, hidden),),
@@ -132,7 +132,7 @@ def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
     per_expert_rank, rest_of_experts = divmod(num_experts, layout.expert)
     assert rest == rest_of_experts == 0, "layout_problems() refuses layers and experts that don't divide"
     layer_rows = [row for row in rows if row.place is Place.LAYER]
-    in_layer: list[tuple[Row, int | None]] = [(row, None) for row in layer_rows if not row.expert]
+    in_layer: list[tuple[ParamMapping, int | None]] = [(row, None) for row in layer_rows if not row.expert]
     in_layer += [(row, expert) for expert in range(num_experts) for row in layer_rows if row.expert]
     for layer in range(model.num_layers):
         chunk, stage = divmod(layer // per_chunk, layout.pipeline)
@@ -192,18 +192,18 @@ def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
     return [f"model.path = {str(folder)!r}: {rule}:", *(f"  {problem}" for problem in problems)]
 
 
-def _attention_rows(model: ModelConfig) -> list[Row]:
+def _attention_rows(model: ModelConfig) -> list[ParamMapping]:
     """Names within a layer, as in `_mlp_rows`: they go behind decoder.layers.N. and model.layers.N."""
     hidden, head = model.hidden_size, model.head_dim
     q_rows, kv_rows = model.num_heads * head, model.num_kv_heads * head
-    norm = Row(
+    norm = ParamMapping(
         megatron=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         hugging_face=("input_layernorm.weight",),
         shapes=((hidden,),),
         split=Split.REPLICATED,
     )
     qkv = [
-        Row(
+        ParamMapping(
             megatron=(f"self_attention.linear_qkv.{kind}",),
             hugging_face=tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv"),
             shapes=tuple((rows, *columns) for rows in (q_rows, kv_rows, kv_rows)),
@@ -214,7 +214,7 @@ def _attention_rows(model: ModelConfig) -> list[Row]:
         if kind == "weight" or model.qkv_bias
     ]
     qk_norms = [
-        Row(
+        ParamMapping(
             megatron=(f"self_attention.{x}_layernorm.weight",),
             hugging_face=(f"self_attn.{x}_norm.weight",),
             shapes=((head,),),
@@ -223,7 +223,7 @@ def _attention_rows(model: ModelConfig) -> list[Row]:
         for x in "qk"
         if model.qk_norm
     ]
-    projection = Row(
+    projection = ParamMapping(
         megatron=("self_attention.linear_proj.weight",),
         hugging_face=("self_attn.o_proj.weight",),
         shapes=((hidden, q_rows),),
@@ -232,22 +232,22 @@ def _attention_rows(model: ModelConfig) -> list[Row]:
     return [norm, *qkv, *qk_norms, projection]
 
 
-def _mlp_rows(model: ModelConfig) -> list[Row]:
+def _mlp_rows(model: ModelConfig) -> list[ParamMapping]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     return [
-        Row(
+        ParamMapping(
             megatron=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
             hugging_face=("post_attention_layernorm.weight",),
             shapes=((hidden,),),
             split=Split.REPLICATED,
         ),
-        Row(
+        ParamMapping(
             megatron=("mlp.linear_fc1.weight",),
             hugging_face=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
             shapes=((ffn, hidden), (ffn, hidden)),
             split=Split.RANKS,
         ),
-        Row(
+        ParamMapping(
             megatron=("mlp.linear_fc2.weight",),
             hugging_face=("mlp.down_proj.weight",),
             shapes=((hidden, ffn),),
@@ -256,7 +256,7 @@ def _mlp_rows(model: ModelConfig) -> list[Row]:
     ]
 
 
-def _expert_rows(model: ModelConfig, experts: Experts) -> list[Row]:
+def _expert_rows(model: ModelConfig, experts: Experts) -> list[ParamMapping]:
     hidden, ffn = model.hidden_size, experts.ffn_hidden_size
     if model.family == "mixtral":
         router, gate, up, down = "block_sparse_moe.gate", "w1", "w3", "w2"
@@ -265,26 +265,26 @@ def _expert_rows(model: ModelConfig, experts: Experts) -> list[Row]:
         router, gate, up, down = "mlp.gate", "gate_proj", "up_proj", "down_proj"
         expert = "mlp.experts.{expert}"
     return [
-        Row(
+        ParamMapping(
             megatron=("pre_mlp_layernorm.weight",),
             hugging_face=("post_attention_layernorm.weight",),
             shapes=((hidden,),),
             split=Split.REPLICATED,
         ),
-        Row(
+        ParamMapping(
             megatron=("mlp.router.weight",),
             hugging_face=(f"{router}.weight",),
             shapes=((experts.count, hidden),),
             split=Split.REPLICATED,
         ),
-        Row(
+        ParamMapping(
             megatron=("mlp.experts.local_experts.{expert}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{expert}"),
             hugging_face=(f"{expert}.{gate}.weight", f"{expert}.{up}.weight"),
             shapes=((ffn, hidden), (ffn, hidden)),
             split=Split.RANKS,
             expert=True,
         ),
-        Row(
+        ParamMapping(
             megatron=("mlp.experts.local_experts.{expert}.linear_fc2.weight", "mlp.experts.linear_fc2.weight{expert}"),
             hugging_face=(f"{expert}.{down}.weight",),
             shapes=((hidden, ffn),),

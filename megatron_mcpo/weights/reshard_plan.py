@@ -14,7 +14,7 @@ from math import prod
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.weights.engine_layout import engine_name, engine_slices, expert_place
-from megatron_mcpo.weights.mapping import Parameter, Row, Split, parameters
+from megatron_mcpo.weights.mapping import Parameter, ParamMapping, Split, parameters
 from megatron_mcpo.weights.shards import cut_shape, placed, slices
 
 
@@ -157,13 +157,13 @@ def _holders(parameter: Parameter, layout: Layout, shard: int) -> range:
     return range(first + shard, stop, layout.tensor)
 
 
-def num_elements(row: Row, pieces: Sequence[Piece]) -> int:
+def num_elements(row: ParamMapping, pieces: Sequence[Piece]) -> int:
     """How many numbers there are in pieces of a parameter."""
     return prod(cut_shape(row, sum(map(len, pieces))))
 
 
 @cache
-def overlap(row: Row, shard: int, num_shards: int, engine_rank: int, engine_ranks: int) -> tuple[Piece, ...]:
+def overlap(row: ParamMapping, shard: int, num_shards: int, engine_rank: int, engine_ranks: int) -> tuple[Piece, ...]:
     """What an engine rank needs of a trainer's shard, in the order in which the engine rank has it."""
     held = list(placed(slices(row, rank=shard, num_ranks=num_shards)))
     needed = placed(engine_slices(row, rank=engine_rank, num_ranks=engine_ranks))

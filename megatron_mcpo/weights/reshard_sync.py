@@ -1,7 +1,7 @@
 """Two ways to bring the policy's weights into the engines, behind one interface.
 
-Gather: every rank puts together every full tensor and its engine takes what it needs: works with every engine.
-Direct: every engine rank gets the slices that it lacks, and they are written into the engine's own parameters.
+FullTensorSync: every rank puts together every full tensor and its engine takes what it needs: works with every engine.
+ReshardSync: every engine rank gets the slices that it lacks, and they are written into the engine's own parameters.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups, gather_objects
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
-from megatron_mcpo.weights.full_sync import BUCKET_BYTES, Meter, export
-from megatron_mcpo.weights.mapping import Row, Split
+from megatron_mcpo.weights.full_sync import BUCKET_BYTES, TransferStats, export
+from megatron_mcpo.weights.mapping import ParamMapping, Split
 from megatron_mcpo.weights.match_parameters import bind
 from megatron_mcpo.weights.reshard_plan import Piece, Plan, Step
 from megatron_mcpo.weights.shards import cut_dim, cut_shape
@@ -47,14 +47,14 @@ class Receiver(Updatable, Protocol):
         """
 
 
-class Executor(Protocol):
+class WeightSync(Protocol):
     """A way to push to the engine of this rank. All ranks push together."""
 
     @property
     def name(self) -> str:
         """gather or direct."""
 
-    def push(self, version: int) -> Meter:
+    def push(self, version: int) -> TransferStats:
         """Bring the whole policy, as `version`, into the engines of all ranks; returns what it took of this rank.
 
         Raises EngineError when this rank's engine fails.
@@ -62,7 +62,7 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gather:
+class FullTensorSync:
     """Full tensors in layer order, in buckets (see sync.export)."""
 
     chunks: Sequence[nn.Module]
@@ -72,8 +72,8 @@ class Gather:
     bucket_bytes: int = BUCKET_BYTES
     name: ClassVar[str] = "gather"
 
-    def push(self, version: int) -> Meter:
-        meter = Meter()
+    def push(self, version: int) -> TransferStats:
+        meter = TransferStats()
         tensors = export(self.chunks, self.model, self.groups, bucket_bytes=self.bucket_bytes, meter=meter)
         self.engine.update(tensors, version)
         return meter
@@ -83,7 +83,7 @@ class Gather:
 class _Part:
     """A piece of a parameter that this rank sends, gets or keeps. shard: where it takes it from; None: it arrives."""
 
-    row: Row
+    row: ParamMapping
     piece: Piece
     shard: nn.Parameter | None
     target: str
@@ -111,7 +111,7 @@ class _Bucket:
     receives: dict[int, list[_Part]]
 
 
-class Direct:
+class ReshardSync:
     """Exactly the slices of a plan, from rank to rank, in buckets; what a process holds itself is copied in place.
 
     At most `bucket_bytes` of slices are staged on a rank, sent and received together.
@@ -149,9 +149,9 @@ class Direct:
         dist.all_reduce(self._some_parameter.new_zeros(1, requires_grad=False), group=groups.world)
 
     @torch.no_grad()
-    def push(self, version: int) -> Meter:
-        """See Executor. Expects an engine that keeps the parameters of the plan (see `choose`)."""
-        meter = Meter()
+    def push(self, version: int) -> TransferStats:
+        """See WeightSync. Expects an engine that keeps the parameters of the plan (see `choose`)."""
+        meter = TransferStats()
         with self._engine.rewriting(version) as parameters:
             for name, num_rows in self._padding:
                 parameters[name][num_rows:].zero_()
@@ -161,7 +161,7 @@ class Direct:
                 self._exchange(bucket, parameters, meter)
         return meter
 
-    def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], meter: Meter) -> None:
+    def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], meter: TransferStats) -> None:
         outgoing = {peer: self._staged(parts) for peer, parts in bucket.sends.items()}
         incoming = {peer: self._staged(parts) for peer, parts in bucket.receives.items()}
         for peer, parts in bucket.sends.items():
@@ -218,14 +218,14 @@ def choose(
     *,
     engine_ranks: int,
     bucket_bytes: int = BUCKET_BYTES,
-) -> tuple[Executor, str | None]:
-    """Direct where every rank's engine can be written into, else gather and why. Collective over all ranks."""
+) -> tuple[WeightSync, str | None]:
+    """ReshardSync where every rank's engine can be written into, else gather and why. Collective over all ranks."""
     problems = gather_objects(_problem(engine, model, engine_ranks), groups)
     found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
     if found:
-        gather = Gather(chunks=chunks, model=model, groups=groups, engine=engine, bucket_bytes=bucket_bytes)
+        gather = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engine, bucket_bytes=bucket_bytes)
         return gather, found[0] if len(set(problems)) > 1 else problems[0]
-    return Direct(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
+    return ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
 
 
 def why_gather(model: ModelConfig, *, packed: bool) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_mcpo.weights.mapping import Row, Split
+from megatron_mcpo.weights.mapping import ParamMapping, Split
 
 if TYPE_CHECKING:  # plans are made and printed without torch
     from torch import Tensor
@@ -26,24 +26,24 @@ class Slice:
         return self.stop - self.start
 
 
-def cut_dim(row: Row) -> int:
+def cut_dim(row: ParamMapping) -> int:
     """The dimension that shards are cut along."""
     return 1 if row.split is Split.COLUMNS else 0
 
 
-def shard_shape(row: Row, num_ranks: int) -> tuple[int, ...]:
+def shard_shape(row: ParamMapping, num_ranks: int) -> tuple[int, ...]:
     """Shape of one rank's shard, padding included: the same on every rank."""
     return cut_shape(row, _shard_size(row, num_ranks))
 
 
-def cut_shape(row: Row, size: int) -> tuple[int, ...]:
+def cut_shape(row: ParamMapping, size: int) -> tuple[int, ...]:
     """Shape of a part of the row that has `size` indices along the cut dimension."""
     shape = list(row.shapes[0])
     shape[cut_dim(row)] = size
     return tuple(shape)
 
 
-def slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
+def slices(row: ParamMapping, *, rank: int, num_ranks: int) -> list[Slice]:
     """What shard `rank` of `num_ranks` is made of, in order; it ends with zeros where these don't fill it."""
     pieces = _pieces(row, num_ranks)
     if row.split is Split.REPLICATED:
@@ -59,7 +59,7 @@ def slices(row: Row, *, rank: int, num_ranks: int) -> list[Slice]:
     return found
 
 
-def fill(row: Row, shard: "Tensor", read: "Callable[[Slice], Tensor]", *, rank: int, num_ranks: int) -> None:
+def fill(row: ParamMapping, shard: "Tensor", read: "Callable[[Slice], Tensor]", *, rank: int, num_ranks: int) -> None:
     """Write shard `rank` of `num_ranks` into `shard`, in its dtype and on its device; what pads it becomes zero.
 
     `read` gives one slice of one Hugging Face tensor; it is called for no more than the shard needs.
@@ -80,13 +80,13 @@ def placed(held: Iterable[Slice]) -> Iterator[tuple[Slice, int]]:
         position += len(each)
 
 
-class Joining:
+class ShardAssembler:
     """The full Hugging Face tensors of a parameter, put together from the shards of all ranks or from pieces of these.
 
     A tensor is allocated with its first element and let go with its last.
     """
 
-    def __init__(self, row: Row):
+    def __init__(self, row: ParamMapping):
         self._row = row
         self._begun: dict[int, Tensor] = {}
         self._missing = [shape[cut_dim(row)] for shape in row.shapes]
@@ -117,7 +117,7 @@ class Joining:
         return self._begun[tensor]
 
 
-def _pieces(row: Row, num_ranks: int) -> list[Slice]:
+def _pieces(row: ParamMapping, num_ranks: int) -> list[Slice]:
     """The tensors of a row in the order in which Megatron lays them out, before that is cut into shards."""
     groups = {Split.GROUPS: row.groups, Split.RANKS: num_ranks}.get(row.split, 1)
     sizes = [shape[cut_dim(row)] for shape in row.shapes]
@@ -129,7 +129,7 @@ def _pieces(row: Row, num_ranks: int) -> list[Slice]:
     ]
 
 
-def _shard_size(row: Row, num_ranks: int) -> int:
+def _shard_size(row: ParamMapping, num_ranks: int) -> int:
     total = sum(shape[cut_dim(row)] for shape in row.shapes)
     if row.split is Split.REPLICATED:
         return total

@@ -35,7 +35,7 @@ max_prompt_tokens = 200
 max_response_tokens = 4
 [engine]
 kv_cache_gib = 0.1
-canary_every = 3
+engine_check_every = 3
 [contrastive]
 dim = 16
 [optimizer]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.schema import AlgorithmConfig, ContrastiveConfig
-from megatron_mcpo.types import Keys, RolloutGroup
+from megatron_mcpo.types import RolloutGroup, RolloutLabels
 
 
 def gradients(
@@ -37,10 +37,10 @@ def gradients(
     contrast = torch.zeros((), dtype=torch.float64)
     if head:
         z_MD = torch.stack([z_D for _, z_D in results])
-        keys = _keys(groups)
-        contrast = contrastive_loss(z_MD, keys, config.contrastive)
+        labels = _labels(groups)
+        contrast = contrastive_loss(z_MD, labels, config.contrastive)
         if config.contrastive.mode == "reward":
-            penalties = reward_penalty(z_MD, keys, config.contrastive).split([len(r) for r in rewards])
+            penalties = reward_penalty(z_MD, labels, config.contrastive).split([len(r) for r in rewards])
             rewards = [r + penalty for r, penalty in zip(rewards, penalties, strict=True)]
     policy = policy_term(
         [logp_r for logp_r, _ in results],
@@ -97,88 +97,88 @@ def policy_term(
     return torch.stack(means).mean()
 
 
-def contrastive_loss(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
-    """share_weight * L_share + consolidate_weight * L_cons, with a graph to z."""
-    share, _ = share_term(z_MD, keys, settings)
-    consolidate, _ = consolidate_term(z_MD, keys, settings)
-    return settings.share_weight * share + settings.consolidate_weight * consolidate
+def contrastive_loss(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
+    """cross_domain_weight * L_share + in_domain_weight * L_cons, with a graph to z."""
+    share, _ = share_term(z_MD, labels, settings)
+    consolidate, _ = consolidate_term(z_MD, labels, settings)
+    return settings.cross_domain_weight * share + settings.in_domain_weight * consolidate
 
 
-def reward_penalty(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
-    """max(-(share_weight * L_share(i) + consolidate_weight * L_cons(i)), -0.5) of every rollout [M], no graph."""
-    share_M, _ = _share_costs(z_MD.detach(), keys, settings)
-    consolidate_M, _ = _consolidate_costs(z_MD.detach(), keys, settings)
-    return (-settings.share_weight * share_M - settings.consolidate_weight * consolidate_M).clamp(min=-0.5)
+def reward_penalty(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
+    """max(-(cross_domain_weight * L_share(i) + in_domain_weight * L_cons(i)), -0.5) of every rollout [M], no graph."""
+    share_M, _ = _share_costs(z_MD.detach(), labels, settings)
+    consolidate_M, _ = _consolidate_costs(z_MD.detach(), labels, settings)
+    return (-settings.cross_domain_weight * share_M - settings.in_domain_weight * consolidate_M).clamp(min=-0.5)
 
 
-def share_term(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+def share_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
     """L_share, and which rollouts are its anchors."""
-    return _mean(*_share_costs(z_MD, keys, settings))
+    return _mean(*_share_costs(z_MD, labels, settings))
 
 
-def consolidate_term(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+def consolidate_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
     """L_cons, and which rollouts are its anchors."""
-    return _mean(*_consolidate_costs(z_MD, keys, settings))
+    return _mean(*_consolidate_costs(z_MD, labels, settings))
 
 
-def share_positives(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> Tensor:
+def share_positives(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
     """C(i) as rows of a matrix [M, M]."""
-    candidates = _correct_pairs(keys) & ~_same(keys.domain_M)
+    candidates = _correct_pairs(labels) & ~_same(labels.domain_M)
     similarity = (z_MD @ z_MD.T).detach()
     if settings.transfer == "all":
         return candidates
     if settings.transfer == "threshold":
         return candidates & (similarity >= settings.threshold)
     chosen = torch.zeros_like(candidates)
-    for domain in keys.domain_M.unique():
-        inside = candidates & (keys.domain_M == domain)
+    for domain in labels.domain_M.unique():
+        inside = candidates & (labels.domain_M == domain)
         ranking = similarity.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True, stable=True)
         chosen |= torch.zeros_like(candidates).scatter_(1, ranking[:, : settings.top_k], True) & inside
     return chosen
 
 
-def negatives(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+def negatives(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
     """M(i) as rows of a matrix [M, M]."""
-    return _scope(keys, settings) & ~keys.correct_M
+    return _scope(labels, settings) & ~labels.correct_M
 
 
-def rivals(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+def rivals(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
     """Whom the positives of i compete with, as rows of a matrix [M, M]."""
     if settings.denominator == "negatives":
-        return negatives(keys, settings)
-    return _scope(keys, settings).fill_diagonal_(False)
+        return negatives(labels, settings)
+    return _scope(labels, settings).fill_diagonal_(False)
 
 
-def _scope(keys: Keys, settings: ContrastiveConfig) -> Tensor:
+def _scope(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
     if settings.negatives == "pool":
-        return keys.correct_M.new_ones(len(keys), len(keys))
-    return _same(keys.domain_M if settings.negatives == "domain" else keys.prompt_M)
+        return labels.correct_M.new_ones(len(labels), len(labels))
+    return _same(labels.domain_M if settings.negatives == "domain" else labels.prompt_M)
 
 
-def _share_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    candidates = _correct_pairs(keys) & ~_same(keys.domain_M)
-    return _info_nce(z_MD, share_positives(z_MD, keys, settings), candidates, keys, settings)
+def _share_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    candidates = _correct_pairs(labels) & ~_same(labels.domain_M)
+    return _info_nce(z_MD, share_positives(z_MD, labels, settings), candidates, labels, settings)
 
 
-def _consolidate_costs(z_MD: Tensor, keys: Keys, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    same = _same(keys.domain_M if settings.consolidate == "domain" else keys.prompt_M)
-    positives = same & _correct_pairs(keys)
+def _consolidate_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    same = _same(labels.domain_M if settings.in_domain_scope == "domain" else labels.prompt_M)
+    positives = same & _correct_pairs(labels)
     positives.fill_diagonal_(False)
-    if settings.consolidation_loss == "infonce":
-        return _info_nce(z_MD, positives, positives, keys, settings)
+    if settings.in_domain_loss == "infonce":
+        return _info_nce(z_MD, positives, positives, labels, settings)
     distances = ((1 - z_MD @ z_MD.T) * positives).sum(1) / positives.sum(1).clamp(min=1)
     return distances, positives.any(1)
 
 
 def _info_nce(
-    z_MD: Tensor, positives: Tensor, candidates: Tensor, keys: Keys, settings: ContrastiveConfig
+    z_MD: Tensor, positives: Tensor, candidates: Tensor, labels: RolloutLabels, settings: ContrastiveConfig
 ) -> tuple[Tensor, Tensor]:
     """What every anchor costs [M], 0 for all others, and which rollouts are anchors.
 
     candidates: the pairs that the positives were chosen from; an anchor needs a rival besides them
     """
     logits = z_MD @ z_MD.T / settings.temperature
-    against = rivals(keys, settings)
+    against = rivals(labels, settings)
     anchors = positives.any(1) & (against & ~candidates).any(1)
     logits, positives, against = logits[anchors], positives[anchors], against[anchors]
     others = logits.masked_fill(~against, -torch.inf).logsumexp(1, keepdim=True)
@@ -186,7 +186,7 @@ def _info_nce(
     if settings.denominator == "all":
         whole = torch.where(against, others, whole)  # a positive among the rivals is not counted twice
     costs = torch.where(positives, whole - logits, 0.0).sum(1) / positives.sum(1)
-    return z_MD.new_zeros(len(keys)).masked_scatter(anchors, costs), anchors
+    return z_MD.new_zeros(len(labels)).masked_scatter(anchors, costs), anchors
 
 
 def _mean(cost_M: Tensor, anchors_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,8 +197,8 @@ def _same(group_M: Tensor) -> Tensor:
     return group_M[:, None] == group_M
 
 
-def _correct_pairs(keys: Keys) -> Tensor:
-    return keys.correct_M[:, None] & keys.correct_M
+def _correct_pairs(labels: RolloutLabels) -> Tensor:
+    return labels.correct_M[:, None] & labels.correct_M
 
 
 def _evaluate(
@@ -221,9 +221,9 @@ def _evaluate(
     return logp_r, F.normalize(head["weight"] @ features_H, dim=0)
 
 
-def _keys(groups: Sequence[RolloutGroup]) -> Keys:
+def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:
     rollouts = [(number, group, correct) for number, group in enumerate(groups) for correct in group.correct]
-    return Keys(
+    return RolloutLabels(
         domain_M=torch.tensor([group.prompt.domain for _, group, _ in rollouts]),
         prompt_M=torch.tensor([number for number, _, _ in rollouts]),
         correct_M=torch.tensor([correct for _, _, correct in rollouts]),

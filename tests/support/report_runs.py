@@ -1,4 +1,4 @@
-"""Run folders for tests of the report, written by the journal as a run does, with pairs made by the real terms."""
+"""Run folders for tests of the report, written by the run_logger as a run does, with pairs made by the real terms."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.data.batch import make_batch, rewards_of
 from megatron_mcpo.reporting import accuracy
-from megatron_mcpo.reporting.run_logger import Journal
+from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.reporting.step_metrics import COLUMNS, BatchReport, step_figures
 from megatron_mcpo.storage.files import read_jsonl, step_file
 from megatron_mcpo.storage.run_folder import RunFolder
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
 NAMES = ["arithmetic", "logic", "cognition"]
-OFF = {"share_weight": 0.0, "consolidate_weight": 0.0}
+OFF = {"cross_domain_weight": 0.0, "in_domain_weight": 0.0}
 type Texts = Callable[[int, int], str]
 """(domain, number of the rollout in its step) -> a text."""
 
@@ -82,15 +82,15 @@ def groups_of(step: int, *, prompts: int, samples: int, text: Texts, tokenizer: 
 
 def report_of(config: Config, groups: list[RolloutGroup], step: int) -> BatchReport:
     batch = make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=False)
-    z_MD = normalize(torch.randn(len(batch.keys), 16, generator=torch.Generator().manual_seed(step)), dim=1)
+    z_MD = normalize(torch.randn(len(batch.labels), 16, generator=torch.Generator().manual_seed(step)), dim=1)
     on = config.contrastive.enabled
     return BatchReport(
         groups=groups,
-        advantages_M=group_advantages(rewards_of(groups), batch.keys.prompt_M, batch.keys.domain_M),
-        stats_MK=torch.rand(len(batch.keys), len(COLUMNS), generator=torch.Generator().manual_seed(step)),
+        advantages_M=group_advantages(rewards_of(groups), batch.labels.prompt_M, batch.labels.domain_M),
+        stats_MK=torch.rand(len(batch.labels), len(COLUMNS), generator=torch.Generator().manual_seed(step)),
         z_MD=z_MD if on else None,
-        contrast=contrastive(z_MD, batch.keys, config.contrastive) if on else None,
-        keys=batch.keys,
+        contrast=contrastive(z_MD, batch.labels, config.contrastive) if on else None,
+        labels=batch.labels,
         num_tokens=batch.num_tokens,
         metrics={"loss/policy": 0.1 / step, "grad_norm": 2.0, "lr": 1e-5, "update/applied": 1.0},
     )
@@ -109,7 +109,7 @@ class MadeRun:
         self.folder = RunFolder.open(config)
         self.path = self.folder.path
         self.tokenizer = character_tokenizer()
-        self.journal = Journal(config, self.folder, self.tokenizer, first_step=0, evaluated=False)
+        self.run_logger = RunLogger(config, self.folder, self.tokenizer, first_step=0, evaluated=False)
         self.sizes = {"prompts": prompts, "samples": samples}
         self.num_minibatches = num_minibatches
         self.reports: dict[int, list[BatchReport]] = {}
@@ -120,14 +120,14 @@ class MadeRun:
             name: [accuracy.Item(correct=(item <= domain,), answers=("",)) for item in range(10)]
             for domain, name in enumerate(NAMES)
         }
-        self.journal.evaluation(step, accuracy.figures(items))
+        self.run_logger.evaluation(step, accuracy.figures(items))
 
     def step(self, step: int, *, text: Texts = plain_text, figures: dict[str, float] | None = None) -> None:
         groups = groups_of(step, **self.sizes, text=text, tokenizer=self.tokenizer)
         parts = [groups[number :: self.num_minibatches] for number in range(self.num_minibatches)]
         self.reports[step] = [report_of(self.config, part, step) for part in parts]
         values = step_figures(self.reports[step], groups, NAMES) | work_figures(step) | (figures or {})
-        self.journal.step(step, values, self.reports[step])
+        self.run_logger.step(step, values, self.reports[step])
 
     def repeat(self, steps: range, like: int) -> None:
         """Steps with the figures and dumps of the first `like` by turns; files are shared, or the disk would fill."""
@@ -141,8 +141,8 @@ class MadeRun:
 
     def finish(self) -> Path:
         """The report."""
-        self.journal.finish()
-        self.journal.close()
+        self.run_logger.finish()
+        self.run_logger.close()
         self.folder.close()
         return self.path / "report.html"
 

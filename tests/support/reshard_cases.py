@@ -16,7 +16,7 @@ from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.weights.hf_io import load_hf
-from megatron_mcpo.weights.reshard_sync import Gather, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, choose
 from tests.support import vllm_cases
 
 
@@ -38,7 +38,7 @@ def sampled(engine: VllmEngine) -> list[Any]:
 
 
 def pushes_into_an_engine(folder: Path, layout: Layout, engine_ranks: int) -> tuple[str, str | None]:
-    """Direct makes of an engine what gather and a fresh start make of it; what an engine that packs is chosen for."""
+    """Both syncs and a fresh start leave the same engine; one that packs its weights gets full tensors."""
     groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(folder)
     chunks = build_chunks(model, groups, dtype=torch.float32, head=None)
@@ -68,7 +68,7 @@ def pushes_into_an_engine(folder: Path, layout: Layout, engine_ranks: int) -> tu
     assert "no weights" in vllm_cases.failure(lambda: sampled(engine))
     direct.push(3)
     assert sampled(engine) == second and engine.version == 3
-    Gather(chunks=chunks, model=model, groups=groups, engine=engine).push(4)
+    FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engine).push(4)
     assert sampled(engine) == second
     _check_a_half_written_engine(engine)
     engine.close()

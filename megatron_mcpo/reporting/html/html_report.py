@@ -24,7 +24,7 @@ from megatron_mcpo.reporting.console import SUMMARY_WINDOW
 from megatron_mcpo.reporting.html.rollout_sample import coarse_to_fine, sample_rollouts, shortened
 from megatron_mcpo.reporting.plots import load_representations, principal_plane
 from megatron_mcpo.storage.files import iterate_jsonl, step_files, write_atomically
-from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS, NOTES, REQUEUE
+from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS, NOTES, PREEMPTED
 
 REPORT = "report.html"
 
@@ -62,7 +62,7 @@ def collect(folder: Path, config: Config) -> dict[str, Any]:
         "domains": config.domain_names,
         "contrastive": config.contrastive.enabled,
         "negatives": config.contrastive.negatives,
-        "consolidate": config.contrastive.consolidate,
+        "in_domain_scope": config.contrastive.in_domain_scope,
         "window": SUMMARY_WINDOW,
         "settings": _settings(config),
         "notes": _notes(folder / NOTES),
@@ -144,7 +144,7 @@ def _number(value: Any) -> float | int | None:
 def _status(folder: Path) -> str:
     if (folder / "FINISHED").exists():
         return "finished"
-    return "stopped to make room" if (folder / REQUEUE).exists() else "not finished"
+    return "stopped to make room" if (folder / PREEMPTED).exists() else "not finished"
 
 
 def _settings(config: Config) -> list[dict[str, Any]]:

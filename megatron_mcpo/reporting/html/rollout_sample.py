@@ -94,7 +94,7 @@ class _Step:
             scopes = {"pool": group[:1], "domain": (*group[:1], "domain", domain), "prompt": group}
             against, along = (
                 numbers.setdefault(scopes[scope], len(numbers))
-                for scope in (config.contrastive.negatives, config.contrastive.consolidate)
+                for scope in (config.contrastive.negatives, config.contrastive.in_domain_scope)
             )
             places[row["minibatch"], row["row"]] = place
             listed.append([(row["minibatch"], number) for number in row["positives"]])
@@ -154,11 +154,11 @@ class _Step:
         for turn in range(max(map(len, queues), default=0)):
             for place in (queue[turn] for queue in queues if turn < len(queue)):
                 rollout = self.rollouts[place]
-                _, num_consolidated, num_negatives = rollout["partners"]
+                _, num_in_domain, num_negatives = rollout["partners"]
                 yield [
                     place,
                     *_spread(rollout["positives"])[:PARTNERS],
-                    *(right[rollout["with"]] if num_consolidated else []),
+                    *(right[rollout["with"]] if num_in_domain else []),
                     *(wrong[rollout["against"]] if num_negatives else []),
                 ]
 
@@ -189,7 +189,7 @@ def _entry(row: dict[str, Any]) -> dict[str, Any]:
         "reward": row["reward"],
         "advantage": row["advantage"],
         "stop": row["stop_reason"],
-        "partners": [row["num_positives"], row["num_consolidated"], row["num_negatives"]],
+        "partners": [row["num_positives"], row["num_in_domain"], row["num_negatives"]],
     }
 
 

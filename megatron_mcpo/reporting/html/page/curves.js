@@ -2,7 +2,7 @@
 
 const DOMAIN_CHARTS = [
   { key: "reward", title: "Reward", about: "mean over the rollouts of a step", share: true, mean: "reward/mean" },
-  { key: "signal", title: "Signal", about: "share of prompts whose rewards differ", share: true, mean: "signal" },
+  { key: "nonzero_advantage", title: "Prompts with a nonzero advantage", about: "share of prompts whose rewards differ", share: true, mean: "nonzero_advantage" },
   { key: "response_tokens", title: "Response length", about: "tokens", mean: "response_tokens" },
   { key: "truncated", title: "Truncated", about: "share of rollouts at the response limit", share: true, mean: "truncated" },
   { key: "entropy", title: "Entropy", about: "nats a token", mean: "entropy" },
@@ -16,7 +16,7 @@ const DOMAIN_CHARTS = [
 const PLAIN_CHARTS = [
   { title: "Policy loss", names: ["loss/policy"] },
   { title: "KL loss", names: ["loss/kl"] },
-  { title: "Contrastive losses", about: "without their weights", names: ["loss/share", "loss/consolidate"] },
+  { title: "Contrastive losses", about: "without their weights", names: ["loss/cross_domain", "loss/in_domain"] },
   { title: "Gradient norm", about: "before it is clipped", names: ["grad_norm"] },
   { title: "Learning rate", names: ["lr"] },
   { title: "Ratio and clipping", names: ["ratio", "clip_fraction"] },

@@ -35,7 +35,7 @@ function partnersOfAnchor(entry, rollout) {
       found: rollout.positives.map((place) => entry.byPlace.get(place)).filter(Boolean),
     },
     {
-      title: RUN.consolidate === "prompt" ? "Positives of its prompt" : "Positives of its domain",
+      title: RUN.in_domain_scope === "prompt" ? "Positives of its prompt" : "Positives of its domain",
       about: "consolidation pulls it to them",
       total: consolidated,
       found: consolidated ? entry.rollouts.filter((other) => other.right && other !== rollout && other.with === rollout.with) : [],
