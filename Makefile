@@ -1,5 +1,7 @@
 # make train          the quick start; CONFIG=other.toml and ARGS="--run.steps 5" as you like
-# make test           what CI runs; WORKERS=4 for another number of processes than two
+# make test           checks, unit and distributed tests, and one run from end to end; WORKERS=4 for more processes
+# make test-system    the other tests: vLLM, whole programs, Slurm, the sandbox under attack, a browser
+# make test-all       both
 # make env | model    only the environment | only the embedded model
 # make lock           resolve the requirements again
 # make clean          everything made here, except runs/
@@ -9,20 +11,28 @@ WORKERS ?= 2
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test env model lock clean
+.PHONY: train test test-system test-all env model lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
 
 # One thread: tests start several ranks, and OpenMP's spinning threads would fight over the cores.
 # Offline: after `make model` nothing may be fetched.
-test: export OMP_NUM_THREADS := 1
-test: export HF_HUB_OFFLINE := 1
+test test-system: export OMP_NUM_THREADS := 1
+test test-system: export HF_HUB_OFFLINE := 1
+PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS)
+TESTS := tests/unit tests/distributed tests/gpu tests/system/test_end_to_end.py::test_it_learns_and_leaves_what_it_promises
+
 test: model
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(PYTEST) --dist worksteal $(TESTS)
+
+test-system: model
+	$(PYTEST) --dist loadfile tests/system
+
+test-all: test test-system
 
 env:
 	@tools/make_env.sh

@@ -3,7 +3,7 @@
 `.venv/bin/python -m benchmarks.scaling [--json] [--out benchmarks/results/NAME.json]`
 A rank of the trainer takes a real step in a run whose other ranks are not there (torch's fake process group): its
 messages are those it would exchange, their content is not. The rollouts, which travel as pickled objects, are counted
-without a group. tests/test_bench_scaling.py holds all of it against real ranks.
+without a group. tests/distributed/test_bench_scaling.py holds all of it against real ranks.
 """
 
 import pickle

@@ -17,7 +17,7 @@ from megatron_mcpo.distributed import cpu_backend
 
 cpu_backend.apply()  # before the imports of Megatron-Core below
 
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 
 class Peers(Protocol):

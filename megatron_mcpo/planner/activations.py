@@ -1,8 +1,9 @@
 """Bytes that a micro-batch leaves for the backward pass, tensor by tensor.
 
 A refinement of https://arxiv.org/abs/2205.05198 (section 4) for gated MLPs, grouped queries and packed sequences. With
-`PLAIN` kernels it is checked against what autograd keeps in a real model on a CPU (tests/test_planner_memory.py); for
-Transformer Engine's it is by reading: a norm keeps its input instead of two fp32 tensors, attention keeps one output.
+`PLAIN` kernels it is checked against what autograd keeps in a real model on a CPU (test_planner_memory.py). The figures
+of Transformer Engine's kernels come from reading its code: a norm keeps its input instead of two fp32 tensors,
+attention keeps one output.
 Names: t tokens of a rank in a micro-batch, r response tokens among them, e bytes an element.
 """
 

@@ -4,7 +4,7 @@ A generator is allowed when its scorer (`score_answer`, over the whole class hie
   - never hands the model's text to `eval`, `exec` or sympy's parser, which is `eval` with builtins;
   - gives the item's own answer full marks after the item has been through JSON;
   - depends on the item alone, not on the options that the item was generated with;
-  - returns a number for hostile text (tests/test_rewards.py) instead of raising, and never full marks: coin_flip,
+  - returns a number for hostile text (tests/unit/test_rewards.py) instead of raising, and never full marks: coin_flip,
     game_of_life_halting and complex_arithmetic are refused because some nonsense passes them.
 The tests check the first rule for all, the others for the generators of the quick start.
 """

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from tests.support.program import train_forked, write_config
-from tests.test_resume import figures, model  # noqa: F401 - a fixture
+from tests.system.test_resume import figures, model  # noqa: F401 - a fixture
 
 SETTINGS = ("--run.steps", "2", "--parallel.data", "2")
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}

@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from megatron_mcpo.storage.files import step_files
+from tests.distributed.test_checkpoint_refusals import flip_a_bit
 from tests.support import program, tiny_run
 from tests.support.paths import ROOT
 from tests.support.program import command, lasting, metrics, train_forked
-from tests.test_checkpoint_refusals import flip_a_bit
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from megatron_mcpo.reporting.html.html_report import write_report
 from tests.support.paths import ROOT
 from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, made_run
-from tests.test_html_report import data_of, partners
+from tests.unit.test_html_report import data_of, partners
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")

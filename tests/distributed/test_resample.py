@@ -20,8 +20,8 @@ from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonze
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 from tests.support.paths import EMBEDDED_MODEL
 from tests.support.ranks import run_ranks
-from tests.test_data import make_config
-from tests.test_stream import made_up_domain, names
+from tests.unit.test_data import make_config
+from tests.unit.test_stream import made_up_domain, names
 
 SIZES = [2, 5, 3]
 LIMITS = [4, 8, 16]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import program, tiny_run
 from tests.support.program import metrics, train_forked
-from tests.test_resume import figures
+from tests.system.test_resume import figures
 
 DYNAMIC = """
 [data]

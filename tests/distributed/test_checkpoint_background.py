@@ -30,9 +30,9 @@ from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.hf_write import read_assets
+from tests.distributed.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from tests.support import tiny_models, tiny_run
 from tests.support.ranks import run_ranks
-from tests.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 
 LAYOUTS = [Layout(data=2), Layout(tensor=2, sequence=True)]
 ENOUGH = 240.0

@@ -17,11 +17,20 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.storage import checkpoint_files
+from tests.distributed.test_checkpoint import (
+    UPDATES,
+    build,
+    checkpoints_of,
+    learn,
+    load_train,
+    settings,
+    train_save_train,
+    weights,
+)
+from tests.distributed.test_policy import maximise, start
 from tests.support import tiny_models, tiny_run
 from tests.support.program import lasting, metrics, train_forked, write_config
 from tests.support.ranks import run_ranks
-from tests.test_checkpoint import UPDATES, build, checkpoints_of, learn, load_train, settings, train_save_train, weights
-from tests.test_policy import maximise, start
 
 LAYOUTS: list[tuple[str, str, Layout]] = [
     ("tied", "bf16", Layout()),

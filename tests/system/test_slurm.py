@@ -17,7 +17,7 @@ from megatron_mcpo.storage.files import step_files
 from tests.support.paths import ROOT
 from tests.support.program import Finished, train_forked, write_config
 from tests.support.slurm_cluster import Cluster, cluster, why_not
-from tests.test_resume import Figures, figures, model  # noqa: F401 - a fixture
+from tests.system.test_resume import Figures, figures, model  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

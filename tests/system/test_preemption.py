@@ -22,7 +22,7 @@ from megatron_mcpo.storage.files import step_files
 from megatron_mcpo.trainer.collector import Collector
 from tests.support.paths import ROOT
 from tests.support.program import command, train_forked
-from tests.test_resume import PIPELINE, Figures, figures, go_on, model, whole, write_config  # noqa: F401 - fixtures
+from tests.system.test_resume import PIPELINE, Figures, figures, go_on, model, whole, write_config  # noqa: F401 - fixtures
 
 SEVERAL_STEPS = (*PIPELINE, "--run.checkpoint_every", "4", "--run.keep_every", "0")
 

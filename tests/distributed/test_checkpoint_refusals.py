@@ -25,9 +25,9 @@ from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import MANIFEST
 from megatron_mcpo.weights import safe_unpickler
+from tests.distributed.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from tests.support import tiny_models
 from tests.support.ranks import run_ranks
-from tests.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 
 TWO = Layout(data=2)
 SHARD = "__0_0.distcp"
