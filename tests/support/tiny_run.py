@@ -72,8 +72,8 @@ def _random_model(*, experts: bool) -> PreTrainedModel:
         eos_token_id=1,
     )
     if experts:
-        mixture: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture, head_dim=32))
+        mixture: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=32)
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture))
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
 
 

@@ -74,7 +74,7 @@ def _collect(pipes: list[Any], *, deadline: float) -> list[Any]:
         open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = multiprocessing.connection.wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
         assert ready, f"ranks hang: {sorted(set(range(len(pipes))) - set(results))}"
-        for pipe in ready:
+        for pipe in (pipe for pipe in open_pipes if pipe in ready):
             ok, value = pipe.recv()
             assert ok, value
             results[pipes.index(pipe)] = value
@@ -173,7 +173,7 @@ def without_fixes(folder: Path, family: str) -> tuple[bool, tuple[str, ...]]:
 
 
 def fp8_without_fix(folder: Path) -> str:
-    vllm_cpu_fixes.cpu_fp8 = nullcontext
+    vllm_cpu_fixes.cpu_fp8 = nullcontext  # type: ignore[assignment]
     return failure(lambda: build(folder / "tied_a", "bf16", quantization="fp8_per_block"))
 
 
@@ -233,6 +233,7 @@ def leaves_no_trace(folder: Path) -> None:
         added = [key for key in set(after) - set(before) if key.split(".")[0] in ("Tensor", "accelerator")]
         assert not changed and not added, (step, changed, added)
         assert gc.get_freeze_count() <= frozen, step
+    assert engine is not None
     engine.close()
     gc.collect()
 
@@ -293,13 +294,14 @@ def _check_many_long_prompts(engine: VllmEngine) -> None:
 
 def _check_refused_requests(engine: VllmEngine) -> None:
     good = dict(token_ids=[1], num_samples=1, seed=0, max_tokens=4)
-    for bad in (
+    unusable: tuple[dict[str, Any], ...] = (
         {"token_ids": []},
         {"num_samples": 0},
         {"max_tokens": 0},
         {"temperature": -1.0},
         {"max_tokens": MAX_LEN},
-    ):
+    )
+    for bad in unusable:
         try:
             engine.generate([SamplingRequest(**good), SamplingRequest(**(good | bad))])  # type: ignore[arg-type]
         except ValueError:
@@ -341,7 +343,7 @@ def refuses_bad_updates(folder: Path) -> dict[str, str]:
         messages[kind] = failure(lambda engine=engine, tensors=tensors: engine.update(tensors, 2))  # type: ignore[misc]
         assert engine.version == 1
         for call in (lambda e=engine: sampled(e), lambda e=engine: e.update(policy.items(), 3)):
-            assert messages[kind] in failure(call)  # type: ignore[arg-type]
+            assert messages[kind] in failure(call)
         engine.close()
     engine = build(path)
     engine.update(policy.items(), 1)
