@@ -11,8 +11,6 @@ import resource
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,25 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.convert.convert import megatron_to_hf
 from megatron_mcpo.mcore import saving
-from megatron_mcpo.mcore.checkpoint import Checkpoints
-from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.hf_write import read_assets
-from tests.distributed.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from tests.support import tiny_models, tiny_run
+from tests.support.checkpoints import (
+    build,
+    checkpoints_of,
+    close_gate,
+    distance,
+    in_background,
+    learn,
+    names,
+    settings,
+    until,
+    weights,
+)
 from tests.support.ranks import run_ranks
 
 LAYOUTS = [Layout(data=2), Layout(tensor=2, sequence=True)]
-ENOUGH = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +54,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(model: Path) -> Config:
     return settings(model, "bf16")
-
-
-def close_gate() -> threading.Event:
-    """From now on this rank's writer waits for the event."""
-    gate, write = threading.Event(), saving._write_bucket
-
-    def gated(*args: Any, **kwargs: Any) -> Any:
-        assert gate.wait(ENOUGH)
-        return write(*args, **kwargs)
-
-    saving._write_bucket = gated
-    return gate
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what is to become true, in the same way on all ranks."""
-    deadline = time.monotonic() + ENOUGH
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def in_background(policy: Policy, folder: Path) -> Checkpoints:
-    return checkpoints_of(policy, folder, in_background=True)
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.storage.checkpoint_files import staging_of
-from tests.distributed.test_checkpoint import build, checkpoints_of, learn, settings
-from tests.distributed.test_checkpoint_background import close_gate, in_background, names, until
 from tests.support import tiny_models, tiny_run
+from tests.support.checkpoints import build, checkpoints_of, close_gate, in_background, learn, names, settings, until
 from tests.support.program import train_forked, write_config
 from tests.support.ranks import run_ranks
 

@@ -25,8 +25,8 @@ from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import MANIFEST
 from megatron_mcpo.weights import safe_unpickler
-from tests.distributed.test_checkpoint import build, checkpoints_of, distance, learn, settings, weights
 from tests.support import tiny_models
+from tests.support.checkpoints import build, checkpoints_of, distance, flip_a_bit, learn, settings, weights
 from tests.support.ranks import run_ranks
 
 TWO = Layout(data=2)
@@ -78,12 +78,6 @@ def rewrite_manifest(checkpoint: Path) -> None:
     measured = checkpoint_files.measure(checkpoint, checkpoint_files.names(checkpoint))
     table = {name: asdict(each) for name, each in measured.items()}
     (checkpoint / MANIFEST).write_text(json.dumps({"files": table}))
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def replace_by_link(path: Path) -> None:

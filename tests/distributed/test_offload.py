@@ -17,7 +17,8 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.storage import checkpoint_files
-from tests.distributed.test_checkpoint import (
+from tests.support import tiny_models, tiny_run
+from tests.support.checkpoints import (
     UPDATES,
     build,
     checkpoints_of,
@@ -27,8 +28,7 @@ from tests.distributed.test_checkpoint import (
     train_save_train,
     weights,
 )
-from tests.distributed.test_policy import maximise, start
-from tests.support import tiny_models, tiny_run
+from tests.support.policies import maximise, start
 from tests.support.program import lasting, metrics, train_forked, write_config
 from tests.support.ranks import run_ranks
 

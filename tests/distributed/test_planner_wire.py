@@ -22,8 +22,8 @@ from megatron_mcpo.planner.step_shape import workload
 from megatron_mcpo.planner.wire import wire_bytes
 from megatron_mcpo.weights.full_sync import TransferStats, export
 from megatron_mcpo.weights.reshard_plan import Plan
-from tests.distributed.test_planner_memory import Kind, Trainer, config_of, save_model
 from tests.support import tiny_models
+from tests.support.planned import Kind, Trainer, config_of, save_model
 from tests.support.ranks import run_ranks
 from tests.support.traffic import Received
 

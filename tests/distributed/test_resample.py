@@ -18,10 +18,10 @@ from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
+from tests.support.data_configs import make_config
 from tests.support.paths import EMBEDDED_MODEL
 from tests.support.ranks import run_ranks
-from tests.unit.test_data import make_config
-from tests.unit.test_stream import made_up_domain, names
+from tests.support.streams import made_up_domain, names
 
 SIZES = [2, 5, 3]
 LIMITS = [4, 8, 16]

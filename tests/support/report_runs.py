@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,45 @@ def made_run(runs: Path, *, num_steps: int = 6, text: Texts = plain_text, name: 
     if num_steps:
         run.evaluate(num_steps)
     return run
+
+
+class Scripts(HTMLParser):
+    """The contents of <script> elements by type, and all tags."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.scripts: list[tuple[str | None, str]] = []
+        self.tags: Counter[str] = Counter()
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append((dict(attrs).get("type"), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            kind, text = self.scripts[-1]
+            self.scripts[-1] = (kind, text + data)
+
+
+def data_of(path: Path) -> dict[str, Any]:
+    found = Scripts(path.read_text(encoding="utf-8"))
+    [text] = [text for kind, text in found.scripts if kind == "application/json"]
+    return json.loads(text)
+
+
+def partners(entry: dict[str, Any], rollout: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+    """What the page takes for its positives, what it is consolidated with, and its negatives: places."""
+    rollouts = entry["rollouts"]
+    _, num_in_domain, num_negatives = rollout["partners"]
+    together = [
+        o["place"] for o in rollouts if o["right"] and o["with"] == rollout["with"] and o["place"] != rollout["place"]
+    ]
+    against = [o["place"] for o in rollouts if not o["right"] and o["against"] == rollout["against"]]
+    return rollout["positives"], together if num_in_domain else [], against if num_negatives else []

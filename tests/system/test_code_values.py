@@ -8,7 +8,7 @@ import pytest
 from megatron_mcpo.rewards.code import extract_code, score
 from megatron_mcpo.rewards.code_tests import parse_tests
 from megatron_mcpo.rewards.sandbox.levels import Level
-from tests.system.test_sandbox import STACK, allowed, asserts
+from tests.support.sandbox import STACK, allowed, asserts
 
 # Values that are neither numbers, texts nor containers of them, and what the program's process makes of its own.
 DATES = (

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import program, tiny_run
+from tests.support import program
 from tests.support.program import metrics, train_forked
-from tests.system.test_resume import figures
+from tests.support.resumed_runs import figures
 
 DYNAMIC = """
 [data]
@@ -32,13 +32,6 @@ shots = 0
 max_response_tokens = 2
 sources = [{{ file = "{folder}/letters.jsonl" }}]
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_run.save_chat_model(folder)
-    return folder
 
 
 def write_config(model: Path, folder: Path) -> Path:

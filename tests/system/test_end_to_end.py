@@ -37,13 +37,6 @@ FIXED_NAMES = {
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_run.save_chat_model(folder)
-    return folder
-
-
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> Path:
     return write_config(model, tmp_path)

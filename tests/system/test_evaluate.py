@@ -18,7 +18,6 @@ from megatron_mcpo.convert.convert import megatron_to_hf
 from megatron_mcpo.reporting.accuracy import majority_is_correct
 from megatron_mcpo.trainer.evaluation import answer, item_of, voting_kind
 from megatron_mcpo.types import StopReason
-from tests.support import tiny_run
 from tests.support.conversion import quiet
 from tests.support.paths import ROOT
 from tests.support.program import Finished, forked, train_forked, write_config
@@ -27,13 +26,6 @@ from tests.support.scoring import completion, group
 SLOWER = ("--optimizer.lr", "1e-3")
 """A run that learns faster may lose all it knew, on one processor or another."""
 SAMPLED = ("--evaluation.samples", "4", "--evaluation.temperature", "1")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_run.save_chat_model(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

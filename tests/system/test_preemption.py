@@ -22,7 +22,7 @@ from megatron_mcpo.storage.files import step_files
 from megatron_mcpo.trainer.collector import Collector
 from tests.support.paths import ROOT
 from tests.support.program import command, train_forked
-from tests.system.test_resume import PIPELINE, Figures, figures, go_on, model, whole, write_config  # noqa: F401 - fixtures
+from tests.support.resumed_runs import PIPELINE, Figures, figures, go_on, write_config
 
 SEVERAL_STEPS = (*PIPELINE, "--run.checkpoint_every", "4", "--run.keep_every", "0")
 
@@ -60,9 +60,9 @@ def wants_restart(config: Path, *overrides: str) -> bool:
 
 
 def test_in_every_phase_one_rank_s_signal_stops_all_after_the_same_step(
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
-    whole: Figures,  # noqa: F811
+    whole: Figures,
 ) -> None:
     config, run = write_config(model, tmp_path), tmp_path / "runs" / "tiny"
     for phase, (owner, name, number, last) in PHASES.items():
@@ -101,9 +101,9 @@ def end_of_all(process: psutil.Popen, log: Path, *signals: int) -> int:
 
 
 def test_terminated_twice_the_program_saves_and_leaves_no_process(
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
-    whole: Figures,  # noqa: F811
+    whole: Figures,
 ) -> None:
     config, run, log = write_config(model, tmp_path), tmp_path / "runs" / "tiny", tmp_path / "output.txt"
     program = start(command(config, *SEVERAL_STEPS), log)
@@ -126,7 +126,7 @@ def holds_signals(process: psutil.Process) -> bool:
     return bool(blocked >> (signal.SIGUSR1 - 1) & 1)
 
 
-def test_a_signal_while_loading_ends_the_run_before_its_first_step(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_signal_while_loading_ends_the_run_before_its_first_step(model: Path, tmp_path: Path) -> None:
     config, run, log = write_config(model, tmp_path), tmp_path / "runs" / "tiny", tmp_path / "output.txt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

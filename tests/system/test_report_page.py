@@ -18,8 +18,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from megatron_mcpo.reporting.html.html_report import write_report
 from tests.support.paths import ROOT
-from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, made_run
-from tests.unit.test_html_report import data_of, partners
+from tests.support.report_runs import NAMES, OFF, MadeRun, config_of, data_of, made_run, partners
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")

@@ -11,45 +11,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from megatron_mcpo.storage.files import step_files
-from tests.distributed.test_checkpoint_refusals import flip_a_bit
-from tests.support import program, tiny_run
+from tests.support.checkpoints import flip_a_bit
 from tests.support.paths import ROOT
-from tests.support.program import command, lasting, metrics, train_forked
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_run.save_chat_model(folder)
-    return folder
-
-
-PIPELINE = (
-    *("--parallel.pipeline", "2", "--model.dtype", "bf16"),
-    *("--run.checkpoint_every", "1", "--run.keep_every", "1"),
-)
-EPOCH = 3
-"""Steps: each takes 4 prompts from either domain."""
-Figures = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]
-
-
-def figures(run: Path) -> Figures:
-    """What two equal runs agree on: metrics, held-out accuracies, every rollout."""
-    evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    rollouts = {path.name: path.read_text() for path in (run / "rollouts").iterdir()}
-    return lasting(metrics(run)), evaluations, rollouts
-
-
-def write_config(model: Path, folder: Path) -> Path:
-    path = program.write_config(model, folder)
-    path.write_text(path.read_text().replace("items = 60", f"items = {4 * EPOCH}"))
-    return path
+from tests.support.program import command
+from tests.support.resumed_runs import EPOCH, PIPELINE, Figures, figures, go_on, write_config
 
 
 def press_ctrl_c(config: Path, *overrides: str) -> None:
@@ -82,27 +52,11 @@ def damage(checkpoint: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Figures:
-    """Of an uninterrupted run."""
-    config = write_config(model, tmp_path_factory.mktemp("whole"))
-    finished = train_forked(config, *PIPELINE, ranks=2)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return figures(config.parent / "runs" / "tiny")
-
-
-@pytest.fixture(scope="module")
 def stopped(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `runs` of a run that was stopped after a few steps."""
     config = write_config(model, tmp_path_factory.mktemp("stopped"))
     press_ctrl_c(config, *PIPELINE)
     return config.parent / "runs"
-
-
-def go_on(model: Path, folder: Path, *overrides: str) -> str:
-    """Start the run in `folder` again, to its end; returns what it printed."""
-    resumed = train_forked(write_config(model, folder), *overrides, ranks=2)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    return resumed.stdout
 
 
 def test_stopped_and_started_again_it_ends_with_the_same_figures(

@@ -29,15 +29,7 @@ from megatron_mcpo.rewards.sandbox.attacks import ATTACKS, HARMLESS
 from megatron_mcpo.rewards.sandbox.interpreter import Unsupported
 from megatron_mcpo.rewards.sandbox.levels import Level, available_level
 from tests.support.paths import ROOT
-
-
-def allowed(level: Level) -> Level:
-    """The level; skips the test where this machine doesn't allow it."""
-    try:
-        return available_level(level)
-    except ValueError as error:
-        pytest.skip(str(error))
-
+from tests.support.sandbox import STACK, allowed, asserts
 
 type Attack = Callable[[str, Level], sandbox_check.Result]
 
@@ -117,18 +109,9 @@ def test_tool_counts_and_fails(tmp_path: Path) -> None:
 
 FIBONACCI = "def fib(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n"
 WORDS = "from collections import Counter\ndef words(t):\n    return Counter(t.split())\n"
-STACK = (
-    "class Stack:\n    def __init__(self):\n        self.items = []\n"
-    "    def push(self, x):\n        self.items.append(x)\n"
-    "        return self\n    def pop(self):\n        return self.items.pop()\n"
-)
 SUM = "n = int(input())\nprint(sum(int(input()) for _ in range(n)))\n"
 ECHO = "while True:\n    line = input()\n    if line == 'end':\n        break\n    print(line[::-1] + '  ')\nprint()\n"
 SUM_TESTS = [{"input": "2\n3\n4\n", "output": "7\n"}, {"input": "0\n", "output": "0"}]
-
-
-def asserts(*tests: str) -> list[dict[str, str]]:
-    return [{"assert": test} for test in tests]
 
 
 BOTH = [{"input": "", "output": "1"}, *asserts("assert f() == 1")]

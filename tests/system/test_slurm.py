@@ -16,8 +16,8 @@ import pytest
 from megatron_mcpo.storage.files import step_files
 from tests.support.paths import ROOT
 from tests.support.program import Finished, train_forked, write_config
+from tests.support.resumed_runs import Figures, figures
 from tests.support.slurm_cluster import Cluster, cluster, why_not
-from tests.system.test_resume import Figures, figures, model  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -31,7 +31,7 @@ def slurm() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Figures:  # noqa: F811
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Figures:
     """Of a run that nothing disturbed."""
     config = write_config(model, tmp_path_factory.mktemp("whole"))
     finished = train_forked(config, *SETTINGS, ranks=2)
@@ -82,7 +82,7 @@ class Job:
 @pytest.mark.timeout(1800)
 def test_stopped_requeued_and_bereft_of_a_node_it_ends_with_the_same_figures(
     slurm: Cluster,
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
     whole: Figures,
 ) -> None:
@@ -106,7 +106,7 @@ def test_stopped_requeued_and_bereft_of_a_node_it_ends_with_the_same_figures(
 
 
 @pytest.mark.timeout(900)
-def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, model: Path, tmp_path: Path) -> None:
     """Its script dies, of the same SIGTERM that the ranks get."""
     job = Job(slurm, write_config(model, tmp_path))
     job.wait(lambda: job.num_steps() >= 1)
@@ -117,7 +117,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, model: Path, 
     assert job.state("JobState") == "CANCELLED" and job.state("Restarts") == "0"
 
 
-def test_what_is_refused_is_not_queued(slurm: Cluster, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_refused_is_not_queued(slurm: Cluster, model: Path, tmp_path: Path) -> None:
     refused = submit(slurm, write_config(model, tmp_path), settings=("--run.steps", "0"))
     assert refused.returncode == 2 and "run.steps" in refused.stderr
     assert slurm.run("squeue", "--noheader") == ""
@@ -126,7 +126,7 @@ def test_what_is_refused_is_not_queued(slurm: Cluster, model: Path, tmp_path: Pa
 @pytest.mark.parametrize(("gib", "nodes"), [(0.01, "1"), (80.0, "1")], ids=["too small", "large enough"])
 def test_what_does_not_fit_is_not_queued(
     slurm: Cluster,
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
     gib: float,
     nodes: str,

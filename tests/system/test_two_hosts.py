@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from tests.support.program import train_forked, write_config
-from tests.system.test_resume import figures, model  # noqa: F401 - a fixture
+from tests.support.resumed_runs import figures
 
 SETTINGS = ("--run.steps", "2", "--parallel.data", "2")
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
@@ -77,7 +77,7 @@ def start(host: str, namespace: str, config: Path, names: Path) -> subprocess.Po
     )
 
 
-def test_two_hosts_do_what_one_does(model: Path, tmp_path: Path, hosts: dict[str, str]) -> None:  # noqa: F811
+def test_two_hosts_do_what_one_does(model: Path, tmp_path: Path, hosts: dict[str, str]) -> None:
     folders = {name: tmp_path / name for name in ("one", "two")}
     for folder in folders.values():
         folder.mkdir()

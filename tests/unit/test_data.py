@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import SourceConfig
 from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.generators import ItemRequest, generate
 from megatron_mcpo.types import Prompt
+from tests.support.data_configs import make_config
 from tests.support.paths import EMBEDDED_MODEL
 
 ARITHMETIC = {
@@ -34,20 +35,6 @@ ARITHMETIC = {
     ],
 }
 LOGIC = {"name": "logic", "items": 30, "instruction": "One word.", "sources": [{"generator": "syllogism"}]}
-
-
-def make_config(*domains: dict[str, Any], seed: int = 0, max_prompt_tokens: int = 512) -> Config:
-    return Config.model_validate(
-        {
-            "run": {"steps": 1, "seed": seed},
-            "model": {"path": "model"},
-            "batch": {"prompts": 4, "samples": 2},
-            "optimizer": {"lr": 1e-5},
-            "rollout": {"max_prompt_tokens": max_prompt_tokens},
-            "evaluation": {"items": 10},
-            "domain": list(domains),
-        }
-    )
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from megatron_mcpo.weights.mapping import Parameter, Split, hf_shapes, parameter
 from megatron_mcpo.weights.reshard_plan import Plan
 from megatron_mcpo.weights.shards import cut_dim, fill, shard_shape
 from tests.support import tiny_models
+from tests.support.families import FAMILIES, MODEL, WITH_EXPERTS
 from tests.support.paths import ROOT
-from tests.unit.test_weights import FAMILIES, MODEL, WITH_EXPERTS
 
 
 @st.composite

@@ -26,8 +26,8 @@ from megatron_mcpo.data.domains import Domain, inspect_domains, load_domains
 from megatron_mcpo.data.pools import read_pools
 from megatron_mcpo.data.rows import COLUMNS, RowError, parse_row
 from megatron_mcpo.data.verl import from_verl
+from tests.support.data_configs import make_config
 from tests.support.paths import DATA, EMBEDDED_MODEL
-from tests.unit.test_data import make_config
 
 GOOD: dict[str, Any] = {"question": "1 + 1 = ?", "answer": "2", "verifier": "math"}
 

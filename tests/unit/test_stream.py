@@ -17,34 +17,15 @@ from hypothesis import strategies as st
 
 from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.data.batch import minibatches
-from megatron_mcpo.data.domains import Domain, Source
 from megatron_mcpo.data.mixing import capped, mixing_shares, nearness
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
-
-
-def made_up_domain(index: int, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Domain:
-    sources = [
-        Source(
-            name=f"s{i}",
-            weight=weight,
-            train=tuple(
-                Prompt(domain=index, source=f"s{i}", index=k, token_ids=(k,), entry={"question": str(k)})
-                for k in range(size)
-            ),
-        )
-        for i, (size, weight) in enumerate(zip(sizes, weights or [1.0] * len(sizes), strict=True))
-    ]
-    return Domain(name=f"d{index}", sources=tuple(sources), held_out=(), notes=())
+from tests.support.streams import made_up_domain, names
 
 
 def make_stream(seed: int = 0, weights: Sequence[float] = (1.0, 1.0, 1.0), **data: Any) -> PromptStream:
     made = [made_up_domain(i, [5 + i, 3]) for i in range(len(weights))]
     return PromptStream(made, weights=weights, seed=seed, data=DataConfig(**data))
-
-
-def names(prompts: Sequence[Prompt]) -> list[tuple[int, str, int]]:
-    return [(prompt.domain, prompt.source, prompt.index) for prompt in prompts]
 
 
 def test_order_is_a_function_of_the_seed_alone() -> None:
