@@ -18,7 +18,7 @@ from benchmarks.measure import ROOT
 from megatron_mcpo.config.config import dump, load
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.rollout.engine import Engine, SamplingRequest

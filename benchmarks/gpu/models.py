@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.data.batch import make_batch
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
 from megatron_mcpo.mcore.precision import check_fp8

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.gpu.outcome import Outcome, Row
 from benchmarks.measure import ROOT
-from megatron_mcpo.distributed.cpu_backend import uses_gpu, why_no_gpu
+from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
 
 SECONDS = 20 * 60
 """For all rows together."""

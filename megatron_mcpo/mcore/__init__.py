@@ -1,6 +1,6 @@
-"""The only folder, with parallel.py and platform.py, that imports Megatron-Core.
+"""Everything that is built on Megatron-Core, which only this folder and distributed/ import.
 
-Importing anything in it prepares Megatron-Core for this machine, once.
+Importing any module of this folder prepares Megatron-Core for this machine, once.
 """
 
 from megatron_mcpo.distributed import cpu_backend

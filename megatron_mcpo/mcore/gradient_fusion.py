@@ -16,7 +16,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 
 EXTENSION = "fused_weight_gradient_mlp_cuda"
 _SIZE = 16

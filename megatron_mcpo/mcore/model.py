@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import Fp8, Recompute
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.gradient_fusion import fuses_gradients
 from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec

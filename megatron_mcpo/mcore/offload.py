@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mcpo.distributed.cpu_backend import device, uses_gpu
+from megatron_mcpo.distributed.device import device, uses_gpu
 from megatron_mcpo.distributed.memory import trim
 
 _ALIGNMENT = 64

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import OptimizerConfig
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore import schedule
 from megatron_mcpo.mcore.head import HeadSpec

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.schema import Fp8
-from megatron_mcpo.distributed.cpu_backend import uses_gpu
+from megatron_mcpo.distributed.device import uses_gpu
 
 TOKEN_MULTIPLE = 128
 """Tokens of a rank's pack are a multiple of it: Transformer Engine's products want 16, its blocks are 128 long."""

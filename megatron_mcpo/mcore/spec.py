@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.mcore.attention import CoreAttention, PackedSelfAttention
 from megatron_mcpo.mcore.precision import transformer_engine_problem
 

@@ -13,7 +13,7 @@ import torch
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import only_shapes
+from megatron_mcpo.distributed.device import only_shapes
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.weights.mapping import Place, hf_shapes, table

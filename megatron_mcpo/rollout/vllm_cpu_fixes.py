@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_mcpo.distributed.cpu_backend import uses_gpu
+from megatron_mcpo.distributed.device import uses_gpu
 
 LAST_AFFECTED = (0, 33)
 """Newest (major, minor) of vLLM whose reload is known to leave stale weights on a CPU."""

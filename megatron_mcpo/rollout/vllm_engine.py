@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.hf_config import from_folder
-from megatron_mcpo.distributed.cpu_backend import uses_gpu
+from megatron_mcpo.distributed.device import uses_gpu
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout import vllm_probe
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked

@@ -17,7 +17,7 @@ from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
 from megatron_mcpo.data.generators import CACHE
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import device
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups, agree
 from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference

@@ -17,7 +17,7 @@ from benchmarks.gpu.models import SMALL
 from benchmarks.gpu.outcome import Band, Outcome, Row
 from benchmarks.gpu.run import check, table, write
 from megatron_mcpo.config.environment import vllm_on_cpu
-from megatron_mcpo.distributed.cpu_backend import why_no_gpu
+from megatron_mcpo.distributed.device import why_no_gpu
 from megatron_mcpo.planner import hardware
 from tests.support.ranks import run_ranks
 

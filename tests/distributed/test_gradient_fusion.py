@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.batch import make_batch
-from megatron_mcpo.distributed import cpu_backend, parallel
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.device import uses_gpu
 from megatron_mcpo.mcore import gradient_fusion
 from megatron_mcpo.mcore import model as mcore_model
 from megatron_mcpo.mcore.policy import LossInput, Policy
@@ -49,7 +50,7 @@ def gradients(folder: Path, *, fused: bool) -> dict[str, Tensor]:
     return {name: parameter.main_grad.clone() for name, parameter in chunk.named_parameters()}
 
 
-@pytest.mark.skipif(cpu_backend.uses_gpu(), reason="plain layers in fp32 are for a CPU")
+@pytest.mark.skipif(uses_gpu(), reason="plain layers in fp32 are for a CPU")
 def test_fused_gradients_are_the_gradients(folder: Path) -> None:
     (plain,), (fused,) = (run_ranks(1, lambda fused=f: gradients(folder, fused=fused)) for f in (False, True))
     assert plain.keys() == fused.keys()
@@ -69,7 +70,7 @@ def test_megatron_refuses_without_the_extension(folder: Path) -> None:
         run_ranks(1, build)
 
 
-@pytest.mark.skipif(cpu_backend.uses_gpu(), reason="on there")
+@pytest.mark.skipif(uses_gpu(), reason="on there")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_off_on_a_cpu(dtype: torch.dtype) -> None:
     assert not gradient_fusion.fuses_gradients(dtype)

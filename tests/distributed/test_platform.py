@@ -28,6 +28,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import fast_dtype
 from megatron_mcpo.config.schema import ModelSection
 from megatron_mcpo.distributed import cpu_backend, parallel
+from megatron_mcpo.distributed.device import backend, device, uses_gpu
 from megatron_mcpo.mcore.spec import layer_spec
 from tests.support.ranks import run_ranks
 
@@ -145,7 +146,7 @@ LAYOUTS = [Layout(data=2), Layout(pipeline=2), Layout(tensor=2, sequence=True), 
            Layout(data=2, expert=2)]  # fmt: skip
 
 
-@pytest.mark.skipif(cpu_backend.uses_gpu(), reason="there is nothing to intercept on a GPU")
+@pytest.mark.skipif(uses_gpu(), reason="there is nothing to intercept on a GPU")
 def test_training_and_saving_use_every_interception(tmp_path: Path) -> None:
     total: Counter[str] = Counter()
     for i, layout in enumerate(LAYOUTS):
@@ -155,25 +156,25 @@ def test_training_and_saving_use_every_interception(tmp_path: Path) -> None:
             assert all(math.isfinite(norm) and norm > 0 for norm in norms), (layout, norms)
             total.update(hits)
     unused = sorted(name for name in cpu_backend.interceptions() if not total[name])
-    assert not unused, f"Megatron-Core does not ask for these any more, they can go from platform.py: {unused}"
+    assert not unused, f"Megatron-Core does not ask for these any more, remove them from cpu_backend.py: {unused}"
 
 
 def test_only_megatron_sees_another_torch() -> None:
-    assert cpu_backend.apply() is not cpu_backend.uses_gpu()
-    if cpu_backend.uses_gpu():
+    assert cpu_backend.apply() is not uses_gpu()
+    if uses_gpu():
         return
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1).cuda()
     assert torch.zeros(1).type() == "torch.FloatTensor"
-    assert cpu_backend.device() == torch.device("cpu") and cpu_backend.backend() == "gloo"
+    assert device() == torch.device("cpu") and backend() == "gloo"
 
 
 def test_changes_of_the_real_cuda_module_do_not_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel import random
 
-    if cpu_backend.uses_gpu():
+    if uses_gpu():
         pytest.skip("there is nothing to intercept on a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 / 0)
     assert random.torch.cuda.current_device() == torch.device("cpu")
@@ -187,12 +188,12 @@ def test_nothing_is_touched_on_a_gpu() -> None:
     code = """
 import sys, torch
 torch.cuda.is_available = lambda: True
-from megatron_mcpo import environment
+from megatron_mcpo.config import environment
 environment.vllm_on_cpu = lambda: False
 before = dict(vars(torch)), torch.Tensor.cuda, torch.Tensor.type, list(sys.meta_path)
-from megatron_mcpo import platform
-assert platform.uses_gpu() and platform.apply() is False
-assert platform.interceptions() == {} and platform.backend() == "nccl"
+from megatron_mcpo.distributed import cpu_backend, device
+assert device.uses_gpu() and cpu_backend.apply() is False
+assert cpu_backend.interceptions() == {} and device.backend() == "nccl"
 after = dict(vars(torch)), torch.Tensor.cuda, torch.Tensor.type, list(sys.meta_path)
 assert before[1:] == after[1:]
 assert all(after[0][name] is value for name, value in before[0].items())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo.distributed.cpu_backend import uses_gpu, why_no_gpu
+from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
 
 HERE = Path(__file__).parent
 

@@ -176,13 +176,13 @@ def test_fenced_libraries_are_imported_behind_their_fence_only(library: str) -> 
 
 
 def test_one_place_asks_whether_there_is_a_gpu() -> None:
-    """Torch's answer alone is wrong where vLLM is the CPU build: `cpu_backend.uses_gpu` is the answer for everybody."""
+    """Torch's answer alone is wrong where vLLM is the CPU build: `device.uses_gpu` is the answer for everybody."""
     asking = [
         str(path.relative_to(ROOT))
         for path in python_files(PACKAGE, *OUTSIDE, "tests/gpu")
         if "cuda.is_available" in path.read_text(encoding="utf-8")
     ]
-    assert asking == [f"{PACKAGE}/distributed/cpu_backend.py"]
+    assert asking == [f"{PACKAGE}/distributed/device.py"]
 
 
 def test_algo_is_pure_torch() -> None:

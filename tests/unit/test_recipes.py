@@ -19,7 +19,7 @@ from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.cpu_backend import only_shapes
+from megatron_mcpo.distributed.device import only_shapes
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.planner.planning import head_of
