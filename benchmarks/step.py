@@ -20,7 +20,7 @@ from megatron_mcpo.data.batch import make_batch
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.policy import Policy, Reference
-from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_figures
+from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_metrics
 from megatron_mcpo.trainer.objective import Objective, Scored
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
@@ -113,7 +113,7 @@ class Learner:
             num_tokens=batch.num_tokens,
             metrics=update.metrics,
         )
-        step_figures([report], sampled, self.config.domain_names)
+        step_metrics([report], sampled, self.config.domain_names)
         self.seconds.append(time.perf_counter() - start)
         self.cpu_seconds.append(time.process_time() - cpu_start)
 

@@ -36,8 +36,8 @@ class Item:
     answers: tuple[str, ...]
 
 
-def figures(items: Mapping[str, Sequence[Item]]) -> dict[str, float]:
-    """What the head of this file describes, of the items of every domain; k is the same for all of them."""
+def accuracy_metrics(items: Mapping[str, Sequence[Item]]) -> dict[str, float]:
+    """Return the metrics of `metric_table.EVALUATION` from the items of every domain; all have the same k."""
     counts = {len(item.correct) for of_domain in items.values() for item in of_domain}
     assert items and len(counts) <= 1, f"items with different numbers of responses: {sorted(counts)}"
     k = max(counts, default=1)

@@ -22,8 +22,8 @@ class Collected:
         return self.groups + self.passed_over
 
     @property
-    def figures(self) -> dict[str, float]:
-        """See megatron_mcpo.reporting.step_metrics."""
+    def metrics(self) -> dict[str, float]:
+        """The metrics of dynamic sampling, which reporting/metric_table.py describes."""
         return {
             "resample/rounds": float(self.rounds),
             "resample/replaced": float(len(self.passed_over)),

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.domains import Domain
-from megatron_mcpo.reporting.accuracy import Item, figures
+from megatron_mcpo.reporting.accuracy import Item, accuracy_metrics
 from megatron_mcpo.rewards.registry import KINDS
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rewards.voting import EXTRACTING, stated
@@ -32,7 +32,7 @@ def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) ->
     )
     groups = collector.collect(prompts, sampling)
     check_error_rate(groups, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate)
-    return figures(
+    return accuracy_metrics(
         {
             settings.name: [item_of(g, settings) for g in groups if g.prompt.domain == number and g.error is None]
             for number, settings in enumerate(config.domain)

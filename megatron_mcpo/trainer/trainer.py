@@ -18,7 +18,7 @@ from megatron_mcpo.distributed.preemption import asked_to_stop
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.run_logger import RunLogger
-from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_figures
+from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_metrics
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling
@@ -166,7 +166,7 @@ class Trainer:
             contrast=contrast,
             labels=batch.labels,
             num_tokens=batch.num_tokens,
-            metrics=_update_figures(update, contrast),
+            metrics=_update_metrics(update, contrast),
             diagnosis=diagnosis,
         )
 
@@ -208,15 +208,15 @@ class Trainer:
             self.saved = self.step
 
     def log(self, collected: Collected, learned: Sequence[BatchReport]) -> None:
-        figures = step_figures(learned, collected.sampled, self.config.domain_names) | collected.figures
-        figures |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
-        figures |= {
+        metrics = step_metrics(learned, collected.sampled, self.config.domain_names) | collected.metrics
+        metrics |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
+        metrics |= {
             "sync/seconds": self.seconds["sync"],
             "sync/bytes": float(self.bytes_received),
             "tokens/trained": float(sum(part.num_tokens for part in learned)),
             "memory/peak_gib": peak_memory_gib(self.groups),
         }
-        self.run_logger.step(self.step, figures, learned)
+        self.run_logger.step(self.step, metrics, learned)
         self.stop_when_lost(learned)
 
     def stop_when_lost(self, learned: Sequence[BatchReport]) -> None:
@@ -237,7 +237,7 @@ class Trainer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
 
-def _update_figures(update: Update, contrast: Contrast | None) -> dict[str, float]:
+def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, float]:
     return {
         **update.metrics,
         "grad_norm": update.grad_norm,

@@ -101,7 +101,7 @@ def test_every_domain_has_its_own_number_of_samples_and_limit(tokenizer: PreTrai
     assert sorted(domains) == [0, 0, 1, 1, 2, 2]
     assert [len(group.completions) for group in collected.groups] == [SIZES[domain] for domain in domains]
     assert [(r.num_samples, r.max_tokens) for r in requests] == [(SIZES[d], LIMITS[d]) for d in domains]
-    assert collected.figures == {"resample/rounds": 0, "resample/replaced": 0, "resample/prompts": 6}
+    assert collected.metrics == {"resample/rounds": 0, "resample/replaced": 0, "resample/prompts": 6}
 
 
 def test_groups_without_signal_are_replaced_in_their_place(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -117,8 +117,8 @@ def test_groups_without_signal_are_replaced_in_their_place(tokenizer: PreTrained
     assert {g.error for g in after.passed_over} <= {None, "scripted"}
     # What was sampled altogether: the step's prompts and one for every group that was replaced.
     assert len(requests) == len(after.sampled) == 6 + len(after.passed_over)
-    assert after.figures["resample/prompts"] == len(requests)
-    assert after.figures["resample/replaced"] == len(after.passed_over) > 0
+    assert after.metrics["resample/prompts"] == len(requests)
+    assert after.metrics["resample/replaced"] == len(after.passed_over) > 0
     assert len(set(names([g.prompt for g in after.sampled]))) == len(requests)
 
 

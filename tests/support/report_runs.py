@@ -19,7 +19,8 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.data.batch import make_batch, rewards_of
 from megatron_mcpo.reporting import accuracy
 from megatron_mcpo.reporting.run_logger import RunLogger
-from megatron_mcpo.reporting.step_metrics import COLUMNS, BatchReport, step_figures
+from megatron_mcpo.reporting.selection import COLUMNS
+from megatron_mcpo.reporting.step_metrics import BatchReport, step_metrics
 from megatron_mcpo.storage.files import read_jsonl, step_file
 from megatron_mcpo.storage.run_folder import RunFolder
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
@@ -98,7 +99,7 @@ def report_of(config: Config, groups: list[RolloutGroup], step: int) -> BatchRep
     )
 
 
-def work_figures(step: int) -> dict[str, float]:
+def work_metrics(step: int) -> dict[str, float]:
     phases = {"time/rollout": 1.0, "time/score": 0.5, "time/update": 1.5 / step, "sync/seconds": 0.1}
     return {**phases, "time/step": sum(phases.values()) + 0.05, "tokens/trained": 1000.0, "memory/peak_gib": 1.5}
 
@@ -122,13 +123,13 @@ class MadeRun:
             name: [accuracy.Item(correct=(item <= domain,), answers=("",)) for item in range(10)]
             for domain, name in enumerate(NAMES)
         }
-        self.run_logger.evaluation(step, accuracy.figures(items))
+        self.run_logger.evaluation(step, accuracy.accuracy_metrics(items))
 
-    def step(self, step: int, *, text: Texts = plain_text, figures: dict[str, float] | None = None) -> None:
+    def step(self, step: int, *, text: Texts = plain_text, metrics: dict[str, float] | None = None) -> None:
         groups = groups_of(step, **self.sizes, text=text, tokenizer=self.tokenizer)
         parts = [groups[number :: self.num_minibatches] for number in range(self.num_minibatches)]
         self.reports[step] = [report_of(self.config, part, step) for part in parts]
-        values = step_figures(self.reports[step], groups, NAMES) | work_figures(step) | (figures or {})
+        values = step_metrics(self.reports[step], groups, NAMES) | work_metrics(step) | (metrics or {})
         self.run_logger.step(step, values, self.reports[step])
 
     def repeat(self, steps: range, like: int) -> None:

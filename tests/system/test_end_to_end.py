@@ -19,6 +19,7 @@ import psutil
 import pytest
 from torch import Tensor
 
+from megatron_mcpo.reporting.metric_table import SECTIONS
 from megatron_mcpo.weights import reshard_sync
 from tests.support import tiny_run
 from tests.support.paths import ROOT
@@ -34,6 +35,7 @@ FIXED_NAMES = {
     "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/score", "time/update", "time/step",
     "tokens/trained", "memory/peak_gib",
 }  # fmt: skip
+PAIR_OF_DOMAINS, DOMAIN = re.compile("/(divisors|letters)/(divisors|letters)$"), re.compile("/(divisors|letters)$")
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)]
 
 
@@ -64,6 +66,9 @@ def test_it_learns_and_leaves_what_it_promises(config: Path, tmp_path: Path) -> 
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert set(rows[0]) >= FIXED_NAMES, FIXED_NAMES - set(rows[0])
+    described = {key for section in SECTIONS for row in section.metrics for key in row.keys}
+    general = {PAIR_OF_DOMAINS.sub("/<a>/<b>", key) for row in rows for key in row}
+    assert {DOMAIN.sub("/<domain>", key) for key in general} <= described | {"step"}
     # Of two domains, hence in the steps alone where both have something right.
     of_both = {"contrast/similarity/divisors/letters", "contrast/positives/divisors/letters"}
     assert of_both <= set().union(*rows)

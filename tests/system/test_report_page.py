@@ -335,7 +335,7 @@ def test_a_run_of_figures_that_are_no_numbers_or_do_not_move(driver: webdriver.C
         "time/step": [float("nan"), 3.2, 3.2, 3.2, 3.2],
     }
     for step in range(1, 6):
-        made.step(step, figures={name: values[step - 1] for name, values in awkward.items()})
+        made.step(step, metrics={name: values[step - 1] for name, values in awkward.items()})
     page = Page(driver, made.finish())
     text = visit_all(page)
     assert "NaN" not in text and "Infinity" not in text and "undefined" not in text

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_mcpo.reporting.accuracy import (
     Item,
+    accuracy_metrics,
     backward_transfer,
     bootstrap_means,
     domain_accuracies,
-    figures,
     interval,
     majority_is_correct,
     mean_and_worst,
@@ -72,8 +72,8 @@ def test_where_equal_answers_are_judged_differently_the_first_counts() -> None:
     assert not majority_is_correct(Item(correct=(False, True), answers=("a", "a")))
 
 
-def test_figures_of_two_domains() -> None:
-    found = figures({"sums": [item("aabc", "a"), item("xxyz", "y")], "logic": [item("nnnn", "n")]})
+def test_metrics_of_two_domains() -> None:
+    found = accuracy_metrics({"sums": [item("aabc", "a"), item("xxyz", "y")], "logic": [item("nnnn", "n")]})
     assert list(found)[:4] == ["sums", "logic", "mean", "worst"]
     assert (found["sums"], found["logic"], found["mean"], found["worst"]) == (0.375, 1.0, 0.6875, 0.375)
     assert (found["items/sums"], found["items/logic"]) == (2, 1)
@@ -89,17 +89,17 @@ def test_figures_of_two_domains() -> None:
 
 
 def test_of_one_response_there_is_nothing_but_accuracy() -> None:
-    found = figures({"sums": [item("a", "a"), item("b", "a")]})
+    found = accuracy_metrics({"sums": [item("a", "a"), item("b", "a")]})
     assert found["sums"] == 0.5
     assert not [key for key in found if key.startswith(("pass_at", "maj_at"))]
-    six = figures({"sums": [item("abcdef", "a")]})
+    six = accuracy_metrics({"sums": [item("abcdef", "a")]})
     assert {key for key in six if key.endswith("/sums") and key.startswith("pass_at") and "_low" not in key} >= {
         "pass_at_2/sums", "pass_at_4/sums", "pass_at_6/sums",
     }  # fmt: skip
 
 
 def test_a_domain_without_items_is_not_a_number_and_hides_no_other() -> None:
-    found = figures({"sums": [item("a", "a")], "logic": []})
+    found = accuracy_metrics({"sums": [item("a", "a")], "logic": []})
     assert found["sums"] == 1.0
     for key in ("logic", "mean", "worst", "accuracy_low/logic", "accuracy_high/mean"):
         assert math.isnan(found[key]), key
@@ -109,9 +109,12 @@ def test_a_domain_without_items_is_not_a_number_and_hides_no_other() -> None:
 
 def test_bounds_depend_on_the_domain_alone_and_are_the_same_every_time() -> None:
     sums, logic = [item("a", "a"), item("b", "a"), item("b", "a")], [item("a", "a"), item("b", "a")]
-    both, turned = figures({"sums": sums, "logic": logic}), figures({"logic": logic, "sums": sums[::-1]})
+    both, turned = (
+        accuracy_metrics({"sums": sums, "logic": logic}),
+        accuracy_metrics({"logic": logic, "sums": sums[::-1]}),
+    )
     assert {key: turned[key] for key in both} == both
-    assert figures({"sums": sums})["accuracy_high/sums"] == both["accuracy_high/sums"]
+    assert accuracy_metrics({"sums": sums})["accuracy_high/sums"] == both["accuracy_high/sums"]
 
 
 def test_resampled_means_are_those_of_drawing_items_one_by_one() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_mcpo.cli.compare import main
 from megatron_mcpo.config.config import load
-from megatron_mcpo.reporting.accuracy import Item, figures
+from megatron_mcpo.reporting.accuracy import Item, accuracy_metrics
 from megatron_mcpo.reporting.compare import compare
 from megatron_mcpo.reporting.loggers import MetricsLog
 from megatron_mcpo.storage.run_folder import RunFolder
@@ -65,7 +65,7 @@ def write_run(
         sums, logic = reward + 0.1 * (step > 4), 0.5 * reward
         log.log(step, {"reward/sums": sums, "reward/logic": logic, "reward/mean": (sums + logic) / 2})
     for number, (sums_right, logic_right) in enumerate(right):
-        log.log_eval(6 * number, figures({"sums": items(sums_right), "logic": items(logic_right)}))
+        log.log_eval(6 * number, accuracy_metrics({"sums": items(sums_right), "logic": items(logic_right)}))
     log.close()
     if finished:
         opened.finish()
@@ -89,7 +89,7 @@ def test_two_runs_domain_by_domain(tmp_path: Path, capsys: pytest.CaptureFixture
     assert grpo["differences"] == ["contrastive.cross_domain_weight 0.1 there, 0.0 here"]
     assert mcpo["domains"]["sums"]["reward"]["mean"] == pytest.approx(0.6), "of the last two steps"
     assert mcpo["reward"]["mean"] == pytest.approx((0.6 + 0.25) / 2)
-    logged = figures({"sums": items(4), "logic": items(6)})
+    logged = accuracy_metrics({"sums": items(4), "logic": items(6)})
     assert mcpo["domains"]["sums"]["accuracy"] == {
         "mean": 0.5, "low": logged["accuracy_low/sums"], "high": logged["accuracy_high/sums"],
     }  # fmt: skip

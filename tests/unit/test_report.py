@@ -1,6 +1,6 @@
-"""The figures of a step and the rows of the rollout dump, of rollouts of very different lengths, against closed forms.
+"""The metrics of a step and the rows of the rollout dump, of rollouts of very different lengths, against closed forms.
 
-Not covered: gathering over real ranks (test_parallel.py) and the figures of the work done, which the trainer adds.
+Not covered: gathering over real ranks (test_parallel.py) and the metrics of its work, which the trainer adds.
 """
 
 import math
@@ -21,8 +21,10 @@ from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.algo.policy_loss import policy_loss
 from megatron_mcpo.config.schema import AlgorithmConfig, ContrastiveConfig
 from megatron_mcpo.data.batch import make_batch, rewards_of
-from megatron_mcpo.reporting import step_metrics
-from megatron_mcpo.reporting.step_metrics import COLUMNS, BatchReport, rollout_rows, rollout_stats, step_figures
+from megatron_mcpo.reporting.accuracy import Item, accuracy_metrics
+from megatron_mcpo.reporting.metric_table import EVALUATION, SECTIONS
+from megatron_mcpo.reporting.selection import COLUMNS
+from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_rows, rollout_stats, step_metrics
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, Scores, StopReason, TrainBatch
 
 NAMES = ["red", "green", "blue"]
@@ -126,12 +128,12 @@ GREEN = [(2, 10), (3, 0)]
 
 
 @pytest.fixture
-def figures() -> dict[str, float]:
+def metrics() -> dict[str, float]:
     reports = [
         report_of(FIRST, metrics={"update/applied": 1.0, "grad_norm": 2.0}),
         report_of(SECOND, metrics={"update/applied": 0.0, "grad_norm": math.nan}),
     ]
-    return step_figures(reports, COLLECTED, NAMES)
+    return step_metrics(reports, COLLECTED, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +145,15 @@ def figures() -> dict[str, float]:
     ],
 )
 def test_entropy_kl_and_engine_difference_are_means_over_tokens(
-    figures: dict[str, float], suffix: str, difference: str, rollouts: list[tuple[int, int]]
+    metrics: dict[str, float], suffix: str, difference: str, rollouts: list[tuple[int, int]]
 ) -> None:
     tokens = sum(length for _, length in rollouts)
-    assert figures[f"entropy{suffix}"] == pytest.approx(sum(n * entropy_of(i) for i, n in rollouts) / tokens)
-    assert figures[f"kl{suffix}"] == pytest.approx(sum(n * k3_of(i) for i, n in rollouts) / tokens, rel=1e-4)
-    assert figures[difference] == pytest.approx(0.5 * sum(n > 0 for _, n in rollouts) / tokens)
+    assert metrics[f"entropy{suffix}"] == pytest.approx(sum(n * entropy_of(i) for i, n in rollouts) / tokens)
+    assert metrics[f"kl{suffix}"] == pytest.approx(sum(n * k3_of(i) for i, n in rollouts) / tokens, rel=1e-4)
+    assert metrics[difference] == pytest.approx(0.5 * sum(n > 0 for _, n in rollouts) / tokens)
 
 
-def test_figures_of_rollouts_and_groups_leave_failed_groups_out_but_count_them(figures: dict[str, float]) -> None:
+def test_metrics_of_rollouts_and_groups_leave_failed_groups_out_but_count_them(metrics: dict[str, float]) -> None:
     expected = {
         "engine/logprob_diff_max": 0.5,
         "response_tokens": 1114 / 6,
@@ -177,7 +179,7 @@ def test_figures_of_rollouts_and_groups_leave_failed_groups_out_but_count_them(f
         "all_wrong/red": 0.0,
         "all_right/green": 0.0,
     }
-    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 def test_what_passed_is_not_read_from_the_rewards() -> None:
@@ -185,19 +187,19 @@ def test_what_passed_is_not_read_from_the_rewards() -> None:
     penalized = replace(group(0, [1, 2], [0.1, 0.2]), correct=(True, False))
     wrong = replace(group(0, [3, 4], [0.2, 0.0]), correct=(False, False))
     broken = replace(group(1, [1, 1], [], error="KeyError"), timed_out=False)
-    found = step_figures([report_of([penalized, wrong])], [penalized, wrong, broken], NAMES)
+    found = step_metrics([report_of([penalized, wrong])], [penalized, wrong, broken], NAMES)
     assert found["pass_rate/red"] == 0.25
     assert (found["all_right/red"], found["all_wrong/red"]) == (0.0, 0.5)
     assert found["reward_std/red"] == pytest.approx((0.05 + 0.1) / 2)
     assert (found["errors/green"], found["timeouts/green"]) == (1.0, 0.0)
 
 
-def test_figures_of_updates_are_means_over_them_and_not_finite_where_one_is_not(figures: dict[str, float]) -> None:
-    assert figures["update/applied"] == 0.5
-    assert math.isnan(figures["grad_norm"])
+def test_metrics_of_updates_are_means_over_them_and_not_finite_where_one_is_not(metrics: dict[str, float]) -> None:
+    assert metrics["update/applied"] == 0.5
+    assert math.isnan(metrics["grad_norm"])
 
 
-def test_anchors_of_a_domain_are_a_mean_over_minibatches(figures: dict[str, float]) -> None:
+def test_anchors_of_a_domain_are_a_mean_over_minibatches(metrics: dict[str, float]) -> None:
     # The first has a right rollout of red and one of green, each the other's positive; the second is all right.
     expected = {
         "contrast/positives_cross_domain": 1.0,
@@ -206,13 +208,13 @@ def test_anchors_of_a_domain_are_a_mean_over_minibatches(figures: dict[str, floa
         "contrast/anchors/green": 0.5,
         "contrast/positives/red": 1.0,
     }
-    assert {name: figures[name] for name in expected} == expected
+    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_without_a_wrong_rollout_there_are_no_anchors() -> None:
     right = [group(0, [1, 2], [1.0, 1.0]), group(1, [3, 4], [1.0, 1.0])]
     made = report_of(right)
-    found = step_figures([made], right, NAMES)
+    found = step_metrics([made], right, NAMES)
     for name in ("positives_cross_domain", "positives_in_domain", "anchors/red", "positives/red"):
         assert found[f"contrast/{name}"] == 0.0, name
     left_out = ["contrast/negatives", "contrast/positives/red/green", "contrast/positives/green/red"]
@@ -225,7 +227,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], options: ContrastiveConfig) -> dict:
+def pair_metrics_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], options: ContrastiveConfig) -> dict:
     """What one optimizer step has to say of pairs, from the definitions; NaN where there is none."""
     rows = [(g.prompt.domain, number, r == 1.0) for number, g in enumerate(groups) for r in g.rewards]
     assert made.z_MD is not None
@@ -249,7 +251,7 @@ def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], opt
     same = [(i, j) for i in right for j in right if i != j and rows[i][0] == rows[j][0]]
     every = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
     anchors = sorted({*sharing, *pulled})
-    figures = {
+    metrics = {
         "contrast/negatives": mean([against(i) for i in anchors]),
         "contrast/alignment": mean([2 - 2 * similarity(i, j) for i, j in same]),
         "contrast/uniformity": math.log(mean([math.exp(4 * similarity(i, j) - 4) for i, j in every])),
@@ -257,13 +259,13 @@ def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], opt
     for a in domains:
         for b in domains:
             names = f"{NAMES[a]}/{NAMES[b]}"
-            figures[f"contrast/negatives/{names}"] = mean([against(i, of=[b]) for i in anchors if rows[i][0] == a])
+            metrics[f"contrast/negatives/{names}"] = mean([against(i, of=[b]) for i in anchors if rows[i][0] == a])
             if a != b:
-                figures[f"contrast/positives/{names}"] = mean([lent(i, b) for i in sharing if rows[i][0] == a])
+                metrics[f"contrast/positives/{names}"] = mean([lent(i, b) for i in sharing if rows[i][0] == a])
             if a <= b:
                 pairs = [(i, j) for i in right for j in right if i != j and (rows[i][0], rows[j][0]) == (a, b)]
-                figures[f"contrast/similarity/{names}"] = mean([similarity(i, j) for i, j in pairs])
-    return figures
+                metrics[f"contrast/similarity/{names}"] = mean([similarity(i, j) for i, j in pairs])
+    return metrics
 
 
 @settings(deadline=None, max_examples=60)
@@ -276,18 +278,18 @@ def pair_figures_by_loops(made: BatchReport, groups: Sequence[RolloutGroup], opt
     st.sampled_from(["pool", "domain", "prompt"]),
     st.integers(0, 1000),
 )
-def test_figures_of_pairs_are_what_loops_find_in_the_mean_over_minibatches(
+def test_metrics_of_pairs_are_what_loops_find_in_the_mean_over_minibatches(
     minibatches: list[list[tuple[int, list[bool]]]], negatives: Literal["pool", "domain", "prompt"], seed: int
 ) -> None:
     options = ContrastiveConfig(top_k=2, negatives=negatives)
     parts = [[group(d, [1, 2, 3], [float(r) for r in right]) for d, right in part] for part in minibatches]
     reports = [report_of(part, contrastive_terms=options, seed=seed + i) for i, part in enumerate(parts)]
-    found = step_figures(reports, [g for part in parts for g in part], NAMES)
-    loops = [pair_figures_by_loops(made, part, options) for made, part in zip(reports, parts, strict=True)]
+    found = step_metrics(reports, [g for part in parts for g in part], NAMES)
+    loops = [pair_metrics_by_loops(made, part, options) for made, part in zip(reports, parts, strict=True)]
     expected = {
         name: mean(known)
-        for name in {name for figures in loops for name in figures}
-        if (known := [figures[name] for figures in loops if name in figures and not math.isnan(figures[name])])
+        for name in {name for metrics in loops for name in metrics}
+        if (known := [metrics[name] for metrics in loops if name in metrics and not math.isnan(metrics[name])])
     }
     kinds = ["negatives", "alignment", "uniformity"]
     kinds += [f"{of_domains}/[a-z]+/[a-z]+" for of_domains in ("negatives", "positives", "similarity")]
@@ -295,41 +297,44 @@ def test_figures_of_pairs_are_what_loops_find_in_the_mean_over_minibatches(
     assert of_pairs == pytest.approx(expected, abs=1e-5)
 
 
-def test_gradients_of_the_terms_are_means_over_the_updates_like_all_figures_of_theirs() -> None:
+def test_gradients_of_the_terms_are_means_over_the_updates_like_all_metrics_of_theirs() -> None:
     reports = [
-        report_of(part, metrics={"gradient/cos_share": value}) for part, value in ((FIRST, 0.5), (SECOND, -0.25))
+        report_of(part, metrics={"gradient/cos_cross_domain": value}) for part, value in ((FIRST, 0.5), (SECOND, -0.25))
     ]
-    assert step_figures(reports, COLLECTED, NAMES)["gradient/cos_share"] == 0.125
+    assert step_metrics(reports, COLLECTED, NAMES)["gradient/cos_cross_domain"] == 0.125
 
 
-def test_without_contrastive_terms_there_is_no_figure_of_pairs() -> None:
+def test_without_contrastive_terms_there_is_no_metric_of_pairs() -> None:
     off = ContrastiveConfig(cross_domain_weight=0.0, in_domain_weight=0.0)
     made = report_of(FIRST, contrastive_terms=off)
-    assert not [name for name in step_figures([made], FIRST, NAMES) if name.startswith("contrast/")]
+    assert not [name for name in step_metrics([made], FIRST, NAMES) if name.startswith("contrast/")]
     assert [row["positives"] for row in rollout_rows(made, NAMES, prompts=["", ""])] == [[]] * 4
 
 
-def test_a_domain_that_is_absent_has_no_figure(figures: dict[str, float]) -> None:
-    assert not [name for name in figures if "blue" in name]
-    assert "reward/red" in figures
+def test_a_domain_that_is_absent_has_no_metric(metrics: dict[str, float]) -> None:
+    assert not [name for name in metrics if "blue" in name]
+    assert "reward/red" in metrics
 
 
-def test_every_figure_is_described_at_the_head_of_the_file(figures: dict[str, float]) -> None:
-    described = set(re.findall(r"[a-z_0-9/]+(?:<domain>|<a>/<b>)?", step_metrics.__doc__ or ""))
-    starred = set(re.findall(r"^  ([a-z_]+) \*", step_metrics.__doc__ or "", flags=re.MULTILINE))
-    described |= {f"{name}/<domain>" for name in starred}
-    names = {re.sub("/(red|green)/(red|green)$", "/<a>/<b>", name) for name in figures}
-    names = {re.sub("/(red|green)$", "/<domain>", name) for name in names}
-    assert names <= described, names - described
-    assert starred <= names
-    assert {name for name in described if re.match("[a-z].*<", name)} <= names, "described, but not there"
+def test_the_table_describes_what_a_step_and_an_evaluation_have(metrics: dict[str, float]) -> None:
+    rows = [row for section in SECTIONS for row in section.metrics]
+    keys = [key for row in rows for key in row.keys]
+    assert len(keys) == len(set(keys)), "described twice"
+    assert all(row.meaning.endswith(".") for row in [*rows, *EVALUATION.metrics])
+    found = {re.sub("/(red|green)$", "/<domain>", re.sub("/(red|green)/(red|green)$", "/<a>/<b>", m)) for m in metrics}
+    assert found <= set(keys), found - set(keys)
+    assert {key for key in keys if "<" in key} <= found, "described, but not there"
+    items = {name: [Item(correct=(True, False), answers=("a", "b"))] for name in ("red", "green")}
+    evaluated = {re.sub("(red|green)$", "<domain>", key) for key in accuracy_metrics(items)}
+    described = {re.sub("<k>|<K>", "2", key) for row in EVALUATION.metrics for key in row.keys}
+    assert evaluated == described
 
 
-def test_the_figures_are_the_same_for_any_number_of_ranks(figures: dict[str, float]) -> None:
+def test_the_metrics_are_the_same_for_any_number_of_ranks(metrics: dict[str, float]) -> None:
     divided = [report_of(FIRST, num_data_ranks=3), report_of(SECOND, num_data_ranks=3)]
-    again = step_figures(divided, COLLECTED, NAMES)
+    again = step_metrics(divided, COLLECTED, NAMES)
     for name, value in again.items():
-        assert value == pytest.approx(figures[name], rel=1e-6), name
+        assert value == pytest.approx(metrics[name], rel=1e-6), name
 
 
 def test_the_kl_is_the_one_that_the_loss_has() -> None:
@@ -357,7 +362,7 @@ def test_the_kl_is_the_one_that_the_loss_has() -> None:
 def test_a_difference_that_is_not_a_number_is_not_hidden() -> None:
     broken = report_of(FIRST)
     broken.stats_MK[1] = math.nan
-    found = step_figures([broken], FIRST, NAMES)
+    found = step_metrics([broken], FIRST, NAMES)
     for name in ("entropy", "kl", "engine/logprob_diff_mean", "engine/logprob_diff_max", "entropy/red"):
         assert math.isnan(found[name]), name
     assert math.isfinite(found["entropy/green"])
@@ -365,7 +370,7 @@ def test_a_difference_that_is_not_a_number_is_not_hidden() -> None:
 
 def test_a_domain_of_empty_responses_has_no_token_means() -> None:
     groups = [group(0, [4, 2], [1.0, 0.0]), group(1, [0, 0], [0.0, 0.0])]
-    found = step_figures([report_of(groups)], groups, NAMES)
+    found = step_metrics([report_of(groups)], groups, NAMES)
     assert math.isnan(found["entropy/green"])
     assert found["response_tokens/green"] == 0.0
     assert found["entropy"] == found["entropy/red"] == pytest.approx((4 * entropy_of(0) + 2 * entropy_of(1)) / 6)
@@ -374,8 +379,8 @@ def test_a_domain_of_empty_responses_has_no_token_means() -> None:
 def test_replaced_groups_count_in_what_was_sampled_not_in_what_was_trained_on() -> None:
     """Else a domain that is mastered, or whose verifier fails, would look as if it were not."""
     easy = group(0, [7, 7], [1.0, 1.0])
-    found = step_figures([report_of(FIRST)], [*FIRST, easy, FAILED], NAMES)
-    without = step_figures([report_of(FIRST)], FIRST, NAMES)
+    found = step_metrics([report_of(FIRST)], [*FIRST, easy, FAILED], NAMES)
+    without = step_metrics([report_of(FIRST)], FIRST, NAMES)
     assert found["errors/green"] == found["groups/errors"] == 1.0
     assert (found["pass_rate/red"], found["reward/red"], found["all_right/red"]) == (0.75, 0.75, 0.5)
     assert (without["pass_rate/red"], without["all_right/red"]) == (0.5, 0.0)
@@ -383,8 +388,8 @@ def test_replaced_groups_count_in_what_was_sampled_not_in_what_was_trained_on() 
         assert found[name] == without[name]
 
 
-def test_a_step_whose_groups_all_failed_has_figures_without_values() -> None:
-    found = step_figures([], [FAILED], NAMES)
+def test_a_step_whose_groups_all_failed_has_metrics_without_values() -> None:
+    found = step_metrics([], [FAILED], NAMES)
     assert found["groups/errors"] == found["errors/green"] == 1.0
     for name in ("reward/mean", "reward/green", "entropy", "kl/green", "engine/logprob_diff_max", "nonzero_advantage"):
         assert math.isnan(found[name]), name
@@ -392,7 +397,7 @@ def test_a_step_whose_groups_all_failed_has_figures_without_values() -> None:
 
 def test_groups_that_were_not_sampled_are_a_mistake_of_ours() -> None:
     with pytest.raises(AssertionError, match="other groups"):
-        step_figures([report_of(SECOND)], FIRST, NAMES)
+        step_metrics([report_of(SECOND)], FIRST, NAMES)
 
 
 def test_positives_are_rows_of_the_same_minibatch() -> None:
