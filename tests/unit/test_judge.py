@@ -6,7 +6,7 @@ Not covered: TLS, proxies, and judges that can be talked into a score by the res
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ def chat(text: Any) -> Reply:
     return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
 
+def lower_case(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
 class Judge:
     """A server that keeps what it was asked."""
 
@@ -32,12 +36,18 @@ class Judge:
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                judge.requests.append((self.path, lower_case(self.headers), {}))
+                self.send_error(404)
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                judge.requests.append((self.path, dict(self.headers), body))
+                judge.requests.append((self.path, lower_case(self.headers), body))
                 status, reply = behaviour(len(judge.requests) - 1, body["messages"][0]["content"])
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(reply.encode())))
+                if status in (302, 307):
+                    self.send_header("Location", reply)
                 self.end_headers()
                 self.wfile.write(reply.encode())
 
@@ -89,9 +99,61 @@ def test_a_judge_is_asked_once_for_each_answer_and_its_score_counts(
     assert (scored.error, scored.rewards, scored.correct) == (None, (0.75, 0.0, 0.0), (False,) * 3)
     assert len(judge.requests) == 2
     path, headers, body = judge.requests[0]
-    assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    assert (path, headers["authorization"]) == ("/v1/chat/completions", "Bearer secret")
     content = "Q q0\nA right\nR good {answer} é\n{other} {}"
     assert body == {"model": "m", "messages": [{"role": "user", "content": content}], "temperature": 0}
+
+
+@pytest.mark.parametrize("slashes", ["", "/", "//"])
+def test_the_configuration_alone_says_who_is_asked_and_with_which_key(
+    start: Callable[[Behaviour], Judge], prompt: str, slashes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, other = start(lambda number, asked: chat("1")), start(lambda number, asked: chat("0"))
+    monkeypatch.setenv("OPENAI_API_KEY", "of-the-environment")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "of-the-environment")
+    monkeypatch.setenv("OPENAI_ORG_ID", "of-the-environment")
+    monkeypatch.setenv("OPENAI_BASE_URL", other.url)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Custom: of-the-environment")
+    with scorer_of({**settings(judge, prompt), "url": judge.url + slashes}) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert (scored.error, scored.rewards, other.requests) == (None, (1.0,), [])
+    [(path, headers, _)] = judge.requests
+    assert path == "/v1/chat/completions" and "of-the-environment" not in str(headers)
+    assert "authorization" not in headers
+
+
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_to_another_host_is_a_refusal(
+    start: Callable[[Behaviour], Judge], prompt: str, tmp_path: Path, status: int
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret")
+    other = start(lambda number, asked: chat("1"))
+    judge = start(lambda number, asked: (status, other.url))
+    with scorer_of(settings(judge, prompt, api_key_file=str(key))) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert f"refused with HTTP {status}" in str(scored.error)
+    assert (len(judge.requests), other.requests) == (1, [])
+
+
+@pytest.mark.parametrize("key", ["sec\nret", "sec ret", "sécret"])
+def test_a_key_that_can_not_be_sent_is_an_error_that_does_not_show_it(
+    start: Callable[[Behaviour], Judge], prompt: str, tmp_path: Path, key: str
+) -> None:
+    judge = start(lambda number, asked: chat("1"))
+    path = tmp_path / "key"
+    path.write_text(key)
+    with scorer_of(settings(judge, prompt, api_key_file=str(path))) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert "api_key_file: must hold a key" in str(scored.error) and judge.requests == []
+    assert "ret" not in str(scored.error)
+
+
+def test_a_reply_that_is_too_long_is_an_error(start: Callable[[Behaviour], Judge], prompt: str) -> None:
+    judge = start(lambda number, asked: chat("1" + " " * 2**22))
+    with scorer_of(settings(judge, prompt, retries=0), timeout=30.0) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert scored.rewards == () and "not a chat completion" in str(scored.error)
 
 
 def test_replies_that_can_not_be_used_are_asked_for_again(start: Callable[[Behaviour], Judge], prompt: str) -> None:
@@ -133,21 +195,21 @@ def test_the_score_of_a_reply(start: Callable[[Behaviour], Judge], prompt: str, 
         ((200, "[]"), "not a chat completion"),
         ((200, "[" * 5000), "not a chat completion"),
         (chat(None), "not a chat completion"),
-        (chat(""), "from 0 to 1"),
-        (chat("8/10"), "from 0 to 1"),
-        (chat("0.8 / 1"), "from 0 to 1"),
-        (chat("80%"), "from 0 to 1"),
-        (chat("on a scale of 0-1"), "from 0 to 1"),
-        (chat("2026-01-01"), "from 0 to 1"),
-        (chat("-0.5"), "from 0 to 1"),
-        (chat("1.5"), "from 0 to 1"),
-        (chat("nan"), "from 0 to 1"),
-        (chat("v0"), "from 0 to 1"),
-        (chat("0.3 (scale: 0 to 1)"), "from 0 to 1"),
-        (chat("9/10, so 0"), "from 0 to 1"),
-        (chat("Score: 0.3 out of 10"), "from 0 to 1"),
-        (chat("Score: 1 on a scale of 1 to 10"), "from 0 to 1"),
-        (chat("a score of 0.5, or a score of 0.6"), "from 0 to 1"),
+        (chat(""), "single score from 0 to 1"),
+        (chat("8/10"), "single score from 0 to 1"),
+        (chat("0.8 / 1"), "single score from 0 to 1"),
+        (chat("80%"), "single score from 0 to 1"),
+        (chat("on a scale of 0-1"), "single score from 0 to 1"),
+        (chat("2026-01-01"), "single score from 0 to 1"),
+        (chat("-0.5"), "single score from 0 to 1"),
+        (chat("1.5"), "single score from 0 to 1"),
+        (chat("nan"), "single score from 0 to 1"),
+        (chat("v0"), "single score from 0 to 1"),
+        (chat("0.3 (scale: 0 to 1)"), "single score from 0 to 1"),
+        (chat("9/10, so 0"), "single score from 0 to 1"),
+        (chat("Score: 0.3 out of 10"), "single score from 0 to 1"),
+        (chat("Score: 1 on a scale of 1 to 10"), "single score from 0 to 1"),
+        (chat("a score of 0.5, or a score of 0.6"), "single score from 0 to 1"),
     ],
 )
 def test_a_judge_that_fails_is_an_error_and_never_a_zero(
