@@ -1,7 +1,7 @@
-"""The files of checkpoints: what is complete, whole, and kept. Imports no torch.
+"""Publish, verify and prune the files of checkpoints. Imports no torch.
 
 A checkpoint is a folder step_NNNNNN. It has that name only once all of it is on disk; before, and while it is deleted,
-it is called .step_NNNNNN.tmp, which nobody takes for one. Its manifest.json holds size and SHA-256 of every other file:
+it is called .step_NNNNNN.tmp, which is never read as one. Its manifest.json holds size and SHA-256 of every other file:
 
   {"files": {"state.json": {"bytes": 812, "sha256": "9f86..."}, ...}}
 """
@@ -24,31 +24,31 @@ MANIFEST, STATE = "manifest.json", "state.json"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a file's content is known by."""
+    """Size and digest of a file."""
 
     bytes: int
     sha256: str
 
 
 def staging_of(path: Path) -> Path:
-    """The name of a checkpoint that is not complete."""
+    """Return the path of a checkpoint that is not complete."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def remove_staging_folders(folder: Path) -> None:
-    """Delete what killed runs have left half written or half deleted."""
+    """Delete checkpoints that killed runs have left incomplete or partly deleted."""
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
 
 
 def names(folder: Path) -> list[str]:
-    """All entries of a checkpoint but its manifest, largest first, so that every n-th is a fair share of the bytes."""
+    """Return all entries of a checkpoint except its manifest, largest first: every n-th is a fair share of bytes."""
     found = [path for path in folder.iterdir() if path.name != MANIFEST]
     return [path.name for path in sorted(found, key=lambda path: (-path.lstat().st_size, path.name))]
 
 
 def measure(folder: Path, files: Collection[str]) -> dict[str, Fingerprint]:
-    """Read the files. Raises OSError, also for what is no regular file."""
+    """Read the files; return size and digest of each. Raises OSError, also for what is not a regular file."""
     found = {}
     for name in files:
         with _open_regular(folder / name) as file:
@@ -57,36 +57,36 @@ def measure(folder: Path, files: Collection[str]) -> dict[str, Fingerprint]:
     return found
 
 
-def publish(draft: Path, final: Path, measured: Mapping[str, Fingerprint]) -> None:
-    """Add the manifest, have everything reach the disk, and only then give the checkpoint its name."""
-    write_manifest(draft, measured)
-    for path in [*draft.iterdir(), draft]:
+def publish(staging: Path, final: Path, measured: Mapping[str, Fingerprint]) -> None:
+    """Add the manifest, flush everything to disk, and only then give the checkpoint its name."""
+    write_manifest(staging, measured)
+    for path in [*staging.iterdir(), staging]:
         sync(path)
     replaced = _unname(final) if final.exists() else None
-    draft.rename(final)
+    staging.rename(final)
     sync(final.parent)
     if replaced:
         shutil.rmtree(replaced)
 
 
 def write_manifest(folder: Path, measured: Mapping[str, Fingerprint]) -> None:
-    """Say what every file has to be."""
+    """Write size and digest of every file to the manifest."""
     table = {name: asdict(measured[name]) for name in sorted(measured)}
     write_atomically(folder / MANIFEST, json.dumps({"files": table}, indent=1).encode())
 
 
 def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:
-    """What is wrong with the files of a checkpoint; empty: all are as they were written.
+    """Return what is wrong with the files of a checkpoint; empty where all are as they were written.
 
-    The manifest and the list of files are looked at by all, contents by one: the n-th of `num_parts` reads every n-th
-    file. What the files say is not looked at.
+    Every caller checks the manifest and the list of files; the contents are divided: part n of `num_parts` reads every
+    n-th file. The files are not interpreted.
     """
     try:
         expected = _read_manifest(folder / MANIFEST)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        return [f"{MANIFEST} is no manifest ({type(error).__name__})"]
+        return [f"{MANIFEST} can't be read as a manifest ({type(error).__name__})"]
     present = names(folder)
     missing = sorted(expected.keys() - set(present))
     found = [f"{name} is missing" for name in missing]
@@ -97,10 +97,10 @@ def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:
 
 
 def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> None:
-    """Delete all checkpoints but the last `keep` and those of every `keep_every`-th step (0: none of them).
+    """Delete all checkpoints except the last `keep` and those of every `keep_every`-th step (0: none of them).
 
-    newest: step of the one just written, which is never deleted. Later ones are of steps that the run went back behind
-    because they were damaged; they go.
+    newest: step of the one just written, which is never deleted. Later ones are damaged ones that the run
+    skipped when it resumed; they are deleted too.
     """
     steps = [step for step, _ in step_files(folder) if step <= newest]
     kept = {newest, *steps[-keep:]} | {step for step in steps if keep_every and step % keep_every == 0}
@@ -110,14 +110,17 @@ def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> None:
 
 
 def _unname(path: Path) -> Path:
-    """Take a checkpoint's name away, so that no half of it has one while it is deleted; returns where it is."""
+    """Rename a checkpoint, so that a partly deleted one never has its name; return the new path."""
     gone = staging_of(path).with_suffix(".old.tmp")
     shutil.rmtree(gone, ignore_errors=True)
     return path.rename(gone)
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
-    """Raises OSError, KeyError, ValueError, TypeError, AttributeError or RecursionError for what is no manifest."""
+    """Read a manifest.
+
+    Raises OSError, KeyError, ValueError, TypeError, AttributeError or RecursionError for what is not one.
+    """
     with _open_regular(path) as file:
         files = json.load(file)["files"]
     found = {name: Fingerprint(**entry) for name, entry in files.items()}
@@ -127,9 +130,9 @@ def _read_manifest(path: Path) -> dict[str, Fingerprint]:
 
 
 def _open_regular(path: Path) -> BufferedReader:
-    """Raises OSError for links, which lead elsewhere, and for pipes and the like, which may never end."""
+    """Open a file. Raises OSError for links, which lead elsewhere, and for pipes and the like, which may never end."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return path.open("rb")
 
 
@@ -148,7 +151,7 @@ def _content_problems(folder: Path, name: str, expected: Fingerprint) -> list[st
 
 
 def sync(path: Path, *, forget: bool = False) -> None:
-    """Have a file or folder reach the disk. forget: drop a file's pages too, so that who reads it reads the disk."""
+    """Flush a file or folder to disk. forget: drop a file's pages from memory too, so that reads come from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,8 @@
-"""Read and write files so that a reader never sees half of one, also after a crash. Imports no torch."""
+"""Read and write files so that a reader never sees half of one, even after a crash. Imports no torch.
+
+`try_lock` is flock itself: filelock, which run_lock.py uses, has no shared lock and can't turn an exclusive lock into a
+shared one without letting go of it.
+"""
 
 import fcntl
 import json
@@ -9,23 +13,23 @@ from typing import Any
 
 
 def step_file(folder: Path, kind: str, step: int, suffix: str) -> Path:
-    """The file of one step, for example rollouts/step_000012.jsonl."""
+    """Return the path of one step's file, for example rollouts/step_000012.jsonl."""
     return folder / kind / f"step_{step:06d}{suffix}"
 
 
 def step_files(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every step_NNNNNN.* in a folder, ascending; empty where there is no such folder."""
+    """Return (step, file) of every step_NNNNNN.* in a folder, ascending; empty where the folder is missing."""
     found = [(path.stem.removeprefix("step_"), path) for path in folder.glob("step_*")]
     return sorted((int(number), path) for number, path in found if number.isdecimal())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines with a step; lines that are not whole are left out; empty without the file."""
+    """Return the objects of a file of lines with a step; skip incomplete lines; empty where the file is missing."""
     return list(iterate_jsonl(path))
 
 
 def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """What `read_jsonl` returns, one after the other."""
+    """Yield what `read_jsonl` returns, one by one."""
     try:
         with path.open("rb") as lines:
             yield from (row for _, row in whole_lines(lines))
@@ -34,7 +38,7 @@ def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines that are objects with a step, without the newline, and what they say."""
+    """Yield the lines that are objects with a step, without the newline, and those objects."""
     for line in lines:
         try:
             row = json.loads(line)
@@ -45,7 +49,7 @@ def whole_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by one that is complete on disk: a reader sees the old or the new, whenever we are killed."""
+    """Replace a file by one that is complete on disk: a reader sees the old or the new one, whenever we are killed."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -59,10 +63,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def try_lock(file: int, kind: int) -> str | None:
-    """Lock an open file, or turn its lock into another kind (of fcntl's), without waiting.
+    """Lock an open file, or convert its lock to another kind (LOCK_EX, LOCK_SH), without waiting.
 
-    Returns why it is not locked where the file system has no locks: to go on is then better than to refuse all work.
-    Raises BlockingIOError when another process holds it.
+    Return why it is not locked where the file system has no locks, since working without one is better than not at
+    all; None where it is locked. Raises BlockingIOError when another process holds it.
     """
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)

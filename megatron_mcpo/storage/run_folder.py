@@ -1,55 +1,33 @@
-"""Where the files of a run lie, who may write there, and what a resumed run keeps. Imports no torch.
+"""Create, resume and truncate run folders. Imports no torch.
 
 DIR/NAME/
-  config.toml       resolved configuration      metrics.jsonl      one object a step
-  eval.jsonl        one object an evaluation    notes.jsonl        what else was said, with the step it followed
-  report.html       all of it on one page       tensorboard/       the same figures as event files
+  config.toml       resolved configuration      metrics.jsonl      one object per step
+  eval.jsonl        one object per evaluation   notes.jsonl        other messages, with the step they followed
+  report.html       all of it on one page       tensorboard/       the same metrics as event files
   rollouts/         step_000012.jsonl           representations/   step_000012.npz
   checkpoints/      plots/                      trackers/          ids of their runs, wandb's files; only with trackers
-  FINISHED          written by `finish`             PREEMPTED            stopped to make room: wants to be started again
+  FINISHED          written by `finish`         PREEMPTED          the run was preempted: start it again
 DIR/latest -> NAME
 """
 
 import errno
-import fcntl
 import itertools
 import logging
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_mcpo.config.config import Config, ConfigError, dump, load
-from megatron_mcpo.storage.files import read_jsonl, step_files, try_lock, whole_lines, write_atomically
+from megatron_mcpo.storage.files import read_jsonl, step_files, whole_lines, write_atomically
+from megatron_mcpo.storage.run_lock import RunLock
+from megatron_mcpo.storage.run_settings import differences, settings
 
 CONFIG, METRICS, EVALUATIONS, NOTES = "config.toml", "metrics.jsonl", "eval.jsonl", "notes.jsonl"
 PREEMPTED = "PREEMPTED"
 FOLDERS = ("tensorboard", "rollouts", "representations", "checkpoints", "plots")
-
-# Keys that change neither a figure nor a weight of the run, bit for bit: a run may be resumed with other values.
-# Not among them: run.steps (the learning-rate schedule spans it) and the engine's sizes (they change the composition
-# of decoding batches, and with it the rounding of log-probs).
-NEUTRAL_KEYS = frozenset(
-    {
-        "run.name",
-        "run.dir",
-        "run.resume",
-        "run.trackers",
-        "run.checkpoint_every",
-        "run.keep_checkpoints",
-        "run.keep_every",
-        "engine.engine_check_every",
-        "engine.verify_sync",
-        "contrastive.diagnose_every",
-        "model.offload_reference",
-        "optimizer.offload",
-        "rewards.workers",
-    }
-)
 
 log = logging.getLogger(__name__)
 
@@ -62,22 +40,22 @@ class RunFolder:
     resumed: bool
     """True where the folder held an unfinished run with the same settings."""
     notes: tuple[str, ...]
-    """For every folder of the same name that was passed over: why. For the console."""
-    lock: "Lock"
+    """Why each folder of the same name was skipped. For the console."""
+    lock: RunLock
 
     @staticmethod
     def open(config: Config) -> "RunFolder":
-        """Create or reuse the folder of a run; called by one rank.
+        """Create or resume the folder of a run; called by one rank.
 
-        The first of NAME, NAME-2, NAME-3, ... that does not exist, or (run.resume = "auto") that holds an unfinished
-        run whose configuration differs in NEUTRAL_KEYS, [parallel] and engine.servers only. Nothing that exists is
-        overwritten.
+        It is the first of NAME, NAME-2, NAME-3, ... that does not exist, or (run.resume = "auto") that holds an
+        unfinished run whose configuration differs in NEUTRAL_KEYS (run_settings.py), [parallel] and engine.servers
+        only. Nothing that exists is overwritten.
         Raises ConfigError when run.dir can't be written, run.name can't be used, or another process holds the folder.
         """
         parent, name = Path(config.run.dir), config.run.name
         if name.startswith(".") or name == "latest":
             raise ConfigError(
-                [f"run.name = {name!r}: 'latest' and names that begin with a dot are taken; choose another"]
+                [f"run.name = {name!r}: must not be 'latest' or begin with a dot (both are used here). Choose another"]
             )
         try:
             parent.mkdir(exist_ok=True)
@@ -86,17 +64,19 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
-                [f"run.dir = {config.run.dir!r}: can't write there ({reason}); choose another with --run.dir PATH"]
+                [
+                    f"run.dir = {config.run.dir!r}: must be a folder that can be written ({reason}). "
+                    "Choose another with --run.dir PATH"
+                ]
             ) from error
         return folder
 
     def truncate_after(self, step: int) -> None:
-        """Drop what was logged after `step`, the step of the checkpoint that the run goes on from.
+        """Drop what was logged after `step`, the step of the checkpoint that the run resumes from.
 
-        A killed run has logged steps that its last checkpoint knows nothing of; they are run, and logged, again.
-        Lines of metrics.jsonl, eval.jsonl and notes.jsonl and files of rollouts/ and representations/ go; a
-        half-written line goes too. -1 drops everything: without a checkpoint even the evaluation of step 0 is made
-        again.
+        A killed run has logged steps after its last checkpoint; they are repeated, and logged again. Lines of
+        metrics.jsonl, eval.jsonl and notes.jsonl and files of rollouts/ and representations/ are removed, and so are
+        incomplete lines. -1 drops everything: without a checkpoint even the evaluation of step 0 is repeated.
         """
         for name in (METRICS, EVALUATIONS, NOTES):
             _truncate_lines(self.path / name, step)
@@ -108,40 +88,40 @@ class RunFolder:
                     path.unlink()
 
     def evaluated(self, step: int) -> bool:
-        """Whether eval.jsonl has a line of this step (a run killed between checkpoint and evaluation has none)."""
+        """Tell whether eval.jsonl has a line of this step (a run killed between checkpoint and evaluation has none)."""
         return any(row["step"] == step for row in read_jsonl(self.path / EVALUATIONS))
 
     def finish(self) -> None:
-        """Mark the run as complete: it is never resumed, the next launch gets a folder of its own."""
+        """Mark the run as complete: it is never resumed, and the next launch gets a new folder."""
         write_atomically(self.path / "FINISHED", b"")
 
     def mark_preempted(self) -> None:
-        """Mark the run as one that stopped to make room. Whoever starts it again takes the mark away."""
+        """Mark the run as preempted; the next start removes the mark."""
         write_atomically(self.path / PREEMPTED, b"")
 
     def close(self) -> None:
-        """Give the lock back before the process ends."""
+        """Release the lock before the process ends."""
         self.lock.close()
 
 
 def take_preempted_mark(config: Config) -> bool:
-    """Whether the run that this configuration would go on with wants to be started again; the mark is then gone.
+    """Tell whether the run that this configuration would resume was preempted, and remove its mark.
 
-    So a start that fails before it opens the folder is not asked for a second time.
+    So a start that fails before it opens the folder is not requested a second time.
     """
     path = _resumable(config)
     return path is not None and _remove(path / PREEMPTED)
 
 
 def restore_preempted_mark(config: Config) -> None:
-    """Undo `take_preempted_mark`: nobody could start the run again."""
+    """Undo `take_preempted_mark` where the run could not be started again."""
     path = _resumable(config)
     if path is not None:
         write_atomically(path / PREEMPTED, b"")
 
 
 def _resumable(config: Config) -> Path | None:
-    """The folder that this configuration would go on in; None: it would begin a new one."""
+    """Return the folder that this configuration would resume; None where it would begin a new one."""
     for path in _candidates(Path(config.run.dir), config.run.name):
         if not path.exists():
             return None
@@ -159,7 +139,7 @@ def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
             return RunFolder(path=path, resumed=False, notes=tuple(notes), lock=lock)
         obstacle = _why_not_resumed(path, config)
         if obstacle is None:
-            lock = Lock(path)
+            lock = RunLock(path)
             _remove(path / PREEMPTED)
             return RunFolder(path=path, resumed=True, notes=tuple(notes), lock=lock)
         notes.append(f"{path} {obstacle}")
@@ -167,7 +147,7 @@ def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
 
 
 def _remove(path: Path) -> bool:
-    """Whether the file was there."""
+    """Delete a file; tell whether it existed."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -182,22 +162,22 @@ def _candidates(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _entries(path: Path) -> list[Path]:
-    """What lies in a folder; a file that stands in its place counts as itself."""
+    """Return the entries of a folder; a file in its place is its own entry."""
     return list(path.iterdir()) if path.is_dir() else [path]
 
 
-def _create(path: Path, config: Config) -> "Lock | None":
-    """Create a run folder, complete and locked from the moment it has its name; None when another was faster."""
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+def _create(path: Path, config: Config) -> RunLock | None:
+    """Create a run folder, complete and locked from the moment it has its name; None where another was faster."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        draft.chmod(0o777 & ~_umask())
-        lock = Lock(draft)
+        staging.chmod(0o777 & ~_umask())
+        lock = RunLock(staging)
         for name in FOLDERS:
-            (draft / name).mkdir()
-        write_atomically(draft / CONFIG, dump(config).encode())
-        os.rename(draft, path)
+            (staging / name).mkdir()
+        write_atomically(staging / CONFIG, dump(config).encode())
+        os.rename(staging, path)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             return None
         raise
@@ -211,7 +191,7 @@ def _umask() -> int:
 
 
 def _why_not_resumed(path: Path, config: Config) -> str | None:
-    """Why an existing folder is not this run's, or None when it is."""
+    """Return why an existing folder can't be resumed by this configuration, None where it can."""
     if config.run.resume == "never":
         return 'exists, and run.resume is "never"'
     if (path / "FINISHED").exists():
@@ -219,58 +199,9 @@ def _why_not_resumed(path: Path, config: Config) -> str | None:
     try:
         theirs = load(path / CONFIG)
     except (ConfigError, OSError):
-        return "holds no configuration that can be read"
+        return "has no configuration that can be read"
     different = differences(settings(theirs), settings(config))
     return f"has other settings ({', '.join(different)})" if different else None
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Values by dotted key, without the neutral ones and the layout of trainer and engines; a list counts as one value.
-
-    A checkpoint can be loaded under any layout. The figures are then the same up to rounding, and the console says so.
-    """
-    values: dict[str, Any] = {"domain": config.model_dump()["domain"]}
-    for section, table in config.model_dump(exclude={"domain", "parallel"}).items():
-        values |= {f"{section}.{key}": value for key, value in table.items()}
-    return {key: value for key, value in values.items() if key not in NEUTRAL_KEYS | {"engine.servers"}}
-
-
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Which settings are not the same: three of them with both values, and how many more."""
-    keys = [key for key in ours if theirs[key] != ours[key]]
-    shown = [key if isinstance(ours[key], list) else f"{key} {theirs[key]} there, {ours[key]} here" for key in keys[:3]]
-    return [*shown, f"and {len(keys) - 3} more"] if len(keys) > 3 else shown
-
-
-class Lock:
-    """Holds a run folder. The kernel lets go when this process ends, however it ends."""
-
-    def __init__(self, path: Path):
-        """Raises ConfigError when another process holds the folder."""
-        self._descriptor: int | None = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            without = try_lock(self._descriptor, fcntl.LOCK_EX)
-        except BlockingIOError:
-            owner = os.read(self._descriptor, 200).decode(errors="replace") or "unknown"
-            self.close()
-            raise ConfigError(
-                [
-                    f"run.name: {path} is in use by another process ({owner}); stop it or wait for it, "
-                    "or start a second run with --run.resume never or another --run.name"
-                ]
-            ) from None
-        if without:
-            log.warning("%s: this file system has no locks (%s); don't start a run twice", path, without)
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        # A forked worker shares the lock: left behind by a killed trainer, it would keep the next one out.
-        os.register_at_fork(after_in_child=self.close)
-
-    def close(self) -> None:
-        """Let go; nothing happens when that was done before."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def _point_latest(parent: Path, name: str) -> None:
@@ -281,7 +212,7 @@ def _point_latest(parent: Path, name: str) -> None:
         os.replace(temporary, parent / "latest")
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        log.warning("%s: can't be pointed at %s (%s)", parent / "latest", name, error.strerror)
+        log.warning("%s: can't be made to point to %s (%s)", parent / "latest", name, error.strerror)
 
 
 def _truncate_lines(path: Path, step: int) -> None:

@@ -101,15 +101,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
     "missing state": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "another's file": (lambda path: (path / "common.pt").touch(), f"common.pt is not in {MANIFEST}"),
-    "link": (lambda path: replace_by_link(path / SHARD), f"{SHARD} can't be read (is no regular file)"),
-    "pipe": (lambda path: replace_by_pipe(path / MANIFEST), f"{MANIFEST} is no manifest"),
+    "link": (lambda path: replace_by_link(path / SHARD), f"{SHARD} can't be read (is not a regular file)"),
+    "pipe": (lambda path: replace_by_pipe(path / MANIFEST), f"{MANIFEST} can't be read as a manifest"),
     "missing manifest": (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
-    "half a manifest": (lambda path: os.truncate(path / MANIFEST, 100), f"{MANIFEST} is no manifest"),
+    "half a manifest": (lambda path: os.truncate(path / MANIFEST, 100), f"{MANIFEST} can't be read as a manifest"),
     "manifest of other types": (
         lambda path: (path / MANIFEST).write_text(f'{{"files": {{"{SHARD}": {{"bytes": 1, "sha256": 2}}}}}}'),
-        f"{MANIFEST} is no manifest",
+        f"{MANIFEST} can't be read as a manifest",
     ),
-    "wrong manifest": (lambda path: (path / MANIFEST).write_text('{"files": 3}'), f"{MANIFEST} is no manifest"),
+    "wrong manifest": (
+        lambda path: (path / MANIFEST).write_text('{"files": 3}'),
+        f"{MANIFEST} can't be read as a manifest",
+    ),
     "empty": (lambda path: [file.unlink() for file in path.iterdir()], f"{MANIFEST} is missing"),
 }
 

@@ -229,7 +229,7 @@ def test_pushes_are_verified_when_asked_for(config: Path) -> None:
     ("overrides", "words"),
     [
         (["--rollout.max_prompt_tokens", "9"], ["divisors", "letters", "68 too long", "max_prompt_tokens allows 9"]),
-        (["--run.dir", "CONFIG"], ["run.dir", "can't write there"]),
+        (["--run.dir", "CONFIG"], ["run.dir", "must be a folder that can be written"]),
     ],
     ids=["long prompt", "run folder"],
 )
