@@ -41,7 +41,7 @@ class DataConfig(Section):
     )
     item_curriculum: bool = Field(
         False,
-        description="within a source, items whose last pass rate was 0 or 1 are passed over in every other epoch",
+        description="within a source, items whose last pass rate was 0 or 1 are skipped in every other epoch",
     )
     resample: NonNegativeInt = Field(
         0,
@@ -76,7 +76,7 @@ class VerifierConfig(Section):
         None, description="for length: tokens before the response limit in which the penalty grows from 0 to 1"
     )
     function: FunctionPath | None = Field(
-        None, description="for function: package.module:name, called as name(entry, answer) for a score from 0 to 1"
+        None, description="for function: package.module:name, called as name(entry, response) for a score from 0 to 1"
     )
     url: HttpUrl | None = Field(
         None, description="for judge: base address of an OpenAI-style API, such as http://127.0.0.1:8000/v1"
@@ -88,7 +88,7 @@ class VerifierConfig(Section):
         "the number behind 'score' in the reply, or its only one, from 0 to 1, is the score",
     )
     api_key_file: PathText | None = Field(None, description="for judge: file that holds the key, where one is needed")
-    retries: NonNegativeInt = Field(2, description="for judge: further attempts after an answer that can't be used")
+    retries: NonNegativeInt = Field(2, description="for judge: further attempts after a reply that can't be used")
 
 
 class SourceConfig(Section):

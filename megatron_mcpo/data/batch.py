@@ -1,6 +1,6 @@
-"""From scored groups to what each data-parallel rank trains on.
+"""Build each data-parallel rank's share of a batch from scored groups.
 
-Every rank sees all groups of a step and divides them by the same rule: nothing is communicated here.
+Every rank sees all groups of a step and divides them by the same rule, without communication.
 Shape legend: see megatron_mcpo.types.
 """
 
@@ -28,9 +28,9 @@ def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
 
 
 def minibatches(groups: Sequence[RolloutGroup], count: int) -> list[list[RolloutGroup]]:
-    """The groups of each of at most `count` optimizer steps, without those whose verifier failed: they teach nothing.
+    """Return the groups of each of at most `count` optimizer steps, without those whose verifier failed.
 
-    Every domain is spread over all of them: where one is alone, nothing is shared.
+    Every domain is spread over all of them: the cross-domain term needs two domains in a step.
     """
     usable = [group for group in groups if group.error is None]
     by_domain = sorted(range(len(usable)), key=lambda place: usable[place].prompt.domain)
@@ -45,7 +45,7 @@ def make_batch(
     data_rank: int,
     share_prompts: bool,
 ) -> TrainBatch:
-    """The share of `data_rank` in one optimizer step over these groups (rollouts ordered by group, then sample).
+    """Return the share of `data_rank` in one optimizer step over these groups (rollouts ordered by group, then sample).
 
     Where prompts are shared, a group stays on one rank; otherwise rollouts are dealt out one by one, which balances
     better. Groups may differ in size.
@@ -82,7 +82,7 @@ def make_batch(
 
 
 def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
-    """Rewards [M] of scored groups, ordered by group, then sample."""
+    """Return the rewards [M] of scored groups, ordered by group, then sample."""
     return torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
 
 

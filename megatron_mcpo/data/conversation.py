@@ -1,4 +1,4 @@
-"""From items to prompts: system message, worked examples and instruction around a question, as token ids."""
+"""Turn items into prompts: system message, few-shot examples and instruction around a question, as token ids."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from megatron_mcpo.config.domain_schema import DomainConfig
-from megatron_mcpo.data.pools import Pool
+from megatron_mcpo.data.item_pools import Pool
 from megatron_mcpo.data.rows import Item, Message, RowError
 from megatron_mcpo.types import Prompt
 
@@ -17,10 +17,10 @@ _BATCH = 1024
 
 
 class PromptMaker:
-    """Makes the prompts of one domain."""
+    """The maker of one domain's prompts."""
 
     def __init__(self, domain: DomainConfig, index: int, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int):
-        """index: of the domain in the configuration; max_tokens: rollout.max_prompt_tokens"""
+        """index: position of the domain in the configuration; max_tokens: rollout.max_prompt_tokens"""
         self._domain = domain
         self._index = index
         self._tokenizer = tokenizer
@@ -29,7 +29,7 @@ class PromptMaker:
         self._ids: dict[int, int] = {}
 
     def prompts(self, pool: Pool, items: Sequence[Item], shots: Sequence[Item]) -> Iterator[Prompt]:
-        """The prompt of every item that is short enough, in order; others are counted in the pool's row_statistics."""
+        """Yield the prompt of every item that is short enough, in order; count the others in the pool's statistics."""
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
             texts = [self._text(pool, item, shots) for item in batch]
@@ -58,7 +58,7 @@ class PromptMaker:
         return list(encoded["input_ids"])
 
     def _text(self, pool: Pool, item: Item, shots: Sequence[Item]) -> str | None:
-        """The prompt as text; None where the model's chat template has no place for such a conversation."""
+        """Return the prompt as text; None where the model's chat template refuses such a conversation."""
         messages = self._messages(item, shots)
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -69,7 +69,7 @@ class PromptMaker:
             return None
 
     def _messages(self, item: Item, shots: Sequence[Item]) -> list[Message]:
-        """A system message of the item's own stays; else the domain's comes in front."""
+        """Return the conversation with few-shot examples; an item's own system message replaces the domain's."""
         system, turns = _parted(item)
         if not system and self._domain.system:
             system = [{"role": "system", "content": self._domain.system}]
@@ -88,9 +88,9 @@ class PromptMaker:
 
 
 def choose_shots(items: Sequence[Item], num: int) -> list[Item]:
-    """The first `num` items with an answer, where possible different ones (two times "Yes" teaches to say "Yes").
+    """Return the first `num` items with an answer, different answers where possible; fewer where too few have one.
 
-    Fewer where there are not so many.
+    Two examples that are answered "Yes" would teach to say "Yes".
     """
     answers: set[str] = set()
     novel: list[Item] = []
@@ -105,6 +105,6 @@ def choose_shots(items: Sequence[Item], num: int) -> list[Item]:
 
 
 def _parted(item: Item) -> tuple[list[Message], list[Message]]:
-    """The item's own system message, if any, and its turns."""
+    """Return the item's own system message, if any, and its turns."""
     first = item.messages[0]["role"] == "system"
     return list(item.messages[:first]), list(item.messages[first:])

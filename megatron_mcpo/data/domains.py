@@ -1,4 +1,4 @@
-"""Domains: prompts to train on and prompts held out, with worked examples in front, as token ids."""
+"""Build domains: prompts to train on and held-out prompts, with few-shot examples, as token ids."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.domain_schema import GENERATED_ITEMS
 from megatron_mcpo.data.conversation import PromptMaker, choose_shots
-from megatron_mcpo.data.pools import Pool, SourcePools, held_out_shares, read_pools
-from megatron_mcpo.data.row_counts import RowStatistics
+from megatron_mcpo.data.item_pools import Pool, SourcePools, held_out_shares, read_pools
+from megatron_mcpo.data.row_statistics import RowStatistics
 from megatron_mcpo.data.rows import Item
 from megatron_mcpo.types import Prompt
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FEWEST_QUESTIONS = 4
-"""Distinct questions that a source must have besides its worked examples: one held out, three to train on."""
+"""Unique questions that a source must have besides its few-shot examples: one held out, three to train on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +32,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """No question of `held_out` is among the training prompts or the worked examples, of any domain."""
+    """A domain. No question of `held_out` is a training prompt or few-shot example of any domain."""
 
     name: str
     sources: tuple[Source, ...]
     held_out: tuple[Prompt, ...]
     notes: tuple[str, ...]
-    """What a user should know: rows that are left out, sources that have fewer questions than were asked for."""
+    """What a user should know: rows that are skipped, sources with fewer questions than requested."""
 
     @property
     def verifiers_of_rows(self) -> set[str]:
-        """The kinds of verifiers that training rows name themselves."""
+        """The verifiers that training rows name themselves."""
         return {
             prompt.entry["verifier"] for source in self.sources for prompt in source.train if "verifier" in prompt.entry
         }
@@ -50,16 +50,16 @@ class Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All domains as far as they can be had, what is in the way of training, and what was read."""
+    """The domains as far as they can be built, what prevents training, and what was read."""
 
     domains: list[Domain]
     problems: list[str]
     row_statistics: list[RowStatistics]
-    """Of every source, and of every file or split of held-out items, in the configuration's order."""
+    """One for every source and for every file or split of held-out items, in the configuration's order."""
 
 
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the model's folder. Raises ConfigError when it can't be read or has no chat template."""
+    """Return the tokenizer of the model's folder. Raises ConfigError when it can't be read or has no chat template."""
     from transformers import AutoTokenizer
 
     path = config.model.path
@@ -76,7 +76,7 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 
 
 def load_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> list[Domain]:
-    """The configuration's domains, in its order. Raises ConfigError with all problems: see `inspect_domains`."""
+    """Return the configuration's domains, in its order. Raises ConfigError with all problems: see `inspect_domains`."""
     inspection = inspect_domains(config, tokenizer, cache_dir=cache_dir)
     if inspection.problems:
         raise ConfigError(inspection.problems)
@@ -84,12 +84,12 @@ def load_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_
 
 
 def inspect_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> Inspection:
-    """Read and tokenise everything.
+    """Read and tokenize all items; return the domains with what is wrong with them.
 
     Items depend on domains and sources only, not on run.seed, so that runs with other seeds are judged on the same
-    held-out questions. A source with too few distinct questions is divided: worked examples first, then at most a
+    held-out questions. A source with too few unique questions is divided: few-shot examples first, then at most a
     quarter of the rest is held out. Problems: sources with more bad rows than data.max_bad_rows, or with fewer than
-    shots + 4 distinct questions. Raises ConfigError for generators that fail and files that can't be read.
+    shots + 4 unique questions. Raises ConfigError for generators that fail and files that can't be read.
     """
     domains: list[Domain] = []
     problems: list[str] = []
@@ -103,7 +103,7 @@ def inspect_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cac
 
 
 class _Builder:
-    """Makes one domain; what is wrong with it is in `problems`."""
+    """The builder of one domain; what is wrong with it is in `problems`."""
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", index: int):
         self._config = config
@@ -114,6 +114,7 @@ class _Builder:
         self.row_statistics: list[RowStatistics] = []
 
     def build(self, sources: list[SourcePools]) -> Domain:
+        """Return the domain, without the prompts of sources that have too few."""
         domain = self._domain
         built: list[Source] = []
         held_out: list[Prompt] = []
@@ -125,7 +126,7 @@ class _Builder:
         return Domain(name=domain.name, sources=tuple(built), held_out=tuple(held_out), notes=tuple(self._notes))
 
     def _split(self, pools: SourcePools, share: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-        """Training prompts and `share` held-out ones of one source; both empty where it is no good."""
+        """Return the training prompts and `share` held-out prompts of one source; both empty where it has too few."""
         pool, domain = pools.train, self._domain
         shots = choose_shots(pool.items, domain.shots)
         chosen = {item.position for item in shots}
@@ -137,11 +138,11 @@ class _Builder:
         if pool.row_statistics.rows == 0:
             return (), ()
         if len(shots) < domain.shots or num_usable < FEWEST_QUESTIONS:
-            apart = "" if pools.held_out is None else " that aren't held out"
+            apart = "" if pools.held_out is None else " that are not held out"
             self.problems.append(
-                f"{pool.row_statistics.where}: only {len(shots) + num_usable} distinct questions{apart}, which "
-                f"must do for {domain.shots} worked examples, with answers, and {FEWEST_QUESTIONS} more; give it more "
-                "(a generator: wider options; a file: other rows) or lower shots"
+                f"{pool.row_statistics.where}: {len(shots) + num_usable} unique questions{apart}: must be at least "
+                f"{domain.shots} few-shot examples, with answers, and {FEWEST_QUESTIONS} more. Add questions (a "
+                "generator: wider options; a file: other rows) or lower shots"
             )
             return (), ()
         if num_usable < from_itself + most:
@@ -160,7 +161,7 @@ class _Builder:
         self._judge(pool.row_statistics)
         if num_usable == 0 and pool.row_statistics.rows > 0:
             self.problems.append(
-                f"{pool.row_statistics.where}: has no row that can be used; mend them, or name another file"
+                f"{pool.row_statistics.where}: must have a row that can be used; correct the rows, or name another file"
             )
         return held
 
@@ -174,25 +175,25 @@ class _Builder:
     def _tell_sizes(self, pools: SourcePools, share: int, *, num_shots: int, num_usable: int, num_held: int) -> None:
         where, items = pools.train.row_statistics.where, self._most_items(pools.train)
         if pools.num_seen and pools.train.origin:
-            self._notes.append(f"{where}: {pools.num_seen} questions are in an earlier source or held out: left out")
+            self._notes.append(f"{where}: skipping {pools.num_seen} questions of an earlier source or held out")
         own_held = num_held if pools.held_out is None else 0
         num_train = min(num_usable - own_held, items)
-        asked = self._domain.shots + share + items
-        if pools.train.origin is None and num_shots + num_usable < asked:
+        requested = self._domain.shots + share + items
+        if pools.train.origin is None and num_shots + num_usable < requested:
             self._notes.append(
-                f"{where}: {num_shots + num_usable} distinct questions of {asked} asked for: {num_shots} worked "
-                f"examples, {num_held} held out, {num_train} to train on"
+                f"{where}: {num_shots + num_usable} unique questions ({requested} requested): {num_train} train, "
+                f"{num_held} held out, {num_shots} few-shot"
             )
         elif num_held < share:
-            self._notes.append(f"{where}: {num_held} held-out questions, evaluation.items asks it for {share}")
+            self._notes.append(f"{where}: {num_held} held-out questions ({share} requested by evaluation.items)")
         if pools.train.origin and num_train < num_usable - own_held:
             self._notes.append(
-                f"{where}: {num_train} of {num_usable - own_held} questions are trained on; raise domain.items for more"
+                f"{where}: training on {num_train} of {num_usable - own_held} questions; raise domain.items for more"
             )
 
 
 def _first(prompts: Iterator[Prompt], num: int) -> tuple[list[Prompt], int]:
-    """The first `num` of them, and how many there are."""
+    """Return the first `num` prompts, and how many there are."""
     kept: list[Prompt] = []
     count = 0
     for prompt in prompts:

@@ -1,7 +1,7 @@
-"""The process that makes items with reasoning-gym: `python -m megatron_mcpo.data.generator_worker`.
+"""Make items with reasoning-gym, in a process of its own: `python -m megatron_mcpo.data.generator_worker`.
 
 Reads a JSON list of {"generator", "options", "seed", "size"} from standard input and writes a JSON list, in the same
-order, of {"items": [...]} or {"error": text}. A process of its own, because importing reasoning-gym takes seconds and
+order, of {"items": [...]} or {"error": text}. The process is its own because importing reasoning-gym takes seconds and
 draws from the global random generators.
 """
 
@@ -16,7 +16,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 DRAWS_PER_ITEM = 20
-"""How often a generator is asked per wanted item before its supply of distinct questions counts as used up."""
+"""Draws per requested item after which a generator's unique questions count as used up."""
 
 RESERVED = {"seed": "run.seed does not reach the items", "size": "set by domain.items, shots and evaluation.items"}
 
@@ -25,7 +25,7 @@ NUM_PROVEN = 16
 
 
 def make_items(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Up to `size` items with distinct questions, in the generator's order. Raises ValueError (value, rule, fix)."""
+    """Make up to `size` items with unique questions, in the generator's order. Raises ValueError (value, rule, fix)."""
     name, options, size = request["generator"], request["options"], request["size"]
     if name not in DATASETS:
         raise ValueError(f"generator {name!r}: not a reasoning-gym dataset")
@@ -41,9 +41,9 @@ def make_items(request: dict[str, Any]) -> list[dict[str, Any]]:
         items.setdefault(item["question"], item)
         if len(items) == size:
             break
-    distinct = list(items.values())
-    _prove(name, distinct[:NUM_PROVEN])
-    return distinct
+    unique = list(items.values())
+    _prove(name, unique[:NUM_PROVEN])
+    return unique
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
@@ -58,12 +58,12 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def _plain_item(item: dict[str, Any]) -> dict[str, Any]:
-    """The item as the scorer will see it in training: after a trip through JSON."""
+    """Return the item as the scorer will see it in training: converted to JSON and back."""
     question, answer = item["question"], item["answer"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"made an item with the question {question!r}; choose another generator")
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"made an item with the answer {answer!r}, none to learn from; choose another generator")
+        raise ValueError(f"made an item with the answer {answer!r}, which must be text; choose another generator")
     return json.loads(json.dumps(item))
 
 
@@ -78,7 +78,8 @@ def _prove(name: str, items: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    # Generators may print: not into the answer.
+    """Make the items that standard input asks for and write them to standard output."""
+    # Generators may print, which must not reach standard output.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     replies: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Items of reasoning-gym generators, made in another process and kept as JSON lines."""
+"""Get items of reasoning-gym generators, made in another process and cached as JSON lines."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import SourceConfig
 
 CACHE = Path(".cache/data")
-"""Where runs keep what was generated."""
+"""The folder in which runs cache generated items."""
 
 GENERATION_SECONDS = 600.0
-"""How long all generators together may take, the import of reasoning-gym included."""
+"""Time limit of all generators together, with the import of reasoning-gym."""
 
 FORMAT = 1
 """Part of the cache key: raise it when generator_worker.py makes other items from the same request."""
@@ -36,7 +36,7 @@ class ItemRequest:
 
     @property
     def message(self) -> dict[str, Any]:
-        """What the generating process needs, and the cache is keyed by."""
+        """The request to the generating process, which is also the key of the cache."""
         return {
             "generator": self.source.generator,
             "options": self.source.options,
@@ -46,10 +46,10 @@ class ItemRequest:
 
 
 def generate(requests: Sequence[ItemRequest], *, cache_dir: Path) -> list[list[dict[str, Any]]]:
-    """For each request up to `size` items (question, answer, metadata) with distinct questions.
+    """Return for each request up to `size` items (question, answer, metadata) with unique questions.
 
-    Fewer where the generator runs out. What `cache_dir` lacks is made in ONE subprocess and added; several ranks may
-    do so at once. Raises ConfigError with a line for every source that failed.
+    There are fewer where the generator runs out. What `cache_dir` lacks is made in ONE subprocess and added; several
+    ranks may do so at once. Raises ConfigError with a line for every source that failed.
     """
     paths = [cache_dir / _file_name(request) for request in requests]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
@@ -86,7 +86,9 @@ def _run_generators(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     except subprocess.TimeoutExpired:
         names = ", ".join(message["generator"] for message in messages)
         limit = f"{GENERATION_SECONDS:g} s"
-        raise ConfigError([f"domain.sources: {names} made no items within {limit}; ask for fewer or easier"]) from None
+        raise ConfigError(
+            [f"domain.sources: {names} made no items within {limit}; request fewer or easier items"]
+        ) from None
     if done.returncode != 0:
         raise RuntimeError(f"the item generator ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)
@@ -97,7 +99,7 @@ def _explain(request: ItemRequest, reply: dict[str, Any]) -> str:
 
 
 def _write(path: Path, items: list[dict[str, Any]]) -> None:
-    """All or nothing: a reader sees no file or the whole one."""
+    """Write the items so that a reader sees no file or the whole one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
     os.replace(file.name, path)

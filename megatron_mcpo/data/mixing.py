@@ -1,4 +1,4 @@
-"""Shares of the domains in a step: pure arithmetic over their weights, sizes and recent pass rates."""
+"""Compute the domains' shares of a step from their weights, sizes and recent pass rates."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megatron_mcpo.config.domain_schema import DataConfig
 
 LEARNABLE = (0.2, 0.8)
-"""Pass rates between which a domain has its whole weight under `curriculum`: most groups then have signal."""
+"""Pass rates between which a domain has its whole weight under `curriculum`: the rewards of most groups then differ."""
 
 LEAST = 0.01
 """No factor is smaller than this part of the largest: a domain that is never sampled would keep its pass rate."""
@@ -15,9 +15,9 @@ LEAST = 0.01
 def mixing_shares(
     data: DataConfig, *, weights: Sequence[float], sizes: Sequence[int], pass_rates: Sequence[float | None]
 ) -> list[float]:
-    """Share of each domain; they sum to 1. All lists have an element a domain.
+    """Return the share of each domain; they sum to 1. All lists have one element per domain.
 
-    sizes: training items; pass_rates: recent ones, None where nothing is known yet: such a domain is not held back.
+    sizes: training items; pass_rates: recent ones, None where none is known yet: such a domain has its whole weight.
     temperature: w n^(1/T) (Aharoni et al., arXiv 1907.00091, section 5, up to its normalisation). worst: w
     exp(-p / T), as MT-GRPO's (arXiv 2602.05547) softmax over domains, computed from pass rates instead of learned.
     """
@@ -36,13 +36,13 @@ def mixing_shares(
 
 
 def nearness(pass_rate: float) -> float:
-    """1 within LEARNABLE; beyond it falls in a straight line, to 0 at a pass rate of 0 and of 1."""
+    """Return 1 within LEARNABLE; outside it falls linearly, to 0 at pass rates of 0 and 1."""
     low, high = LEARNABLE
     return min(1.0, pass_rate / low, (1 - pass_rate) / (1 - high))
 
 
 def capped(shares: Sequence[float], num: int) -> list[float]:
-    """The shares of `num` prompts, none above (num - 1) / num where that leaves room for a second domain."""
+    """Return the shares of `num` prompts, none above (num - 1) / num where there is a second domain."""
     cap = (num - 1) / num
     top = max(range(len(shares)), key=shares.__getitem__)
     if num < 2 or len(shares) < 2 or shares[top] <= cap:
@@ -54,6 +54,6 @@ def capped(shares: Sequence[float], num: int) -> list[float]:
 
 
 def _floored(factors: Sequence[float]) -> list[float]:
-    """All zero: all the same."""
+    """Return the factors, none below LEAST of the largest; where all are zero, all are equal."""
     largest = max(factors)
     return [max(factor, LEAST * largest) for factor in factors] if largest > 0 else [1.0] * len(factors)

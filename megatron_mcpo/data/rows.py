@@ -1,18 +1,18 @@
-"""Rows of JSONL, Parquet and Hugging Face data as items: one schema of ours, and verl's (data/verl.py).
+"""Turn rows of JSONL, Parquet and Hugging Face data into items: our schema; verl's is read by data/verl.py.
 
-A row of our schema has these columns; others are ignored, so are those that are null:
+A row of our schema has these columns; other columns and null values are ignored:
   question   text of the question; or instead of it
   prompt     text, or chat messages [{"role": "user", "content": "..."}, ...]: system, user and assistant, the last
              from the user
   answer     text or number. Needed by all verifiers but code, format, length, judge and function
   verifier   math, choice, exact, text, numeric, code or reasoning_gym (metadata.source_dataset then names the
              generator); left out where the domain has [[domain.verifiers]]
-  choices    texts of a multiple choice; the answer is a letter (A is the first), or else one of them. They are put
-             below a question that is text and doesn't have them
+  choices    texts of a multiple choice; the answer is a letter (A is the first), or else one of them. They are
+             appended to a question that is text and doesn't contain them
   tests      for code: [{"input": "3\n", "output": "9\n"}] (standard input and output), or
              [{"assert": "assert f(3) == 9"}]
-  function   for code: name of the function that the tests call; a method of that name of a class Solution will do
-  metadata   an object, handed to the verifier as it is
+  function   for code: name of the function that the tests call; a method of that name of a class Solution is called too
+  metadata   an object that the verifier gets unchanged
   domain     name of the domain that the row is for: one file may serve several domains
 """
 
@@ -25,29 +25,26 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from megatron_mcpo.rewards.allowlist import ALLOWED
-from megatron_mcpo.rewards.answers import check_answer
 from megatron_mcpo.rewards.code_tests import parse_tests
-from megatron_mcpo.rewards.registry import KINDS
+from megatron_mcpo.rewards.registry import ROW_VERIFIERS, VERIFIERS
 
 Reason = Literal[
     "malformed", "no question", "no answer", "bad answer", "no verifier", "bad tests", "too long", "duplicate"
 ]
-"""Why a row can't be used."""
+"""The reasons why a row can't be used."""
 
 COLUMNS = ("question", "prompt", "answer", "verifier", "choices", "tests", "function", "metadata", "domain")
 
 ROLES = ("system", "user", "assistant")
 
-NEED_NO_ANSWER = frozenset({"code", "format", "length", "judge", "function"})
-
 _LETTER_MARKS = (".", ")", ":", "]", ").", ".)", "):")
-"""What may stand between the letter of a choice and its text."""
+"""Marks that may stand between the letter of a choice and its text."""
 
 Message = dict[str, str]
 
 
 class RowError(ValueError):
-    """A row that can't be used: `reason` is counted, the text says what exactly is wrong with this one."""
+    """A row that can't be used: `reason` is counted, the text says what is wrong with this one."""
 
     def __init__(self, reason: Reason, text: str):
         self.reason: Reason = reason
@@ -56,41 +53,46 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One question. position: of its row in the source; messages: the conversation without what the domain adds."""
+    """One question.
+
+    position: that of its row in the source
+    messages: the conversation without what the domain adds
+    """
 
     position: int
     messages: tuple[Message, ...]
     entry: dict[str, Any]
-    """What the verifiers need, as JSON: question, answer (None: it has none), metadata; where the row has them
+    """What verifiers get, as JSON: question, answer (None: the row has none), metadata; where the row has them
     verifier, choices, tests, function."""
 
     @property
     def answer(self) -> str | None:
+        """The item's answer; None where it has none."""
         return self.entry["answer"]
 
     @property
     def key(self) -> bytes:
-        """The same for equal questions, whatever the spaces at the ends of their lines: 16 bytes."""
+        """A digest of 16 bytes, the same for equal questions, whatever the spaces at the ends of their lines."""
         turns = [m["content"].strip() for m in self.messages if m["role"] != "system"]
         text = "\0".join("\n".join(line.rstrip() for line in turn.splitlines()) for turn in turns)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def generated_item(position: int, item: Mapping[str, Any]) -> Item:
-    """The item that a reasoning-gym generator made."""
+    """Return the item that a reasoning-gym generator made."""
     message = {"role": "user", "content": item["question"].strip()}
     return Item(position=position, messages=(message,), entry={**item, "verifier": "reasoning_gym"})
 
 
-def parse_row(row: Mapping[str, Any], position: int, kinds: Collection[str]) -> Item:
-    """A row of our schema as an item. kinds: of the domain's verifiers; none: the row must name one.
+def parse_row(row: Mapping[str, Any], position: int, verifiers: Collection[str]) -> Item:
+    """Return a row of our schema as an item. Raises RowError.
 
-    Raises RowError.
+    verifiers: the domain's; where there are none, the row must name one.
     """
     choices = None if row.get("choices") is None else _texts(row["choices"], "choices")
     messages = _messages(row, choices or [])
     verifier = _verifier(row)
-    applied = set(kinds) or ({verifier} if verifier else set())
+    applied = set(verifiers) or ({verifier} if verifier else set())
     if not applied:
         raise RowError("no verifier", "names no verifier, and the domain has no [[domain.verifiers]]")
     entry: dict[str, Any] = {"question": messages[-1]["content"], "answer": _answer(row)}
@@ -111,7 +113,7 @@ def parse_row(row: Mapping[str, Any], position: int, kinds: Collection[str]) -> 
 def _messages(row: Mapping[str, Any], choices: Sequence[str]) -> list[Message]:
     question, prompt = row.get("question"), row.get("prompt")
     if question is not None and prompt is not None:
-        raise RowError("malformed", "has a question and a prompt; one of them must go")
+        raise RowError("malformed", "has a question and a prompt; remove one of them")
     text = prompt if question is None else question
     if text is None:
         raise RowError("no question", "has neither question nor prompt")
@@ -125,9 +127,9 @@ def _messages(row: Mapping[str, Any], choices: Sequence[str]) -> list[Message]:
 
 
 def _with_choices(question: str, choices: Sequence[str]) -> str:
-    """The question with its choices below, each behind its letter, unless it has all of them already."""
+    """Return the question followed by its choices, each after its letter, unless it contains all of them."""
     if len(choices) > len(ascii_uppercase):
-        raise RowError("malformed", f"has {len(choices)} choices, at most {len(ascii_uppercase)} have a letter")
+        raise RowError("malformed", f"has {len(choices)} choices: must be at most {len(ascii_uppercase)}, by letter")
     if list(choices) == list(ascii_uppercase[: len(choices)]):  # nothing but the letters of what the question has
         return question
     lettered = list(zip(ascii_uppercase, choices, strict=False))
@@ -176,9 +178,8 @@ def _verifier(row: Mapping[str, Any]) -> str | None:
     verifier = row.get("verifier")
     if verifier is None:
         return None
-    kinds = [name for name, kind in KINDS.items() if kind.of_rows]
-    if verifier not in kinds:
-        raise RowError("no verifier", f"verifier = {verifier!r}: a row can name one of {', '.join(kinds)}")
+    if verifier not in ROW_VERIFIERS:
+        raise RowError("no verifier", f"verifier = {verifier!r}: must be one of {', '.join(ROW_VERIFIERS)}")
     return str(verifier)
 
 
@@ -215,29 +216,30 @@ def _tests(tests: Any) -> list[dict[str, str]]:
 
 def _function(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier():
-        raise RowError("bad tests", f"function = {name!r}: is no name of a function")
+        raise RowError("bad tests", f"function = {name!r}: must be the name of a function")
     return name
 
 
 def _check_applied(entry: Mapping[str, Any], applied: set[str]) -> None:
     """Raise RowError unless the row has what these verifiers need."""
     answer = entry["answer"]
-    if answer is None and not applied <= NEED_NO_ANSWER:
-        raise RowError("no answer", f"has no answer, which verifier {min(applied - NEED_NO_ANSWER)!r} needs")
+    in_need = sorted(name for name in applied if VERIFIERS[name].needs_answer)
+    if answer is None and in_need:
+        raise RowError("no answer", f"has no answer, which verifier {in_need[0]!r} needs")
     if "code" in applied:
         _check_tests(entry)
     generator = entry["metadata"].get("source_dataset")
     if "reasoning_gym" in applied and not (isinstance(generator, str) and generator in ALLOWED):
         raise RowError(
-            "no verifier", f"metadata.source_dataset = {generator!r:.60}: names no generator with an allowed scorer"
+            "no verifier", f"metadata.source_dataset = {generator!r:.60}: must name a generator whose scorer is allowed"
         )
     if "math" in applied and "####" in answer:
         raise RowError("bad answer", "its answer is a whole solution ('####'); keep what follows, or convert the file")
-    for kind in sorted(applied):
+    for name in sorted(applied):
         try:
-            check_answer(kind, entry)
+            VERIFIERS[name].check_item(entry)
         except ValueError as error:
-            raise RowError("bad answer", f"is nothing that verifier {kind!r} can score: {error}") from None
+            raise RowError("bad answer", f"can't be scored by verifier {name!r}: {error}") from None
 
 
 def _check_tests(entry: Mapping[str, Any]) -> None:
@@ -250,11 +252,11 @@ def _check_tests(entry: Mapping[str, Any]) -> None:
 
 
 def _check_text(entry: Mapping[str, Any], messages: Sequence[Message]) -> None:
-    """Raise RowError for what a tokenizer or a worker can't take."""
+    """Raise RowError for text that a tokenizer or a worker can't take."""
     for text in [*(m["content"] for m in messages), entry["answer"] or ""]:
         if "\0" in text:
             raise RowError("malformed", "has a NUL character")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RowError("malformed", "has half a surrogate pair, which is no text") from None
+            raise RowError("malformed", "contains invalid Unicode (an unpaired surrogate)") from None

@@ -1,4 +1,4 @@
-"""The order in which prompts are trained on: a pure function of the seed, of how many were taken and what came of them.
+"""Order the training prompts: a pure function of the seed, the prompts taken so far and their pass rates.
 
 It does not depend on how the trainer is laid out: what is observed are the groups of all ranks.
 """
@@ -15,7 +15,7 @@ from megatron_mcpo.types import Prompt, RolloutGroup
 
 
 class PromptStream:
-    """Deals prompts from all domains, in the same order on every rank and in every layout.
+    """The sequence of prompts of all domains, the same on every rank and in every layout.
 
     Shares: every domain earns its share of each step as credit, and the domain with most credit gives the next prompt;
     credit is carried over, so that in the long run the shares are exact. Sources of a domain share in the same way. A
@@ -24,7 +24,7 @@ class PromptStream:
     """
 
     def __init__(self, domains: Sequence[Domain], *, weights: Sequence[float], seed: int, data: DataConfig):
-        """weights: of the domains; data: how they are mixed (data/mixing.py)"""
+        """weights: one per domain; data: how they are mixed (data/mixing.py)"""
         self._seed = seed
         self._data = data
         self._weights = list(weights)
@@ -36,7 +36,7 @@ class PromptStream:
         assert len(weights) == len(domains) and min(weights) > 0
 
     def next(self, num: int) -> list[Prompt]:
-        """The next `num` prompts; neighbours come from different domains where possible."""
+        """Return the next `num` prompts; neighbours come from different domains where possible."""
         for i, share in enumerate(capped(self.shares(), num)):
             self._credits[i] += num * share
         taken: list[int] = []
@@ -49,13 +49,13 @@ class PromptStream:
         return self.replacements(taken)
 
     def replacements(self, domains: Sequence[int]) -> list[Prompt]:
-        """The next prompt of each of these domains, whatever their shares."""
+        """Return the next prompt of each of these domains, whatever their shares."""
         return [self._domains[domain].next() for domain in domains]
 
     def observe(self, groups: Sequence[RolloutGroup]) -> None:
         """Learn the pass rates of a step's groups, in any order, the same ones on every rank.
 
-        Groups whose verifier failed say nothing.
+        Groups whose verifier failed are ignored.
         """
         known = [group for group in groups if group.error is None and group.correct]
         for domain, window in enumerate(self._recent):
@@ -66,16 +66,16 @@ class PromptStream:
             self._domains[domain].observe(source, index, decided=len(set(passed)) == 1)
 
     def shares(self) -> list[float]:
-        """Of each domain in the next step, before the rule of two domains."""
+        """Return the share of each domain in the next step, before the rule of two domains."""
         return mixing_shares(self._data, weights=self._weights, sizes=self._sizes, pass_rates=self.pass_rates())
 
     def pass_rates(self) -> list[float | None]:
-        """Of each domain over its window; None before it was observed."""
-        sums = [(sum(right for right, _ in window), sum(count for _, count in window)) for window in self._recent]
-        return [right / count if count else None for right, count in sums]
+        """Return the pass rate of each domain over its window; None before it was observed."""
+        sums = [(sum(correct for correct, _ in window), sum(count for _, count in window)) for window in self._recent]
+        return [correct / count if count else None for correct, count in sums]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `next` depends on, as JSON."""
+        """Return everything that `next` depends on, as JSON."""
         return {
             "seed": self._seed,
             "credits": list(self._credits),
@@ -84,22 +84,25 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state. Raises ValueError when seed, domains, sources or their sizes were others."""
+        """Continue from a saved state. Raises ValueError where seed, domains, sources or their sizes differ."""
         saved, own = _identity(state), _identity(self.state_dict())
         if saved != own:
             raise ValueError(
-                f"the saved order of prompts is of {saved}, this run has {own}: it can't be continued; "
+                f"the saved order of prompts is of {saved}, this run has {own}: it can't be resumed; "
                 "restore seed, domains and sources, or start a new run"
             )
         self._credits = [float(credit) for credit in state["credits"]]
         self._recent = [
-            deque(((right, count) for right, count in window), maxlen=self._data.window) for window in state["recent"]
+            deque(((correct, count) for correct, count in window), maxlen=self._data.window)
+            for window in state["recent"]
         ]
         for domain, domain_state in zip(self._domains, state["domains"], strict=True):
             domain.load_state_dict(domain_state)
 
 
 class _DomainCursor:
+    """The position in one domain."""
+
     def __init__(self, domain: Domain, *, seed: int, skips: bool):
         self._name = domain.name
         total = sum(source.weight for source in domain.sources)
@@ -131,7 +134,10 @@ class _DomainCursor:
 
 
 class _SourceCursor:
-    """skips: every second epoch, beginning with the second, passes over items that were last all right or all wrong."""
+    """The position in one source.
+
+    skips: every second epoch, beginning with the second, skips items whose last rollouts were all correct or incorrect.
+    """
 
     def __init__(self, name: str, prompts: Sequence[Prompt], *, seed: str, skips: bool):
         assert prompts
@@ -152,7 +158,7 @@ class _SourceCursor:
                 return prompt
 
     def observe(self, index: int, *, decided: bool) -> None:
-        """decided: all rollouts of the item were correct, or none"""
+        """Note an item's rollouts. decided: all of them were correct, or none"""
         if not self._skips:
             return
         if decided:
@@ -181,7 +187,7 @@ class _SourceCursor:
 
 
 def _by_item(groups: Sequence[RolloutGroup]) -> dict[tuple[int, str, int], list[bool]]:
-    """Whether each rollout of an item was correct; a step may hold an item more than once."""
+    """Return whether each rollout of an item was correct; a step may hold an item more than once."""
     found: dict[tuple[int, str, int], list[bool]] = {}
     for group in groups:
         prompt = group.prompt
@@ -190,7 +196,7 @@ def _by_item(groups: Sequence[RolloutGroup]) -> dict[tuple[int, str, int], list[
 
 
 def _richest(credits: Sequence[float], candidates: Iterable[int]) -> int:
-    """The candidate with most credit, the first of equals; rounding keeps equals equal in spite of the last bits."""
+    """Return the candidate with most credit, the first of equals; rounding hides differences in the last bits."""
     return max(candidates, key=lambda i: round(credits[i], 9))
 
 

@@ -1,4 +1,4 @@
-"""Rows as verl keeps them, rewritten in our schema (data/rows.py).
+"""Rewrite rows of verl in our schema (data/rows.py).
 
 Columns of verl: data_source, prompt (chat messages), ability, reward_model.ground_truth, extra_info. `ability` is not
 used: data sets of multiple choice call it "math" too.
@@ -13,7 +13,7 @@ from megatron_mcpo.data.rows import RowError
 COLUMNS = ("data_source", "prompt", "reward_model", "extra_info")
 
 # By the last part of data_source, in small letters, with _ for -. The code sets' ground truth are unit tests.
-VERIFIERS: dict[str, tuple[str, ...]] = {
+_DATA_SETS: dict[str, tuple[str, ...]] = {
     "math": (
         "gsm8k", "math", "math_lighteval", "math_500", "math500", "math_dapo", "math_dapo_reasoning", "dapo_math_17k",
         "numina_aops_forum", "numina_synthetic_math", "numina_amc_aime", "numina_synthetic_amc", "numina_cn_k12",
@@ -27,46 +27,47 @@ VERIFIERS: dict[str, tuple[str, ...]] = {
     "code": ("codecontests", "apps", "codeforces", "taco", "mbpp", "humaneval", "livecodebench", "kodcode"),
 }  # fmt: skip
 
-_KIND_OF = {name: kind for kind, names in VERIFIERS.items() for name in names}
+_VERIFIER_OF = {name: verifier for verifier, names in _DATA_SETS.items() for name in names}
 
 
 def is_verl(columns: Collection[str]) -> bool:
+    """Tell whether a row with these columns is verl's."""
     return "reward_model" in columns
 
 
-def from_verl(row: Mapping[str, Any], kinds: Collection[str]) -> dict[str, Any]:
-    """The row in our schema; metadata is extra_info with data_source. kinds: of the domain's verifiers.
+def from_verl(row: Mapping[str, Any], verifiers: Collection[str]) -> dict[str, Any]:
+    """Return the row in our schema; its metadata is extra_info with data_source. Raises RowError.
 
-    Raises RowError.
+    verifiers: the domain's.
     """
     model, data_source, extra = row.get("reward_model"), row.get("data_source"), row.get("extra_info")
     if not isinstance(model, Mapping):
-        raise RowError("malformed", "reward_model is no object with ground_truth")
+        raise RowError("malformed", "reward_model must be an object with ground_truth")
     if extra is not None and not isinstance(extra, Mapping):
         raise RowError("malformed", f"extra_info is of type {type(extra).__name__}, must be an object")
-    truth, kind = model.get("ground_truth"), _kind(data_source)
-    ours: dict[str, Any] = {"prompt": row.get("prompt"), "verifier": kind}
+    truth, verifier = model.get("ground_truth"), _verifier(data_source)
+    ours: dict[str, Any] = {"prompt": row.get("prompt"), "verifier": verifier}
     ours["metadata"] = {**(extra or {}), "data_source": data_source}
-    if kind == "code" or "code" in kinds:
+    if verifier == "code" or "code" in verifiers:
         return ours | _unit_tests(truth)
     return ours | {"answer": truth}
 
 
-def _kind(data_source: Any) -> str | None:
+def _verifier(data_source: Any) -> str | None:
     if not isinstance(data_source, str):
         return None
-    return _KIND_OF.get(data_source.rpartition("/")[2].lower().replace("-", "_"))
+    return _VERIFIER_OF.get(data_source.rpartition("/")[2].lower().replace("-", "_"))
 
 
 def _unit_tests(truth: Any) -> dict[str, Any]:
-    """What verl's code sets keep: {"inputs": [...], "outputs": [...]}, with fn_name where a function is called."""
+    """Return the tests of verl's code sets: {"inputs": [...], "outputs": [...]}, with fn_name for a function."""
     try:
         cases = json.loads(truth) if isinstance(truth, str) else truth
     except (ValueError, RecursionError) as error:
-        raise RowError("bad tests", f"its ground truth is no JSON of unit tests: {error}") from None
+        raise RowError("bad tests", f"its ground truth must be unit tests as JSON: {error}") from None
     inputs, outputs = (cases.get("inputs"), cases.get("outputs")) if isinstance(cases, Mapping) else (None, None)
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs) or not inputs:
-        raise RowError("bad tests", "its ground truth has no inputs and outputs, as many of one as of the other")
+        raise RowError("bad tests", "its ground truth must have inputs and outputs, as many of each")
     function = cases.get("fn_name")
     if function is None:
         pairs = zip(inputs, outputs, strict=True)
@@ -80,14 +81,17 @@ def _lines(value: Any) -> Any:
 
 
 def _call(function: str, arguments: Any, wanted: Any) -> str:
-    """A call as APPS keeps it: a list of arguments, or a line of JSON for each; a result may lie in a list of one."""
+    """Return an assert for a call as APPS has it: a list of arguments, or one line of JSON each.
+
+    A result may be in a list of one.
+    """
     try:
         values = [json.loads(line) for line in arguments.splitlines()] if isinstance(arguments, str) else arguments
         result = json.loads(wanted) if isinstance(wanted, str) and isinstance(arguments, str) else wanted
     except (ValueError, RecursionError) as error:
-        raise RowError("bad tests", f"the arguments of {function} are no JSON: {error}") from None
+        raise RowError("bad tests", f"the arguments of {function} must be JSON: {error}") from None
     if not isinstance(values, list):
-        raise RowError("bad tests", f"the arguments of {function} are no list")
+        raise RowError("bad tests", f"the arguments of {function} must be a list")
     call = f"{function}({', '.join(map(repr, values))})"
     if isinstance(result, list) and len(result) == 1:
         return f"assert {call} in ({result!r}, {result[0]!r})"

@@ -1,4 +1,4 @@
-"""Which reasoning-gym generators may be trained on: pure data, so that a configuration is judged in milliseconds.
+"""List the reasoning-gym generators that may be trained on: data alone, so that a check takes milliseconds.
 
 A generator is allowed when its scorer (`score_answer`, over the whole class hierarchy)
   - never hands the model's text to `eval`, `exec` or sympy's parser, which is `eval` with builtins;
@@ -33,11 +33,11 @@ spiral_matrix string_insertion
 ALLOWED = frozenset(_ALLOWED.split())
 
 EVALUATES_ANSWERS = frozenset(_EVALUATES_ANSWERS.split())
-"""Refused with a reason of their own: these scorers execute the model's text."""
+"""Generators that are refused with a special reason: their scorers execute the model's text."""
 
 
 def problems(config: Config) -> list[str]:
-    """One line (key, value, rule, fix) for every source whose generator is not allowed."""
+    """Return one line (key, value, rule, fix) for every source whose generator is not allowed."""
     found = []
     for domain in config.domain:
         for index, source in enumerate(domain.sources):

@@ -1,4 +1,4 @@
-r"""Where a response states its answer: its last complete \boxed{...}, or what follows its last ####."""
+r"""Find where a response states its answer: its last complete \boxed{...}, or what follows its last ####."""
 
 import re
 
@@ -6,7 +6,7 @@ _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> tuple[int, str] | None:
-    r"""Position and content of the last \boxed{...} whose braces close; escaped braces don't count."""
+    r"""Return position and content of the last \boxed{...} whose braces close; escaped braces don't count."""
     opened: list[tuple[int, int]] = []
     last: tuple[int, int, int] | None = None
     for match in _BRACES.finditer(text):
@@ -21,17 +21,18 @@ def last_boxed(text: str) -> tuple[int, str] | None:
 
 
 def after_hashes(text: str) -> str:
-    """What follows the last ####, as in GSM8K's answers; all of it where there is none."""
+    """Return what follows the last ####, as in GSM8K's answers; the whole text where there is none."""
     return text.rpartition("####")[2].strip()
 
 
 def where_stated(text: str) -> str:
+    """Return the content of the last box, else what follows the last ####, else the whole text."""
     boxed = last_boxed(text)
     return boxed[1] if boxed else after_hashes(text)
 
 
 def braces_close(text: str) -> bool:
-    """Whether every brace has its other one; escaped ones don't count."""
+    """Tell whether braces are balanced; escaped ones don't count."""
     depth = 0
     for match in _BRACES.finditer(text):
         depth += match[0].endswith("{") and match[0] != "\\{"

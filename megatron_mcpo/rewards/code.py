@@ -1,4 +1,4 @@
-"""Programs against unit tests: 1 for a program that passes all of its item's tests, else 0; no marks for a share.
+"""Score programs by unit tests: 1 for a program that passes all tests of its item, else 0; no partial credit.
 
 The verdict can't be forged from inside: what is expected never enters the process in which the model's code runs
 (code_tests.py), which can only hand out text or values; they are compared in this process or in another sandboxed
@@ -23,20 +23,27 @@ _PYTHON = re.compile(r"py(thon)?[0-9.]*", re.IGNORECASE)
 MAX_CODE_BYTES = 2**18
 
 
-def score(entry: dict[str, Any], answer: str, *, level: Level, seconds: float = 8.0) -> float:
-    """1.0 if the program in `answer` passes every test of `entry["tests"]`, else 0.0.
+def score(entry: dict[str, Any], response: str, *, level: Level, seconds: float = 8.0) -> float:
+    """Return 1.0 if the program in `response` passes every test of `entry["tests"]`, else 0.0.
 
-    `extract_code` says which part of the answer is the program. A test is
+    `extract_code` says which part of the response is the program. A test is
     {"input": text, "output": text}, judged by the lines of standard output without outer blanks and an exit code of 0,
     or {"assert": statements} (code_tests.py says what it may hold).
-    seconds: for all the tests together; a program that takes longer is wrong. It must be shorter than the deadline of
-    the worker process that this runs in.
-    level: as available_level found it; the trainer's process asks, once, so that no probe takes an answer's time
-    Raises ValueError for an item whose tests can't be used, SandboxError when the sandbox fails, and, at the level
-    interpreter, Unsupported for a program that CPython might run: none of these says that the answer is wrong.
+    Args:
+        entry: the item
+        response: the model's text
+        level: as available_level found it; the trainer's process asks, once, so that no probe takes a response's time
+        seconds: for all the tests together; a program that takes longer is incorrect. They must be fewer than the
+            deadline of the worker process that this runs in.
+
+    Raises:
+        ValueError: the item's tests can't be used
+        SandboxError: the sandbox failed
+        Unsupported: at the level interpreter, CPython might run the program
+        None of these says that the response is incorrect.
     """
     inputs, asserts = parse_tests(entry)
-    code = extract_code(answer)
+    code = extract_code(response)
     if len(code.encode(errors="replace")) > MAX_CODE_BYTES or "\0" in code:
         return 0.0
     code = code.encode(errors="replace").decode()
@@ -51,17 +58,19 @@ def score(entry: dict[str, Any], answer: str, *, level: Level, seconds: float = 
     )
 
 
-def extract_code(answer: str) -> str:
-    """The last fenced block that is labelled as Python, else the last without a label, else the last; where there is
-    no whole block, all of the text."""
-    blocks = list(_blocks(answer))
+def extract_code(response: str) -> str:
+    """Return the last fenced block that is labelled as Python, else the last without a label, else the last.
+
+    Where there is no complete block, return the whole text.
+    """
+    blocks = list(_blocks(response))
     python = [code for label, code in blocks if _PYTHON.fullmatch(label)]
     bare = [code for label, code in blocks if not label]
-    return (python or bare or [code for _, code in blocks] or [answer])[-1]
+    return (python or bare or [code for _, code in blocks] or [response])[-1]
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Label and content of every fenced block. A fence with a label begins one even in a block that was never ended."""
+    """Yield label and content of every fenced block; a labelled fence begins one even in a block that never ended."""
     label: str | None = None
     lines: list[str] = []
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
@@ -80,7 +89,7 @@ def _left(deadline: float) -> float:
 
 
 def _prints(code: str, test: InputTest, level: process.ProcessLevel, deadline: float) -> bool:
-    """Whether the program turns the test's input into its output."""
+    """Tell whether the program turns the test's input into its output."""
     if _left(deadline) <= 0:
         return False
     outcome = process.run(
@@ -94,7 +103,7 @@ def _prints(code: str, test: InputTest, level: process.ProcessLevel, deadline: f
 
 
 def _asserts_hold(code: str, tests: AssertTests, level: process.ProcessLevel, deadline: float) -> bool:
-    """Whether the values that one process hands out satisfy the checks that another makes."""
+    """Tell whether the values that one process hands out satisfy the checks that another makes."""
     if _left(deadline) <= 0:
         return False
     job: dict[str, Any] = {"mode": "values", "code": code, "steps": tests.steps}

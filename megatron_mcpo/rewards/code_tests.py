@@ -1,4 +1,4 @@
-"""An item's unit tests, divided so that the expected values never enter the process in which the model's code runs.
+"""Divide an item's unit tests so that expected values never enter the process in which the model's code runs.
 
 `assert f(2) == [4]` becomes the expression `f(2)`, which the program's process evaluates and hands out as data, and
 the check `value_0 == [4]`, which another process makes. Pure syntax: nothing is executed here.
@@ -82,8 +82,11 @@ class InputTest:
 
 @dataclass
 class AssertTests:
-    """All asserts of an item. steps: ["do", statements] and ["value", expression] for the program's process, in order;
-    setup, modules, checks: import statements, modules and expressions over value_0, value_1 ... for the judge."""
+    """The asserts of an item.
+
+    steps: ["do", statements] and ["value", expression] for the program's process, in order
+    setup, modules, checks: import statements, modules and expressions over value_0, value_1 ... for the judge
+    """
 
     steps: list[list[str]] = field(default_factory=list)
     setup: str = ""
@@ -95,7 +98,7 @@ class AssertTests:
 
 
 def same_lines(output: str, expected: str) -> bool:
-    """Whether two outputs have the same lines, but for blanks around a line and around the whole."""
+    """Tell whether two outputs have the same lines, apart from blanks around a line and around the whole."""
     return _lines(output) == _lines(expected)
 
 
@@ -104,16 +107,18 @@ def _lines(text: str) -> list[str]:
 
 
 def parse_tests(entry: Mapping[str, Any]) -> tuple[list[InputTest], AssertTests]:
-    """The tests of an item, `entry["tests"]`; entry["function"], where it has one: name of a function that they call,
-    which may be a method of the program's class Solution. Raises ValueError for a test that can't be used, with the
-    reason."""
+    """Return the tests of an item, `entry["tests"]`. Raises ValueError for a test that can't be used, with the reason.
+
+    entry["function"], where there is one, names a function that they call; it may be a method of the program's class
+    Solution.
+    """
     tests, function = entry.get("tests"), entry.get("function")
     if not isinstance(tests, list) or not tests:
         raise ValueError("tests: must be a list with at least one test")
     inputs, asserts = [], AssertTests()
     if function is not None:
         if not isinstance(function, str) or not function.isidentifier() or keyword.iskeyword(function):
-            raise ValueError(f"function = {function!r}: is no name of a function")
+            raise ValueError(f"function = {function!r}: must be the name of a function")
         method = _METHOD_OR_BUILTIN if hasattr(builtins, function) else _OR_METHOD
         asserts.steps.append(["do", method.format(name=function)])
         asserts.defined.add(function)
@@ -140,7 +145,7 @@ def _divide(source: str, into: AssertTests) -> None:
         warnings.simplefilter("ignore")  # of doubtful escapes in a data set's tests nobody needs a line each
         statements = ast.parse(source).body
     if ":=" in source and any(isinstance(node, ast.NamedExpr) for tree in statements for node in ast.walk(tree)):
-        raise ValueError(f"no := in a test: {source[:60]!r}")
+        raise ValueError(f"must not have := in a test: {source[:60]!r}")
     for statement in statements:
         if isinstance(statement, ast.Assert):
             _divide_assert(statement, into, imported=imported, assigned=assigned)
@@ -159,14 +164,14 @@ def _divide(source: str, into: AssertTests) -> None:
         else:
             raise ValueError(f"only import, assignments, calls and assert at the top level, not {text[:60]!r}")
     if len(into.checks) == checks:
-        raise ValueError(f"no assert in {source[:60]!r}")
+        raise ValueError(f"must have an assert: {source[:60]!r}")
 
 
 def _divide_assert(statement: ast.Assert, into: AssertTests, *, imported: set[str], assigned: set[str]) -> None:
     divider = _Divider(imported, assigned, into.defined, first=into.num_values)
     check = divider.visit(divider.as_truth(statement.test))
     if not divider.values:
-        raise ValueError(f"nothing that the program defines is called in {ast.unparse(check)[:100]!r}")
+        raise ValueError(f"must call what the program defines: {ast.unparse(check)[:100]!r}")
     if len(divider.atoms) > 1 and (names := assigned & divider.atoms):
         raise ValueError(
             f"{min(names)!r}, which the test sets, is compared with a value of the program, which could read it there: "
@@ -179,7 +184,7 @@ def _divide_assert(statement: ast.Assert, into: AssertTests, *, imported: set[st
 
 
 class _Divider(ast.NodeTransformer):
-    """Replaces what the program alone makes by value_0, value_1 ..., the largest expressions that are only its own."""
+    """The replacement of what the program alone makes, the largest such expressions, by value_0, value_1 ..."""
 
     def __init__(self, imported: set[str], assigned: set[str], defined: set[str], *, first: int):
         self.values: list[str] = []
@@ -194,7 +199,7 @@ class _Divider(ast.NodeTransformer):
         self._bound: set[str] = set()
 
     def as_truth(self, node: ast.expr) -> ast.expr:
-        """A condition that asks the program's process whether its own values are true: the judge can't ask objects."""
+        """Return a condition that the program's process decides for its own values: the judge can't ask objects."""
         if isinstance(node, ast.BoolOp):
             return ast.BoolOp(node.op, [self.as_truth(value) for value in node.values])
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -249,14 +254,14 @@ class _Divider(ast.NodeTransformer):
             self._bound = outer
 
     def _is_of_module(self, node: ast.AST) -> bool:
-        """Whether it is `math.pi`: an attribute of a module, which the judge then imports."""
+        """Tell whether it is `math.pi`: an attribute of a module, which the judge then imports."""
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in self._modules:
             self.modules.add(node.value.id)
             return True
         return False
 
     def _is_of_program(self, node: ast.expr, loop: frozenset[str] = frozenset()) -> bool:
-        """Whether the program alone makes it. loop: variables of a comprehension over a value of the program's."""
+        """Tell whether the program alone makes it. loop: variables of a comprehension over a value of the program's."""
         if isinstance(node, ast.Name):
             return node.id in loop or node.id not in self._own | self._bound
         if isinstance(node, ast.Attribute | ast.Subscript):
@@ -285,7 +290,7 @@ class _Divider(ast.NodeTransformer):
         return self._is_call_of(node, self._pure & _PLAIN)
 
     def _may_be_object(self, node: ast.AST) -> bool:
-        """Whether an object of the program's may be in what the judge compares here."""
+        """Tell whether an object of the program's may be in what the judge compares here."""
         if isinstance(node, _LEAVES) or self._is_plain(node) or self._is_of_module(node):
             return False
         if isinstance(node, ast.expr) and self._is_of_program(node):
@@ -316,7 +321,7 @@ class _Divider(ast.NodeTransformer):
 
 
 class _Qualified(ast.NodeTransformer):
-    """Puts the module in front of a library's classes."""
+    """The insertion of the module in front of a library's classes."""
 
     def __init__(self, names: set[str]):
         self._names = names
@@ -328,7 +333,7 @@ class _Qualified(ast.NodeTransformer):
 
 
 def _operands(node: ast.expr) -> list[ast.expr]:
-    """Of operators, displays and calls with positional arguments alone; for all else none."""
+    """Return the operand nodes of operators, displays and positional calls; an empty list for other expressions."""
     if isinstance(node, ast.BinOp):
         return [node.left, node.right]
     if isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.Not):
@@ -339,7 +344,7 @@ def _operands(node: ast.expr) -> list[ast.expr]:
 
 
 def _root(node: ast.expr) -> str | None:
-    """The name at the start of a chain of calls, attributes and items."""
+    """Return the name at the start of a chain of calls, attributes and items; None where it is not a name."""
     while isinstance(node, ast.Call | ast.Attribute | ast.Subscript):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else None

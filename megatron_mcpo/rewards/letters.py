@@ -1,4 +1,4 @@
-r"""Which option of a multiple choice a text states. Standard library only; no text takes more than linear time."""
+r"""Find which option of a multiple choice a text states. Standard library only; no text takes more than linear time."""
 
 import re
 
@@ -7,7 +7,7 @@ from megatron_mcpo.rewards.boxes import last_boxed
 _SPACE_AND_WORD = (
     r"(?:\s++(?:think|believe|say|mean|claim|sure|clear|certain|true|case|that|the|correct|right|final|my))"
 )
-# A statement: "the answer is (B)", "Answer: B", "final **answer**: B". It is none where it is denied or an assumption:
+# A statement: "the answer is (B)", "Answer: B", "final **answer**: B". It does not count where it is denied or assumed:
 # "I don't think that the answer is B", "if the answer is B", "a wrong answer is B".
 _STATEMENT = re.compile(
     rf"(?P<denied>(?:n['’]t|\bnot|\bnever|\bdoubt|\bif|\bwhether){_SPACE_AND_WORD}{{0,5}}+\s++|\b(?:wrong|incorrect)\s++)?"
@@ -17,11 +17,11 @@ _STATEMENT = re.compile(
 _UNWRAP = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\s*\{"
 # Possessive: two in a row would try every way to share the text out.
 _MARKUP = rf"(?:[\s*_$\"'`\[]|{_UNWRAP}|\\[(\[])*+"
-# Words that go on after an option, and never after the article A or the pronoun I: "the answer is A because ..."
-_GOES_ON = (
+# Words that follow an option, and never the article A or the pronoun I: "the answer is A because ..."
+_CONTINUES = (
     r"(?:as|because|but|by|due|for|from|given|if|in|is|not|on|or|and|since|so|than|that|to|when|where|which|with|I)"
 )
-_A_WORD = re.compile(rf"[ \t]+(?!{_GOES_ON}(?![\w-]))\w")
+_A_WORD = re.compile(rf"[ \t]+(?!{_CONTINUES}(?![\w-]))\w")
 _LABEL = re.compile(
     rf"{_MARKUP}(?:(?i:option|choice)\b{_MARKUP})?"
     rf"(?:\(\s*(?P<bracketed>[A-Za-z])\s*\)|(?P<bare>[A-Z])(?![\w'’])"
@@ -37,13 +37,13 @@ _OTHER_LABEL = re.compile(r"(?<![\w])\(?[A-Z][).:](?!\w)")
 
 
 def stated_letter(text: str) -> str | None:
-    r"""The letter, A to Z, that a text states; None where it states none or several.
+    r"""Return the letter, A to Z, that a text states; None where it states none or several.
 
-    That is the last of: the last \boxed{...}, and what follows "answer is" or "answer:" wherever a letter does and the
-    statement is not denied. Without any, the whole text must be a letter or an option.
+    The letter is the last of: the last \boxed{...}, and what follows "answer is" or "answer:" wherever a letter does
+    and the statement is not denied. Without any, the whole text must be a letter or an option.
     A bare A or I is a word of the language where it is followed, in its line, by another word, unless that word can
-    only go on after an option (because, since, is, ...): "A because" is option A, "A bank" is none. A small letter
-    needs a bracket or a mark of punctuation. So the a of "B, a bank" is no second option.
+    only follow an option (because, since, is, ...): "A because" is option A, "A bank" is not. A small letter needs a
+    bracket or a mark of punctuation. So the a of "B, a bank" is no second option.
     """
     boxed = last_boxed(text)
     for statement in reversed(list(_STATEMENT.finditer(text))):
@@ -56,7 +56,7 @@ def stated_letter(text: str) -> str | None:
 
 
 def _letter_alone(value: str) -> str | None:
-    """The letter of a text that is one, or an option with its letter in front."""
+    """Return the letter of a text that is one letter, or an option with its letter in front."""
     while wrapped := _WRAPPED.fullmatch(value):
         value = wrapped[1]
     label = _LABEL.match(value)
@@ -71,7 +71,7 @@ def _letter_alone(value: str) -> str | None:
 
 
 def _letters_at(value: str, start: int) -> set[str]:
-    """The options that a text offers at `start`: none, one, or as in "B or C" several."""
+    """Return the options that a text offers at `start`: none, one, or as in "B or C" several."""
     label = _LABEL.match(value, start)
     if label is None:
         return set()

@@ -1,13 +1,13 @@
-r"""The number that a text ends in, where it stands for itself. Standard library only; linear time.
+r"""Read the number that a text ends in, where it stands for itself. Standard library only; linear time.
 
 A number may have a sign (also the Unicode minus), a currency sign, separators between groups of three digits (a comma,
 and LaTeX's {,} \! ,\! and \,), a decimal point, an exponent, a percent sign; it may be a fraction, mixed number (1 3/4)
 or \frac{3}{4}. Behind it there may be a unit: letters, \text{...} or degrees, with a power: cm^2, m/s^2. Only x, y and
 z, and n directly behind it, are variables.
 
-A number that is part of an expression is none: 10^5, \sqrt{2}, 3\pi, 10-5, 2x, x+3. Nor is one that can't be read:
-3,14, 1/2/2024, 3:45, 1 234. Its tail must not be taken for it. A dash between blanks is one of punctuation behind a
-word, and of a list at the start of a line.
+A number that is part of an expression does not count: 10^5, \sqrt{2}, 3\pi, 10-5, 2x, x+3. Nor does one that can't be
+read: 3,14, 1/2/2024, 3:45, 1 234. Its tail must not be taken for it. A dash between blanks is punctuation after a word,
+and a list's at the start of a line.
 """
 
 import math
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """percent: a percent sign follows, so that 50% may be meant as 50 and as 0.5."""
+    """A number of a text. percent: a percent sign follows, so that 50% may be meant as 50 and as 0.5."""
 
     value: float
     percent: bool
@@ -59,9 +59,9 @@ _Token = re.Match[str]
 
 
 def last_number(text: str) -> Number | None:
-    """The last number of a text; None where what comes last is none, is part of an expression, or is not finite."""
+    """Return the last number of a text; None where it has none, or the last is part of an expression or not finite."""
     lines = _SEPARATOR.sub(",", text).split("\n")
-    for row in range(len(lines) - 1, -1, -1):  # no number and no expression goes on in another line
+    for row in range(len(lines) - 1, -1, -1):  # neither numbers nor expressions span lines
         if not _DIGIT.search(lines[row]):
             continue
         tokens = list(_TOKEN.finditer("\n" + lines[row] if row else lines[row]))
@@ -72,7 +72,7 @@ def last_number(text: str) -> Number | None:
 
 
 def _number_at(tokens: Sequence[_Token], place: int) -> Number | None:
-    if _goes_on(tokens, place) or _is_factorial(tokens):
+    if _is_continued(tokens, place) or _is_factorial(tokens):
         return None
     is_mixed = _is_mixed(tokens, place)
     size, sign = _size_of(tokens[place]), _sign(tokens, place - 2 * is_mixed)
@@ -84,15 +84,15 @@ def _number_at(tokens: Sequence[_Token], place: int) -> Number | None:
 
 
 def _kind(tokens: Sequence[_Token], place: int) -> str:
-    """Of a token, as the group's name; at both ends of the text it is "end"."""
+    """Return the group's name of a token; "end" beyond both ends of the text."""
     if not 0 <= place < len(tokens):
         return "end"
     token = tokens[place]
     return "number" if token["number"] else token.lastgroup or "other"
 
 
-def _goes_on(tokens: Sequence[_Token], place: int) -> bool:
-    """Whether an expression goes on behind the number."""
+def _is_continued(tokens: Sequence[_Token], place: int) -> bool:
+    """Tell whether an expression continues after the number."""
     after = place + 1
     kind = _kind(tokens, after)
     if kind == "word":  # directly behind it, and no unit: 2n, 0x1F, 5², 1½
@@ -116,13 +116,13 @@ def _is_variable(tokens: Sequence[_Token], place: int) -> bool:
 
 
 def _is_factorial(tokens: Sequence[_Token]) -> bool:
-    """A number and exclamation marks are the whole text: in "It is 5!" the mark ends a sentence."""
+    """Tell whether number and exclamation marks are the whole text: in "It is 5!" the mark ends a sentence."""
     others = {token[0] for token in tokens if token.lastgroup not in ("blank", "wrap", "open", "close")}
     return len(others) == 2 and "!" in others
 
 
 def _sign(tokens: Sequence[_Token], place: int) -> int:
-    """1 or -1; 0 where the number is an operand of what stands in front of it."""
+    """Return 1 or -1; 0 where the number is an operand of what stands in front of it."""
     before, blank = _outside(tokens, place)
     kind = _kind(tokens, before)
     if before == _BOUND or kind == "operator":
@@ -148,7 +148,7 @@ _BOUND = -2
 
 
 def _outside(tokens: Sequence[_Token], place: int) -> tuple[int, bool]:
-    """Place of what stands in front of a number and of all brackets and marks that open with it; is it apart?"""
+    """Return the place of what precedes a number and its opening brackets and marks, and whether a blank follows it."""
     before, blank = place - 1, False
     while (kind := _kind(tokens, before)) in ("blank", "wrap", "open", "mark"):
         in_front = _kind(tokens, before - 1)
@@ -162,7 +162,7 @@ def _outside(tokens: Sequence[_Token], place: int) -> tuple[int, bool]:
 
 
 def _is_markup(tokens: Sequence[_Token], place: int, *, blank: bool) -> bool:
-    """Whether a star or underscore makes bold face or a list, and is no operator. blank: behind it."""
+    """Tell whether a star or underscore makes bold face or a list rather than a product. blank: one follows it."""
     in_front = _kind(tokens, place - 1)
     if in_front == "blank":
         operand = _kind(tokens, place - 2) in ("number", "close")
@@ -173,7 +173,7 @@ def _is_markup(tokens: Sequence[_Token], place: int, *, blank: bool) -> bool:
 
 
 def _signed(tokens: Sequence[_Token], place: int, *, blank: bool) -> int:
-    """As _sign, of a number with a plus or minus in front. blank: between the two."""
+    """Return what `_sign` does for a number with a plus or minus in front. blank: one lies between the two."""
     mark = tokens[place][0]
     apart = _kind(tokens, place - 1) == "blank"
     left = place - 1 - apart
@@ -192,12 +192,12 @@ def _signed(tokens: Sequence[_Token], place: int, *, blank: bool) -> int:
 
 
 def _are_groups(left: _Token, right: _Token) -> bool:
-    """Whether two numbers side by side may be one with a blank between its thousands."""
+    """Tell whether two numbers side by side may be one with a blank between its thousands."""
     return bool(re.fullmatch("[0-9]{1,3}", left[0]) and re.fullmatch(r"[0-9]{3}\b.*", right[0], re.DOTALL))
 
 
 def _is_mixed(tokens: Sequence[_Token], place: int) -> bool:
-    """Whether a fraction with a slash has a whole number in front of it: 1 3/4."""
+    """Tell whether a fraction with a slash has a whole number in front of it: 1 3/4."""
     if place < 2 or _kind(tokens, place - 1) != "blank" or "/" not in (tokens[place]["digits"] or ""):
         return False
     return re.fullmatch("[0-9]{1,300}", tokens[place - 2][0]) is not None

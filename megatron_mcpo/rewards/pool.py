@@ -1,4 +1,4 @@
-"""Worker processes that can be killed: the parent's half of worker.py.
+"""Run verifiers in worker processes that can be killed: the trainer's side of worker.py.
 
 Plain subprocesses, not multiprocessing: its children import the trainer's main module again, torch and all.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from megatron_mcpo.rewards.verifier_queue import Verdict, VerifierQueue
 
 STARTUP_SECONDS = 300.0
-"""How long a worker may take to import a verifier, on a crowded machine."""
+"""A worker may take so long to import a verifier on a crowded machine."""
 
 
 class VerificationError(RuntimeError):
@@ -38,18 +38,18 @@ class VerifierUnavailable(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One answer for one verifier.
+    """One response for one verifier.
 
     item: tasks of an item that has failed are not tried
-    lane: tasks of a lane share a verifier; see turns.py
-    function: "module:name", called in a worker as name(entry, answer, **options)
+    lane: tasks of a lane share a verifier; see verifier_queue.py
+    function: "module:name", called in a worker as name(entry, response, **options)
     """
 
     item: Hashable
     lane: Hashable
     function: str
     entry: dict[str, Any]
-    answer: str
+    response: str
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,7 +69,7 @@ class _Worker:
                 pass_fds=[far_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_worker_environment(),
-                start_new_session=True,  # so that what the verifier forks can be killed with it
+                start_new_session=True,  # so that processes that the verifier forks are killed with it
             )
         for function in functions:
             self._request(function)
@@ -89,14 +89,17 @@ class _Worker:
             self._importing.popleft()
 
     def ask(self, task: Task, *, timeout: float) -> float:
-        """The score of one answer. Raises VerificationError; TimeoutError or ConnectionError: the worker is lost."""
+        """Return the score of one response.
+
+        Raises VerificationError; TimeoutError or ConnectionError where the worker is lost.
+        """
         deadline = time.monotonic() + timeout
         self._send(
             {
                 "function": task.function,
                 "options": task.options,
                 "entry": task.entry,
-                "answer": task.answer,
+                "response": task.response,
                 "deadline": timeout,
             },
             timeout,
@@ -107,7 +110,7 @@ class _Worker:
         return reply["score"]
 
     def kill(self) -> int:
-        """End the process, with everything that it started; returns its exit code (negative: the signal)."""
+        """End the process and everything that it started; return its exit code (negative: the signal)."""
         exit_code = self._process.poll()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -118,7 +121,7 @@ class _Worker:
     def _request(self, function: str) -> None:
         self._requested.add(function)
         self._importing.append(function)
-        with contextlib.suppress(ConnectionError):  # of a worker that has died: seen when its reply is waited for
+        with contextlib.suppress(ConnectionError):  # a worker that has died is noticed when its reply is awaited
             self._send({"import": function}, STARTUP_SECONDS)
 
     def _send(self, message: dict[str, Any], timeout: float) -> None:
@@ -137,7 +140,7 @@ class _Worker:
 
 
 def _worker_environment() -> dict[str, str]:
-    """The parent's, with its import path, and one thread: a thread per core would not fit the address space."""
+    """Return the trainer's environment, with its import path and one thread: more would not fit the address space."""
     one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     return {**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -166,17 +169,20 @@ class WorkerPool:
         self._workers[0].wait_ready()
 
     def run(self, tasks: Sequence[Task], *, max_error_rate: float) -> list[Verdict]:
-        """A verdict for every task, in order; see turns.py for what is not tried. Raises VerifierUnavailable."""
-        turns = VerifierQueue(
+        """Return a verdict for every task, in order; verifier_queue.py says which are not tried.
+
+        Raises VerifierUnavailable.
+        """
+        queue = VerifierQueue(
             [task.lane for task in tasks],
             [task.item for task in tasks],
             num_workers=len(self._workers),
             max_error_rate=max_error_rate,
         )
-        serving = [self._threads.submit(self._serve, slot, tasks, turns) for slot in range(len(self._workers))]
+        serving = [self._threads.submit(self._serve, slot, tasks, queue) for slot in range(len(self._workers))]
         for future in serving:
             future.result()
-        return turns.verdicts()
+        return queue.verdicts()
 
     def close(self) -> None:
         """Kill the workers; calls under way fail."""
@@ -186,12 +192,12 @@ class WorkerPool:
                 worker.kill()
         self._threads.shutdown(cancel_futures=True)
 
-    def _serve(self, slot: int, tasks: Sequence[Task], turns: VerifierQueue) -> None:
+    def _serve(self, slot: int, tasks: Sequence[Task], queue: VerifierQueue) -> None:
         try:
-            while (number := turns.take()) is not None:
-                turns.settle(number, self._verify(slot, tasks[number]))
+            while (number := queue.take()) is not None:
+                queue.settle(number, self._verify(slot, tasks[number]))
         except BaseException:
-            turns.stop()
+            queue.stop()
             raise
 
     def _verify(self, slot: int, task: Task) -> Verdict:
@@ -208,7 +214,7 @@ class WorkerPool:
             return Verdict(error=f"worker died (exit code {self._replace(slot)})")
 
     def _replace(self, slot: int) -> int:
-        """Exit code of the worker that was lost."""
+        """Kill a lost worker, start another, and return the exit code of the first."""
         with self._lock:
             exit_code = self._workers[slot].kill()
             if not self._closed:

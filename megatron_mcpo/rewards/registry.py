@@ -1,9 +1,16 @@
-"""The table of verifiers: what a worker calls for each kind, with which options. Imports no torch and no verifier."""
+"""The table of verifiers: for each kind what a worker calls, which keys it takes, and what it needs of an item.
 
+To add a verifier: write its function, add a row to VERIFIERS, add its name and keys to `VerifierKind` and
+`VerifierConfig` (config/domain_schema.py). Imports no torch, and of the verifiers only the standard library's.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_mcpo.config.domain_schema import RewardsConfig, VerifierConfig
+from megatron_mcpo.rewards import answers, voting
+from megatron_mcpo.rewards.answers import Entry
 from megatron_mcpo.rewards.sandbox.levels import available_level
 
 FULL_MARKS = 0.99
@@ -11,20 +18,29 @@ FULL_MARKS = 0.99
 contain the answer. Either would teach rambling: less than this is 0, anything else 1."""
 
 OWN_SHARE = 0.9
-"""Of rewards.timeout: what a verifier may take that ends in time by itself, so that its worker need not be killed."""
+"""Share of rewards.timeout that a verifier which ends by itself may take, so that its worker need not be killed."""
 
 _HERE = "megatron_mcpo.rewards"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What a kind of VerifierConfig means.
+def _accept(entry: Entry) -> None:
+    """Accept every item."""
 
-    function: "module:name" that a worker calls as name(entry, answer, **options); None: needs no worker (length), or
-        the configuration names it (function)
-    keys: of VerifierConfig that belong to this kind alone; `required` ones have no default that could be meant
-    judges: says whether the answer is right, not merely how it is written
-    of_rows: a row may name it, because it needs no key that a row does not have
+
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """What one `kind` of [[domain.verifiers]] means.
+
+    function: "module:name" that a worker calls as name(entry, response, **options); None: the kind needs no worker
+        (length), or the configuration names the function (function)
+    keys: keys of VerifierConfig that belong to this kind alone; the `required` ones have no usable default
+    judges: says whether the response is correct, not merely how it is written
+    of_rows: a row may name the kind, because it needs no key that a row does not have
+    needs_answer: an item without an answer cannot be scored
+    check_item: raises ValueError for an item that this kind cannot score, as far as that is cheap to know
+    stated: returns the answer that a response states, for a majority vote; None: this kind extracts none
+    ends_itself: takes the option `seconds` and raises TimeoutError when they are over
+    full_marks: a score below FULL_MARKS counts as 0
     """
 
     function: str | None
@@ -32,30 +48,70 @@ class Kind:
     required: tuple[str, ...] = ()
     judges: bool = True
     of_rows: bool = False
+    needs_answer: bool = False
+    check_item: Callable[[Entry], object] = _accept
+    stated: Callable[[str], str] | None = None
+    ends_itself: bool = False
+    full_marks: bool = False
 
 
-KINDS: dict[str, Kind] = {
-    "reasoning_gym": Kind(function=f"{_HERE}.reasoning_gym:score", of_rows=True),
-    "math": Kind(function=f"{_HERE}.math_answer:score", of_rows=True),
-    "choice": Kind(function=f"{_HERE}.answers:choice", of_rows=True),
-    "exact": Kind(function=f"{_HERE}.answers:exact", of_rows=True),
-    "text": Kind(function=f"{_HERE}.answers:text", of_rows=True),
-    "numeric": Kind(function=f"{_HERE}.answers:numeric", keys=("tolerance",), of_rows=True),
-    "code": Kind(function=f"{_HERE}.code:score", of_rows=True),
-    "format": Kind(function=f"{_HERE}.answers:response_format", keys=("pattern",), required=("pattern",), judges=False),
-    "length": Kind(function=None, keys=("buffer_tokens",), required=("buffer_tokens",), judges=False),
-    "judge": Kind(
+VERIFIERS: dict[str, Verifier] = {
+    "reasoning_gym": Verifier(
+        function=f"{_HERE}.reasoning_gym:score", of_rows=True, needs_answer=True, full_marks=True
+    ),
+    "math": Verifier(
+        function=f"{_HERE}.math_answer:score",
+        of_rows=True,
+        needs_answer=True,
+        check_item=answers.check_expression,
+        stated=voting.stated_expression,
+    ),
+    "choice": Verifier(
+        function=f"{_HERE}.answers:choice",
+        of_rows=True,
+        needs_answer=True,
+        check_item=answers.correct_letter,
+        stated=voting.stated_choice,
+    ),
+    "exact": Verifier(
+        function=f"{_HERE}.answers:exact", of_rows=True, needs_answer=True, stated=voting.stated_characters
+    ),
+    "text": Verifier(
+        function=f"{_HERE}.answers:text",
+        of_rows=True,
+        needs_answer=True,
+        check_item=answers.correct_words,
+        stated=voting.stated_words,
+    ),
+    "numeric": Verifier(
+        function=f"{_HERE}.answers:numeric",
+        keys=("tolerance",),
+        of_rows=True,
+        needs_answer=True,
+        check_item=answers.correct_number,
+        stated=voting.stated_number,
+    ),
+    "code": Verifier(function=f"{_HERE}.code:score", of_rows=True, ends_itself=True),
+    "format": Verifier(
+        function=f"{_HERE}.answers:response_format", keys=("pattern",), required=("pattern",), judges=False
+    ),
+    "length": Verifier(function=None, keys=("buffer_tokens",), required=("buffer_tokens",), judges=False),
+    "judge": Verifier(
         function=f"{_HERE}.judge:score",
         keys=("url", "model", "prompt", "api_key_file", "retries"),
         required=("url", "model", "prompt"),
+        ends_itself=True,
     ),
-    "function": Kind(function=None, keys=("function",), required=("function",)),
+    "function": Verifier(function=None, keys=("function",), required=("function",)),
 }
+
+ROW_VERIFIERS = tuple(name for name, verifier in VERIFIERS.items() if verifier.of_rows)
+"""The kinds that a row may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One verifier as the workers run it: function(entry, answer, **options)."""
+    """One verifier as the workers run it: function(entry, response, **options)."""
 
     name: str
     function: str
@@ -63,27 +119,38 @@ class Check:
     weight: float
     judges: bool
     full_marks: bool
-    """Whether less than FULL_MARKS is 0."""
+    """Whether a score below FULL_MARKS counts as 0."""
 
 
-def check_of(verifier: VerifierConfig, rewards: RewardsConfig) -> Check:
-    """What a worker is told of a verifier; not for kind length, which needs no worker.
+def check_of(settings: VerifierConfig, rewards: RewardsConfig) -> Check:
+    """Return what a worker runs for a verifier; not for kind length, which needs no worker.
 
     Raises ValueError for code on a machine without the sandbox that rewards.sandbox asks for.
     """
-    kind = KINDS[verifier.kind]
-    function = verifier.function if verifier.kind == "function" else kind.function
-    assert function is not None, f"kind {verifier.kind} has nothing to run"
-    options = {} if verifier.kind == "function" else {key: getattr(verifier, key) for key in kind.keys}
-    if verifier.kind in ("judge", "code"):
+    verifier = VERIFIERS[settings.kind]
+    is_users_own = settings.kind == "function"
+    function = settings.function if is_users_own else verifier.function
+    assert function is not None, f"kind {settings.kind} has nothing to run"
+    options = {} if is_users_own else {key: getattr(settings, key) for key in verifier.keys}
+    if verifier.ends_itself:
         options["seconds"] = OWN_SHARE * rewards.timeout
-    if verifier.kind == "code":
+    if settings.kind == "code":
         options["level"] = available_level(rewards.sandbox)
     return Check(
-        name=verifier.kind,
+        name=settings.kind,
         function=function,
         options=options,
-        weight=verifier.weight,
-        judges=kind.judges,
-        full_marks=verifier.kind == "reasoning_gym",
+        weight=settings.weight,
+        judges=verifier.judges,
+        full_marks=verifier.full_marks,
     )
+
+
+def stated_answer(kind: str, response: str) -> str:
+    """Return the answer that a response states, as far as a kind of verifier looks: equal texts are one vote.
+
+    "" where the response states none. For a kind that extracts no answer, all of the text without case and spacing.
+    """
+    verifier = VERIFIERS.get(kind)
+    stated = verifier.stated if verifier else None
+    return stated(response) if stated else voting.folded(response)

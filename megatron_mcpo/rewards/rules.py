@@ -1,4 +1,4 @@
-"""What can be known to be wrong with [[domain.verifiers]] before torch is imported."""
+"""Check [[domain.verifiers]] before torch is imported."""
 
 import importlib.util
 import re
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.domain_schema import DomainConfig, VerifierConfig
-from megatron_mcpo.rewards.registry import KINDS
+from megatron_mcpo.rewards.registry import VERIFIERS
 from megatron_mcpo.rewards.sandbox.levels import available_level
 
 
 def problems(config: Config) -> list[str]:
-    """One line (key, value, rule, fix) for every verifier that can't be what is meant."""
+    """Return one line (key, value, rule, fix) for every verifier that can't work."""
     found: list[str] = []
     for domain, limit in zip(config.domain, config.response_limits, strict=True):
         for index, verifier in enumerate(domain.verifiers):
@@ -25,12 +25,12 @@ def problems(config: Config) -> list[str]:
 
 
 def where_code_runs(config: Config, chosen_by_rows: Sequence[Collection[str]]) -> list[str]:
-    """Return a note where the responses of a domain are programs.
+    """Return a note on the sandbox where the responses of a domain are programs.
 
-    chosen_by_rows: per domain, the kinds of verifiers that its rows name themselves.
-    Raises ConfigError where this machine has no place for programs.
+    chosen_by_rows: per domain, the verifiers that its rows name themselves.
+    Raises ConfigError where this machine has no sandbox for programs.
     """
-    if not any(_runs_code(settings, kinds) for settings, kinds in zip(config.domain, chosen_by_rows, strict=True)):
+    if not any(_runs_code(settings, named) for settings, named in zip(config.domain, chosen_by_rows, strict=True)):
         return []
     level, problems = _sandbox(config)
     if problems:
@@ -40,11 +40,12 @@ def where_code_runs(config: Config, chosen_by_rows: Sequence[Collection[str]]) -
 
 
 def _runs_code(settings: DomainConfig, chosen_by_rows: Collection[str]) -> bool:
-    """A domain with verifiers of its own ignores those that its rows name."""
+    """Tell whether a domain runs programs; one with verifiers of its own ignores those that its rows name."""
     return "code" in ([verifier.kind for verifier in settings.scoring] if settings.scoring else chosen_by_rows)
 
 
 def _sandbox(config: Config) -> tuple[str | None, list[str]]:
+    """Return the level of the sandbox, or what is wrong with it."""
     try:
         return available_level(config.rewards.sandbox), []
     except ValueError as error:
@@ -52,17 +53,20 @@ def _sandbox(config: Config) -> tuple[str | None, list[str]]:
 
 
 def _missing(verifier: VerifierConfig, where: str) -> Iterator[str]:
-    for key in KINDS[verifier.kind].required:
+    for key in VERIFIERS[verifier.kind].required:
         if not getattr(verifier, key):
             yield f"{where}: kind {verifier.kind!r} needs the key {key!r} ({_meaning(key)}); set it"
 
 
 def _misplaced(verifier: VerifierConfig, where: str) -> Iterator[str]:
-    """Keys of other kinds. One that has its default value does no harm: a resolved configuration has them all."""
-    for key, owner in ((key, name) for name, kind in KINDS.items() for key in kind.keys):
+    """Find keys of other kinds. A default value does no harm: a resolved configuration has all keys."""
+    for key, owner in ((key, name) for name, other in VERIFIERS.items() for key in other.keys):
         value = getattr(verifier, key)
         if owner != verifier.kind and value != VerifierConfig.model_fields[key].default:
-            yield f"{where}.{key} = {value!r}: is for kind {owner!r}, this one is {verifier.kind!r}; leave it out"
+            yield (
+                f"{where}.{key} = {value!r}: belongs to kind {owner!r}, this verifier is of kind {verifier.kind!r}; "
+                "leave it out"
+            )
 
 
 def _meaning(key: str) -> str:
@@ -97,7 +101,7 @@ def _values(verifier: VerifierConfig, where: str, *, response_limit: int) -> Ite
 
 
 def _not_found(module: str) -> str:
-    """Why there is no such module; empty where there is one. Imports the packages around it, but not the module."""
+    """Return why there is no such module, "" where there is one; import the packages around it, not the module."""
     try:
         found = importlib.util.find_spec(module) is not None
     except Exception as error:  # a package may raise anything while it is imported
@@ -106,7 +110,7 @@ def _not_found(module: str) -> str:
 
 
 def _read(path: str) -> tuple[str, str]:
-    """The text of a file, and why it can't be had."""
+    """Return the text of a file, and why it can't be read ("": it was)."""
     try:
         return Path(path).read_text(encoding="utf-8"), ""
     except OSError as error:

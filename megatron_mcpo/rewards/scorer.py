@@ -1,10 +1,9 @@
-"""From completions to rewards; a verifier's failure never becomes a silent 0.
+"""Turn completions into rewards; a verifier's failure never becomes a silent 0.
 
 A rollout's reward is the weighted mean of its verifiers' scores, less the penalties for its length, within 0 and 1. It
-is `correct` where the weighted mean of the verifiers that JUDGE it (all kinds but format and length; of format, where
-nothing else is there) reaches algorithm.pass_threshold. So neither form nor length turns a right answer into a wrong
-one for the contrastive terms. A response that was cut at its limit or is blank gets 0, is not correct, and no verifier
-is asked.
+is `correct` where the weighted mean of the verifiers that JUDGE it (all kinds but format and length; format where
+there is no other) reaches algorithm.pass_threshold. So neither form nor length makes a correct response incorrect for
+the contrastive terms. A response that was cut at its limit or is blank gets 0, is incorrect, and no verifier is asked.
 """
 
 import math
@@ -15,14 +14,14 @@ from typing import Any, Self
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DomainConfig, RewardsConfig, VerifierConfig
 from megatron_mcpo.rewards.pool import Task, WorkerPool
-from megatron_mcpo.rewards.registry import FULL_MARKS, KINDS, Check, check_of
+from megatron_mcpo.rewards.registry import FULL_MARKS, ROW_VERIFIERS, VERIFIERS, Check, check_of
 from megatron_mcpo.rewards.verifier_queue import Verdict
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
 _GIB = 2**30
 
 _TaskKey = tuple[Hashable, str, str]
-"""Item, answer, name and position of the verifier."""
+"""Item, response, name and position of the verifier."""
 
 
 class TooManyErrors(RuntimeError):
@@ -61,11 +60,11 @@ class Scorer:
         self._pool.wait_ready()
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The groups with `rewards` and `correct` filled, or, where any of their verifications failed, `error` set.
+        """Return the groups with `rewards` and `correct` filled, or `error` where any of their verifications failed.
 
         `Completion.text` must hold the decoded response; verifiers get it without the blanks around it. The same
-        answer to the same item is verified once. Groups that already carry an error are handed back as they are. How
-        long answers that hang can take: turns.py. Raises VerifierUnavailable when no worker can start.
+        response to the same item is verified once. Groups that already have an error are returned unchanged.
+        verifier_queue.py says how long responses that hang can take. Raises VerifierUnavailable when no worker starts.
         """
         tasks: dict[_TaskKey, Task] = {}
         refused: dict[int, str] = {}
@@ -77,9 +76,9 @@ class Scorer:
             except ValueError as error:
                 refused[number] = str(error)
                 continue
-            for answer in filter(None, map(_answer, group.completions)):
+            for response in filter(None, map(_response, group.completions)):
                 for place, check in enumerate(checks):
-                    tasks.setdefault(_task_key(group, answer, place, check), _task(group, answer, place, check))
+                    tasks.setdefault(_task_key(group, response, place, check), _task(group, response, place, check))
         verdicts = self._pool.run(list(tasks.values()), max_error_rate=self._rewards.max_error_rate)
         by_key = dict(zip(tasks, verdicts, strict=True))
         return [
@@ -96,12 +95,12 @@ class Scorer:
         checks = self._checks(group)
         rewards, correct = [], []
         for completion in group.completions:
-            answer = _answer(completion)
-            if not answer:
+            response = _response(completion)
+            if not response:
                 rewards.append(0.0)
                 correct.append(False)
                 continue
-            found = [verdicts[_task_key(group, answer, place, check)] for place, check in enumerate(checks)]
+            found = [verdicts[_task_key(group, response, place, check)] for place, check in enumerate(checks)]
             failed = next((verdict for verdict in found if verdict.error is not None), None)
             if failed is not None:
                 return replace(group, rewards=(), correct=(), error=failed.error, timed_out=failed.timed_out)
@@ -113,7 +112,7 @@ class Scorer:
 
 
 class DomainRules:
-    """How the responses of one domain are scored."""
+    """The verifiers and length penalties of one domain."""
 
     def __init__(self, domain: DomainConfig, rewards: RewardsConfig, *, response_limit: int):
         self._name = domain.name
@@ -124,13 +123,13 @@ class DomainRules:
 
     @property
     def functions(self) -> list[str]:
-        """What workers must import for this domain, as far as the configuration tells; rows may name more."""
-        own = KINDS["reasoning_gym"].function
+        """The functions that workers import for this domain, as far as the configuration tells; rows may name more."""
+        own = VERIFIERS["reasoning_gym"].function
         by_default = [own] if own is not None and self._has_generator and not self._configured else []
         return [check.function for check in self._configured] + by_default
 
     def checks(self, entry: Mapping[str, Any], rewards: RewardsConfig) -> Sequence[Check]:
-        """What scores the responses to an item: the domain's verifiers, or the one of its row or generator.
+        """Return what scores the responses to an item: the domain's verifiers, or the one of its row or generator.
 
         A row names a kind as entry["verifier"]; a generated item has metadata.source_dataset. Raises ValueError for
         an item that has neither, or names a kind that needs more than the row.
@@ -140,18 +139,17 @@ class DomainRules:
         named = entry.get("verifier")
         if named is None and "source_dataset" in (entry.get("metadata") or {}):
             named = "reasoning_gym"
-        if not isinstance(named, str) or named not in KINDS or not KINDS[named].of_rows:
-            known = ", ".join(name for name, kind in KINDS.items() if kind.of_rows)
+        if named not in ROW_VERIFIERS:
             raise ValueError(
-                f"verifier {named!r} of the item: is none of {known}; correct the row, or give domain "
-                f"{self._name!r} [[domain.verifiers]]"
+                f"verifier {named!r} of the item: must be one of {', '.join(ROW_VERIFIERS)}; correct the row, or give "
+                f"domain {self._name!r} [[domain.verifiers]]"
             )
         return [check_of(VerifierConfig.model_validate({"kind": named}), rewards)]
 
     def penalty(self, num_tokens: int) -> float:
-        """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), times -weight, summed: from 0 up.
+        """Return the sum of the length penalties, at least 0: DAPO's soft overlong punishment, times -weight.
 
-        Each is 0 for up to limit - buffer tokens, then grows linearly to its weight at the limit.
+        arXiv 2503.14476, eq. 13: each is 0 up to limit - buffer tokens, then grows linearly to its weight at the limit.
         """
         parts = [
             weight * min(max((num_tokens - (self._limit - buffer)) / buffer, 0.0), 1.0)
@@ -162,7 +160,7 @@ class DomainRules:
 
 
 def check_error_rate(groups: Sequence[RolloutGroup], *, domain_names: Sequence[str], max_error_rate: float) -> None:
-    """Raise TooManyErrors when more than `max_error_rate` of ALL groups of a step failed to be verified.
+    """Raise TooManyErrors when the verifiers failed on more than `max_error_rate` of ALL groups of a step.
 
     One of several may fail at any rate but 0: a response that makes its verifier hang must not end a small run.
     """
@@ -176,7 +174,7 @@ def check_error_rate(groups: Sequence[RolloutGroup], *, domain_names: Sequence[s
     raise TooManyErrors(
         f"verifiers failed on {len(failed)} of {len(groups)} groups ({where}), more than rewards.max_error_rate = "
         f"{max_error_rate:g}; first: domain {domain_names[first.prompt.domain]!r}, source {first.prompt.source!r}, "
-        f"item {first.prompt.index}: {first.error}. Mend the verifier, raise rewards.timeout, or allow more errors"
+        f"item {first.prompt.index}: {first.error}. Correct the verifier, raise rewards.timeout, or allow more errors"
     )
 
 
@@ -184,23 +182,23 @@ def _item(group: RolloutGroup) -> Hashable:
     return (group.prompt.domain, group.prompt.source, group.prompt.index)
 
 
-def _task_key(group: RolloutGroup, answer: str, place: int, check: Check) -> _TaskKey:
-    return (_item(group), answer, f"{place} {check.name}")
+def _task_key(group: RolloutGroup, response: str, place: int, check: Check) -> _TaskKey:
+    return (_item(group), response, f"{place} {check.name}")
 
 
-def _task(group: RolloutGroup, answer: str, place: int, check: Check) -> Task:
+def _task(group: RolloutGroup, response: str, place: int, check: Check) -> Task:
     return Task(
         item=_item(group),
         lane=(group.prompt.domain, place, check.name),
         function=check.function,
         options=check.options,
         entry=group.prompt.entry,
-        answer=answer,
+        response=response,
     )
 
 
-def _answer(completion: Completion) -> str:
-    """What the verifier sees of a completion; empty where there is nothing to verify."""
+def _response(completion: Completion) -> str:
+    """Return the text of a completion that verifiers see; empty where there is nothing to verify."""
     return completion.text.strip() if completion.stop_reason is StopReason.STOP else ""
 
 
@@ -210,7 +208,7 @@ def _marks(score: float | None, check: Check) -> float:
 
 
 def _judgement(scores: Sequence[float], checks: Sequence[Check]) -> float:
-    """Weighted mean of what judges; of everything where nothing does."""
+    """Return the weighted mean of the scores that judge; of all scores where none does."""
     judging = [(score, check) for score, check in zip(scores, checks, strict=True) if check.judges]
     if not judging:
         return _mean(scores, checks)

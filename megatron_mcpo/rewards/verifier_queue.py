@@ -1,12 +1,12 @@
-"""In which order answers are verified, and which are not tried because something hangs. Pure bookkeeping.
+"""Decide in which order responses are verified, and which are skipped because their verifier hangs. No I/O.
 
-Three rules keep answers that hang from holding up the others. A lane is what one verifier has to do for one domain.
-  1. An item that failed is done with: none of its other answers is tried.
+Three rules keep responses that hang from delaying the others. A lane is the work of one verifier for one domain.
+  1. An item that failed is finished: none of its other responses is tried.
   2. A lane gives way to every lane in which fewer items have timed out. So a healthy domain waits for at most one
-     deadline for every lane that hangs, plus the start of a new worker, however many of its answers hang.
-  3. A lane is given up, and what is left of it fails at once as timed out, when 4 answers for each worker time out
-     without one in between that doesn't; or when more items time out than 4 for each worker and more than the share of
-     its items that rewards.max_error_rate allows: the run is about to stop then, and need not wait for it.
+     deadline for every lane that hangs, plus the start of a new worker, however many of its responses hang.
+  3. A lane is given up, and the rest of it fails at once as timed out, when 4 responses per worker in a row time out;
+     or when more items time out than 4 per worker and more than the share of its items that
+     rewards.max_error_rate allows: the run is about to stop then, and need not wait.
 """
 
 import threading
@@ -15,12 +15,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 PATIENCE = 4
-"""Timeouts of a lane, for each worker, that are waited for in any case."""
+"""Timeouts of a lane, per worker, that are waited for in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of one verification: a score from 0 to 1, or why there is none."""
+    """The result of one verification: a score from 0 to 1, or why there is none."""
 
     score: float | None = None
     error: str | None = None
@@ -29,20 +29,22 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class _Lane:
+    """The tasks of one verifier for one domain."""
+
     waiting: deque[int] = field(default_factory=deque)
     items: set[Hashable] = field(default_factory=set)
     hung: set[Hashable] = field(default_factory=set)
-    """Items of which an answer timed out."""
+    """Items of which a response timed out."""
     in_a_row: int = 0
 
 
 class VerifierQueue:
-    """Hands out the numbers of tasks, from several threads, and keeps their verdicts."""
+    """A queue of task numbers for several threads, with the verdicts of finished tasks."""
 
     def __init__(
         self, lanes: Sequence[Hashable], items: Sequence[Hashable], *, num_workers: int, max_error_rate: float
     ):
-        """lanes, items: of every task"""
+        """lanes, items: those of every task, in order"""
         self._patience = PATIENCE * num_workers
         self._max_error_rate = max_error_rate
         self._items = items
@@ -56,7 +58,7 @@ class VerifierQueue:
         self._lock = threading.Lock()
 
     def take(self) -> int | None:
-        """The task whose turn it is; None when there is none left."""
+        """Return the number of the next task; None when none is left."""
         with self._lock:
             while lanes := [lane for lane in self._lanes.values() if lane.waiting]:
                 lane = min(lanes, key=lambda lane: (len(lane.hung), lane.waiting[0]))
@@ -86,7 +88,7 @@ class VerifierQueue:
                 lane.waiting.clear()
 
     def verdicts(self) -> list[Verdict]:
-        """Of all tasks, in order; only when all were taken and settled."""
+        """Return the verdicts of all tasks, in order; all must have been taken and settled."""
         assert all(verdict is not None for verdict in self._verdicts), "some tasks have no verdict yet"
         return [verdict for verdict in self._verdicts if verdict is not None]
 

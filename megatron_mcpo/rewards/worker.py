@@ -1,9 +1,10 @@
-"""The process that runs verifiers, one task at a time, at the far end of a socket.
+"""Run verifiers in a process of their own, one task at a time, at the far end of a socket.
 
 Run as `python -m megatron_mcpo.rewards.worker FD MEMORY_BYTES` (its address space). A message is one line of JSON:
 never a pickle, so that a verifier which was led astray cannot run code in the trainer.
-  {"import": "module:name"}  is answered by {"ready": true} or {"error": text}
-  {"function", "options", "entry", "answer", "deadline"}  by {"score": number} or {"error": text, "timed_out": bool}
+  {"import": "module:name"}  gets the reply {"ready": true} or {"error": text}
+  {"function", "options", "entry", "response", "deadline"}  {"score": number} or {"error": text, "timed_out": bool}
+What a verifier of your own gets and returns: `score_response`.
 Imports neither torch nor types.py: a worker starts as fast as its verifiers import.
 """
 
@@ -24,7 +25,7 @@ DUST = 1e-6
 
 
 def load_verifier(name: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names. Raises ValueError when there is none."""
+    """Return the function that "package.module:function" names. Raises ValueError when there is none."""
     module_name, colon, function_name = name.partition(":")
     if not colon:
         raise ValueError(f"verifier {name!r}: must look like package.module:function")
@@ -38,7 +39,7 @@ def load_verifier(name: str) -> Callable[..., Any]:
 
 
 def checked_score(value: Any) -> float:
-    """`value` as a float in [0, 1]. Raises ValueError for anything that is not such a number."""
+    """Return `value` as a float from 0 to 1. Raises ValueError for anything else."""
     if not isinstance(value, numbers.Real):
         raise ValueError(f"verifier returned a {type(value).__name__}, not a number")
     score = float(value)
@@ -48,27 +49,46 @@ def checked_score(value: Any) -> float:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message, safe to print: the message may quote the model's text."""
+    """Return type and message, safe to print: the message may quote the model's text."""
     text = str(error).encode("unicode_escape", "backslashreplace").decode("ascii")
     return f"{type(error).__name__}: {text[:500]}"
 
 
-def answer_task(verifier: Callable[..., Any], task: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one task; whatever the verifier raises becomes an error reply, TimeoutError one that timed out."""
+def score_response(verifier: Callable[..., Any], task: dict[str, Any]) -> dict[str, Any]:
+    """Call a verifier and return the reply to its task. This is the contract of a reward function of your own.
+
+    It is called as `function(entry, response)`, in this process, which has no torch and at most rewards.memory_gib of
+    address space. What it prints is dropped. A call that takes longer than rewards.timeout ends with its process.
+
+    Args:
+        verifier: returns the score: a real number from 0 to 1 (int, float, numpy's; True and False are 1 and 0).
+            Anything else, NaN and numbers outside of that range by more than DUST included, is an error.
+        task: its `entry` and `response` are the two arguments.
+            entry: the item, plain JSON data. Always `question` (text of the last message), `answer` (text, None where
+            the row has none) and `metadata` (an object, perhaps empty); where the row has them `choices` (texts),
+            `tests`, `function` and `verifier`. A change to it is lost after the call.
+            response: the model's text without the blanks around it, never empty: responses that are blank or were
+            cut at the limit get 0 without a call. Equal responses to one item are scored once.
+
+    An exception, of any class, is an error of the verifier and never a score: the item's whole group is left out of
+    the step, TimeoutError counts as timed out, and the run stops where more than rewards.max_error_rate of a step's
+    groups fail.
+    """
     try:
-        return {"score": checked_score(verifier(task["entry"], task["answer"], **task["options"]))}
+        return {"score": checked_score(verifier(task["entry"], task["response"], **task["options"]))}
     except BaseException as error:  # SystemExit and MemoryError are the verifier's failures too
         return {"error": describe(error), "timed_out": isinstance(error, TimeoutError)}
 
 
-class _Desk:
-    """Replies to messages; keeps the verifiers that were imported."""
+class _Replies:
+    """Replies to messages, with the verifiers that were imported so far."""
 
     def __init__(self) -> None:
         self._verifiers: dict[str, Callable[..., Any]] = {}
         self._silent = False
 
-    def reply(self, message: dict[str, Any]) -> dict[str, Any]:
+    def to(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply to one message."""
         if "import" in message:
             return self._import(message["import"])
         if not self._silent:
@@ -76,7 +96,7 @@ class _Desk:
             self._silent = True
         # Its default action ends the process, even in a C loop: a worker doesn't outlive a killed trainer for long.
         signal.alarm(math.ceil(message["deadline"]) + 5)
-        reply = answer_task(self._verifiers[message["function"]], message)
+        reply = score_response(self._verifiers[message["function"]], message)
         signal.alarm(0)
         return reply
 
@@ -89,17 +109,18 @@ class _Desk:
 
 
 def main() -> None:
+    """Reply to messages until the trainer closes the socket."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     memory_bytes = int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    desk = _Desk()
+    replies = _Replies()
     for line in connection.makefile("r", encoding="utf-8"):
-        connection.sendall(json.dumps(desk.reply(json.loads(line))).encode() + b"\n")
+        connection.sendall(json.dumps(replies.to(json.loads(line))).encode() + b"\n")
 
 
 def silence_output() -> None:
-    """Verifiers may print: not into the trainer's log."""
+    """Drop what verifiers print, which must not reach the trainer's log."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -7,9 +7,8 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.reporting.accuracy import Item, accuracy_metrics
-from megatron_mcpo.rewards.registry import KINDS
+from megatron_mcpo.rewards.registry import VERIFIERS, stated_answer
 from megatron_mcpo.rewards.scorer import check_error_rate
-from megatron_mcpo.rewards.voting import EXTRACTING, stated
 from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
@@ -47,12 +46,12 @@ def item_of(group: RolloutGroup, settings: DomainConfig) -> Item:
 
 def voting_kind(settings: DomainConfig, entry: Mapping[str, Any]) -> str:
     """The kind of verifier whose answer counts in a vote: of several that judge, the first that extracts one."""
-    kinds = [verifier.kind for verifier in settings.scoring if KINDS[verifier.kind].judges]
+    kinds = [verifier.kind for verifier in settings.scoring if VERIFIERS[verifier.kind].judges]
     if not settings.scoring:
         kinds = [entry.get("verifier") or "reasoning_gym"]
-    return next((kind for kind in kinds if kind in EXTRACTING), "")
+    return next((kind for kind in kinds if VERIFIERS[kind].stated is not None), "")
 
 
 def answer(completion: Completion, kind: str) -> str:
     """What a response votes for, by the kind of its verifier; "" where it states nothing, or was cut."""
-    return stated(kind, completion.text.strip()) if completion.stop_reason is StopReason.STOP else ""
+    return stated_answer(kind, completion.text.strip()) if completion.stop_reason is StopReason.STOP else ""

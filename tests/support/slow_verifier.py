@@ -6,5 +6,5 @@ from typing import Any
 time.sleep(2.0)
 
 
-def right(entry: dict[str, Any], answer: str) -> float:
-    return float(answer == entry["answer"])
+def right(entry: dict[str, Any], response: str) -> float:
+    return float(response == entry["answer"])

@@ -11,44 +11,44 @@ from pathlib import Path
 from typing import Any
 
 
-def misbehave(entry: dict[str, Any], answer: str) -> Any:
-    """Do what the answer says; an answer that says nothing known is right when it is the item's."""
-    if answer in _RETURNS:
-        return _RETURNS[answer]
-    if answer in _ACTIONS:
-        return _ACTIONS[answer]()
-    return float(answer == entry["answer"])
+def misbehave(entry: dict[str, Any], response: str) -> Any:
+    """Do what the response says; one that names no action is correct when it is the item's answer."""
+    if response in _RETURNS:
+        return _RETURNS[response]
+    if response in _ACTIONS:
+        return _ACTIONS[response]()
+    return float(response == entry["answer"])
 
 
-def record(entry: dict[str, Any], answer: str) -> float:
+def record(entry: dict[str, Any], response: str) -> float:
     """Leave a line for every call."""
     with Path(entry["log"]).open("a") as file:
-        file.write(f"{entry['question']} {answer}\n")
+        file.write(f"{entry['question']} {response}\n")
     return 1.0
 
 
-def record_and_misbehave(entry: dict[str, Any], answer: str) -> Any:
+def record_and_misbehave(entry: dict[str, Any], response: str) -> Any:
     """Leave a line for every call, also for one that never ends."""
-    record(entry, answer)
-    return misbehave(entry, answer)
+    record(entry, response)
+    return misbehave(entry, response)
 
 
-def slow(entry: dict[str, Any], answer: str) -> float:
+def slow(entry: dict[str, Any], response: str) -> float:
     time.sleep(entry["seconds"])
     return 1.0
 
 
-def graded(entry: dict[str, Any], answer: str) -> float:
-    """The number that the answer is."""
-    return float(answer)
+def graded(entry: dict[str, Any], response: str) -> float:
+    """Return the number that the response is."""
+    return float(response)
 
 
-def give_up(entry: dict[str, Any], answer: str) -> float:
+def give_up(entry: dict[str, Any], response: str) -> float:
     """End in time, without a score."""
     raise TimeoutError("somebody else is slow")
 
 
-def fork(entry: dict[str, Any], answer: str) -> float:
+def fork(entry: dict[str, Any], response: str) -> float:
     """Leave a child behind and write down its id."""
     child = os.fork()
     if child == 0:
@@ -58,7 +58,7 @@ def fork(entry: dict[str, Any], answer: str) -> float:
     return 1.0
 
 
-def heavy_modules(entry: dict[str, Any], answer: str) -> float:
+def heavy_modules(entry: dict[str, Any], response: str) -> float:
     """Raise when the worker holds a module that it must not pay for."""
     heavy = sorted({"torch", "vllm", "megatron", "transformers"} & set(sys.modules))
     if heavy:
@@ -67,7 +67,7 @@ def heavy_modules(entry: dict[str, Any], answer: str) -> float:
 
 
 def scoring_sources() -> dict[str, str]:
-    """For every reasoning-gym dataset the source of score_answer, in all classes, and of its helper methods."""
+    """Return for every reasoning-gym dataset the source of score_answer, in all classes, and of its helper methods."""
     from reasoning_gym.factory import DATASETS
 
     return {name: _scoring_source(dataset) for name, (dataset, _) in DATASETS.items()}

@@ -66,7 +66,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def test_domains_have_their_own_sizes_and_limits_and_resampling_is_accounted_for(whole: tuple[Path, str]) -> None:
     folder, output = whole
-    assert "source 'letters.jsonl': 1 of 31 rows are left out: 1 malformed (first: line 31 " in output
+    assert "source 'letters.jsonl': 1 of 31 rows are skipped: 1 malformed (first: line 31 " in output
     rows = metrics(folder)
     for row, step in zip(rows, rollouts(folder), strict=True):
         groups: dict[tuple[str, int], int] = {}

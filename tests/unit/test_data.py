@@ -79,8 +79,8 @@ def test_sizes_follow_the_configuration_where_the_generator_can(domains: list[Do
     assert held_out == {"chain_sum": 8, "count_bits": 2}
     assert [len(source.train) for source in arithmetic.sources] == [40, 11]
     assert arithmetic.notes == (
-        "domain 'arithmetic', source 'count_bits': 15 distinct questions of 44 asked for: "
-        "2 worked examples, 2 held out, 11 to train on",
+        "domain 'arithmetic', source 'count_bits': 15 unique questions (44 requested): "
+        "11 train, 2 held out, 2 few-shot",
     )
 
 
@@ -151,7 +151,9 @@ def test_every_generator_that_fails_is_named_with_a_fix(tmp_path: Path) -> None:
 
 def test_a_source_with_too_few_questions_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     tiny = {"name": "tiny", "sources": [{"generator": "count_bits", "options": {"max_n": 5}}]}
-    with pytest.raises(ConfigError, match="'tiny', source 'count_bits': only 5 distinct questions"):
+    with pytest.raises(
+        ConfigError, match="'tiny', source 'count_bits': 5 unique questions: must be at least 2 few-shot"
+    ):
         load_domains(make_config(tiny), tokenizer, cache_dir=tmp_path)
 
 
@@ -205,7 +207,7 @@ def test_chat_rows_keep_their_messages(tokenizer: PreTrainedTokenizerBase, tmp_p
     [loaded] = load(tokenizer, {**domain, "shots": 1})
     prompts = {p.index: tokenizer.decode(p.token_ids) for p in (*loaded.sources[0].train, *loaded.held_out)}
     [shot] = set(range(10)) - set(prompts)
-    number = shot - 1  # the chat row has no answer: it is no worked example
+    number = shot - 1  # the chat row has no answer: it is not a few-shot example
     worked = f"user\n{number} + {number} = ?\nBe brief.<|im_end|>\n<|im_start|>assistant\n{2 * number}<|im_end|>\n"
     turns = (
         "user\nFirst?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nThen?\nBe brief.<|im_end|>\n"
@@ -247,7 +249,7 @@ def test_rows_are_taken_in_a_fixed_shuffle_and_the_surplus_is_told(
     taken = [*indices(loaded.held_out), *indices(loaded.sources[0].train)]
     assert len(loaded.held_out) == 10 and len(set(taken)) == 70 and taken != sorted(taken)
     assert loaded.notes == (
-        "domain 'sums', source 'rows.jsonl': 60 of 90 questions are trained on; raise domain.items for more",
+        "domain 'sums', source 'rows.jsonl': training on 60 of 90 questions; raise domain.items for more",
     )
     again = load_domains(make_config(domain, seed=9), tokenizer, cache_dir=tmp_path)
     assert again == [loaded]
@@ -263,7 +265,7 @@ def test_a_file_may_serve_several_domains(tokenizer: PreTrainedTokenizerBase, tm
     )
     of = {d.name: {*indices(d.sources[0].train), *indices(d.held_out)} for d in (red, blue)}
     assert of == {"red": {*range(10), *range(25, 30)}, "blue": set(range(10, 25))}
-    with pytest.raises(ConfigError, match=r"source 'rows\.jsonl': has no rows for this domain"):
+    with pytest.raises(ConfigError, match=r"source 'rows\.jsonl': must have rows for this domain"):
         write(tmp_path / "rows.jsonl", sums(range(10), domain="red"))
         load(tokenizer, {"name": "red", "sources": [source]}, {"name": "blue", "sources": [source]})
 
@@ -276,5 +278,5 @@ def test_worked_examples_need_an_answer(tokenizer: PreTrainedTokenizerBase, tmp_
     domain = {"name": "code", "sources": [{"file": write(tmp_path / "rows.jsonl", rows)}]}
     [loaded] = load(tokenizer, {**domain, "shots": 1})
     assert all("print(99)" in tokenizer.decode(prompt.token_ids) for prompt in loaded.sources[0].train)
-    with pytest.raises(ConfigError, match="2 worked examples, with answers"):
+    with pytest.raises(ConfigError, match="2 few-shot examples, with answers"):
         load(tokenizer, {**domain, "shots": 2})

@@ -23,7 +23,7 @@ from megatron_mcpo.cli import data_check
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.data import verl
 from megatron_mcpo.data.domains import Domain, inspect_domains, load_domains
-from megatron_mcpo.data.pools import read_pools
+from megatron_mcpo.data.item_pools import read_pools
 from megatron_mcpo.data.rows import COLUMNS, RowError, parse_row
 from megatron_mcpo.data.verl import from_verl
 from tests.support.data_configs import make_config
@@ -124,26 +124,26 @@ def code_row(*tests: str) -> dict[str, Any]:
 
 CHAT = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "What?"}]
 BAD: list[tuple[Any, str, str]] = [
-    (b'{"question": "trailing", }', "malformed", "no JSON"),
+    (b'{"question": "trailing", }', "malformed", "not JSON"),
     (b'{"question": "\xff"}', "malformed", "not UTF-8"),
     (b"[1, 2]", "malformed", "is a list"),
-    (b'{"question": "q", "answer": NaN, "verifier": "math"}', "malformed", "NaN is no number"),
-    (b"[" * 100_000, "malformed", "no JSON"),
-    (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "malformed", "no JSON"),
+    (b'{"question": "q", "answer": NaN, "verifier": "math"}', "malformed", "NaN is not a number"),
+    (b"[" * 100_000, "malformed", "not JSON"),
+    (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "malformed", "not JSON"),
     ({**GOOD, "question": "a\0b"}, "malformed", "NUL"),
-    ({**GOOD, "question": "\ud800"}, "malformed", "surrogate"),
+    ({**GOOD, "question": "\ud800"}, "malformed", "contains invalid Unicode (an unpaired surrogate)"),
     ({**GOOD, "question": 3}, "malformed", "type int"),
-    ({**GOOD, "prompt": "both"}, "malformed", "one of them must go"),
+    ({**GOOD, "prompt": "both"}, "malformed", "remove one of them"),
     ({"prompt": CHAT, "answer": "2", "verifier": "math"}, "malformed", "must be user"),
     ({"prompt": [{"role": "tool", "content": "x"}], "answer": "2", "verifier": "math"}, "malformed", "'tool'"),
     ({"prompt": [{"role": "user", "content": ["x"]}], "answer": "2", "verifier": "math"}, "malformed", "text content"),
     ({**GOOD, "metadata": "x"}, "malformed", "metadata"),
     ({**GOOD, "answer": ["2"]}, "malformed", "type list"),
     ({**GOOD, "answer": True}, "malformed", "type bool"),
-    ({**GOOD, "domain": "somms"}, "malformed", "no such"),
+    ({**GOOD, "domain": "somms"}, "malformed", "has no such [[domain]]"),
     ({**GOOD, "domain": ["Algebra"]}, "malformed", "domain = ['Algebra']: must be text"),
     ({**GOOD, "choices": "ab"}, "malformed", "list of texts"),
-    ({**GOOD, "choices": ["x"] * 27}, "malformed", "has 27 choices, at most 26"),
+    ({**GOOD, "choices": ["x"] * 27}, "malformed", "has 27 choices: must be at most 26"),
     ({"answer": "2", "verifier": "math"}, "no question", "neither"),
     ({**GOOD, "question": "  "}, "no question", "blank"),
     ({"prompt": [], "answer": "2", "verifier": "math"}, "no question", "no messages"),
@@ -151,19 +151,19 @@ BAD: list[tuple[Any, str, str]] = [
     ({**GOOD, "answer": "\n"}, "no answer", "'math' needs"),
     ({**GOOD, "answer": None}, "no answer", "'math' needs"),
     ({"question": "q", "answer": "2"}, "no verifier", "names no verifier"),
-    ({**GOOD, "verifier": "judge"}, "no verifier", "can name one of"),
+    ({**GOOD, "verifier": "judge"}, "no verifier", "must be one of reasoning_gym, math, choice"),
     ({**GOOD, "verifier": "reasoning_gym"}, "no verifier", "source_dataset"),
     (
         {**GOOD, "verifier": "reasoning_gym", "metadata": {"source_dataset": ["gcd"]}},
         "no verifier",
-        "source_dataset = ['gcd']: names no generator",
+        "source_dataset = ['gcd']: must name a generator",
     ),
     ({**GOOD, "answer": "2 is 1 + 1 #### 2"}, "bad answer", "whole solution"),
-    ({**GOOD, "answer": "blue", "verifier": "choice"}, "bad answer", "no letter"),
+    ({**GOOD, "answer": "blue", "verifier": "choice"}, "bad answer", "not a letter"),
     ({**GOOD, "answer": "C", "verifier": "choice", "choices": ["x", "y"]}, "bad answer", "choices"),
     ({**GOOD, "answer": "E", "verifier": "choice", "choices": ["O", "A", "B", "AB"]}, "bad answer", "'E'"),
-    ({**GOOD, "answer": "abc", "verifier": "numeric"}, "bad answer", "'numeric' can score: the item's answer, 'abc'"),
-    ({**GOOD, "answer": "10^5", "verifier": "numeric"}, "bad answer", "'10^5', ends in no number"),
+    ({**GOOD, "answer": "abc", "verifier": "numeric"}, "bad answer", "verifier 'numeric': the item's answer, 'abc'"),
+    ({**GOOD, "answer": "10^5", "verifier": "numeric"}, "bad answer", "'10^5', does not end in a number"),
     ({**GOOD, "answer": "\\frac{", "verifier": "math"}, "bad answer", "brace"),
     ({**GOOD, "answer": "The", "verifier": "text"}, "bad answer", "articles"),
     (b'{"question": "q", "answer": 1e999, "verifier": "math"}', "bad answer", "inf"),
@@ -181,7 +181,11 @@ BAD: list[tuple[Any, str, str]] = [
     ({"reward_model": {"ground_truth": "2"}, "data_source": "gsm8k"}, "no question", "neither"),
     ({"reward_model": "2", "prompt": "q", "data_source": "gsm8k"}, "malformed", "ground_truth"),
     ({"reward_model": {"ground_truth": None}, "prompt": "q", "data_source": "gsm8k"}, "no answer", "needs"),
-    ({"reward_model": {"ground_truth": "{"}, "prompt": "q", "data_source": "taco"}, "bad tests", "no JSON"),
+    (
+        {"reward_model": {"ground_truth": "{"}, "prompt": "q", "data_source": "taco"},
+        "bad tests",
+        "must be unit tests as JSON",
+    ),
     ({"reward_model": {"ground_truth": "{}"}, "prompt": "q", "data_source": "apps"}, "bad tests", "inputs"),
 ]
 
@@ -210,7 +214,7 @@ def test_what_is_wrong_with_a_bad_row_is_said(
     domain = load(config, tokenizer)
     assert len(domain.sources[0].train) + len(domain.held_out) == 20
     note = domain.notes[0]
-    assert f"1 of 21 rows are left out: 1 {reason} (first: line 21 " in note and text in note
+    assert f"1 of 21 rows are skipped: 1 {reason} (first: line 21 " in note and text in note
 
 
 def test_more_bad_rows_than_allowed_stop_the_run_and_as_many_do_not(
@@ -222,9 +226,9 @@ def test_more_bad_rows_than_allowed_stop_the_run_and_as_many_do_not(
         load(config_of(file, data={"max_bad_rows": 0.03}), tokenizer)
     assert refused.value.problems == [
         "domain 'sums', source 'rows.jsonl': 4 of 100 rows are bad, data.max_bad_rows = 0.03 allows 3: 1 malformed "
-        "(first: line 97 is no JSON: Expecting property name enclosed in double quotes at character 3), 3 "
-        "no verifier (first: line 99 names no verifier, and the domain has no [[domain.verifiers]]). Mend the rows, or "
-        "raise data.max_bad_rows"
+        "(first: line 97 is not JSON: Expecting property name enclosed in double quotes at character 3), 3 "
+        "no verifier (first: line 99 names no verifier, and the domain has no [[domain.verifiers]]). Correct the rows, "
+        "or raise data.max_bad_rows"
     ]
 
 
@@ -421,7 +425,7 @@ def test_check_data_prints_a_row_a_source(tmp_path: Path, capfd: pytest.CaptureF
     assert data_check.main([str(config), "--json"]) == 1
     out, err = capfd.readouterr()
     row = json.loads(out)
-    assert row.pop("first")["malformed"].startswith("line 99 is no JSON")
+    assert row.pop("first")["malformed"].startswith("line 99 is not JSON")
     assert row == {
         "domain": "sums",
         "source": "rows.jsonl",

@@ -207,12 +207,15 @@ JUDGE = {"kind": "judge", "url": "http://127.0.0.1:1/v1", "model": "m"}
         ({"kind": "format"}, ["needs the key 'pattern'", "regular expression"]),
         ({"kind": "format", "pattern": ""}, ["needs the key 'pattern'"]),
         ({"kind": "format", "pattern": "(a"}, ["pattern = '(a'", "is not a regular expression"]),
-        ({"kind": "exact", "pattern": "a"}, ["pattern = 'a'", "is for kind 'format'", "this one is 'exact'"]),
-        ({"kind": "math", "tolerance": 0.1}, ["tolerance = 0.1", "is for kind 'numeric'"]),
+        (
+            {"kind": "exact", "pattern": "a"},
+            ["pattern = 'a'", "belongs to kind 'format'", "this verifier is of kind 'exact'"],
+        ),
+        ({"kind": "math", "tolerance": 0.1}, ["tolerance = 0.1", "belongs to kind 'numeric'"]),
         ({"kind": "length"}, ["needs the key 'buffer_tokens'"]),
         ({"kind": "length", "buffer_tokens": 17}, ["buffer_tokens = 17", "response limit, 16"]),
         ({"kind": "function"}, ["needs the key 'function'"]),
-        ({"kind": "exact", "function": "a:b"}, ["function = 'a:b'", "is for kind 'function'"]),
+        ({"kind": "exact", "function": "a:b"}, ["function = 'a:b'", "belongs to kind 'function'"]),
         ({"kind": "function", "function": "no_such_module:f"}, ["there is no module 'no_such_module'"]),
         ({"kind": "function", "function": "no_such.module:f"}, ["'no_such.module:f'", "can't be imported"]),
         ({"kind": "function", "function": "verifiers.inner:f"}, ["'verifiers.inner:f'", "can't be imported"]),
@@ -225,7 +228,7 @@ JUDGE = {"kind": "judge", "url": "http://127.0.0.1:1/v1", "model": "m"}
         ({**JUDGE, "prompt": "binary"}, ["is not UTF-8 text"]),
         ({**JUDGE, "prompt": "good", "api_key_file": "missing"}, ["api_key_file", "No such file"]),
         ({**JUDGE, "prompt": "good", "api_key_file": "empty"}, ["api_key_file", "is empty"]),
-        ({"kind": "choice", "retries": 5}, ["retries = 5", "is for kind 'judge'"]),
+        ({"kind": "choice", "retries": 5}, ["retries = 5", "belongs to kind 'judge'"]),
     ],
 )
 def test_what_does_not_fit_a_kind_is_refused_by_name(

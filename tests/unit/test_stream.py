@@ -271,7 +271,7 @@ def test_the_order_of_what_is_observed_does_not_matter() -> None:
         assert first.state_dict() == second.state_dict()
 
 
-def test_decided_items_are_passed_over_in_every_other_epoch() -> None:
+def test_decided_items_are_skipped_in_every_other_epoch() -> None:
     data = DataConfig(item_curriculum=True)
     stream = PromptStream([made_up_domain(0, [6])], weights=[1.0], seed=0, data=data)
     epochs = []

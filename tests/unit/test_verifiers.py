@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_mcpo.config.domain_schema import RewardsConfig, VerifierConfig
-from megatron_mcpo.rewards.registry import KINDS, check_of
+from megatron_mcpo.rewards.registry import VERIFIERS, check_of
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rewards.worker import checked_score, load_verifier
 from tests.support.paths import DATA
@@ -236,10 +236,10 @@ def test_a_format_is_the_whole_response() -> None:
 
 def test_every_kind_is_in_the_table() -> None:
     kinds = VerifierConfig.model_json_schema()["properties"]["kind"]["enum"]
-    assert sorted(KINDS) == sorted(kinds)
-    keys = {key for kind in KINDS.values() for key in kind.keys}
+    assert sorted(VERIFIERS) == sorted(kinds)
+    keys = {key for kind in VERIFIERS.values() for key in kind.keys}
     assert keys | {"kind", "weight"} == set(VerifierConfig.model_fields), "a key that no kind has does nothing"
-    assert all(set(kind.required) <= set(kind.keys) for kind in KINDS.values())
+    assert all(set(kind.required) <= set(kind.keys) for kind in VERIFIERS.values())
 
 
 @pytest.mark.parametrize("kind", ["choice", "exact", "text", "numeric"])
@@ -272,7 +272,7 @@ def test_a_pattern_that_backtracks_for_ever_ends_with_its_worker() -> None:
     assert good.rewards == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("kind", sorted(name for name, kind in KINDS.items() if kind.of_rows and name != "code"))
+@pytest.mark.parametrize("kind", sorted(name for name, kind in VERIFIERS.items() if kind.of_rows and name != "code"))
 def test_a_row_may_name_its_verifier(kind: str, rows: Scorer) -> None:
     right, wrong = ("B", "C") if kind == "choice" else ("3", "4")
     metadata = {"source_dataset": "chain_sum"} if kind == "reasoning_gym" else {}

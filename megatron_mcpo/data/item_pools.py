@@ -1,4 +1,4 @@
-"""The distinct items of every source: what is trained on is never held out, in whatever domain."""
+"""Read the unique items of every source; no item is both trained on and held out, whatever its domain."""
 
 import hashlib
 import random
@@ -11,34 +11,34 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import GENERATED_ITEMS, DomainConfig
 from megatron_mcpo.data.files import Origin, origins
 from megatron_mcpo.data.generators import ItemRequest, generate
-from megatron_mcpo.data.row_counts import RowStatistics
+from megatron_mcpo.data.row_statistics import RowStatistics
 from megatron_mcpo.data.rows import Item, RowError, generated_item, parse_row
 from megatron_mcpo.data.verl import from_verl, is_verl
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Distinct items of one origin, in the order in which they are used."""
+    """The unique items of one origin, in the order in which they are used."""
 
     name: str
     items: list[Item]
     row_statistics: RowStatistics
     origin: Origin | None = None
-    """None: a generator."""
+    """None for a generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePools:
-    """One source; held_out is None where held-out items are to be taken from `train`."""
+    """The pools of one source; held_out is None where held-out items are taken from `train`."""
 
     train: Pool
     held_out: Pool | None
     num_seen: int
-    """Questions that `train` would have too, were they not held out or in an earlier source."""
+    """Questions left out of `train` because they are held out or in an earlier source."""
 
 
 def read_pools(config: Config, *, cache_dir: Path) -> list[list[SourcePools]]:
-    """The pools of every domain's sources. Raises ConfigError for sources that can't be read or made at all.
+    """Return the pools of every domain's sources. Raises ConfigError for sources that can't be read or made at all.
 
     Rows of files are taken in a fixed shuffle, the same for every run.seed: many files are sorted by kind or
     difficulty. A question that some source names as held out is in no `train`, and no question is in two of them.
@@ -53,7 +53,7 @@ def read_pools(config: Config, *, cache_dir: Path) -> list[list[SourcePools]]:
 
 
 def _unseen(train: Pool, held_out: Pool | None, seen: set[bytes]) -> SourcePools:
-    """Training items whose question is not among `seen`, which is added to."""
+    """Return the pools without training items whose question is in `seen`; add theirs to it."""
     keys = [item.key for item in train.items]
     fresh = [item for item, key in zip(train.items, keys, strict=True) if key not in seen]
     seen.update(keys)
@@ -61,13 +61,13 @@ def _unseen(train: Pool, held_out: Pool | None, seen: set[bytes]) -> SourcePools
 
 
 def source_name(domain: DomainConfig, index: int) -> str:
-    """Of its generator, file or dataset, numbered where the domain uses it more than once."""
+    """Return the name of its generator, file or dataset, numbered where the domain uses it more than once."""
     names = [source.generator or origins(source)[0].name for source in domain.sources]
     return names[index] if names.count(names[index]) == 1 else f"{names[index]}#{index}"
 
 
 def held_out_shares(domain: DomainConfig, num: int) -> list[int]:
-    """`num` divided over the sources by weight: largest remainders are rounded up."""
+    """Divide `num` over the sources by weight: largest remainders are rounded up."""
     total = sum(source.weight for source in domain.sources)
     exact = [num * source.weight / total for source in domain.sources]
     shares = [int(share) for share in exact]
@@ -80,7 +80,7 @@ def held_out_shares(domain: DomainConfig, num: int) -> list[int]:
 def _pools(
     config: Config, domain: DomainConfig, index: int, generated: Iterator[list[dict[str, Any]]]
 ) -> tuple[Pool, Pool | None]:
-    """Training and, where a source names them, held-out rows."""
+    """Return the pool of training rows and, where the source names them, of held-out rows."""
     name = source_name(domain, index)
     if domain.sources[index].generator is not None:
         items = [generated_item(position, item) for position, item in enumerate(next(generated))]
@@ -101,8 +101,8 @@ def _row_pool(config: Config, domain: DomainConfig, index: int, origin: Origin, 
 
 
 def _items(config: Config, domain: DomainConfig, origin: Origin, row_statistics: RowStatistics) -> Iterator[Item]:
-    """The items of an origin; rows that are meant for another domain of the configuration are none of them."""
-    kinds = [verifier.kind for verifier in domain.scoring]
+    """Yield the items of an origin without the rows that are meant for another domain of the configuration."""
+    verifiers = [verifier.kind for verifier in domain.scoring]
     others = set(config.domain_names) - {domain.name}
     for position, row in origin.rows():
         try:
@@ -112,7 +112,7 @@ def _items(config: Config, domain: DomainConfig, origin: Origin, row_statistics:
             if isinstance(named, str) and named in others:
                 continue
             _check_domain(named, domain.name)
-            item = parse_row(from_verl(row, kinds) if is_verl(row) else row, position, kinds)
+            item = parse_row(from_verl(row, verifiers) if is_verl(row) else row, position, verifiers)
         except RowError as error:
             row_statistics.rows += 1
             row_statistics.leave_out(position, error)
@@ -125,7 +125,7 @@ def _check_domain(named: object, domain: str) -> None:
     if named is not None and not isinstance(named, str):
         raise RowError("malformed", f"domain = {named!r:.60}: must be text, the name of a [[domain]]")
     if named is not None and named != domain:
-        raise RowError("malformed", f"domain = {named!r:.60}: there is no such [[domain]]")
+        raise RowError("malformed", f"domain = {named!r:.60}: the configuration has no such [[domain]]")
 
 
 def _distinct(items: Iterator[Item], origin: Origin, row_statistics: RowStatistics) -> Iterator[Item]:
