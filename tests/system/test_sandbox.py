@@ -21,19 +21,18 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_mcpo.cli import sandbox_check
 from megatron_mcpo.rewards.code import extract_code, score
 from megatron_mcpo.rewards.code_tests import parse_tests
-from megatron_mcpo.rewards.sandbox import bubblewrap, levels, process, seccomp
+from megatron_mcpo.rewards.sandbox import attack_run, bubblewrap, levels, process, seccomp
 from megatron_mcpo.rewards.sandbox.attacks import ATTACKS, HARMLESS
 from megatron_mcpo.rewards.sandbox.interpreter import Unsupported
 from megatron_mcpo.rewards.sandbox.levels import Level, available_level
 from tests.support.paths import ROOT
 from tests.support.sandbox import STACK, allowed, asserts
 
-type Attack = Callable[[str, Level], sandbox_check.Result]
+type Attack = Callable[[str, Level], attack_run.Result]
 
-_hosts: list[sandbox_check.Host] = []
+_hosts: list[attack_run.Host] = []
 """In the process that is attacked: what is attacked there."""
 
 
@@ -46,12 +45,12 @@ def attack() -> Iterator[Attack]:
 
 
 def _enter() -> None:
-    _hosts.append(sandbox_check.Host().__enter__())
+    _hosts.append(attack_run.Host().__enter__())
 
 
-def _attack(name: str, program: tuple[str, str], level: Level) -> sandbox_check.Result:
+def _attack(name: str, program: tuple[str, str], level: Level) -> attack_run.Result:
     ATTACKS[name] = program
-    result = sandbox_check.attack(name, _hosts[0], level)
+    result = attack_run.attack(name, _hosts[0], level)
     for child in psutil.Process().children(recursive=True):
         if child.pid != _hosts[0].victim.pid and child.name() != "monty":
             child.kill()
@@ -72,7 +71,7 @@ def test_attack_is_contained(attack: Attack, level: Level, name: str) -> None:
 @pytest.mark.parametrize("name", HARMLESS)
 def test_attack_succeeds_where_there_is_no_sandbox(attack: Attack, name: str) -> None:
     result = attack(name, "insecure")
-    assert "the program was called right" in result.problems, "an attack that can't succeed tests nothing"
+    assert "the program passed its tests" in result.problems, "an attack that can't succeed tests nothing"
 
 
 @pytest.mark.parametrize(
@@ -248,9 +247,9 @@ def test_expected_values_are_not_given_to_the_program() -> None:
         ([{"input": "1"}], r"tests\[0\]: must be"),
         ([{"input": 1, "output": "1"}], r"tests\[0\]: must be"),
         (asserts("assert f(1) == 1", "assert f("), r"tests\[1\]: .*never closed"),
-        (asserts("f(1)"), "no assert"),
+        (asserts("f(1)"), "must have an assert"),
         (asserts("for i in range(3):\n    assert f(i)"), "at the top level"),
-        (asserts("assert sum([1, 2]) == 3"), "nothing that the program defines"),
+        (asserts("assert sum([1, 2]) == 3"), "must call what the program defines"),
         (asserts("assert [f(x) for x in (1, 2)] == [1, 2]"), "loop's variable"),
         (asserts("want = 3\nassert f(1) == want"), "write it into the assert"),
         (asserts("want = 3\nassert len(f(1)) == len(want)"), "write it into the assert"),

@@ -1,7 +1,7 @@
-"""Programs that try to get out of the code sandbox, exhaust the machine or forge a verdict: nothing but data.
+"""List programs that try to leave the code sandbox, exhaust the machine or forge a verdict: data alone.
 
-ATTACKS: name -> (kind, program). The kind says for what output the program would be right, which is what must not
-happen (mcpo sandbox check watches the host besides):
+ATTACKS: name -> (kind, program). The kind says for which output the program would pass, which must not happen
+(attack_run.py watches the host too):
 
 escape   it prints ESCAPED, after a deed that must not succeed
 secret   it prints what the file @CANARY@, the variable MCPO_SECRET or an inherited descriptor holds

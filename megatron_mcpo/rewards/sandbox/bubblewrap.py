@@ -1,4 +1,4 @@
-"""CPython in namespaces of its own: the command line of bubblewrap, and the files that Python needs in there."""
+"""Run CPython in namespaces of its own: bubblewrap's command line, and the files that Python needs in there."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ print("\\n".join(path for path in paths if path.startswith("/") and ".so" in os.
 
 @dataclass(frozen=True)
 class PythonFiles:
-    """What of the host is visible in the sandbox: an executable, the standard library, shared libraries."""
+    """The files of the host that are visible in the sandbox: executable, standard library, shared libraries."""
 
     executable: Path
     library: Path
@@ -45,20 +45,20 @@ class PythonFiles:
     loader: Path | None  # absolute path that executables name
 
     def parents(self) -> list[Path]:
-        """Folders to make for them, outer ones first."""
+        """Return the folders to make for them, outer ones first."""
         places = [self.executable, self.library, *self.shared, Path(os.devnull)]
         places += [self.loader] if self.loader else []
         return sorted({parent for place in places for parent in place.parents} - {Path("/"), Path("/tmp")})
 
     @property
     def folders(self) -> list[str]:
-        """Where the dynamic loader must look."""
+        """The folders that the dynamic loader searches."""
         return sorted({str(path.parent) for path in self.shared})
 
 
 @cache
 def python_files() -> PythonFiles:
-    """Those of the running Python's installation. Raises ValueError where it can't say what it needs."""
+    """Return those of the running Python's installation. Raises ValueError where it can't say what it needs."""
     executable = Path(sys.executable).resolve()
     library = Path(os.__file__).resolve().parent
     listing = subprocess.run(
@@ -85,8 +85,10 @@ def _other_names(library: Path) -> Iterator[tuple[Path, str]]:
 
 @cache
 def usable() -> Path:
-    """A bubblewrap that can make namespaces here: the package's, else the system's, which may be the only one that the
-    system's policy (AppArmor) allows to. Raises ValueError with what each said."""
+    """Return a bubblewrap that can make namespaces here. Raises ValueError with what each said.
+
+    The package's comes first, then the system's, which may be the only one that the system's policy (AppArmor) allows.
+    """
     complaints = []
     for path in _installed():
         probe = [
@@ -128,9 +130,9 @@ def _installed() -> list[Path]:
 
 
 def command(bubblewrap: Path, *, info_fd: int, seccomp_fd: int, user_namespace_fd: int | None) -> list[str]:
-    """The command line in front of Python's own arguments.
+    """Return the command line in front of Python's own arguments.
 
-    user_namespace_fd: of `root_user_namespace`, where the parent is root; None: bubblewrap makes one.
+    user_namespace_fd: that of `root_user_namespace`, where the parent is root; None: bubblewrap makes one.
     """
     files = python_files()
     arguments = [str(bubblewrap), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
@@ -172,10 +174,10 @@ def command(bubblewrap: Path, *, info_fd: int, seccomp_fd: int, user_namespace_f
 
 @cache
 def root_user_namespace() -> int:
-    """Descriptor of a user namespace with two users, root and nobody, and the group nobody; root alone may make one.
+    """Open a user namespace with two users, root and nobody, and the group nobody; root alone may make one.
 
-    A namespace that bubblewrap makes for root maps nobody to root: to the kernel its programs were root's, for which
-    the limit on processes doesn't count and whose files they own. In this one they become nobody on the host too.
+    A namespace that bubblewrap makes for root maps nobody to root: for the kernel its programs were root's, to which
+    the limit on processes doesn't apply, and they owned root's files. In this one they are nobody on the host too.
     """
     ready, tell_ready = os.pipe()
     child = os.fork()

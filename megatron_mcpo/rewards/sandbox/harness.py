@@ -1,7 +1,7 @@
-"""What runs inside the sandbox, given to Python as text; standard library only, nothing of this package.
+"""Run one job inside the sandbox. Python gets this file as text; it imports the standard library only.
 
-Arguments: a file descriptor with the job (JSON). It takes away its own privileges, says STARTED on standard output
-and does one of three things, as the job's "mode" says:
+Argument: a file descriptor with the job (JSON). The process gives up its privileges, writes STARTED to standard output
+and does what the job's "mode" says:
 
 program  runs "code" as __main__: standard input is the test's, standard output goes to the parent.
 values   runs "code" as a module, then each of "steps" in it: ["do", statements] or ["value", expression]. Standard
@@ -118,7 +118,7 @@ def value_of(source: str, namespace: dict) -> list:
 
 
 def encode(value: Any) -> list:
-    """[kind, ...]: plain data and classes of the library by value, whatever else as something that equals nothing."""
+    """Return [kind, ...]: plain data and classes of the library by value, all else as something that equals nothing."""
     if value is None or isinstance(value, bool):
         return ["plain", value]
     if isinstance(value, int):
@@ -149,7 +149,7 @@ def encode(value: Any) -> list:
 
 
 def decode(node: list) -> Any:
-    """The value that `encode` described, of built-in types alone."""
+    """Return the value that `encode` described, of built-in types alone."""
     kind, *rest = node
     if kind == "plain":
         return rest[0]
@@ -179,7 +179,7 @@ def decode(node: list) -> Any:
 
 
 def rebuild(name: str, parts: list) -> Any:
-    """Of a class of REBUILT alone, whatever name the program sent, from data of built-in types."""
+    """Build a value of a class of REBUILT, whatever name the program sent, from data of built-in types."""
     if name not in REBUILT:
         raise ValueError(name)
     module, _, kind = name.partition(".")

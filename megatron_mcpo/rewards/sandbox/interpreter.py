@@ -1,8 +1,8 @@
-"""The level `interpreter`: programs in pydantic-monty, an interpreter of a part of Python that has no way out.
+"""Run programs at level `interpreter`: in pydantic-monty, a part of Python without access to the host.
 
-It knows no files, processes, sockets or native code, and runs in a process of its own, so that one that crashes is
+It has no files, processes, sockets or native code, and runs in a process of its own, so that one that crashes is
 replaced. What it lacks (del, yield, with, most of the standard library, sys.stdin) is Unsupported: whether the program
-is right can't be said.
+is correct can't be told.
 """
 
 import ast
@@ -25,7 +25,7 @@ MEMORY_BYTES = 2**28
 _SPECIAL_METHODS = frozenset(
     f"__{name}__" for name in ("init", "repr", "str", "eq", "add", "call", "contains", "getitem", "iter", "next")
 )
-"""Those of a program's classes that the interpreter calls."""
+"""The special methods of a program's classes that the interpreter calls."""
 
 # As in harness.py, in what the interpreter knows: values leave as text, so that nothing is hashed out here.
 _ENCODE = """
@@ -131,7 +131,7 @@ class Session:
         self._checkout.__exit__(*exception)
 
     def run(self, code: str, *, stdin: Iterable[str] = (), values: dict[str, Any] | None = None) -> Any:
-        """The value of the last expression of `code`; what it prints is added to `output`. stdin: lines for input().
+        """Return the value of the last expression of `code`; add what it prints to `output`. stdin: lines for input().
 
         Raises Failed or Unsupported.
         """
@@ -167,7 +167,7 @@ class Session:
 
 
 def passes(code: str, inputs: list[InputTest], asserts: AssertTests, deadline: float) -> bool:
-    """Whether a program passes its tests before `deadline` (time.monotonic). Raises Unsupported."""
+    """Tell whether a program passes its tests before `deadline` (time.monotonic). Raises Unsupported."""
     _check_methods(code)
     try:
         return all(_prints(code, test, deadline) for test in inputs) and (
@@ -184,7 +184,7 @@ def _prints(code: str, test: InputTest, deadline: float) -> bool:
 
 
 def _values(code: str, tests: AssertTests, deadline: float) -> list[str]:
-    """What the program's values are, as JSON that it may have forged."""
+    """Return the program's values, as JSON that it may have forged."""
     with Session(deadline) as session:
         session.run(_without_main(code))
         session.run(_ENCODE)
@@ -200,7 +200,7 @@ def _values(code: str, tests: AssertTests, deadline: float) -> list[str]:
 
 
 def _judge(tests: AssertTests, values: list[str], deadline: float) -> bool:
-    """Whether all checks are true of the values, in an interpreter that has seen no code of the model."""
+    """Tell whether all checks are true of the values, in an interpreter that has seen no code of the model."""
     with Session(deadline) as session:
         session.run(tests.setup + "".join(f"import {name}\n" for name in sorted(tests.modules)) + _DECODE)
         for number, text in enumerate(values):
@@ -210,12 +210,12 @@ def _judge(tests: AssertTests, values: list[str], deadline: float) -> bool:
 
 @cache
 def _pool() -> pydantic_monty.Monty:
-    """The interpreter's process, of which each worker has one; it ends with its parent, when its input is closed."""
+    """Start the interpreter's process, one per worker; it ends with its parent, when its input is closed."""
     return pydantic_monty.Monty(max_processes=1).__enter__()
 
 
 def _lack(error: pydantic_monty.MontyError, code: str) -> str | None:
-    """What CPython has and this interpreter lacks, where that is what the error says."""
+    """Return what CPython has and this interpreter lacks, where the error says that; else None."""
     text = str(error)
     inner = error.exception()
     if isinstance(error, pydantic_monty.MontySyntaxError):
@@ -235,7 +235,7 @@ def _lack(error: pydantic_monty.MontyError, code: str) -> str | None:
 
 
 def _check_methods(code: str) -> None:
-    """Raise Unsupported for a class with a special method that the interpreter passes over, some of them silently."""
+    """Raise Unsupported for a class with a special method that the interpreter ignores, some of them silently."""
     program = _parsed(code)
     classes = (node for node in ast.walk(program) if isinstance(node, ast.ClassDef)) if program is not None else ()
     for method in (statement for node in classes for statement in node.body):
@@ -246,7 +246,7 @@ def _check_methods(code: str) -> None:
 
 
 def _without_main(code: str) -> str:
-    """The program as a module: here `__name__` is always "__main__"."""
+    """Return the program as a module, without its main block: here `__name__` is always "__main__"."""
     program = _parsed(code)
     if program is None:
         return code

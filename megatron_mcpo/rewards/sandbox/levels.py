@@ -1,4 +1,4 @@
-"""Which sandbox this machine allows, found out by running programs in it."""
+"""Find out which sandbox this machine allows, by running programs in it."""
 
 import time
 from functools import cache
@@ -8,7 +8,7 @@ from megatron_mcpo.rewards.sandbox import process
 
 Level = Literal["bubblewrap", "interpreter", "insecure"]
 
-# Says what of the host is within reach: nothing, if this is to be called a sandbox.
+# Prints what of the host is within reach: nothing, if this is to be called a sandbox.
 _PROBE = """
 import os, socket
 reached = []
@@ -34,7 +34,7 @@ _PROBE_SECONDS = 60.0
 
 
 def available_level(setting: Literal["auto", "bubblewrap", "interpreter", "insecure"]) -> Level:
-    """The level that `rewards.sandbox` asks for, once a program has run in it; for auto the first that works.
+    """Return the level that `rewards.sandbox` asks for, once a program has run in it; for auto the first that works.
 
     Raises ValueError with the reason and what to do where there is none. `insecure` is never chosen by auto.
     """
@@ -57,7 +57,7 @@ def available_level(setting: Literal["auto", "bubblewrap", "interpreter", "insec
 
 @cache
 def _problem(level: Literal["bubblewrap", "interpreter"]) -> str | None:
-    """Why a level doesn't work here, or None."""
+    """Return why a level doesn't work here, or None."""
     try:
         if level == "interpreter":
             from megatron_mcpo.rewards.sandbox.interpreter import Session

@@ -1,4 +1,4 @@
-"""One program in one sandboxed process: started, watched, ended, with all that it left."""
+"""Run one program in one sandboxed process: start it, watch it, end it with everything that it started."""
 
 import contextlib
 import json
@@ -23,13 +23,13 @@ MEMORY_BYTES = 2**30
 """Address space of a program."""
 
 OUTPUT_BYTES = 2**20
-"""What is read of a program's standard output before it is ended; a test's expected output adds to it."""
+"""Bytes of standard output after which a program is ended, beyond the length of its test's expected output."""
 
 VALUES_BYTES = 2**22
-"""What is read of the values that tests asked for, encoded: some 200,000 numbers."""
+"""Bytes of encoded values after which a program is ended: some 200,000 numbers."""
 
 START_SECONDS = 2.0
-"""A program that isn't started in less has used up its time before; given more, it is the sandbox that fails."""
+"""Where a program has less time than this and did not start, it timed out; with more time the sandbox failed."""
 
 
 class SandboxError(RuntimeError):
@@ -38,7 +38,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a program did. exit_code: None where it was stopped, `stopped` says for what."""
+    """The result of a program. exit_code: None where it was stopped; `stopped` says why."""
 
     output: bytes
     exit_code: int | None
@@ -99,7 +99,7 @@ def run(
 def _command(
     stack: contextlib.ExitStack, level: ProcessLevel, *, info_fd: int, as_root: bool
 ) -> tuple[list[str], list[int]]:
-    """The start of the command line, and the descriptors that it names."""
+    """Return the start of the command line, and the descriptors that it names."""
     if level == "insecure":
         return [sys.executable], []
     seccomp_fd = _readable(stack, "seccomp", filter_bytes())
@@ -109,7 +109,7 @@ def _command(
 
 
 def _readable(stack: contextlib.ExitStack, name: str, content: bytes) -> int:
-    """A descriptor from which `content` can be read, and into which nothing can be written."""
+    """Open a descriptor from which `content` can be read, and to which nothing can be written."""
     with os.fdopen(os.memfd_create(name), "wb") as file:
         file.write(content)
         file.flush()
@@ -145,7 +145,7 @@ def _watch(process: subprocess.Popen[bytes], *, deadline: float, output_bytes: i
 
 
 def _end(process: subprocess.Popen[bytes], level: ProcessLevel, info: int) -> None:
-    """End it with all that it started. info: where bubblewrap has said which process is the sandbox's first."""
+    """End it with all that it started. info: where bubblewrap writes which process is the sandbox's first."""
     if level == "insecure":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""A seccomp filter for programs that only compute: the bytes that `bwrap --seccomp FD` reads.
+"""Assemble a seccomp filter for programs that only compute: the bytes that `bwrap --seccomp FD` reads.
+
+Written by hand: the bindings of libseccomp need that native library on the host, and this filter is a plain list of
+comparisons.
 
 It is a list of what is refused, on top of namespaces and limits: system calls by which kernels were attacked, that
 reach other processes, or that take memory past the address-space limit. A program stays one process: threads may be
@@ -58,7 +61,7 @@ _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 def filter_bytes() -> bytes:
-    """The filter for this machine. Raises ValueError for a machine other than x86_64 and aarch64."""
+    """Return the filter for this machine. Raises ValueError for a machine other than x86_64 and aarch64."""
     machine = platform.machine()
     if machine not in _AUDIT_ARCH:
         raise ValueError(f"no seccomp filter for {machine!r}, only for {sorted(_AUDIT_ARCH)}")
@@ -76,7 +79,7 @@ def filter_bytes() -> bytes:
         if number is not None:
             program += [_jump(_EQUAL, number, skip_if_false=1), _statement(_RETURN, _ERRNO | errno.EPERM)]
     program += [
-        # Its flags lie in memory, where a filter can't look. glibc then tries clone.
+        # Its flags are in memory, which a filter can't read. glibc then tries clone.
         _jump(_EQUAL, _CLONE3[column], skip_if_false=1),
         _statement(_RETURN, _ERRNO | errno.ENOSYS),
         _jump(_EQUAL, _CLONE[column], skip_if_false=4),
