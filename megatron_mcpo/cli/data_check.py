@@ -1,8 +1,9 @@
-"""Tell which rows of the data cannot be used, and why: all are read and tokenized, as a run does at its start.
+"""Count the rows of the data that cannot be used, and say why: all are read and tokenized, as at the start of a run.
 
-Needs no GPU and no weights: of the model's folder the tokenizer is enough. A row a source: its rows, the bad ones, and
-how many of them are bad for which reason (megatron_mcpo/data/rows.py), with the first of each. Exit code 1: the run
-would be refused, for too many bad rows or too few good ones; 2: the configuration is bad or data can't be read.
+This needs no GPU and no weights: of the model's folder it reads the tokenizer. The table has a line per source: its
+rows, the bad ones, and how many are bad for which reason (megatron_mcpo/data/rows.py), with the first of each. Exit
+code 1: a run would be refused, for too many bad rows or too few good ones; 2: the configuration is bad or data can't be
+read.
 """
 
 import json
@@ -17,17 +18,15 @@ from rich.table import Table
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.domain_rules import missing_files
-from megatron_mcpo.data.row_counts import RowStatistics
+from megatron_mcpo.data.row_statistics import RowStatistics
 from megatron_mcpo.rewards import allowlist
-
-NOT_USABLE = 1
 
 
 def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = options.parser("data check", __doc__, example="examples/five_domains/config.toml")
     parser.add_argument("config", type=Path)
-    parser.add_argument("--json", action="store_true", help="one JSON object a source instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per source instead of a table")
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load(known.config, overrides)
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
             print(note)
     if inspection.problems:
         print("\n".join(inspection.problems), file=sys.stderr)
-    return NOT_USABLE if inspection.problems else 0
+    return options.FAILED if inspection.problems else 0
 
 
 def _print_table(counted: Sequence[RowStatistics]) -> None:

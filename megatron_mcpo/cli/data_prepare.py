@@ -1,8 +1,8 @@
 """Convert public data sets, as their hub keeps them, to JSON lines in our schema (megatron_mcpo/data/rows.py).
 
 `mcpo data prepare SET FILE... --out datasets/NAME.jsonl`
-FILE: .parquet or .jsonl of the set. `--list` names the sets, and where they come from. Rows that can't be used are
-counted, by reason; exit code 1 where none can.
+FILE: .parquet or .jsonl of the set. `--list` names the sets and where they come from. Rows that can't be used are
+counted by reason. Exit code 2: none can be used, or a file can't be read.
 """
 
 import json
@@ -22,12 +22,12 @@ Row = Mapping[str, Any]
 
 
 class Unusable(ValueError):
-    """Why a row is left out."""
+    """The reason why a row is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublicSet:
-    """hub: name of the data set there, and its licence"""
+    """A public data set. hub: its name there, and its licence"""
 
     hub: str
     convert: Callable[[Row], dict[str, Any]]
@@ -36,12 +36,12 @@ class PublicSet:
 def _gsm8k(row: Row) -> dict[str, Any]:
     _, mark, answer = row["answer"].rpartition("####")
     if not mark:
-        raise Unusable("no #### before an answer")
+        raise Unusable("no #### before its answer")
     return {"question": row["question"], "answer": answer.strip().replace(",", ""), "verifier": "math"}
 
 
 def _math(row: Row) -> dict[str, Any]:
-    """The answer is what the last box of the solution holds."""
+    """Convert a row whose answer is in the last box of its solution."""
     answer = row.get("answer") or _last_box(row["solution"])
     kept = {name: row[name] for name in ("level", "type", "subject") if row.get(name) is not None}
     return {"question": row["problem"], "answer": answer, "verifier": "math", "metadata": kept}
@@ -70,7 +70,10 @@ def _choice(question: str, texts: Sequence[str], number: int) -> dict[str, Any]:
 
 
 def _labelled(question: str) -> Callable[[Row], dict[str, Any]]:
-    """choices: {label: [...], text: [...]}, answerKey: a label; question: the column of the question."""
+    """Return the conversion of rows with choices: {label: [...], text: [...]} and answerKey: a label.
+
+    question: the column of the question.
+    """
 
     def convert(row: Row) -> dict[str, Any]:
         labels = row["choices"]["label"]
@@ -86,12 +89,12 @@ def _mmlu(row: Row) -> dict[str, Any]:
 
 
 def _mbpp(row: Row) -> dict[str, Any]:
-    """The tests say what the function is called, so they are shown, as in the paper (arXiv 2108.07732)."""
+    """Convert a row of MBPP; the tests name the function, so they are shown, as in the paper (arXiv 2108.07732)."""
     if row.get("test_setup_code") or row.get("test_imports"):
         raise Unusable("its tests need code of their own")
     tests = list(row["test_list"])
     if not all(re.match(r"assert\b", test) for test in tests):
-        raise Unusable("a test that is no assert")
+        raise Unusable("a test is not an assert")
     shown = "\n".join(tests)
     text = row.get("text") or row["prompt"]
     return {
@@ -102,7 +105,6 @@ def _mbpp(row: Row) -> dict[str, Any]:
     }
 
 
-UNUSABLE = 2
 SETS = {
     "gsm8k": PublicSet(hub="openai/gsm8k (MIT)", convert=_gsm8k),
     "math": PublicSet(hub="EleutherAI/hendrycks_math, HuggingFaceH4/MATH-500 (MIT)", convert=_math),
@@ -129,35 +131,36 @@ def main(arguments: Sequence[str]) -> int:
     if known.out.suffix != ".jsonl" or known.out.is_dir():
         parser.error(f"--out {known.out}: must be a file that ends in .jsonl")
     if known.out.resolve() in [file.resolve() for file in known.files]:
-        parser.error(f"--out {known.out}: is one of the files that are read; give another")
-    left_out: Counter[str] = Counter()
+        parser.error(f"--out {known.out}: must not be one of the files that are read. Give another")
+    skipped: Counter[str] = Counter()
     lines = []
     for file in known.files:
         try:
-            lines += [json.dumps(row) for row in converted(SETS[known.set], file, left_out)]
+            lines += [json.dumps(row) for row in converted(SETS[known.set], file, skipped)]
         except (OSError, ValueError) as error:
             print(f"{file}: can't be read ({error}); give the set's .parquet or .jsonl files", file=sys.stderr)
-            return UNUSABLE
-    reasons = "".join(f"; {count}: {reason}" for reason, count in left_out.most_common())
-    print(f"{known.set}: {len(lines)} rows, {left_out.total()} left out{reasons}")
+            return options.REFUSED
+    reasons = "".join(f"; {count}: {reason}" for reason, count in skipped.most_common())
+    print(f"{known.set}: {len(lines)} rows, {skipped.total()} skipped{reasons}")
     if not lines:
-        print(f"{known.out}: not written, there is no row; give files of {SETS[known.set].hub}", file=sys.stderr)
-        return UNUSABLE
+        hub = SETS[known.set].hub
+        print(f"{known.out}: not written, since no row can be used. Give files of {hub}", file=sys.stderr)
+        return options.REFUSED
     known.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(known.out, ("\n".join(lines) + "\n").encode())
     return 0
 
 
-def converted(public: PublicSet, file: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The set's rows in our schema; what is left out is counted by reason. Raises OSError, ValueError."""
+def converted(public: PublicSet, file: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield the set's rows in our schema; count skipped rows by reason. Raises OSError, ValueError."""
     for row in _rows(file):
         try:
             yield public.convert(row)
         except Unusable as error:
-            left_out[str(error)] += 1
+            skipped[str(error)] += 1
         except (KeyError, TypeError, AttributeError) as error:
             missing = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            left_out[f"other columns than this set has ({missing})"] += 1
+            skipped[f"other columns than this set has ({missing})"] += 1
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -174,4 +177,4 @@ def _rows(file: Path) -> Iterator[Row]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"line {number} is no JSON") from error
+                raise ValueError(f"line {number} is not JSON") from error

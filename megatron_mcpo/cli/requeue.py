@@ -1,8 +1,8 @@
 """Tell a job script whether the run was preempted: exit code 0 if so, it should be started again; 1 if not.
 
-For a job script, once the ranks have ended: torchrun's exit code is 1 for a run that saved and one that crashed. The
-run's mark (PREEMPTED in its folder) is taken away, so that the answer is yes once; --put-back, where it could not be
-started again, makes the mark anew. Exit code 1: no; 2: bad configuration.
+Call it once the ranks have ended: torchrun's exit code is 1 for a run that was preempted and for one that crashed. The
+run's mark (PREEMPTED in its folder) is removed, so that the answer is yes only once; --put-back restores it where the
+run could not be started again. Exit code 2: bad configuration.
 """
 
 from collections.abc import Sequence

@@ -79,7 +79,7 @@ class RunLogger:
         self._console.summary(self._folder.path)
 
     def stop(self, step: int) -> None:
-        """Mark the run as one that made room after `step`, and wants to be started again."""
+        """Mark the run as preempted after `step`: it is to be started again."""
         if self._folder is not None:
             self._folder.mark_preempted()
             self.note(f"asked to stop: ended after step {step}; the same command goes on from there")

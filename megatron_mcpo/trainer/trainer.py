@@ -76,7 +76,7 @@ class Trainer:
         self.updates_left_out = 0
 
     def run(self) -> None:
-        """Train to the last step, or until the job is asked to make room; then until the checkpoint is on disk."""
+        """Train to the last step, or until the job is preempted; then wait until the checkpoint is on disk."""
         config = self.config
         self.push_weights(verify=True)
         self.check_engine()

@@ -1,4 +1,4 @@
-"""A run that is asked to make room ends its step, saves and goes on later: all figures equal an undisturbed run's.
+"""A preempted run ends its step, saves and is resumed: all its metrics equal those of a run that was not preempted.
 
 Which phase the signal meets is tried on forked ranks, of which only the second one gets it; what torchrun does with
 it, on a real launch. Not covered here: Slurm (test_slurm), GPUs, a third signal (torchrun then leaves the ranks alone).
@@ -52,7 +52,7 @@ PHASES: dict[str, tuple[type, str, int, int]] = {
 
 
 def wants_restart(config: Path, *overrides: str) -> bool:
-    """What a job script asks; the mark is then gone."""
+    """Return what a job script asks; the mark is then gone."""
     tool = [sys.executable, "-m", "megatron_mcpo", "requeue", config, *overrides]
     code = subprocess.run(tool, cwd=ROOT, timeout=180).returncode
     assert code in (0, 1)

@@ -1,4 +1,4 @@
-"""A job on a real Slurm of several nodes: asked to make room, then bereft of a node, it ends with the same figures.
+"""A job on a real Slurm of several nodes: preempted, then without one of its nodes, it ends with the same metrics.
 
 The nodes are daemons on one host (see slurm_cluster). Not covered here: nodes with GPUs, networks between hosts, a time
 limit that is reached (Slurm sends the same signal then as here by hand), preemption by another job.

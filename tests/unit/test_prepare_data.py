@@ -60,7 +60,7 @@ def test_a_set_becomes_rows_of_our_schema(
     else:
         source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
     assert data_prepare.main([name, str(source), "--out", str(out)]) == 0
-    assert f"{name}: 1 rows, 1 left out" in capsys.readouterr().out
+    assert f"{name}: 1 rows, 1 skipped" in capsys.readouterr().out
     (line,) = out.read_text().splitlines()
     item = parse_row(json.loads(line), 0, [])
     assert item.answer == ANSWERS.get(name, "B")
@@ -75,8 +75,8 @@ def test_another_set_s_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n")
     assert data_prepare.main(["mbpp", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
     printed = capsys.readouterr()
-    assert "1 left out; 1: other columns than this set has (no column 'test_list')" in printed.out
-    assert "not written, there is no row" in printed.err
+    assert "1 skipped; 1: other columns than this set has (no column 'test_list')" in printed.out
+    assert "not written, since no row can be used" in printed.err
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -90,13 +90,13 @@ def test_a_broken_line_is_told_by_its_number(tmp_path: Path, capsys: pytest.Capt
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n\n{\n")
     assert data_prepare.main(["gsm8k", str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
-    assert f"{source}: can't be read (line 3 is no JSON)" in capsys.readouterr().err
+    assert f"{source}: can't be read (line 3 is not JSON)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("source.jsonl", "is one of the files that are read"),
+        ("source.jsonl", "must not be one of the files that are read"),
         ("out", "ends in .jsonl"),
         ("folder.jsonl", "ends in .jsonl"),
     ],

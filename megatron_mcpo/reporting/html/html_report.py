@@ -144,7 +144,7 @@ def _number(value: Any) -> float | int | None:
 def _status(folder: Path) -> str:
     if (folder / "FINISHED").exists():
         return "finished"
-    return "stopped to make room" if (folder / PREEMPTED).exists() else "not finished"
+    return "preempted" if (folder / PREEMPTED).exists() else "not finished"
 
 
 def _settings(config: Config) -> list[dict[str, Any]]:
