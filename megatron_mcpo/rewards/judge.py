@@ -77,7 +77,8 @@ def score(
         model=model,
         messages=[{"role": "user", "content": _instruction(prompt, entry, response)}],
         temperature=0,
-        extra_headers={"Authorization": openai.Omit()} if api_key is None else {},
+        # A connection that is kept may have been closed by the server since: the attempt would fail.
+        extra_headers={"Connection": "close", **({"Authorization": openai.Omit()} if api_key is None else {})},
     )
     for attempt in range(retries + 1):
         if attempt:

@@ -100,6 +100,7 @@ def test_a_judge_is_asked_once_for_each_answer_and_its_score_counts(
     assert len(judge.requests) == 2
     path, headers, body = judge.requests[0]
     assert (path, headers["authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    assert headers["connection"] == "close", "a kept connection that the server has closed would cost an attempt"
     content = "Q q0\nA right\nR good {answer} é\n{other} {}"
     assert body == {"model": "m", "messages": [{"role": "user", "content": content}], "temperature": 0}
 
