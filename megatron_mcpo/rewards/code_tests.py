@@ -9,7 +9,7 @@ So of `len(primes(10**6)) == 78498` a number comes out and no list, of `str(P(1)
 program that lies about them must still know what is expected, as one must that returns it.
 
 Everything else is for the judge, who has plain data. An object of the program's is none: compared with what a test
-has written down it is wrong. Tests that only objects could pass are refused here, whatever the program: comparisons of
+has written down it is unequal. Tests that only objects could pass are refused, whatever the program: comparisons of
 two values of the program's (`P(1) == P(1)`), and attributes that no plain data has.
 """
 

@@ -43,7 +43,7 @@ def stated_letter(text: str) -> str | None:
     and the statement is not denied. Without any, the whole text must be a letter or an option.
     A bare A or I is a word of the language where it is followed, in its line, by another word, unless that word can
     only follow an option (because, since, is, ...): "A because" is option A, "A bank" is not. A small letter needs a
-    bracket or a mark of punctuation. So the a of "B, a bank" is no second option.
+    bracket or a mark of punctuation. So the a of "B, a bank" is not a second option.
     """
     boxed = last_boxed(text)
     for statement in reversed(list(_STATEMENT.finditer(text))):

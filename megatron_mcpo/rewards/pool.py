@@ -25,7 +25,7 @@ STARTUP_SECONDS = 300.0
 
 
 class VerificationError(RuntimeError):
-    """One verification failed: the verifier raised, or returned something that is no score."""
+    """One verification failed: the verifier raised, or returned something that is not a score."""
 
     def __init__(self, message: str, *, timed_out: bool):
         super().__init__(message)

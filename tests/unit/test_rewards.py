@@ -63,7 +63,7 @@ def misbehaving() -> Iterator[Scorer]:
 
 def test_allowed_scorers_do_not_evaluate_text() -> None:
     # In a process of its own: importing reasoning-gym draws from the global random generators.
-    code = "import json, verifiers; print(json.dumps(verifiers.scoring_sources()))"
+    code = "import json; from tests.support import verifiers; print(json.dumps(verifiers.scoring_sources()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, env=environment, check=True, timeout=120

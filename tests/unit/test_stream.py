@@ -60,7 +60,7 @@ def test_a_state_of_other_data_is_refused() -> None:
     saved = make_stream(seed=1).state_dict()
     with pytest.raises(ValueError, match=r"seed 1.*seed 2"):
         make_stream(seed=2).load_state_dict(saved)
-    with pytest.raises(ValueError, match="can't be continued"):
+    with pytest.raises(ValueError, match="can't be resumed"):
         make_stream(seed=1, weights=(1.0, 1.0)).load_state_dict(saved)
 
 
