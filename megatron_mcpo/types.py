@@ -1,7 +1,7 @@
-"""What the stages hand to each other. Every carrier is frozen: a stage returns a new one.
+"""Define the carriers that the stages exchange. Every carrier is frozen: a stage returns a new one.
 
 Shape legend, used as suffixes of tensor names throughout the package:
-  P prompts (groups) in a step     G rollouts a prompt        N rollouts held by one data-parallel rank
+  P prompts (groups) in a step     G rollouts per prompt       N rollouts held by one data-parallel rank
   M rollouts of all ranks together  T tokens, all sequences concatenated without padding
   R response tokens, concatenated in the order of the rollouts
   D size of a representation       H hidden size              V vocabulary
@@ -23,7 +23,7 @@ class StopReason(Enum):
     LENGTH = "length"
     """The response limit was reached: the text is truncated."""
     ABORT = "abort"
-    """The engine gave the request up; the completion must not be trained on."""
+    """The engine aborted the request; the completion must not be trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Prompt:
     source: str
     """Name of the generator or file that the item came from."""
     index: int
-    """Position of the item in its source: (source, index) names it for good."""
+    """Position of the item in its source: (source, index) identifies it."""
     token_ids: tuple[int, ...]
     entry: dict[str, Any]
     """What the verifier needs: question, answer, metadata."""
@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled response. `logprobs` are the engine's, of the sampled tokens; `version` that of its weights."""
+    """One sampled response. logprobs: the engine's, of the sampled tokens; version: of the engine's weights"""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -56,9 +56,9 @@ class Completion:
 class RolloutGroup:
     """The G completions of one prompt. `rewards` and `correct` are empty until they are scored.
 
-    correct: whether the answer passed; penalties and form change the reward alone, so that a right answer which is
-        too long is not taken for a wrong one by the contrastive terms
-    error: why its verifier failed; then nothing is known of any completion
+    correct: whether the answer passed; penalties and format change the reward alone, so that the contrastive terms
+        do not treat a correct answer that is too long as incorrect
+    error: why its verifier failed; then no completion has a reward
     timed_out: the verifier failed because it took too long
     """
 
@@ -71,13 +71,13 @@ class RolloutGroup:
 
     @property
     def has_nonzero_advantage(self) -> bool:
-        """Whether the rewards differ, so that some rollout has an advantage; not where the verifier failed."""
+        """Whether the rewards differ, so that advantages are not all 0; False where the verifier failed."""
         return self.error is None and len(set(self.rewards)) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutLabels:
-    """What pairs need to know of every rollout of a batch, on all ranks, in the batch's order. All shapes [M]."""
+    """Domain, prompt and correctness of every rollout of a batch on all ranks, in the batch's order. All shapes [M]."""
 
     domain_M: Tensor
     prompt_M: Tensor
@@ -87,6 +87,7 @@ class RolloutLabels:
         return len(self.domain_M)
 
     def to(self, device: torch.device) -> "RolloutLabels":
+        """Copy the labels to a device."""
         return RolloutLabels(
             domain_M=self.domain_M.to(device), prompt_M=self.prompt_M.to(device), correct_M=self.correct_M.to(device)
         )
@@ -125,16 +126,16 @@ class TrainBatch:
 
     @property
     def rollout_R(self) -> Tensor:
-        """Which of this rank's N rollouts each response token belongs to: int64."""
+        """Number, among this rank's N, of the rollout that each response token belongs to: int64 [R]."""
         return torch.repeat_interleave(torch.arange(len(self)), self.response_lens_N)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rollouts on all ranks, a prompt counted with every one of its rollouts."""
+        """Tokens of all rollouts on all ranks; a prompt counts once per rollout."""
         return sum(self.prompt_lens_M) + sum(self.response_lens_M)
 
     def check(self) -> None:
-        """Assert the shapes that the legend promises."""
+        """Assert the shapes that the legend gives."""
         n = len(self)
         assert self.prompt_lens_N.shape == self.response_lens_N.shape == (n,)
         assert self.tokens_T.shape == (int(self.prompt_lens_N.sum() + self.response_lens_N.sum()),)
@@ -143,7 +144,7 @@ class TrainBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a forward pass says of a TrainBatch, without a graph.
+    """The results of a forward pass over a TrainBatch, without a graph.
 
     logp_R, entropy_R: fp32; z_ND: fp32, unit rows (None: the model has no head); version: of the weights behind them
     """
@@ -156,11 +157,11 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one optimizer step reports."""
+    """The outcome of one optimizer step."""
 
     grad_norm: float
     lr: float
     applied: bool
-    """False where the gradient was not finite: no parameter has moved."""
+    """False where the gradient was not finite, so that no parameter has changed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Sums over all micro-batches and data-parallel ranks, already divided by their global denominators."""

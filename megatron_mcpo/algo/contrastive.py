@@ -1,5 +1,6 @@
-"""The two contrastive terms over all rollouts of a step, and their gradient. Shape legend: types.py; A: anchors of a
-tile, K: domains, L: positives that are listed.
+"""Compute the two contrastive terms over all rollouts of a step, and their gradient.
+
+Shape legend: types.py; A: anchors of a tile, K: domains, L: positives that are listed.
 
 Evaluated on gathered representations, identically on every data-parallel rank: each takes its own rows of the gradient
 and carries them into its backward passes (surrogate.py). So no collective needs a gradient. The gradient is written
@@ -22,9 +23,10 @@ TILE_ELEMENTS = 2**24
 """Anchors x rollouts of a tile: 64 MiB in fp32, and enough rows for matrix products at full speed."""
 
 _BLOCKS = 64
-"""A CPU goes over a tile in so many blocks of rows: what is computed element by element then stays in its cache."""
+"""Number of blocks of rows that a CPU divides a tile into, so that elementwise results stay in its cache."""
 
 _LISTED = 64
+"""Most cross-domain positives of a rollout that are listed."""
 _SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -33,12 +35,12 @@ class Contrast:
     """The contrastive terms of one step.
 
     loss_cross_domain, loss_in_domain: means over each term's valid anchors, unweighted; 0 where there is none
-    loss_cross_domain_M, loss_in_domain_M: the terms of every anchor, L_share(i) and L_cons(i); 0 for all others
+    loss_cross_domain_M, loss_in_domain_M: the terms of every anchor; 0 for all other rollouts
     grad_z_MD: in the dtype of z, the gradient of cross_domain_weight * loss_cross_domain + in_domain_weight *
         loss_in_domain
     valid_cross_domain_M, valid_in_domain_M: bool, the anchors of each term
     positives_MK: int64, |C(i)| by the positives' domain; positives_in_domain_M: int64, |S(i)|
-    negatives_MK: int64, |M(i)| by the negatives' domain; like the positives 0 for rollouts that are no anchor at all
+    negatives_MK: int64, |M(i)| by the negatives' domain; like the positives 0 for rollouts that are not an anchor
     listed_ML: int64, positions of (the first 64 of) the cross-domain positives of every rollout, filled up with -1
     """
 
@@ -56,20 +58,22 @@ class Contrast:
 
     @property
     def positives_cross_domain_M(self) -> Tensor:
-        """|C(i)|."""
+        """The number of cross-domain positives of each rollout, |C(i)|."""
         return self.positives_MK.sum(dim=1)
 
     @property
     def negatives_M(self) -> Tensor:
-        """|M(i)|."""
+        """The number of negatives of each rollout, |M(i)|."""
         return self.negatives_MK.sum(dim=1)
 
     @property
     def anchors_cross_domain(self) -> int:
+        """The number of anchors of the cross-domain term."""
         return int(self.valid_cross_domain_M.sum())
 
     @property
     def anchors_in_domain(self) -> int:
+        """The number of anchors of the in-domain term."""
         return int(self.valid_in_domain_M.sum())
 
 
@@ -77,11 +81,12 @@ _MOST_PENALTY = 0.5
 
 
 def reward_penalty(contrast: Contrast, settings: ContrastiveConfig) -> Tensor:
-    """What `mode` "reward" adds to the reward of every rollout [M]: max(-weighted terms, -0.5), 0 for wrong ones.
+    """Return what `mode` "reward" adds to each reward [M]: max(-weighted terms, -0.5), 0 for incorrect rollouts.
 
-    With in-prompt consolidation and negatives, and no sharing, this is the reward of CLIPO (arXiv 2603.10101): of its
-    paper with `denominator` "negatives", of its authors' program with "all". By default that program draws one positive
-    an anchor; we take the mean over all of them, which is the expectation (its loss type supcon_loss_out).
+    With in-domain positives and negatives of the same prompt, and no cross-domain term, this is the reward of CLIPO
+    (arXiv 2603.10101): of its paper with `denominator` "negatives", of its authors' program with "all". By default that
+    program draws one positive per anchor; here it is the mean over all of them, which is the expectation (its loss type
+    supcon_loss_out).
     """
     terms_M = (
         settings.cross_domain_weight * contrast.loss_cross_domain_M
@@ -94,7 +99,7 @@ def reward_penalty(contrast: Contrast, settings: ContrastiveConfig) -> Tensor:
 def contrastive(
     z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig, *, tile_elements: int = TILE_ELEMENTS
 ) -> Contrast:
-    """Both terms of MCPO (arXiv 2605.25443) on the representations of ALL rollouts of the step.
+    """Compute both terms of MCPO (arXiv 2605.25443) on the representations of ALL rollouts of the step.
 
     With s_ij = z_i z_j / tau, a positive j of anchor i costs -log(e^s_ij / (e^s_ij + sum_n e^s_in)), n over its rivals
     but j: the negatives or, with `settings.denominator` "all", all other rollouts of the scope that `negatives`
@@ -103,7 +108,7 @@ def contrastive(
     representations apart. `in_domain_loss` "align" replaces the cost by 1 - z_i z_j, which needs no rivals.
 
     z_MD: unit rows; a graph behind it is ignored. The gradient is that with respect to z itself: projecting out its
-    radial part is the business of the head's own backward pass.
+    radial part is left to the head's own backward pass.
     """
     assert z_MD.ndim == 2 and len(z_MD) == len(labels), (z_MD.shape, len(labels))
     sums = _Sums(z_MD, labels, settings, tile_elements)
@@ -113,7 +118,7 @@ def contrastive(
 
 
 class _Sums:
-    """What tiles of anchors add up to."""
+    """The sums over all tiles of anchors."""
 
     def __init__(self, z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig, tile_elements: int):
         self.z_MD = z_MD
@@ -133,26 +138,26 @@ class _Sums:
         self.listed_ML = torch.full((num, min(num, _LISTED)), -1, dtype=torch.int64, device=device)
 
     def _find_anchors(self, tile_rows: int) -> None:
-        """The anchors of each term, what each counts in the total, and the tiles they are taken in."""
+        """Find the anchors of each term, the weight of each in the total, and the tiles they are taken in."""
         settings, correct_M = self.settings, self.labels.correct_M
-        right = {scope: members(scope_of(self.labels, scope), correct_M) for scope in _SCOPES}
-        self.positives_in_domain_M = right[settings.in_domain_scope] - 1
+        correct = {scope: members(scope_of(self.labels, scope), correct_M) for scope in _SCOPES}
+        self.positives_in_domain_M = correct[settings.in_domain_scope] - 1
         opposed_cross_domain_M = opposed_in_domain_M = self.negatives_MK.any(dim=1)
         if settings.denominator == "all":
-            # Right rollouts of the rivals' scope that are of the anchor's domain, or not of its consolidation.
+            # Correct rollouts of the rivals' scope: of the anchor's domain, or outside its in-domain scope.
             scope = settings.negatives
-            opposed_cross_domain_M = opposed_cross_domain_M | (right[_narrower(scope, "domain")] > 1)
+            opposed_cross_domain_M = opposed_cross_domain_M | (correct[_narrower(scope, "domain")] > 1)
             opposed_in_domain_M = opposed_in_domain_M | (
-                right[scope] > right[_narrower(scope, settings.in_domain_scope)]
+                correct[scope] > correct[_narrower(scope, settings.in_domain_scope)]
             )
-        self.valid_cross_domain_M = correct_M & opposed_cross_domain_M & (right["pool"] > right["domain"])
+        self.valid_cross_domain_M = correct_M & opposed_cross_domain_M & (correct["pool"] > correct["domain"])
         self.valid_in_domain_M = correct_M & (self.positives_in_domain_M > 0)
         if settings.in_domain_loss == "infonce":
             self.valid_in_domain_M &= opposed_in_domain_M
         anchors_A = (self.valid_cross_domain_M | self.valid_in_domain_M).nonzero()[:, 0]
         self.tiles = anchors_A.split(tile_rows) if len(anchors_A) else ()
         if settings.transfer == "threshold":
-            # In the very tiles of later on: another shape of the product might round to the other side.
+            # In the same tiles as later: a product of another shape might round to the other side of the threshold.
             for anchors_A in self.tiles:
                 similarity_AM = self.z_MD[anchors_A] @ self.z_MD.T
                 self.valid_cross_domain_M[anchors_A] &= self.pairing.transferable(similarity_AM, anchors_A).any(dim=1)
@@ -169,13 +174,13 @@ class _Sums:
         self.grad_z_MD.addmm_(tile_AM.T, z_AD)
 
     def _differentiate(self, similarity_AM: Tensor, anchors_A: Tensor) -> None:
-        """Note the costs of these anchors, and overwrite their similarities by the gradient with respect to them.
+        """Record the costs of these anchors, and overwrite their similarities by the gradient with respect to them.
 
         With R the logsumexp over the rivals, a positive costs R - s_ij where it is one of them, and softplus(R - s_ij)
         where it joins them in its own denominator. Nothing is exponentiated that could overflow.
         """
         settings, pairs, dtype = self.settings, self.pairing.find(similarity_AM, anchors_A), similarity_AM.dtype
-        # Multiplied by, a mask of numbers is much faster than one of bools.
+        # As factors, masks of numbers are much faster than masks of bools.
         cross_domain_AM, in_domain_AM = pairs.cross_domain_AM.to(dtype), pairs.in_domain_AM.to(dtype)
         part_cross_domain_A = self.valid_cross_domain_M[anchors_A] / cross_domain_AM.sum(dim=1).clamp(min=1)
         part_in_domain_A = self.valid_in_domain_M[anchors_A] / in_domain_AM.sum(dim=1).clamp(min=1)
@@ -195,7 +200,7 @@ class _Sums:
             pull_AM += spread_AM
         else:
             self.loss_in_domain_M[anchors_A] = part_in_domain_A * torch.linalg.vecdot(1 - similarity_AM, in_domain_AM)
-        # How much of a pair's cost the rivals are to blame for; all of it where the positive is one of them.
+        # The part of a pair's cost that is due to the rivals: all of it where the positive is one of them.
         pull_AM *= logp_AM.expm1_().neg_().masked_fill_(pairs.rivals_AM, 1.0)
         torch.sub(push_AM.mul_(pull_AM.sum(dim=1, keepdim=True)), pull_AM, out=similarity_AM)
         similarity_AM /= settings.temperature
@@ -203,7 +208,7 @@ class _Sums:
             similarity_AM -= spread_AM
 
     def _count(self, cross_domain_AM: Tensor, anchors_A: Tensor) -> None:
-        """Note how many cross-domain positives these anchors have in each domain, and the first of them."""
+        """Record how many cross-domain positives these anchors have in each domain, and the first of them."""
         num_anchors, num_domains = len(anchors_A), self.positives_MK.shape[1]
         row, column = cross_domain_AM.nonzero(as_tuple=True)
         by_domain = torch.bincount(
@@ -217,6 +222,7 @@ class _Sums:
         self.listed_ML[anchors_A[row[kept]], place[kept]] = column[kept]
 
     def result(self) -> Contrast:
+        """Return the terms after all tiles were added."""
         anchor_M = self.valid_cross_domain_M | self.valid_in_domain_M
         return Contrast(
             loss_cross_domain=(self.loss_cross_domain_M.sum() / self.valid_cross_domain_M.sum().clamp(min=1)).item(),

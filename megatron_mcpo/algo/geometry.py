@@ -1,4 +1,4 @@
-"""What the representations of a step look like. Shape legend: types.py; K: domains."""
+"""Describe the representations of a step in a few numbers. Shape legend: types.py; K: domains."""
 
 import math
 
@@ -11,9 +11,9 @@ _UNIFORMITY_ROWS = 2048
 
 
 def domain_similarity(z_MD: Tensor, labels: RolloutLabels, *, num_domains: int) -> Tensor:
-    """Mean similarity of two different correct rollouts, by their domains: fp64 [K, K], symmetric; NaN without a pair.
+    """Return the mean similarity of two different correct rollouts by their domains: fp64 [K, K]; NaN without a pair.
 
-    The mean over all pairs of two domains is the product of their sums, so no pair is looked at.
+    The mean over all pairs of two domains is the product of their sums, so no pair is formed.
     """
     sums_KD, squares_K, counts_K = _domain_sums(z_MD, labels, num_domains)
     pairs_KK = counts_K[:, None] * counts_K - counts_K.diag()
@@ -22,9 +22,9 @@ def domain_similarity(z_MD: Tensor, labels: RolloutLabels, *, num_domains: int) 
 
 
 def alignment(z_MD: Tensor, labels: RolloutLabels) -> float:
-    """Mean squared distance of two correct rollouts of one domain (Wang & Isola, arXiv 2005.10242, alpha = 2).
+    """Return the mean squared distance of two correct rollouts of a domain (Wang & Isola, arXiv 2005.10242, alpha = 2).
 
-    0: they coincide; 2: they are no nearer than by chance. NaN without such a pair.
+    0: they coincide; 2: they are as far apart as by chance. NaN without such a pair.
     """
     num_domains = int(labels.domain_M.max()) + 1 if len(labels) else 1
     sums_KD, squares_K, counts_K = _domain_sums(z_MD, labels, num_domains)
@@ -34,7 +34,7 @@ def alignment(z_MD: Tensor, labels: RolloutLabels) -> float:
 
 
 def uniformity(z_MD: Tensor) -> float:
-    """log of the mean of e^(-2 distance^2) over pairs of rollouts (Wang & Isola, arXiv 2005.10242, t = 2).
+    """Return log of the mean of e^(-2 distance^2) over pairs of rollouts (Wang & Isola, arXiv 2005.10242, t = 2).
 
     0: all coincide; -4 and less: spread over the sphere. Of more than 2048 rollouts every n-th is taken. NaN without
     a pair.
@@ -51,7 +51,7 @@ def uniformity(z_MD: Tensor) -> float:
 
 
 def _domain_sums(z_MD: Tensor, labels: RolloutLabels, num_domains: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each domain's correct rollouts: sum of z [K, D], sum of |z|^2 [K], number [K]; fp64."""
+    """Return, of each domain's correct rollouts, the sum of z [K, D], the sum of |z|^2 [K], the number [K]; fp64."""
     z_CD, domain_C = z_MD[labels.correct_M].double(), labels.domain_M[labels.correct_M]
     sums_KD = z_CD.new_zeros(num_domains, z_MD.shape[1]).index_add(0, domain_C, z_CD)
     squares_K = z_CD.new_zeros(num_domains).index_add(0, domain_C, z_CD.square().sum(dim=1))

@@ -1,11 +1,11 @@
-"""Sums over groups. Shape legend: types.py; X: whatever is grouped."""
+"""Sum over groups. Shape legend: types.py; X: the grouped elements."""
 
 import torch
 from torch import Tensor
 
 
 def group_sums(values_X: Tensor, group_X: Tensor) -> Tensor:
-    """The sum over each element's group (equal numbers in `group_X`), in the place of every element: [X, ...].
+    """Return the sum over each element's group (equal numbers in `group_X`), in the place of every element: [X, ...].
 
     values_X: [X, ...]
     """

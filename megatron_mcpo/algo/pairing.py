@@ -1,6 +1,6 @@
-"""Who is a positive, who a negative, of whom. Shape legend: types.py; A: the anchors of a tile, K: domains.
+"""Decide which rollouts are positives and negatives of which. Shape legend: types.py; A: anchors of a tile, K: domains.
 
-Masks are made for a tile of anchors against all M rollouts at a time, so that no M x M matrix need exist.
+Masks are made for a tile of anchors against all M rollouts at a time, so that no M x M matrix is needed.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.types import RolloutLabels
 
 Scope = Literal["pool", "domain", "prompt"]
-"""Whose rollouts: the step's, a domain's, a prompt's; each holds the next."""
+"""The rollouts of the step, of a domain, of a prompt; each scope contains the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class Pairing:
     """The pairs of a step.
 
     C(i), the cross-domain positives: by `transfer` correct rollouts of OTHER domains; top_k takes the most similar ones
-    of each domain, so that no domain crowds out the rest. S(i), the in-domain positives: by `consolidate` the other
-    correct rollouts of the domain or the prompt. M(i), the negatives: incorrect rollouts of the scope that `negatives`
-    names. The rivals, with whom a positive competes: by `denominator` the negatives, or all other rollouts of that
-    scope.
+    of each domain, so that no domain crowds out the rest. S(i), the in-domain positives: by `in_domain_scope` the
+    other correct rollouts of the domain or the prompt. M(i), the negatives: incorrect rollouts of the scope that
+    `negatives` names. The rivals, which a positive competes with: by `denominator` the negatives, or all other
+    rollouts of that scope.
 
     Of equally similar rollouts the first ones in step order are taken, so that every rank picks the same.
     """
@@ -41,15 +41,15 @@ class Pairing:
     def __init__(self, labels: RolloutLabels, settings: ContrastiveConfig):
         self.labels = labels
         self.settings = settings
-        self.wrong_M = ~labels.correct_M
+        self.incorrect_M = ~labels.correct_M
         domains = torch.unique(labels.domain_M[labels.correct_M]).tolist()
         self.correct_by_domain = {
             domain: (labels.correct_M & (labels.domain_M == domain)).nonzero()[:, 0] for domain in domains
         }
-        """Domain: positions of its correct rollouts, ascending."""
+        """Positions of the correct rollouts by domain, ascending."""
 
     def find(self, similarity_AM: Tensor, anchors_A: Tensor) -> Pairs:
-        """The pairs of the rollouts `anchors_A` (int64, positions in the step's order), all of which are correct."""
+        """Return the pairs of `anchors_A` (int64, positions in the step's order), all of which are correct."""
         assert similarity_AM.shape == (len(anchors_A), len(self.labels)), (similarity_AM.shape, anchors_A.shape)
         in_domain_AM = self._same(self.settings.in_domain_scope, anchors_A) & self.labels.correct_M
         return Pairs(
@@ -59,7 +59,7 @@ class Pairing:
         )
 
     def transferable(self, similarity_AM: Tensor, anchors_A: Tensor) -> Tensor:
-        """C(i) alone: bool [A, M]."""
+        """Return C(i) alone: bool [A, M]."""
         if self.settings.transfer == "top_k":
             return self._most_similar(similarity_AM, anchors_A)
         others_AM = ~self._same("domain", anchors_A) & self.labels.correct_M
@@ -71,8 +71,8 @@ class Pairing:
         if self.settings.denominator == "all":
             return self._same(self.settings.negatives, anchors_A).scatter_(1, anchors_A[:, None], False)
         if self.settings.negatives == "pool":
-            return self.wrong_M.expand(len(anchors_A), -1)
-        return self._same(self.settings.negatives, anchors_A) & self.wrong_M
+            return self.incorrect_M.expand(len(anchors_A), -1)
+        return self._same(self.settings.negatives, anchors_A) & self.incorrect_M
 
     def _same(self, scope: Scope, anchors_A: Tensor) -> Tensor:
         group_M = scope_of(self.labels, scope)
@@ -88,7 +88,7 @@ class Pairing:
 
 
 def scope_of(labels: RolloutLabels, scope: Scope) -> Tensor:
-    """A number for every rollout, the same for all of one scope: int64 [M]. Prompts are numbered over all domains."""
+    """Return a number for every rollout, the same within a scope: int64 [M]. Prompts are numbered over all domains."""
     match scope:
         case "pool":
             return torch.zeros_like(labels.domain_M)
@@ -99,14 +99,14 @@ def scope_of(labels: RolloutLabels, scope: Scope) -> Tensor:
 
 
 def members(group_M: Tensor, counted_M: Tensor) -> Tensor:
-    """How many of the rollouts `counted_M` (bool) are in the same group as each rollout: int64 [M]."""
+    """Return how many of the rollouts `counted_M` (bool) are in the group of each rollout: int64 [M]."""
     return group_sums(counted_M.long(), group_M)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Bool mask of the `count` largest values of every row, the first ones among equals; all of a shorter row.
+    """Return a bool mask of the `count` largest values of every row, the first ones among equals; all of a shorter row.
 
-    `topk` promises nothing about ties, so it only tells the smallest value that is taken.
+    The order of ties in `topk` is not defined, so only the smallest value that is taken comes from it.
     """
     if values.shape[1] <= count:
         return torch.ones_like(values, dtype=torch.bool)

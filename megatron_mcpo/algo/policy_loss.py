@@ -1,4 +1,4 @@
-"""The policy term: clipped ratio, importance weight, KL to the reference. Shape legend: types.py.
+"""Compute the policy term: clipped ratio, importance weight, KL to the reference. Shape legend: types.py.
 
 Everything is a sum over response tokens with weights that are known for the WHOLE step. Adding the results of all
 micro-batches and all data-parallel ranks therefore gives the step's value, however it was divided.
@@ -16,8 +16,8 @@ from megatron_mcpo.config.schema import AlgorithmConfig
 
 _MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this before exp, from above only: exp overflows in fp32 at 88, and inf times a zero
-gradient is NaN. Reaching it takes a token that was drawn with a probability below e^-20 = 2e-9, a fault rather than
-a sample; such a token has a finite loss and no gradient. There is no lower clamp, because exp underflows harmlessly:
+gradient is NaN. Only a token drawn with a probability below e^-20 = 2e-9 reaches it, which is a fault rather than a
+sample; such a token has a finite loss and no gradient. There is no lower clamp, because exp underflows harmlessly:
 the common case of a policy far more certain than its reference keeps its exact gradient.
 """
 
@@ -48,7 +48,7 @@ def token_weights(
     num_rollouts: int,
     max_response_tokens: int,
 ) -> Tensor:
-    """What each response token of these rollouts counts in the step's loss: fp32 [R].
+    """Return the weight of each response token of these rollouts in the step's loss: fp32 [R].
 
     token_mean: 1 / num_tokens (DAPO, arXiv 2503.14476); seq_mean_token_mean: 1 / (num_rollouts * length) (GRPO);
     dr_grpo: 1 / (num_rollouts * max_response_tokens) (arXiv 2503.20783). The counts are the whole step's.
@@ -76,7 +76,7 @@ def policy_loss(
     num_tokens: int,
     settings: AlgorithmConfig,
 ) -> PolicyLoss:
-    """Weighted sum over R tokens of importance * clipped objective + kl_weight * KL estimate.
+    """Return the weighted sum over R tokens of importance * clipped objective + kl_weight * KL estimate.
 
     logp_R: log-probs of the policy, with graph; old_, engine_, ref_: without, of the weights that scored the batch, of
     the engine's sampling distribution and of the reference; all fp32 and in nats
@@ -126,7 +126,7 @@ def policy_loss(
 
 
 def kl_estimate(logp_R: Tensor, ref_logp_R: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
-    """Each token's estimate of KL(policy || reference) in nats (Schulman, "Approximating KL divergence").
+    """Return each token's estimate of KL(policy || reference) in nats (Schulman, "Approximating KL divergence").
 
     With d = reference - policy log-prob: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d. In expectation over the policy's
     tokens the gradient of k1 is zero (it only adds noise to a loss), that of k2 is the gradient of KL(policy ||
@@ -144,7 +144,7 @@ def kl_estimate(logp_R: Tensor, ref_logp_R: Tensor, kind: Literal["k1", "k2", "k
 
 
 def _importance(log_weight_R: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Importance weights of the tokens, and which of them are the cap or masked."""
+    """Return the importance weights of the tokens, and which of them are capped or masked."""
     log_weight_R = log_weight_R.detach()
     log_cap, log_floor = math.log(settings.importance_cap), math.log(settings.importance_floor)
     match settings.importance:

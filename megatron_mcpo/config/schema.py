@@ -146,10 +146,14 @@ class EngineConfig(Section):
     )
 
 
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "per_domain"]
+"""The estimators in algo/advantage.py, which asserts that it has exactly these."""
+
+
 class AlgorithmConfig(Section):
     """The policy term (objective: group-relative advantages, clipped ratio, KL to the reference)."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "per_domain"] = Field(
+    advantage: AdvantageKind = Field(
         "grpo",
         description="rewards minus their prompt's mean, divided by its standard deviation; dr_grpo: not divided; rloo: "
         "minus the mean of the prompt's OTHER rollouts; per_domain: divided by the deviation of the whole domain",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_mcpo.config.config import Config
-from megatron_mcpo.config.schema import AlgorithmConfig, ContrastiveConfig
+from megatron_mcpo.config.schema import AdvantageKind, AlgorithmConfig, ContrastiveConfig
 from megatron_mcpo.types import RolloutGroup, RolloutLabels
 
 
@@ -47,7 +47,7 @@ def gradients(
         old_logp,
         [torch.tensor(c.logprobs) for group in groups for c in group.completions],
         ref_logp,
-        _advantages(rewards, [group.prompt.domain for group in groups], config.algorithm),
+        advantages(rewards, [group.prompt.domain for group in groups], config.algorithm.advantage),
         config.algorithm,
         longest=config.rollout.max_response_tokens,
     )
@@ -98,30 +98,30 @@ def policy_term(
 
 
 def contrastive_loss(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """cross_domain_weight * L_share + in_domain_weight * L_cons, with a graph to z."""
-    share, _ = share_term(z_MD, labels, settings)
-    consolidate, _ = consolidate_term(z_MD, labels, settings)
-    return settings.cross_domain_weight * share + settings.in_domain_weight * consolidate
+    """cross_domain_weight * L_cross_domain + in_domain_weight * L_in_domain, with a graph to z."""
+    cross_domain, _ = cross_domain_term(z_MD, labels, settings)
+    in_domain, _ = in_domain_term(z_MD, labels, settings)
+    return settings.cross_domain_weight * cross_domain + settings.in_domain_weight * in_domain
 
 
 def reward_penalty(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """max(-(cross_domain_weight * L_share(i) + in_domain_weight * L_cons(i)), -0.5) of every rollout [M], no graph."""
-    share_M, _ = _share_costs(z_MD.detach(), labels, settings)
-    consolidate_M, _ = _consolidate_costs(z_MD.detach(), labels, settings)
-    return (-settings.cross_domain_weight * share_M - settings.in_domain_weight * consolidate_M).clamp(min=-0.5)
+    """Return max(-(cross_domain_weight * L_cross_domain(i) + in_domain_weight * L_in_domain(i)), -0.5) [M]."""
+    cross_domain_M, _ = _cross_domain_costs(z_MD.detach(), labels, settings)
+    in_domain_M, _ = _in_domain_costs(z_MD.detach(), labels, settings)
+    return (-settings.cross_domain_weight * cross_domain_M - settings.in_domain_weight * in_domain_M).clamp(min=-0.5)
 
 
-def share_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """L_share, and which rollouts are its anchors."""
-    return _mean(*_share_costs(z_MD, labels, settings))
+def cross_domain_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    """L_cross_domain, and which rollouts are its anchors."""
+    return _mean(*_cross_domain_costs(z_MD, labels, settings))
 
 
-def consolidate_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """L_cons, and which rollouts are its anchors."""
-    return _mean(*_consolidate_costs(z_MD, labels, settings))
+def in_domain_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+    """L_in_domain, and which rollouts are its anchors."""
+    return _mean(*_in_domain_costs(z_MD, labels, settings))
 
 
-def share_positives(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
+def cross_domain_positives(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
     """C(i) as rows of a matrix [M, M]."""
     candidates = _correct_pairs(labels) & ~_same(labels.domain_M)
     similarity = (z_MD @ z_MD.T).detach()
@@ -155,12 +155,12 @@ def _scope(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
     return _same(labels.domain_M if settings.negatives == "domain" else labels.prompt_M)
 
 
-def _share_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+def _cross_domain_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
     candidates = _correct_pairs(labels) & ~_same(labels.domain_M)
-    return _info_nce(z_MD, share_positives(z_MD, labels, settings), candidates, labels, settings)
+    return _info_nce(z_MD, cross_domain_positives(z_MD, labels, settings), candidates, labels, settings)
 
 
-def _consolidate_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
+def _in_domain_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
     same = _same(labels.domain_M if settings.in_domain_scope == "domain" else labels.prompt_M)
     positives = same & _correct_pairs(labels)
     positives.fill_diagonal_(False)
@@ -230,12 +230,12 @@ def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:
     )
 
 
-def _advantages(rewards: Sequence[Tensor], domains: Sequence[int], settings: AlgorithmConfig) -> list[float]:
-    """Reward minus mean by prompt, by `settings.advantage` divided; 0 where all are equal."""
+def advantages(rewards: Sequence[Tensor], domains: Sequence[int], kind: AdvantageKind) -> list[float]:
+    """Return the advantages of all rollouts by their definitions; 0 where a prompt's rewards are all equal."""
     centred = [r - r.mean() if len(set(r.tolist())) > 1 else torch.zeros_like(r) for r in rewards]
     found = []
     for r, own, domain in zip(rewards, centred, domains, strict=True):
-        match settings.advantage:
+        match kind:
             case "dr_grpo":
                 found += own.tolist()
             case "grpo":

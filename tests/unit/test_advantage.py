@@ -1,27 +1,25 @@
-"""Group-relative advantages against closed forms and the standard library.
+"""Group-relative advantages against closed forms and their definitions.
 
 Not covered: how rewards come to be (rewards/) and how advantages are spread over tokens (mcore/).
 """
 
 import math
-import statistics
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mcpo.algo.advantage import group_advantages, signal
-from megatron_mcpo.config.schema import AlgorithmConfig
+from megatron_mcpo.algo.advantage import ESTIMATORS, group_advantages, has_nonzero_advantage
+from megatron_mcpo.config.schema import AdvantageKind
+from tests.support import reference
 
-Kind = Literal["grpo", "dr_grpo", "rloo", "per_domain"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = tuple(ESTIMATORS)
 
 
-def keys_of(rewards: Sequence[Sequence[float]]) -> torch.Tensor:
-    """The number of its group, of each reward."""
+def groups_of(rewards: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Return the number of each reward's group."""
     return torch.tensor([number for number, group in enumerate(rewards) for _ in group])
 
 
@@ -31,39 +29,15 @@ def flat(rewards: Sequence[Sequence[float]], dtype: torch.dtype = torch.float64)
 
 def advantages_of(
     rewards: Sequence[Sequence[float]],
-    kind: Kind = "grpo",
+    kind: AdvantageKind = "grpo",
     domains: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> list[torch.Tensor]:
-    """A tensor a prompt; all prompts are of one domain where none are named."""
-    prompt_M = keys_of(rewards)
+    """Return a tensor per prompt; all prompts are of one domain where none are named."""
+    prompt_M = groups_of(rewards)
     domain_M = torch.tensor(domains or [0] * len(rewards))[prompt_M]
     advantages_M = group_advantages(flat(rewards, dtype), prompt_M, domain_M, kind=kind)
     return list(advantages_M.split([len(group) for group in rewards]))
-
-
-def by_the_definition(rewards: list[list[float]], domains: list[int], kind: Kind) -> list[list[float]]:
-    """In plain Python, a rollout at a time."""
-    centred = [[r - statistics.fmean(group) for r in group] for group in rewards]
-    found = []
-    for group, centred_group, domain in zip(rewards, centred, domains, strict=True):
-        of_domain = [c for row, d in zip(centred, domains, strict=True) if d == domain for c in row]
-        divisor = {
-            "grpo": statistics.stdev(group) + 1e-6,
-            "dr_grpo": 1.0,
-            "rloo": 1.0,
-            "per_domain": math.sqrt(statistics.fmean([c * c for c in of_domain])) + 1e-6,
-        }[kind]
-        if kind == "rloo":
-            others = [statistics.fmean([*group[:i], *group[i + 1 :]]) for i in range(len(group))]
-            found.append([r - other for r, other in zip(group, others, strict=True)])
-        else:
-            found.append([c / divisor for c in centred_group])
-    return found
-
-
-def test_the_configuration_offers_these_kinds() -> None:
-    assert get_args(AlgorithmConfig.model_fields["advantage"].annotation) == KINDS
 
 
 def test_one_success_in_four_has_the_advantages_of_the_closed_form() -> None:
@@ -88,7 +62,7 @@ def test_per_domain_gives_the_domains_the_same_weight_whatever_the_scale_of_thei
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_groups_do_not_see_each_other(kind: Kind) -> None:
+def test_groups_do_not_see_each_other(kind: AdvantageKind) -> None:
     rewards = [[1.0, 0.0, 0.5], [0.2, 0.9, 0.1, 0.3]]
     for found, group in zip(advantages_of(rewards, kind), rewards, strict=True):
         torch.testing.assert_close(found, advantages_of([group], kind)[0])
@@ -104,24 +78,24 @@ def test_domains_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 11, 64])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 0.7, 1.0])
-def test_equal_rewards_give_exactly_zero_in_fp32(kind: Kind, size: int, reward: float) -> None:
+def test_equal_rewards_give_exactly_zero_in_fp32(kind: AdvantageKind, size: int, reward: float) -> None:
     rewards = [[reward] * size] * 3
     assert all(torch.equal(found, torch.zeros(size)) for found in advantages_of(rewards, kind, dtype=torch.float32))
-    assert not signal(flat(rewards), keys_of(rewards)).any()
+    assert not has_nonzero_advantage(flat(rewards), groups_of(rewards)).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_equal_group_stays_zero_beside_a_mixed_one(kind: Kind) -> None:
+def test_an_equal_group_stays_zero_beside_a_mixed_one(kind: AdvantageKind) -> None:
     rewards = [[0.1] * 7, [0.1] * 6 + [0.9]]
     equal, mixed = advantages_of(rewards, kind, dtype=torch.float32)
     assert torch.equal(equal, torch.zeros(7))
     assert mixed.ne(0).all()
-    assert signal(flat(rewards), keys_of(rewards)).tolist() == [False] * 7 + [True] * 7
+    assert has_nonzero_advantage(flat(rewards), groups_of(rewards)).tolist() == [False] * 7 + [True] * 7
 
 
-def test_one_different_reward_at_any_place_is_a_signal() -> None:
+def test_one_different_reward_at_any_place_is_enough() -> None:
     rewards = torch.eye(4).tolist()
-    assert signal(flat(rewards), keys_of(rewards)).all()
+    assert has_nonzero_advantage(flat(rewards), groups_of(rewards)).all()
 
 
 def test_a_group_of_one_is_refused() -> None:
@@ -131,12 +105,13 @@ def test_a_group_of_one_is_refused() -> None:
 
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(KINDS), st.integers(1, 5))
-def test_any_groups_against_the_definition(data: st.DataObject, kind: Kind, num: int) -> None:
+def test_any_groups_against_the_definition(data: st.DataObject, kind: AdvantageKind, num: int) -> None:
     reward = st.floats(0, 1).map(lambda r: round(r, 3))
     group = st.lists(reward, min_size=2, max_size=8)
     rewards = data.draw(st.lists(group, min_size=num, max_size=num))
     domains = data.draw(st.lists(st.integers(0, 2), min_size=num, max_size=num))
-    expected = by_the_definition(rewards, domains, kind)
-    for found, wanted in zip(advantages_of(rewards, kind, domains), expected, strict=True):
-        torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    expected = reference.advantages([torch.tensor(group).double() for group in rewards], domains, kind)
+    found_M = torch.cat(advantages_of(rewards, kind, domains))
+    torch.testing.assert_close(found_M, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    for found in advantages_of(rewards, kind, domains):
         torch.testing.assert_close(found.sum(), torch.tensor(0.0).double(), rtol=0, atol=1e-9)

@@ -29,7 +29,7 @@ Rollout = tuple[int, int, bool]
 """Domain, prompt, correctness."""
 
 
-def keys_of(rollouts: list[Rollout]) -> RolloutLabels:
+def labels_of(rollouts: list[Rollout]) -> RolloutLabels:
     return RolloutLabels(
         domain_M=torch.tensor([domain for domain, _, _ in rollouts], dtype=torch.int64),
         prompt_M=torch.tensor([prompt for _, prompt, _ in rollouts], dtype=torch.int64),
@@ -49,25 +49,25 @@ def grid_rows(num: int, seed: int) -> Tensor:
 
 
 def evaluate(z: Tensor, rollouts: list[Rollout], *, tile_elements: int = TILE_ELEMENTS, **options: Any) -> Contrast:
-    return contrastive(z, keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options}), tile_elements=tile_elements)
+    return contrastive(z, labels_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options}), tile_elements=tile_elements)
 
 
 def assert_equals_reference(z: Tensor, rollouts: list[Rollout], tile_elements: int, **options: Any) -> None:
     """Values, gradient, anchors and everything that is counted, each from its definition."""
-    labels, chosen = keys_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options})
+    labels, chosen = labels_of(rollouts), ContrastiveConfig(**{**WEIGHTS, **options})
     result = contrastive(z, labels, chosen, tile_elements=tile_elements)
     leaf = z.clone().requires_grad_()
-    share, valid_cross_domain = reference.share_term(leaf, labels, chosen)
-    consolidate, valid_in_domain = reference.consolidate_term(leaf, labels, chosen)
-    (expected,) = torch.autograd.grad(0.7 * share + 0.3 * consolidate + 0.0 * leaf.sum(), leaf)
-    assert result.loss_cross_domain == pytest.approx(share.item(), rel=1e-12, abs=1e-12)
-    assert result.loss_in_domain == pytest.approx(consolidate.item(), rel=1e-12, abs=1e-12)
+    cross_domain, valid_cross_domain = reference.cross_domain_term(leaf, labels, chosen)
+    in_domain, valid_in_domain = reference.in_domain_term(leaf, labels, chosen)
+    (expected,) = torch.autograd.grad(0.7 * cross_domain + 0.3 * in_domain + 0.0 * leaf.sum(), leaf)
+    assert result.loss_cross_domain == pytest.approx(cross_domain.item(), rel=1e-12, abs=1e-12)
+    assert result.loss_in_domain == pytest.approx(in_domain.item(), rel=1e-12, abs=1e-12)
     torch.testing.assert_close(result.grad_z_MD, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(result.valid_cross_domain_M, valid_cross_domain)
     assert torch.equal(result.valid_in_domain_M, valid_in_domain)
 
     anchors = [bool(a or b) for a, b in zip(valid_cross_domain, valid_in_domain, strict=True)]
-    positives = reference.share_positives(z, labels, chosen)
+    positives = reference.cross_domain_positives(z, labels, chosen)
     against = reference.negatives(labels, chosen)
     domains = [domain for domain, _, _ in rollouts]
     for i in range(len(rollouts)):
@@ -313,16 +313,16 @@ def test_what_is_measured_of_the_terms_has_its_names() -> None:
 
 def test_weights_scale_the_gradient_and_not_the_reported_losses() -> None:
     rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False)]
-    z, labels = unit_rows(4, 5), keys_of(rollouts)
+    z, labels = unit_rows(4, 5), labels_of(rollouts)
 
     def at(cross_domain_weight: float, in_domain_weight: float) -> Contrast:
         return contrastive(
             z, labels, ContrastiveConfig(cross_domain_weight=cross_domain_weight, in_domain_weight=in_domain_weight)
         )
 
-    share, consolidate, both = at(1.0, 0.0), at(0.0, 1.0), at(2.0, 3.0)
-    assert share.loss_cross_domain == consolidate.loss_cross_domain == both.loss_cross_domain > 0
-    torch.testing.assert_close(both.grad_z_MD, 2 * share.grad_z_MD + 3 * consolidate.grad_z_MD)
+    cross_domain, in_domain, both = at(1.0, 0.0), at(0.0, 1.0), at(2.0, 3.0)
+    assert cross_domain.loss_cross_domain == in_domain.loss_cross_domain == both.loss_cross_domain > 0
+    torch.testing.assert_close(both.grad_z_MD, 2 * cross_domain.grad_z_MD + 3 * in_domain.grad_z_MD)
 
 
 def test_a_terms_value_is_the_mean_of_its_anchors() -> None:
@@ -337,9 +337,9 @@ def test_the_penalty_of_a_reward_is_the_weighted_terms_and_at_most_a_half() -> N
     rollouts = [(0, 0, True), (0, 1, True), (1, 2, True), (1, 2, False)]
     z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     chosen = ContrastiveConfig(cross_domain_weight=0.2, in_domain_weight=0.4, temperature=1.0)
-    penalty = reward_penalty(contrastive(z, keys_of(rollouts), chosen), chosen)
-    share, consolidate = math.log1p(math.exp(2)), math.log(2)
-    assert 0.2 * share + 0.4 * consolidate > 0.5
+    penalty = reward_penalty(contrastive(z, labels_of(rollouts), chosen), chosen)
+    cross_domain, in_domain = math.log1p(math.exp(2)), math.log(2)
+    assert 0.2 * cross_domain + 0.4 * in_domain > 0.5
     assert penalty.tolist() == pytest.approx([-0.5, -0.5, -0.2 * math.log(2), 0.0])
 
 
@@ -362,7 +362,7 @@ def test_two_passes_give_the_gradient_of_one_whatever_the_micro_batches(sizes: l
     head = torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5)).double()
     parameters = list(head.parameters())
     loss = reference.contrastive_loss(
-        normalize(head(inputs), dim=1), keys_of(rollouts), ContrastiveConfig(**WEIGHTS, top_k=2)
+        normalize(head(inputs), dim=1), labels_of(rollouts), ContrastiveConfig(**WEIGHTS, top_k=2)
     )
     one_pass = torch.autograd.grad(loss, parameters)
 

@@ -17,7 +17,7 @@ from megatron_mcpo.config.schema import ContrastiveConfig
 from megatron_mcpo.types import RolloutLabels
 
 
-def keys_of(domains: list[int], correct: list[int], prompts: list[int] | None = None) -> RolloutLabels:
+def labels_of(domains: list[int], correct: list[int], prompts: list[int] | None = None) -> RolloutLabels:
     return RolloutLabels(
         domain_M=torch.tensor(domains, dtype=torch.int64),
         prompt_M=torch.tensor(prompts or list(range(len(domains))), dtype=torch.int64),
@@ -51,9 +51,9 @@ def pairs_of(
 def test_each_other_domain_lends_its_most_similar_correct_rollouts() -> None:
     #            anchor        domain 1          domain 2, all farther away    wrong, nearest of all
     z = angles(0.0, 10.0, 30.0, 20.0, 100.0, 120.0, 110.0, 1.0)
-    labels = keys_of([0, 1, 1, 1, 2, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 0])
-    share, _, _ = pairs_of(z, labels, top_k=2)
-    assert share[0] == [1, 3, 4, 6]
+    labels = labels_of([0, 1, 1, 1, 2, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 0])
+    cross_domain, _, _ = pairs_of(z, labels, top_k=2)
+    assert cross_domain[0] == [1, 3, 4, 6]
     assert pairs_of(z, labels, top_k=1)[0][0] == [1, 4]
     assert pairs_of(z, labels, top_k=9)[0][0] == [1, 2, 3, 4, 5, 6]
 
@@ -61,7 +61,7 @@ def test_each_other_domain_lends_its_most_similar_correct_rollouts() -> None:
 def test_threshold_and_all_take_from_the_whole_pool_of_other_domains() -> None:
     z = angles(0.0, 10.0, 30.0, 80.0, 60.0, 5.0)
     z[4] = torch.tensor([0.5, math.sqrt(0.75)])  # cos 60 to the last bit, which no library's cosine promises
-    labels = keys_of([0, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 1])
+    labels = labels_of([0, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 1])
     assert pairs_of(z, labels, transfer="threshold", threshold=0.5)[0][0] == [1, 2, 4], "cos 60 is just enough"
     assert pairs_of(z, labels, transfer="threshold", threshold=math.nextafter(0.5, 1.0))[0][0] == [1, 2]
     assert pairs_of(z, labels, transfer="all")[0][0] == [1, 2, 3, 4]
@@ -69,22 +69,22 @@ def test_threshold_and_all_take_from_the_whole_pool_of_other_domains() -> None:
 
 def test_sharing_need_not_be_mutual() -> None:
     z = angles(0.0, 50.0, 10.0)
-    assert pairs_of(z, keys_of([0, 0, 1], [1, 1, 1]), top_k=1)[0] == [[2], [2], [0]]
+    assert pairs_of(z, labels_of([0, 0, 1], [1, 1, 1]), top_k=1)[0] == [[2], [2], [0]]
 
 
 def test_ties_go_to_the_first_in_step_order() -> None:
     z = torch.tensor([[1.0, 0.0]] * 40)
-    labels = keys_of([0] * 20 + [1] * 20, [1] * 40)
+    labels = labels_of([0] * 20 + [1] * 20, [1] * 40)
     assert pairs_of(z, labels, top_k=3)[0] == [[20, 21, 22]] * 20 + [[0, 1, 2]] * 20
 
 
 def test_a_tie_at_the_last_place_leaves_the_nearer_ones_alone() -> None:
     z = angles(0.0, 40.0, 40.0, 10.0, 40.0)
-    assert pairs_of(z, keys_of([0, 1, 1, 1, 1], [1] * 5), top_k=2)[0][0] == [1, 3]
+    assert pairs_of(z, labels_of([0, 1, 1, 1, 1], [1] * 5), top_k=2)[0][0] == [1, 3]
 
 
 def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
-    labels = keys_of([0, 0, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 0], prompts=[0, 0, 1, 2, 0, 1, 2])
+    labels = labels_of([0, 0, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 0], prompts=[0, 0, 1, 2, 0, 1, 2])
     z = angles(*range(7))
     assert pairs_of(z, labels)[1] == [[1, 2], [0, 2], [0, 1], [], [], [], []]
     assert pairs_of(z, labels, in_domain_scope="prompt")[1] == [[1], [0], [], [], [], [], []]
@@ -94,7 +94,7 @@ def test_positives_and_negatives_of_pool_domain_and_prompt() -> None:
 
 
 def test_rivals_may_be_all_others_of_the_pool_the_domain_or_the_prompt() -> None:
-    labels = keys_of([0, 0, 0, 1, 0], [1, 1, 1, 1, 0], prompts=[0, 0, 1, 2, 0])
+    labels = labels_of([0, 0, 0, 1, 0], [1, 1, 1, 1, 0], prompts=[0, 0, 1, 2, 0])
     z = angles(*range(5))
 
     def rivals(scope: str) -> list[list[int]]:
@@ -106,7 +106,7 @@ def test_rivals_may_be_all_others_of_the_pool_the_domain_or_the_prompt() -> None
 
 
 def test_an_empty_step_has_no_pairs() -> None:
-    assert pairs_of(torch.zeros(0, 3), keys_of([], [])) == ([], [], [])
+    assert pairs_of(torch.zeros(0, 3), labels_of([], [])) == ([], [], [])
 
 
 def test_members_are_counted_by_group() -> None:
@@ -131,24 +131,24 @@ def test_random_pools_against_the_definition(
     right = [i for i, (_, _, correct) in enumerate(rollouts) if correct]
     random = torch.Generator().manual_seed(seed)
     z = torch.nn.functional.normalize(torch.randn(len(rollouts), 5, generator=random, dtype=torch.float64), dim=1)
-    labels = keys_of(domains, [int(i in right) for i in range(len(rollouts))], prompts)
+    labels = labels_of(domains, [int(i in right) for i in range(len(rollouts))], prompts)
     options = {"negatives": negatives, "in_domain_scope": in_domain_scope, "denominator": denominator}
     found = pairs_of(z, labels, top_k=top_k, **options)
     group = {"pool": [0] * len(rollouts), "domain": domains, "prompt": prompts}
     for i in range(len(rollouts)):
-        share: list[int] = []
+        cross_domain: list[int] = []
         for other in set(domains) - {domains[i]}:
             candidates = [j for j in right if domains[j] == other]
-            share += sorted(candidates, key=lambda j: (-(z[i] @ z[j]).item(), j))[:top_k]
+            cross_domain += sorted(candidates, key=lambda j: (-(z[i] @ z[j]).item(), j))[:top_k]
         same = [j for j in right if j != i and group[in_domain_scope][j] == group[in_domain_scope][i]]
         scope = [j for j in range(len(rollouts)) if j != i and group[negatives][j] == group[negatives][i]]
         rivals = scope if denominator == "all" else [j for j in scope if j not in right]
-        expected = (sorted(share), same, rivals) if i in right else ([], [], [])
+        expected = (sorted(cross_domain), same, rivals) if i in right else ([], [], [])
         assert (found[0][i], found[1][i], found[2][i]) == expected
 
 
 @pytest.mark.parametrize("transfer", ["top_k", "threshold", "all"])
 def test_wrong_rollouts_are_never_positives(transfer: str) -> None:
-    labels = keys_of([0, 1, 1, 0], [1, 0, 1, 0])
-    share, consolidate, _ = pairs_of(torch.ones(4, 1), labels, transfer=transfer)
-    assert share == [[2], [], [0], []] and consolidate == [[], [], [], []]
+    labels = labels_of([0, 1, 1, 0], [1, 0, 1, 0])
+    cross_domain, in_domain, _ = pairs_of(torch.ones(4, 1), labels, transfer=transfer)
+    assert cross_domain == [[2], [], [0], []] and in_domain == [[], [], [], []]
