@@ -1,7 +1,7 @@
-"""What it costs to bring the policy's weights into the engines: both ways, on real gloo ranks.
+"""Measure what it costs to bring the policy's weights into the engines, both ways, on real gloo ranks.
 
 `.venv/bin/python -m benchmarks.push [--cases PART] [--json] [--out benchmarks/results/NAME.json]`
-The engine is a stand-in that copies what it is given into parameters of its own, as vLLM's loaders do.
+The engine is a substitute that copies what it is given into parameters of its own, as vLLM's loaders do.
 """
 
 import sys
@@ -22,7 +22,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.memory import trim
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
 from megatron_mcpo.weights.mapping import parameters
-from megatron_mcpo.weights.reshard_plan import Plan
+from megatron_mcpo.weights.reshard_plan import SyncPlan
 from megatron_mcpo.weights.shards import cut_dim, placed
 from tests.support.ranks import run_ranks
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 REPEATS, LARGE_REPEATS = 9, 3
 LARGE = 10**9
-"""Parameters of an engine rank from which a push is repeated less often."""
+"""Parameters of an engine rank from which a sync is repeated less often."""
 SMALL = ModelConfig(
     family="llama",
     num_layers=30,
@@ -121,22 +121,22 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sync_rows(part: str) -> Iterator[dict[str, Any]]:
-    """A row per case and way, of the cases with `part` in their names.
+    """Yield a row per case and way, of the cases with `part` in their names.
 
     Times are each rank's least, of the slowest rank.
     seconds_memcpy: of copying what the engine holds, by one rank at a time
     seconds_processor, bytes_moved: over all ranks
-    seconds_gathering: of gather for an engine that loads nothing; seconds_loading: of the engine's part in `seconds`.
-        That they add up to more than `seconds` is what they overlap.
+    seconds_gathering: of full tensors for an engine that loads nothing; seconds_loading: of the engine's part in
+        `seconds`. The two overlap by as much as they add up to more than `seconds`.
     peak_extra_bytes: of the rank that took most
     """
     for case in CASES:
         if part not in case.name:
             continue
-        plan = Plan(model=case.model, layout=case.layout, engine_ranks=case.engine_ranks)
+        plan = SyncPlan(model=case.model, layout=case.layout, engine_ranks=case.engine_ranks)
         least = 2 * sum(plan.totals().received)
         ranks = run_ranks(case.layout.world_size, measure, case, timeout=600)
-        for weight_sync in ("direct", "gather"):
+        for weight_sync in ("reshard", "full tensors"):
             costs: list[dict[str, float]] = [rank[weight_sync] for rank in ranks]
             highest = {key: max(cost[key] for cost in costs) for key in costs[0]}
             moved = sum(int(cost["received"]) for cost in costs)
@@ -154,7 +154,7 @@ def sync_rows(part: str) -> Iterator[dict[str, Any]]:
 
 
 class Engine:
-    """An engine rank's parameters, and what a loader of full tensors does."""
+    """An engine rank's parameters, with a loader of full tensors."""
 
     def __init__(self, model: ModelConfig, engine_ranks: int, rank: int):
         self.loading: list[float] = []
@@ -162,12 +162,12 @@ class Engine:
         self.own = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         self.places: dict[str, list[tuple[Tensor, int, int, int]]] = {}
         for parameter in parameters(model, Layout()):
-            if parameter.row.tied:
+            if parameter.mapping.tied:
                 continue
             name, expert = engine_name(parameter)
             target = self.own[name] if expert is None else self.own[name][expert]
-            dim = cut_dim(parameter.row)
-            for each, position in placed(engine_slices(parameter.row, rank=rank, num_ranks=engine_ranks)):
+            dim = cut_dim(parameter.mapping)
+            for each, position in placed(engine_slices(parameter.mapping, rank=rank, num_ranks=engine_ranks)):
                 place = (target.narrow(dim, position, len(each)), dim, each.start, len(each))
                 self.places.setdefault(parameter.hugging_face[each.tensor], []).append(place)
 
@@ -196,7 +196,7 @@ class Drain:
 
 
 def measure(case: Case) -> dict[str, dict[str, float]]:
-    """One rank's costs per way."""
+    """Return one rank's costs of each way."""
     from megatron_mcpo.mcore.model import build_chunks
     from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync
 
@@ -219,29 +219,31 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
             copying = min(timed(memcpy) for _ in range(REPEATS))
         dist.barrier()
     repeats = LARGE_REPEATS if sum(map(Tensor.numel, engine.own.values())) > LARGE else REPEATS
-    gather = FullTensorSync(chunks=chunks, model=case.model, groups=groups, engine=engine)
+    full = FullTensorSync(chunks=chunks, model=case.model, groups=groups, engine=engine)
     costs = {
-        "direct": cost(ReshardSync(chunks, case.model, groups, engine, engine_ranks=case.engine_ranks), repeats),
-        "gather": cost(gather, repeats),
+        ReshardSync.name: cost(
+            ReshardSync(chunks, case.model, groups, engine, engine_ranks=case.engine_ranks), repeats
+        ),
+        full.name: cost(full, repeats),
     }
-    costs["gather"]["seconds_loading"] = min(engine.loading)
-    costs["gather"]["seconds_gathering"] = cost(replace(gather, engine=Drain()), repeats)["seconds"]
+    costs[full.name]["seconds_loading"] = min(engine.loading)
+    costs[full.name]["seconds_gathering"] = cost(replace(full, engine=Drain()), repeats)["seconds"]
     return {name: each | {"seconds_memcpy": copying} for name, each in costs.items()}
 
 
 def cost(weight_sync: "WeightSync", repeats: int) -> dict[str, float]:
-    """Memory of a first push, least time of some more: what else runs on the machine can only add to it."""
+    """Return the memory of a first sync, and the least time of some more: other work on the machine only adds to it."""
     trim()
     before = memory("VmRSS")
     forget_peak()
-    meter = weight_sync.push(1)
+    stats = weight_sync.sync(1)
     peak = memory("VmHWM")
     seconds, processor = [], time.process_time()
     for _ in range(repeats):
         dist.barrier()
-        seconds.append(timed(lambda: weight_sync.push(1)))
+        seconds.append(timed(lambda: weight_sync.sync(1)))
     return {
-        "received": meter.received,
+        "received": stats.received,
         "seconds": min(seconds),
         "seconds_processor": (time.process_time() - processor) / repeats,
         "peak_extra": peak - before,

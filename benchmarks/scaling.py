@@ -113,15 +113,15 @@ def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[s
         policy.update(batch, small_loss)
     with Received(ranks) as contrastive:
         gather_rows(torch.zeros(len(batch), 16), batch, ranks)
-    meter = TransferStats()
-    for _ in export(policy.chunks, model, ranks, meter=meter):
+    stats = TransferStats()
+    for _ in export(policy.chunks, model, ranks, stats=stats):
         pass
     return {
         "bytes": {
             **{name: round(value) for name, value in training.bytes.items()},
             "rollouts": rollout_bytes(sampled, num_engines=ranks.world_size, num_ranks=ranks.world_size),
             "contrastive": round(sum(contrastive.bytes.values())),
-            "sync": meter.received,
+            "sync": stats.received,
         },
         "messages": {**training.messages, "contrastive": sum(contrastive.messages.values())},
     }

@@ -25,7 +25,7 @@ from megatron_mcpo.rollout.engine import Engine, SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.trainer.engine_check import TOLERANCE
-from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose_weight_sync
 from tests.support.engine_server import Server
 
 BF16_APART, FP8_APART = (0.0, 0.02), (0.04, TOLERANCE["fp8_per_block"])
@@ -63,15 +63,15 @@ def _in_process(quantization: Literal["none", "fp8_per_block"], apart: tuple[flo
             distributed=True,
             job_tag="gpu-check",
         )
-    executor, why = choose(learner.chunks, learner.model_config, groups, sampler, engine_ranks=1)
-    executor.push(0)
-    figures = _speed(executor, learner)
+    weight_sync, why = choose_weight_sync(learner.chunks, learner.model_config, groups, sampler, engine_ranks=1)
+    weight_sync.sync(0)
+    figures = _speed(weight_sync, learner)
     same_weights, before_sleep = _same_weights(learner, sampler), _apart(learner, sampler)
     free_awake = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
     sampler.sleep()
     free_asleep = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
     sampler.wake()
-    executor.push(1)
+    weight_sync.sync(1)
     return Outcome(
         bands=(
             *same_weights,
@@ -79,7 +79,7 @@ def _in_process(quantization: Literal["none", "fp8_per_block"], apart: tuple[flo
             Band(name="log-probs after sleep, mean difference", value=_apart(learner, sampler), low=low, high=high),
         ),
         figures={
-            "executor": executor.name + (f" ({why})" if why else ""),
+            "weight_sync": weight_sync.name + (f" ({why})" if why else ""),
             "gib_free_asleep": (free_asleep - free_awake) / 2**30,
             **figures,
         },
@@ -113,9 +113,9 @@ def servers() -> Outcome:
             tag="gpu-check",
         )
         stack.callback(sampler.close)
-        executor = FullTensorSync(chunks=learner.chunks, model=learner.model_config, groups=groups, engine=sampler)
-        executor.push(0)
-        figures = _speed(executor, learner)
+        weight_sync = FullTensorSync(chunks=learner.chunks, model=learner.model_config, groups=groups, engine=sampler)
+        weight_sync.sync(0)
+        figures = _speed(weight_sync, learner)
         same_weights, apart = _same_weights(learner, sampler), _apart(learner, sampler)
     return Outcome(
         bands=(
@@ -126,9 +126,9 @@ def servers() -> Outcome:
     )
 
 
-def _speed(executor: WeightSync, learner: Policy) -> dict[str, float | str]:
+def _speed(weight_sync: WeightSync, learner: Policy) -> dict[str, float | str]:
     """Of pushes after the first."""
-    seconds = seconds_of(lambda: executor.push(0), repeats=5, warm_up=1)
+    seconds = seconds_of(lambda: weight_sync.sync(0), repeats=5, warm_up=1)
     size = sum(tensor.nbytes for _, tensor in learner.weights())
     return {"seconds_push": seconds, "gigabytes_a_second": size / seconds / _GIGA}
 

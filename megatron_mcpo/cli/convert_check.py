@@ -74,7 +74,7 @@ def rows(
             if verify_forward or is_small(source):
                 from megatron_mcpo.convert.compare_logits import TOLERANCE, logits_error
 
-                found = MegatronFolder(megatron, model)
+                found = MegatronFolder.open(megatron, model)
                 row["logits"] = logits_error(found, model, back, found.dtype(found.names[0]))
                 problems += [] if row["logits"] <= TOLERANCE else ["logits differ from those of transformers"]
             yield row | {"bits": compared.num_bits_different, "problems": problems}

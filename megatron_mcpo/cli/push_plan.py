@@ -11,7 +11,7 @@ from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.model import layout_problems
 from megatron_mcpo.weights.engine_layout import engine_name
-from megatron_mcpo.weights.reshard_plan import Plan, Step
+from megatron_mcpo.weights.reshard_plan import Step, SyncPlan
 
 BYTES = {"bf16": 2, "fp32": 4}
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--ranks", type=int, help="of the run; else as many as the configuration needs at least")
     parser.add_argument("--expert-parallel", action="store_true", help="as to engines whose ranks hold whole experts")
-    parser.add_argument("--moves", action="store_true", help="every slice of every parameter")
+    parser.add_argument("--messages", action="store_true", help="print every slice of every message")
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load(known.config, overrides)
@@ -31,26 +31,26 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(problems)
     except ConfigError as error:
         return options.refuse(error)
-    plan = Plan(
+    plan = SyncPlan(
         model=model,
         layout=layout,
         engine_ranks=config.engine.tensor_parallel,
         whole_experts=known.expert_parallel,
     )
-    for line in moves(plan) if known.moves else summary(plan, BYTES[config.model.dtype]):
+    for line in messages(plan) if known.messages else summary(plan, BYTES[config.model.dtype]):
         print(line)
     return 0
 
 
-def summary(plan: Plan, itemsize: int) -> Iterator[str]:
-    """By kind of parameter and by rank."""
+def summary(plan: SyncPlan, itemsize: int) -> Iterator[str]:
+    """Yield lines by kind of parameter and by rank."""
     num_engines = plan.layout.world_size // plan.engine_ranks
     yield f"from     {plan.layout}"
     yield f"to       {num_engines} engine(s) on {plan.engine_ranks} rank(s) each, {itemsize} bytes an element"
     kinds: dict[str, list[int]] = {}
     for step in plan.steps():
-        travels = [move for move in step.moves if move.source != move.target]
-        local = sum(step.elements(move) for move in step.moves) - sum(map(step.elements, travels))
+        travels = [message for message in step.messages if message.source != message.target]
+        local = sum(step.elements(message) for message in step.messages) - sum(map(step.elements, travels))
         counts = (1, len(travels), itemsize * sum(map(step.elements, travels)), itemsize * local)
         kinds[kind(step)] = [a + b for a, b in zip(kinds.get(kind(step), [0] * 4), counts, strict=True)]
     yield f"{'engine parameter':<52}{'count':>8}{'messages':>12}{'travels':>16}{'stays':>16}"
@@ -63,20 +63,21 @@ def summary(plan: Plan, itemsize: int) -> Iterator[str]:
     yield f"lower bound of what travels in a push: {itemsize * sum(totals.received)} bytes"
 
 
-def moves(plan: Plan) -> Iterator[str]:
+def messages(plan: SyncPlan) -> Iterator[str]:
+    """Yield a line for each slice of each message."""
     for step in plan.steps():
         name, expert = plan.engine_name(step.parameter)
-        for move in step.moves:
-            for piece in move.pieces:
+        for message in step.messages:
+            for each in message.slices:
                 yield (
-                    f"{step.parameter.hugging_face[piece.tensor]} [{piece.start}:{piece.stop}] "
-                    f"rank {move.source} at {piece.source_start} -> rank {move.target} "
-                    f"{name}{'' if expert is None else f'[{expert}]'} at {piece.target_start}"
+                    f"{step.parameter.hugging_face[each.tensor]} [{each.start}:{each.stop}] "
+                    f"rank {message.source} at {each.source_start} -> rank {message.target} "
+                    f"{name}{'' if expert is None else f'[{expert}]'} at {each.target_start}"
                 )
 
 
 def kind(step: Step) -> str:
-    """An engine parameter's name without the layer's number."""
+    """Return an engine parameter's name without the layer's number."""
     return ".".join("N" if part.isdigit() else part for part in engine_name(step.parameter)[0].split("."))
 
 

@@ -123,7 +123,7 @@ def hf_to_megatron(
                 copy_assets(source, staging.path)
                 _set_dtype(staging.path / "config.json", dtype)
         with attempt(team):
-            megatron = MegatronFolder(staging.path, model)
+            megatron = MegatronFolder.open(staging.path, model)
         compared = compare(folder, megatron, dtype=dtype, team=team)
     if team.rank == 0:
         problems = head_problems(head, megatron.head())
@@ -157,7 +157,7 @@ def megatron_to_hf(
         with attempt(team):
             assets = assets or assets_of(source)
             model = from_folder(assets, with_weights=False)
-            folder = MegatronFolder(source, model, masters=dtype is torch.float32)
+            folder = MegatronFolder.open(source, model, masters=dtype is torch.float32)
             found, dtype = folder.dtype(folder.names[0]), _dtype(folder, dtype)
         say(_origin(folder, found, dtype))
         plan = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_bytes": max_file_bytes}

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.storage.checkpoint_files import sync
-from megatron_mcpo.weights.checkpoint_layout import CheckpointEntry, Chunk, chunks, global_shape, stored
+from megatron_mcpo.weights.checkpoint_layout import CheckpointEntry, Chunk, checkpoint_entries, chunks, global_shape
 from megatron_mcpo.weights.hf_io import HfFolder
 from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, parameters
 from megatron_mcpo.weights.shards import cut_dim, cut_shape, placed
@@ -27,13 +27,12 @@ type Part = list[tuple[Parameter, CheckpointEntry]]
 
 def parts(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> Iterator[Part]:
     """All parameters in order, in parts of about PART_BYTES."""
-    there = [parameter for parameter in parameters(model, layout) if not parameter.row.tied]
-    alone = [stored(parameter) for parameter in parameters(model, Layout()) if not parameter.row.tied]
+    there = [parameter for parameter in parameters(model, layout) if not parameter.mapping.tied]
     part: Part = []
     size = 0
-    for pair in zip(there, alone, strict=True):
+    for pair in zip(there, checkpoint_entries(model), strict=True):
         part.append(pair)
-        size += sum(torch.Size(shape).numel() for shape in pair[0].row.shapes) * dtype.itemsize
+        size += sum(torch.Size(shape).numel() for shape in pair[0].mapping.shapes) * dtype.itemsize
         if size >= PART_BYTES:
             yield part
             part, size = [], 0
@@ -48,16 +47,16 @@ def write_part(
     entries = []
     files: dict[int, HashedFile] = {}
     for parameter, where in part:
-        num_shards = parameter.row.num_shards(layout)
+        num_shards = parameter.mapping.num_shards(layout)
         full = [source.read(name) for name in where.hugging_face]
-        for shard in range(parameter.row.num_different(layout)):
+        for shard in range(parameter.mapping.num_different(layout)):
             rank = parameter.stage * max(layout.tensor, layout.expert) + (parameter.expert_rank or shard)
             if rank not in files:
                 files[rank] = HashedFile(folder / f"__{rank}_{number}.distcp")
-            for chunk in chunks(parameter.row, rank=shard, num_ranks=num_shards):
+            for chunk in chunks(parameter.mapping, rank=shard, num_ranks=num_shards):
                 values = _values(where, chunk, full, dtype)
                 offsets = [0] * (values.dim() - len(where.index))
-                offsets[cut_dim(where.row)] = chunk.start
+                offsets[cut_dim(where.mapping)] = chunk.start
                 entries.append(write_tensor(files[rank], where.key, (*where.index, *offsets), values))
     measured = {file.name: asdict(file.close()) for file in files.values()}
     return list(measured), {"entries": [asdict(entry) for entry in entries], "files": measured}
@@ -65,13 +64,13 @@ def write_part(
 
 def _values(where: CheckpointEntry, chunk: Chunk, full: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[1, ..., size, ...]: a chunk of the full tensors, with the dimensions of its layer and expert."""
-    dim = cut_dim(where.row)
-    shape = cut_shape(where.row, chunk.size)
+    dim = cut_dim(where.mapping)
+    shape = cut_shape(where.mapping, chunk.size)
     values = torch.empty((1,) * len(where.index) + shape, dtype=dtype)
     flat, end = values.view(shape), 0
-    for piece, position in placed(chunk.pieces):
-        end = position + len(piece)
-        flat.narrow(dim, position, len(piece)).copy_(full[piece.tensor].narrow(dim, piece.start, len(piece)))
+    for each, position in placed(chunk.slices):
+        end = position + len(each)
+        flat.narrow(dim, position, len(each)).copy_(full[each.tensor].narrow(dim, each.start, len(each)))
     flat.narrow(dim, end, chunk.size - end).zero_()
     return values
 
@@ -88,7 +87,7 @@ def write_rest(
 
     records: of all parts, in order
     """
-    wanted = [stored(parameter) for parameter in parameters(model, Layout()) if not parameter.row.tied]
+    wanted = checkpoint_entries(model)
     entries = [Entry(**entry) for record in records for entry in record["entries"]]
     file = HashedFile(folder / _OBJECTS)
     for name, values in head.items():

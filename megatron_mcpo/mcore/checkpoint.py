@@ -177,7 +177,11 @@ class Checkpoints:
 
     def _approximate_bytes(self) -> int:
         """Of a checkpoint: every weight, its fp32 copy and two moments; the head not counted."""
-        rows = [parameter.row for parameter in parameters(self.policy.model_config, Layout()) if not parameter.row.tied]
+        rows = [
+            parameter.mapping
+            for parameter in parameters(self.policy.model_config, Layout())
+            if not parameter.mapping.tied
+        ]
         count = sum(torch.Size(shape).numel() for row in rows for shape in row.shapes)
         return count * (next(self.policy.chunks[0].parameters()).element_size() + 12)
 

@@ -16,8 +16,8 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import only_shapes
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks
-from megatron_mcpo.weights.mapping import Place, hf_shapes, table
-from megatron_mcpo.weights.match_parameters import bind
+from megatron_mcpo.weights.mapping import Place, hf_shapes, registry
+from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.shards import shard_shape
 
 Sizes = tuple[tuple[int, int], ...]
@@ -63,7 +63,7 @@ def rank_size(model: ModelConfig, layout: Layout, head: HeadSpec | None, stage: 
     num_chunks = layout.virtual_pipeline
     layers = model.num_layers // (layout.pipeline * num_chunks)
     experts = model.experts.count // layout.expert if model.experts else 0
-    rows = [(row, prod(shard_shape(row, row.num_shards(layout)))) for row in table(model)]
+    rows = [(row, prod(shard_shape(row, row.num_shards(layout)))) for row in registry(model)]
     of_head = head_size(model, head) if stage == layout.pipeline - 1 else ()
     chunks = []
     for number in range(num_chunks):
@@ -97,7 +97,7 @@ def built_size(
     """
     with parallel.pretend(layout, rank=size.rank) as groups, only_shapes():
         chunks = build_chunks(model, groups, dtype=dtype, head=head)
-        bind(chunks, model, groups)
+        match_parameters(chunks, model, groups)
         return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 

@@ -13,7 +13,7 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
-from megatron_mcpo.planner.push import is_direct, received_bytes
+from megatron_mcpo.planner.push import is_resharded, received_bytes
 from megatron_mcpo.planner.ranks import RankSize, total_params
 from megatron_mcpo.planner.step_shape import Workload
 from megatron_mcpo.planner.wire import (
@@ -181,7 +181,7 @@ def sync_seconds(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, e
     """What the rank that receives most receives, a server's workers besides, and the engine's loading."""
     e = ITEMSIZE[config.model.dtype]
     across = link(gpu, first=1, ranks=layout.tensor)
-    if is_direct(config, model):
+    if is_resharded(config, model):
         across = link(gpu, first=1, ranks=layout.world_size)
     elif layout.pipeline > 1:
         across = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)

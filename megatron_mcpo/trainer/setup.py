@@ -33,7 +33,7 @@ from megatron_mcpo.trainer.evaluation import evaluate
 from megatron_mcpo.trainer.trainer import Trainer
 from megatron_mcpo.weights.hf_io import check_files
 from megatron_mcpo.weights.hf_write import read_assets
-from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose_weight_sync
 
 _COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
@@ -105,7 +105,7 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
         collector = _collector(config, model, groups, engine, scorer, tokenizer)
         weight_sync = _weight_sync(config, frozen, engine, note)
         engine.wake()
-        weight_sync.push(frozen.version)
+        weight_sync.sync(frozen.version)
         engine_check = EngineCheck(config, collector, frozen, groups, [domain.held_out[0] for domain in domains])
         note(f"the engine holds what it was sent: {engine_check.compare_weights()}")
         figures = evaluate(collector, domains, config)
@@ -247,7 +247,7 @@ def _weight_sync(
             chunks=policy.chunks, model=policy.model_config, groups=policy.groups, engine=engine
         )
     else:
-        weight_sync, reason = choose(
+        weight_sync, reason = choose_weight_sync(
             policy.chunks, policy.model_config, policy.groups, engine, engine_ranks=config.engine.tensor_parallel
         )
     note(f"weights go to the engine by {weight_sync.name}" + (f": {reason}" if reason else ""))

@@ -78,7 +78,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until the job is preempted; then wait until the checkpoint is on disk."""
         config = self.config
-        self.push_weights(verify=True)
+        self.sync_weights(verify=True)
         self.check_engine()
         if self.is_due(config.evaluation.every):
             self.evaluate()
@@ -90,7 +90,7 @@ class Trainer:
                 scored = [self.score(part) for part in minibatches(collected.groups, config.batch.minibatches)]
                 learned = [self.learn(part) for part in scored]
                 trim()
-                self.push_weights(verify=config.engine.verify_sync)
+                self.sync_weights(verify=config.engine.verify_sync)
             self.log(collected, learned)
             if self.step % config.engine.engine_check_every == 0:
                 self.check_engine()
@@ -178,11 +178,11 @@ class Trainer:
         with self.timed("diagnose"):
             return term_gradients(self.objective, self.policy, scored, advantages_M, contrasted)
 
-    def push_weights(self, *, verify: bool) -> None:
+    def sync_weights(self, *, verify: bool) -> None:
         """Give the engine the policy's weights. verify: stop the run where it then computes with others."""
         self.engine.wake()
         with self.timed("sync"):
-            self.bytes_received = self.weight_sync.push(self.policy.version).received
+            self.bytes_received = self.weight_sync.sync(self.policy.version).received
         if verify:
             with self.timed("verify"):
                 compared = self.engine_check.compare_weights()

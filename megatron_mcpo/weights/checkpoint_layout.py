@@ -1,11 +1,11 @@
-"""Where in Megatron's sharded checkpoints the parameters of the table are, whatever layout wrote them.
+"""Locate the model's parameters in Megatron's sharded checkpoints, whatever layout wrote them.
 
 A checkpoint holds global tensors: layers are stacked along the first dimension, experts along the second, and the rest
 is the parameter as one tensor rank would hold it. Only the padding of the vocabulary depends on the layout.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, ParamMapping, Place, Split, parameters
-from megatron_mcpo.weights.shards import Slice, cut_dim, placed, shard_shape, slices
+from megatron_mcpo.weights.shards import TensorSlice, cut_dim, placed, shard_shape, shard_slices
 from megatron_mcpo.weights.torch_dist import ShardedFolder
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -30,7 +30,7 @@ _LAYERS = "decoder.layers."
 class CheckpointEntry:
     """A parameter in a checkpoint: global tensor `key`, under `index` (its layer and expert)."""
 
-    row: ParamMapping
+    mapping: ParamMapping
     key: str
     index: tuple[int, ...]
     hugging_face: tuple[str, ...]
@@ -38,121 +38,167 @@ class CheckpointEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A piece of a parameter as one rank stores it.
+    """A part of a parameter as one rank stores it.
 
-    pieces: slices of the row's Hugging Face tensors that it is made of, in order; zeros where these don't fill it
+    slices: of the mapping's Hugging Face tensors, in order; zeros where these don't fill it
     start: where it begins along the cut dimension; size: how long it is there, padding included
     """
 
-    pieces: tuple[Slice, ...]
+    slices: tuple[TensorSlice, ...]
     start: int
     size: int
 
 
-def stored(parameter: Parameter) -> CheckpointEntry:
-    """Names are those that Transformer Engine's modules have: it is these that both kinds of modules save under."""
+def checkpoint_entry(parameter: Parameter) -> CheckpointEntry:
+    """Return where a parameter is stored; all modules save under the names that Transformer Engine's have."""
     index = tuple(int(number) for number in _NUMBERS.findall(parameter.hugging_face[0]))
-    name = parameter.row.megatron[-1]
-    if parameter.row.expert:
+    name = parameter.mapping.megatron[-1]
+    if parameter.mapping.expert:
         name = name.replace("mlp.experts.", "mlp.experts.experts.").replace("{expert}", "")
-    key = _LAYERS + name if parameter.row.place is Place.LAYER else name
-    return CheckpointEntry(row=parameter.row, key=key, index=index, hugging_face=parameter.hugging_face)
+    key = _LAYERS + name if parameter.mapping.place is Place.LAYER else name
+    return CheckpointEntry(mapping=parameter.mapping, key=key, index=index, hugging_face=parameter.hugging_face)
+
+
+def checkpoint_entries(model: ModelConfig) -> list[CheckpointEntry]:
+    """Return the entries of all parameters but tied ones, in the order of export."""
+    return [checkpoint_entry(each) for each in parameters(model, Layout()) if not each.mapping.tied]
 
 
 def global_shape(model: ModelConfig, found: CheckpointEntry, tensor: int) -> tuple[int, ...]:
-    """Of the whole tensor that a parameter is in. tensor: ranks whose multiple the vocabulary is padded to"""
-    shape = list(shard_shape(found.row, 1))
-    if found.row.split is Split.ROWS:
-        shape[0] = tensor * shard_shape(found.row, tensor)[0]
+    """Return the shape of the whole tensor that a parameter is in. tensor: the vocabulary is padded to its multiple"""
+    shape = list(shard_shape(found.mapping, 1))
+    if found.mapping.split is Split.ROWS:
+        shape[0] = tensor * shard_shape(found.mapping, tensor)[0]
     counts = (model.num_layers, model.experts.count if model.experts else 0)
     return (*counts[: len(found.index)], *shape)
 
 
-def chunks(row: ParamMapping, *, rank: int, num_ranks: int) -> Iterator[Chunk]:
-    """What shard `rank` of `num_ranks` is saved as: one chunk, or one of each tensor where these are cut one by one."""
-    shard = slices(row, rank=rank, num_ranks=num_ranks)
-    if row.split is Split.RANKS:
-        for piece in shard:
-            before = sum(shape[0] for shape in row.shapes[: piece.tensor])
-            yield Chunk(pieces=(piece,), start=before + piece.start, size=len(piece))
+def chunks(mapping: ParamMapping, *, rank: int, num_ranks: int) -> Iterator[Chunk]:
+    """Yield what shard `rank` of `num_ranks` is saved as: one chunk, or one of each tensor where each is cut alone."""
+    shard = shard_slices(mapping, rank=rank, num_ranks=num_ranks)
+    if mapping.split is Split.RANKS:
+        for each in shard:
+            before = sum(shape[0] for shape in mapping.shapes[: each.tensor])
+            yield Chunk(slices=(each,), start=before + each.start, size=len(each))
         return
-    size = shard_shape(row, num_ranks)[cut_dim(row)]
-    yield Chunk(pieces=tuple(shard), start=0 if row.split is Split.REPLICATED else rank * size, size=size)
+    size = shard_shape(mapping, num_ranks)[cut_dim(mapping)]
+    yield Chunk(slices=tuple(shard), start=0 if mapping.split is Split.REPLICATED else rank * size, size=size)
 
 
+def problems(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Return a line for each tensor that is missing, unknown, or of another shape or type than `model` has; else [].
+
+    Args:
+        model: what the checkpoint must hold.
+        shapes: of all tensors in the checkpoint, by their keys there. The vocabulary may be padded to any length.
+        dtypes: of the same tensors.
+    """
+    entries = {each.key: each for each in checkpoint_entries(model)}
+    known = entries.keys() | set(head_keys(shapes))
+    other = sorted(key for key in shapes if not key.startswith("optimizer.") and key not in known)
+    found = (_entry_problem(model, entry, shapes.get(key), dtypes.get(key)) for key, entry in entries.items())
+    return [
+        *(problem for problem in found if problem),
+        *(f"{key}: unknown, the {model.family} model has no such tensor" for key in other),
+    ]
+
+
+def _entry_problem(
+    model: ModelConfig, entry: CheckpointEntry, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+) -> str | None:
+    if shape is None:
+        return f"{entry.key}: missing"
+    expected = global_shape(model, entry, 1)
+    padded = entry.mapping.split is Split.ROWS and shape[0] >= expected[0]
+    if shape != ((shape[0], *expected[1:]) if padded else expected):
+        return f"{entry.key}: has shape {shape}, must have {expected}"
+    return None if dtype in DTYPES else f"{entry.key}: has type {dtype}, must be bf16 or fp32"
+
+
+def head_keys(keys: Iterable[str]) -> list[str]:
+    """Return those of a checkpoint's keys that belong to the contrastive head, sorted."""
+    return sorted(key for key in keys if key.startswith(HEAD_PREFIX))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MegatronFolder:
     """The model in a sharded checkpoint, read as Hugging Face tensors. Optimizer and other state are left alone.
 
-    masters: read the fp32 weights that the optimizer keeps of a model in bf16, where the checkpoint has them; `masters`
-        says afterwards whether it does
-    Raises ConfigError that names all tensors that are missing, unknown, or of another shape or type.
+    names: of the Hugging Face tensors, in the order of export
+    masters: the values are the fp32 weights that the optimizer keeps of a model in bf16
     """
 
-    def __init__(self, folder: Path, model: ModelConfig, *, masters: bool = False):
-        self.folder = folder
-        self._files = ShardedFolder(folder)
-        wanted = [stored(parameter) for parameter in parameters(model, Layout()) if not parameter.row.tied]
-        self._where = {name: (each, number) for each in wanted for number, name in enumerate(each.hugging_face)}
-        self.names = tuple(self._where)
-        shapes = self._files.shapes()
-        problems = []
-        for each in {each.key: each for each in wanted}.values():
-            expected, found = global_shape(model, each, 1), shapes.get(each.key)
-            padded = each.row.split is Split.ROWS and found is not None and found[0] >= expected[0]
-            if found is None or (found[1:] if padded else found) != (expected[1:] if padded else expected):
-                problems.append(
-                    f"{each.key}: has shape {found}, must have {expected}" if found else f"{each.key}: missing"
-                )
-            elif self._files.dtype(each.key) not in DTYPES:
-                problems.append(f"{each.key}: has type {self._files.dtype(each.key)}, must be bf16 or fp32")
-        known = {each.key for each in wanted}
-        head = {key for key in shapes if key.startswith(HEAD_PREFIX)}
-        other = {key for key in shapes if not key.startswith("optimizer.")} - known - head
-        problems += [f"{key}: unknown, the {model.family} model has no such tensor" for key in sorted(other)]
-        if problems:
+    folder: Path
+    names: tuple[str, ...]
+    masters: bool
+    _files: ShardedFolder
+    _where: Mapping[str, tuple[CheckpointEntry, int]]
+    """Where each Hugging Face tensor is: its entry, and its number there."""
+
+    @classmethod
+    def open(cls, folder: Path, model: ModelConfig, *, masters: bool = False) -> "MegatronFolder":
+        """Open a checkpoint of `model`. masters: read the optimizer's fp32 weights where the checkpoint has them all.
+
+        Raises ConfigError that names all tensors that are missing, unknown, or of another shape or type.
+        """
+        files, entries = ShardedFolder(folder), checkpoint_entries(model)
+        shapes = files.shapes()
+        dtypes = {key: files.dtype(key) for key in shapes}
+        found = problems(model, shapes, dtypes)
+        if found:
             rule = "it must hold the model that config.json describes"
-            raise ConfigError([f"{folder}: {rule}:", *(f"  {problem}" for problem in problems)])
-        self.masters = masters and all(self._is_master(_MASTER + key, shapes[key]) for key in known | head)
-        prefix = _MASTER if self.masters else ""
-        self._key = {key: prefix + key for key in known}
-        self._head = {key.removeprefix(HEAD_PREFIX): prefix + key for key in sorted(head)}
+            raise ConfigError([f"{folder}: {rule}:", *(f"  {problem}" for problem in found)])
+        where = {name: (entry, number) for entry in entries for number, name in enumerate(entry.hugging_face)}
+        return cls(
+            folder=folder,
+            names=tuple(where),
+            masters=masters
+            and all(
+                shapes.get(_MASTER + key) == shapes[key] and dtypes[_MASTER + key] is torch.float32
+                for key in (*(entry.key for entry in entries), *head_keys(shapes))
+            ),
+            _files=files,
+            _where=where,
+        )
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor."""
-        return self._files.dtype(self._key[self._where[name][0].key])
+        """Return the type of a tensor."""
+        return self._files.dtype(self._values_of(self._where[name][0].key))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a tensor."""
+        """Return the full shape of a tensor."""
         found, number = self._where[name]
-        return found.row.shapes[number]
+        return found.mapping.shapes[number]
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
-        """A tensor, newly allocated, or its part start..stop-1. dim: of these; None: that which shards are cut along"""
+        """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut)."""
         found, number = self._where[name]
-        cut, shape = cut_dim(found.row), list(found.row.shapes[number])
+        cut, shape = cut_dim(found.mapping), list(found.mapping.shapes[number])
         dim = cut if dim is None else dim
         stop = shape[dim] if stop is None else stop
         shape[dim] = stop - start
         values = torch.empty(shape, dtype=self.dtype(name))
         wanted = []
-        for piece, position in placed(slices(found.row, rank=0, num_ranks=1)):
-            low, high = (max(start, piece.start), min(stop, piece.stop)) if dim == cut else (piece.start, piece.stop)
-            if piece.tensor == number and low < high:
+        for each, position in placed(shard_slices(found.mapping, rank=0, num_ranks=1)):
+            low, high = (max(start, each.start), min(stop, each.stop)) if dim == cut else (each.start, each.stop)
+            if each.tensor == number and low < high:
                 offsets = [0] * len(shape)
                 offsets[dim] = start
-                offsets[cut] = position + low - piece.start
+                offsets[cut] = position + low - each.start
                 wanted.append((tuple(offsets), values.narrow(cut, low - (start if dim == cut else 0), high - low)))
-        self._files.copy(self._key[found.key], found.index, wanted)
+        self._files.copy(self._values_of(found.key), found.index, wanted)
         return values
 
     def head(self) -> dict[str, Tensor]:
-        """The contrastive head's tensors, without their prefix."""
+        """Return the contrastive head's tensors, without their prefix."""
         found = {}
-        for name, key in self._head.items():
+        for head_key in head_keys(self._files.shapes()):
+            key = self._values_of(head_key)
             values = torch.empty(self._files.shapes()[key], dtype=self._files.dtype(key))
             self._files.copy(key, (), [((0,) * values.dim(), values)])
-            found[name] = values
+            found[head_key.removeprefix(HEAD_PREFIX)] = values
         return found
 
-    def _is_master(self, key: str, shape: tuple[int, ...]) -> bool:
-        return self._files.shapes().get(key) == shape and self._files.dtype(key) is torch.float32
+    def _values_of(self, key: str) -> str:
+        """Return the key of the tensor whose values are read for a parameter."""
+        return _MASTER + key if self.masters else key

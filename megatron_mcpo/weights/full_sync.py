@@ -1,7 +1,7 @@
-"""The whole model as full Hugging Face tensors, on every rank, some parameters at a time."""
+"""Assemble the whole model as full Hugging Face tensors on every rank, some parameters at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from math import prod
 
@@ -11,40 +11,87 @@ from torch import Tensor, nn
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.weights.buckets import fill_buckets
 from megatron_mcpo.weights.mapping import Parameter
-from megatron_mcpo.weights.match_parameters import bind
+from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.shards import ShardAssembler, cut_dim, cut_shape, shard_shape
 
 BUCKET_BYTES = 512 * 2**20
-_ARRIVED = object()
 
 
 @dataclass(kw_only=True)
 class TransferStats:
-    """Bytes. received: by this rank from other ranks; staged: the most that buffers held at one time"""
+    """Bytes of one weight sync on this rank.
+
+    received: from other ranks; staged: the most that buffers held at one time
+    """
 
     received: int = 0
     staged: int = 0
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class _ShardSlice:
     """Indices start..stop-1, along the cut dimension, of all shards of a parameter. mine: this rank's, if it has one"""
 
     parameter: Parameter
     mine: nn.Parameter | None
     start: int
     stop: int
+    num_shards: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one shard's part."""
-        return cut_shape(self.parameter.row, self.stop - self.start)
+        """Shape of the slice in one shard."""
+        return cut_shape(self.parameter.mapping, self.stop - self.start)
 
-    def read(self) -> Tensor | None:
-        if self.mine is None:
-            return None
-        return self.mine.detach().narrow(cut_dim(self.parameter.row), self.start, self.stop - self.start)
+    @property
+    def elements(self) -> int:
+        """Elements of the slice in all shards together."""
+        return self.num_shards * prod(self.shape)
+
+    def read(self) -> Tensor:
+        """Return this rank's shard of the slice, as a view."""
+        assert self.mine is not None
+        return self.mine.detach().narrow(cut_dim(self.parameter.mapping), self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Buffer:
+    """Slices that come from the same ranks by the same way, side by side in one message.
+
+    whole: the shards of all tensor ranks, one after the other; mine: the part of this rank's shard
+    stage, expert_rank: of the ranks that hold the slices (None: all expert ranks do)
+    """
+
+    slices: list[_ShardSlice]
+    whole: Tensor
+    mine: Tensor
+    stage: int
+    expert_rank: int | None
+    num_shards: int
+
+    def shards(self) -> Iterator[tuple[_ShardSlice, list[Tensor]]]:
+        """Yield every slice as it is in the shards of all tensor ranks, in rank order."""
+        sizes = [prod(each.shape) for each in self.slices]
+        by_rank = [part.split(sizes) for part in self.whole.chunk(self.num_shards)]
+        for each, flats in zip(self.slices, zip(*by_rank, strict=True), strict=True):
+            yield each, [flat.view(each.shape) for flat in flats]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transfer:
+    """A bucket that is under way. local: slices of which this rank holds every shard; works: calls of the first leg"""
+
+    bucket: list[_ShardSlice]
+    buffers: list[_Buffer]
+    local: dict[_ShardSlice, list[Tensor]]
+    works: list[dist.Work] = field(default_factory=list)
+
+    @property
+    def staged(self) -> int:
+        """Bytes that the buffers hold."""
+        return sum(buffer.whole.nbytes for buffer in self.buffers)
 
 
 def export(
@@ -53,125 +100,139 @@ def export(
     groups: Groups,
     *,
     bucket_bytes: int = BUCKET_BYTES,
-    meter: TransferStats | None = None,
+    stats: TransferStats | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every full tensor with its Hugging Face name, in layer order, the same on every rank. The tensors are new ones.
+    """Yield every full tensor with its Hugging Face name, in layer order, the same on every rank, newly allocated.
 
     Collective over the tensor, pipeline and expert groups: every rank must consume it to the end. Half of
     `bucket_bytes` is for what travels: two buckets, of which one sets out while the tensors of the other are consumed.
-    A parameter that is larger than a bucket travels in pieces. The other half is for the tensor that is put together
+    A parameter that is larger than a bucket travels in slices. The other half is for the tensor that is put together
     and the one before, which the consumer still holds; larger ones take what they need.
     The stage that owns a parameter sends its shards along the pipeline and then every stage gathers them: less travels
     between stages than with full tensors. Output embeddings tied to the input's and the contrastive head are left out.
     """
-    meter = meter or TransferStats()
+    stats = stats or TransferStats()
     template = next(chunks[0].parameters())
-    bound = ((parameter, mine) for parameter, mine in bind(chunks, model, groups) if not parameter.row.tied)
-    buckets = _buckets(bound, groups.layout, bucket_bytes // 4 // template.element_size())
-    under_way = _UnderWay(next(buckets), template, groups, meter)
+    most_elements = bucket_bytes // 4 // template.element_size()
+    slices = _slices(match_parameters(chunks, model, groups), groups.layout, most_elements)
+    buckets = fill_buckets(((each, (each.elements,)) for each in slices), most_elements)
+    ahead: _Transfer | None = _start(next(buckets), template, groups, stats)
     for following in chain(buckets, [None]):
-        arrived = under_way.arrived()
-        ahead = _UnderWay(following, template, groups, meter) if following else None
-        meter.staged = max(meter.staged, under_way.staged + (ahead.staged if ahead else 0))
-        for piece in under_way.bucket:
-            if piece.start == 0:
-                joining = ShardAssembler(piece.parameter.row)
-            for number, tensor in joining.add(arrived.pop(piece), start=piece.start):
-                yield piece.parameter.hugging_face[number], tensor
-        if ahead:
-            under_way = ahead
+        assert ahead is not None
+        transfer, arrived = ahead, _finish(ahead, groups, stats)
+        ahead = _start(following, template, groups, stats) if following else None
+        stats.staged = max(stats.staged, transfer.staged + (ahead.staged if ahead else 0))
+        for each in transfer.bucket:
+            if each.start == 0:
+                assembler = ShardAssembler(each.parameter.mapping)
+            for number, tensor in assembler.add(arrived.pop(each), start=each.start):
+                yield each.parameter.hugging_face[number], tensor
 
 
-def _buckets(
-    bound: Iterable[tuple[Parameter, nn.Parameter | None]], layout: Layout, most_elements: int
-) -> Iterator[list[_Piece]]:
-    """The same on every rank."""
-    bucket: list[_Piece] = []
-    size = 0
-    for parameter, mine in bound:
-        num_shards = parameter.row.num_different(layout)
-        shape = shard_shape(parameter.row, num_shards)
-        length = shape[cut_dim(parameter.row)]
+def _slices(
+    matched: Iterable[tuple[Parameter, nn.Parameter | None]], layout: Layout, most_elements: int
+) -> Iterator[_ShardSlice]:
+    """Yield all parameters but tied ones, the same on every rank; larger ones than a bucket in equal slices."""
+    for parameter, mine in matched:
+        if parameter.mapping.tied:
+            continue
+        num_shards = parameter.mapping.num_different(layout)
+        shape = shard_shape(parameter.mapping, num_shards)
+        length = shape[cut_dim(parameter.mapping)]
         longest = max(1, most_elements * length // (num_shards * prod(shape)))
-        num_pieces = -(-length // longest)
-        step = -(-length // num_pieces)
+        num_slices = -(-length // longest)
+        step = -(-length // num_slices)
         for start in range(0, length, step):
-            piece = _Piece(parameter, mine, start, min(start + step, length))
-            elements = num_shards * prod(piece.shape)
-            if bucket and size + elements > most_elements:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(piece)
-            size += elements
-    yield bucket
+            yield _ShardSlice(parameter, mine, start, min(start + step, length), num_shards)
 
 
-class _UnderWay:
-    """A bucket on three legs: along the pipeline, over the expert ranks, over the tensor ranks.
+def _start(bucket: list[_ShardSlice], template: nn.Parameter, groups: Groups, stats: TransferStats) -> _Transfer:
+    """Fill the buffers of a bucket and send them over the first leg that this layout has, without waiting for it."""
+    layout = groups.layout
+    local: dict[_ShardSlice, list[Tensor]] = {}
+    ways: dict[tuple[int, int | None, int], list[_ShardSlice]] = {}
+    for each in bucket:
+        stage, expert_rank = each.parameter.stage, each.parameter.expert_rank
+        if layout.pipeline > 1 or each.num_shards > 1 or (expert_rank is not None and layout.expert > 1):
+            ways.setdefault((stage, expert_rank, each.num_shards), []).append(each)
+        else:
+            local[each] = [each.read()]
+    buffers = [_filled_buffer(slices, *way, template, groups) for way, slices in ways.items()]
+    works = [work for leg in _legs(layout)[:1] for work in leg(buffers, groups, stats)]
+    return _Transfer(bucket=bucket, buffers=buffers, local=local, works=works)
 
-    Shards that come from the same ranks by the same way travel as one buffer. All ways go one leg before any goes the
-    next, so that the calls of a group have the same order on all its ranks.
+
+def _finish(transfer: _Transfer, groups: Groups, stats: TransferStats) -> dict[_ShardSlice, list[Tensor]]:
+    """Return every slice of a bucket as it is in the shards of all tensor ranks, in rank order; waits for them.
+
+    All buffers go one leg before any goes the next, so that the calls of a group have the same order on all its ranks.
     """
+    works = transfer.works
+    for leg in _legs(groups.layout)[1:]:
+        _wait(works)
+        works = leg(transfer.buffers, groups, stats)
+    _wait(works)
+    return transfer.local | dict(pair for buffer in transfer.buffers for pair in buffer.shards())
 
-    def __init__(self, bucket: Sequence[_Piece], template: nn.Parameter, groups: Groups, meter: TransferStats):
-        """Sets out on the first leg that there is in this layout, and does not wait for it."""
-        self.bucket, self.staged = bucket, 0
-        self._template, self._groups, self._meter = template, groups, meter
-        self._arrived: dict[_Piece, list[Tensor]] = {}
-        self._works: list[dist.Work] = []
-        layout = groups.layout
-        ways: dict[tuple[int, int | None, bool], list[_Piece]] = {}
-        for piece in bucket:
-            parameter = piece.parameter
-            way = (parameter.stage, parameter.expert_rank, parameter.row.num_different(layout) > 1)
-            ways.setdefault(way, []).append(piece)
-        self._ways = [self._way(pieces, *way) for way, pieces in ways.items()]
-        first = next((leg for leg, size in enumerate((layout.pipeline, layout.expert)) if size > 1), 2)
-        for _ in range(first + 1):
-            self._leg()
 
-    def arrived(self) -> dict[_Piece, list[Tensor]]:
-        """Every piece as it is in the shards of all tensor ranks, in rank order. Waits for them."""
-        while self._works or self._ways:
-            self._leg()
-        return self._arrived
+def _filled_buffer(
+    slices: list[_ShardSlice],
+    stage: int,
+    expert_rank: int | None,
+    num_shards: int,
+    template: nn.Parameter,
+    groups: Groups,
+) -> _Buffer:
+    sizes = [prod(each.shape) for each in slices]
+    whole = template.new_empty(num_shards * sum(sizes), requires_grad=False)
+    mine = whole.chunk(num_shards)[groups.tensor_rank if num_shards > 1 else 0]
+    for each, place in zip(slices, mine.split(sizes), strict=True):
+        if each.mine is not None:
+            place.view(each.shape).copy_(each.read())
+    return _Buffer(slices=slices, whole=whole, mine=mine, stage=stage, expert_rank=expert_rank, num_shards=num_shards)
 
-    def _leg(self) -> None:
-        for work in self._works:
-            work.wait()
-        steps = [next(way, _ARRIVED) for way in self._ways]
-        self._ways = [way for way, step in zip(self._ways, steps, strict=True) if step is not _ARRIVED]
-        self._works = [step for step in steps if isinstance(step, dist.Work)]
 
-    def _way(
-        self, pieces: Sequence[_Piece], stage: int, expert_rank: int | None, divided: bool
-    ) -> Iterator[dist.Work | None]:
-        """Three legs, each a call under way or None where there is none for this rank."""
-        groups, layout = self._groups, self._groups.layout
-        if not (layout.pipeline > 1 or divided or (expert_rank is not None and layout.expert > 1)):
-            self._arrived |= {piece: [held] for piece in pieces if (held := piece.read()) is not None}
-            return
-        sizes = [prod(piece.shape) for piece in pieces]
-        num_buffers = layout.tensor if divided else 1
-        whole = self._template.new_empty(num_buffers * sum(sizes), requires_grad=False)
-        buffers = whole.chunk(num_buffers)
-        flat = buffers[groups.tensor_rank if divided else 0]
-        self.staged += whole.nbytes
-        for place, piece in zip(flat.split(sizes), pieces, strict=True):
-            held = piece.read()
-            if held is not None:
-                place.view(piece.shape).copy_(held)
-        to_stages = layout.pipeline > 1 and expert_rank in (None, groups.expert_rank)
-        yield self._broadcast(flat, groups.pipeline, stage) if to_stages else None
-        to_experts = expert_rank is not None and layout.expert > 1
-        yield self._broadcast(flat, groups.expert, expert_rank or 0) if to_experts else None
-        if divided:
-            self._meter.received += whole.nbytes - flat.nbytes
-            yield dist.all_gather_into_tensor(whole, flat, group=groups.tensor, async_op=True)
-        places_of_all = zip(*(buffer.split(sizes) for buffer in buffers), strict=True)
-        for piece, places in zip(pieces, places_of_all, strict=True):
-            self._arrived[piece] = [place.view(piece.shape) for place in places]
+type _Leg = Callable[[Sequence[_Buffer], Groups, TransferStats], list[dist.Work]]
 
-    def _broadcast(self, flat: Tensor, group: dist.ProcessGroup, source: int) -> dist.Work:
-        self._meter.received += flat.nbytes if group.rank() != source else 0
-        return dist.broadcast(flat, group=group, group_src=source, async_op=True)
+
+def _legs(layout: Layout) -> list[_Leg]:
+    """Return the functions that a bucket's buffers pass through in this layout, in order."""
+    legs = ((layout.pipeline, _over_stages), (layout.expert, _over_expert_ranks), (layout.tensor, _over_tensor_ranks))
+    return [leg for size, leg in legs if size > 1]
+
+
+def _over_stages(buffers: Sequence[_Buffer], groups: Groups, stats: TransferStats) -> list[dist.Work]:
+    """Start to broadcast shards along the pipeline from the stages that hold them; an expert's on its ranks alone."""
+    return [
+        _broadcast(buffer.mine, groups.pipeline, buffer.stage, stats)
+        for buffer in buffers
+        if buffer.expert_rank in (None, groups.expert_rank)
+    ]
+
+
+def _over_expert_ranks(buffers: Sequence[_Buffer], groups: Groups, stats: TransferStats) -> list[dist.Work]:
+    """Start to broadcast experts to the expert ranks that do not hold them."""
+    return [
+        _broadcast(buffer.mine, groups.expert, buffer.expert_rank, stats)
+        for buffer in buffers
+        if buffer.expert_rank is not None
+    ]
+
+
+def _over_tensor_ranks(buffers: Sequence[_Buffer], groups: Groups, stats: TransferStats) -> list[dist.Work]:
+    """Start to gather the shards of all tensor ranks."""
+    divided = [buffer for buffer in buffers if buffer.num_shards > 1]
+    stats.received += sum(buffer.whole.nbytes - buffer.mine.nbytes for buffer in divided)
+    return [
+        dist.all_gather_into_tensor(buffer.whole, buffer.mine, group=groups.tensor, async_op=True) for buffer in divided
+    ]
+
+
+def _broadcast(flat: Tensor, group: dist.ProcessGroup, source: int, stats: TransferStats) -> dist.Work:
+    stats.received += flat.nbytes if group.rank() != source else 0
+    return dist.broadcast(flat, group=group, group_src=source, async_op=True)
+
+
+def _wait(works: Iterable[dist.Work]) -> None:
+    for work in works:
+        work.wait()

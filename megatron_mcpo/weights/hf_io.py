@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder, any part of any tensor, and fills this rank's parameters from a folder of any kind."""
+"""Read parts of tensors from a Hugging Face folder, and fill this rank's parameters from a folder of any format."""
 
 import logging
 import mmap
@@ -17,14 +17,14 @@ from megatron_mcpo.distributed.parallel import Groups, Peers, gather_objects, to
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
-from megatron_mcpo.weights.match_parameters import bind
-from megatron_mcpo.weights.shards import Slice, cut_dim, fill
+from megatron_mcpo.weights.match_parameters import match_parameters
+from megatron_mcpo.weights.shards import TensorSlice, cut_dim, fill
 from megatron_mcpo.weights.torch_dist import read_into
 
 RECORD = "conversion.json"
 """What a converted folder was made from, and the SHA-256 of every tensor."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""How safetensors spells them."""
+"""Types by their names in safetensors files."""
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +35,20 @@ class Source(Protocol):
     names: in the order of export
     """
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
     def dtype(self, name: str) -> torch.dtype: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
-        """A tensor, newly allocated, or its part start..stop-1. dim: of these; None: that which shards are cut along"""
+        """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut)."""
         ...
 
 
 class HfFolder:
-    """The safetensors of a folder: one file, or several with an index. Reads values on demand, and keeps none.
+    """The safetensors of a folder: one file, or several with an index. Values are read on demand and not kept.
 
     Raises ConfigError for files that can't be read or don't hold this model.
     """
@@ -59,9 +60,9 @@ class HfFolder:
         self.folder = folder
         self._headers = read_headers(folder)
         self._dims = {
-            name: cut_dim(parameter.row)
+            name: cut_dim(parameter.mapping)
             for parameter in parameters(model, Layout())
-            if not parameter.row.tied
+            if not parameter.mapping.tied
             for name in parameter.hugging_face
         }
         self.names = tuple(self._dims)
@@ -97,10 +98,10 @@ class HfFolder:
 
 
 def check_files(folder: Path, peers: Peers) -> None:
-    """Make sure that the files of a sharded checkpoint are those that were written; every process reads a share.
+    """Check that the files of a sharded checkpoint are those that were written; every process reads a share.
 
     Folders of safetensors, and checkpoints of foreign origin without a manifest, have nothing to check; of the latter
-    the log says so. Raises ConfigError that names every file that is damaged.
+    the log warns. Raises ConfigError that names every damaged file.
     """
     with together(peers):
         ours = any((folder / name).exists() for name in (checkpoint_files.MANIFEST, checkpoint_files.STATE, RECORD))
@@ -108,7 +109,7 @@ def check_files(folder: Path, peers: Peers) -> None:
         if is_sharded(folder) and ours:
             found = checkpoint_files.problems(folder, part=peers.rank, num_parts=peers.world_size)
         elif is_sharded(folder) and peers.rank == 0:
-            log.warning("%s: has no %s: whether its files are whole is not checked", folder, checkpoint_files.MANIFEST)
+            log.warning("%s: has no %s, so its files are not checked for damage", folder, checkpoint_files.MANIFEST)
     problems = sorted({problem for part in gather_objects(found, peers) for problem in part})
     if problems:
         raise ConfigError([f"{folder}: {problem}; copy or convert it again" for problem in problems])
@@ -117,12 +118,12 @@ def check_files(folder: Path, peers: Peers) -> None:
 def load_hf(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, groups: Groups) -> None:
     """Fill every parameter of `chunks` but the contrastive head's from the safetensors or the shards in `folder`.
 
-    As `load_source`. Raises ConfigError for files that can't be read or don't hold this model, before any parameter is
-    changed.
+    Loads as `load_source` does. Raises ConfigError for files that can't be read or don't hold this model, before any
+    parameter is changed.
     """
     source: Source | None = None
     with together(groups):
-        source = MegatronFolder(folder, model) if is_sharded(folder) else HfFolder(folder, model)
+        source = MegatronFolder.open(folder, model) if is_sharded(folder) else HfFolder(folder, model)
     assert source is not None
     load_source(chunks, model, source, groups)
 
@@ -133,17 +134,18 @@ def load_source(chunks: Sequence[nn.Module], model: ModelConfig, source: Source,
     Values are cast to the parameters' dtype; rows that pad the vocabulary become zero. Collective over all ranks: all
     return or all raise.
     """
-    bound = [(parameter, tensor) for parameter, tensor in bind(chunks, model, groups) if tensor is not None]
+    matched = match_parameters(chunks, model, groups)
     with together(groups), torch.no_grad():
-        for parameter, tensor in bound:
-            _fill(tensor, parameter, source, groups)
+        for parameter, tensor in matched:
+            if tensor is not None:
+                _fill(tensor, parameter, source, groups)
 
 
 def _fill(tensor: nn.Parameter, parameter: Parameter, source: Source, groups: Groups) -> None:
-    row = parameter.row
+    mapping = parameter.mapping
 
-    def read(piece: Slice) -> Tensor:
-        return source.read(parameter.hugging_face[piece.tensor], piece.start, piece.stop)
+    def read(each: TensorSlice) -> Tensor:
+        return source.read(parameter.hugging_face[each.tensor], each.start, each.stop)
 
-    num_shards = row.num_shards(groups.layout)
-    fill(row, tensor, read, rank=groups.tensor_rank if num_shards > 1 else 0, num_ranks=num_shards)
+    num_shards = mapping.num_shards(groups.layout)
+    fill(mapping, tensor, read, rank=groups.tensor_rank if num_shards > 1 else 0, num_ranks=num_shards)

@@ -1,4 +1,4 @@
-"""Writes safetensors files one tensor at a time, and what else belongs into a Hugging Face folder."""
+"""Write safetensors files one tensor at a time, and the other files of a Hugging Face folder."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.storage.files import write_atomically
+from megatron_mcpo.weights.buckets import fill_buckets
 from megatron_mcpo.weights.hf_io import DTYPES
 from megatron_mcpo.weights.torch_dist import byte_view
 
@@ -18,7 +19,7 @@ ASSETS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "LICENSE*", "README.md"),
 )
-"""Everything in a folder that is no weight and that a tokenizer, an engine or a reader may need."""
+"""Everything besides weights that a tokenizer, an engine or a reader may need."""
 _OTHER_TEMPLATES = "additional_chat_templates"
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -26,27 +27,19 @@ log = logging.getLogger(__name__)
 
 
 def spread(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in as few neighbouring groups as hold at most `limit` bytes each; a larger one is alone."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    return groups
+    """Return the names in order, in groups of at most `limit` bytes; a larger tensor has a group of its own."""
+    return list(fill_buckets(((name, (size,)) for name, size in sizes.items()), limit))
 
 
 def file_names(count: int) -> list[str]:
-    """As transformers names them."""
+    """Return the names that transformers gives to `count` files."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[str]], total_size: int) -> None:
-    """files: the tensors in each"""
+    """Write the index of several files. files: the tensors in each"""
     weight_map = {name: file for file, names in files.items() for name in names}
     text = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2)
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
@@ -58,7 +51,7 @@ def write_safetensors(
     dtype: torch.dtype,
     read: Callable[[str], Iterable[Tensor]],
 ) -> None:
-    """A file of tensors. read: gives a tensor's rows, in order, in as many pieces as it likes"""
+    """Write a file of tensors. read: yields a tensor's rows, in order, in any number of parts"""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -76,18 +69,18 @@ def write_safetensors(
 
 
 def read_assets(source: Path) -> dict[str, bytes]:
-    """Name -> content of configuration, tokenizer, chat template, generation settings and licence.
+    """Return name -> content of configuration, tokenizer, chat template, generation settings and licence.
 
     Folders are left out: where transformers keeps more templates in one, the log says so.
     """
     if (source / _OTHER_TEMPLATES).is_dir():
-        log.warning("%s: is not taken along; copy it by hand where it is needed", source / _OTHER_TEMPLATES)
+        log.warning("%s: is not copied; copy it by hand where it is needed", source / _OTHER_TEMPLATES)
     paths = {path for pattern in ASSETS for path in source.glob(pattern) if path.is_file()}
     return {path.name: path.read_bytes() for path in sorted(paths)}
 
 
 def copy_assets(source: Path, folder: Path) -> None:
-    """Copy what `read_assets` reads, over what is there: nothing else would find out that it is another content."""
+    """Copy what `read_assets` reads, over what is there: nothing else would notice files of another content."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in read_assets(source).items():
         write_atomically(folder / name, content)

@@ -1,4 +1,4 @@
-"""Which Megatron parameter holds which Hugging Face tensors: one table, read in both directions.
+"""Register which Megatron parameter holds which Hugging Face tensors, for both directions of a conversion.
 
 Knows names, shapes and places; moves no tensor. Layers are numbered from 0 over the whole model in Hugging Face names
 and from 0 within a pipeline chunk in Megatron's.
@@ -47,7 +47,7 @@ class Place(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParamMapping:
-    """A line of the table.
+    """How one kind of parameter is named, shaped and divided on both sides.
 
     megatron: names the parameter may have: in Megatron's local layer spec, then in its Transformer Engine spec;
         {expert} stands for an expert's number, here among those of its rank
@@ -68,23 +68,23 @@ class ParamMapping:
     tied: bool = False
 
     def num_shards(self, layout: Layout) -> int:
-        """Over how many ranks it is divided."""
+        """Return over how many ranks it is divided."""
         return 1 if self.expert else layout.tensor
 
     def num_different(self, layout: Layout) -> int:
-        """How many of these shards there are: one where every rank holds the same."""
+        """Return how many of these shards differ: one where every rank holds the same."""
         return 1 if self.split is Split.REPLICATED else self.num_shards(layout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One parameter of the whole model: a row of the table, its names filled in, and where it is.
+    """One parameter of the whole model: its mapping, its names filled in, and where it is.
 
     stage: pipeline rank; chunk: which of the stage's virtual pipeline chunks
     expert_rank: of the ranks that have it; None: all of them
     """
 
-    row: ParamMapping
+    mapping: ParamMapping
     megatron: tuple[str, ...]
     hugging_face: tuple[str, ...]
     stage: int
@@ -92,8 +92,8 @@ class Parameter:
     expert_rank: int | None = None
 
 
-def table(model: ModelConfig) -> tuple[ParamMapping, ...]:
-    """The rows of one family, in the order of export: embedding, a layer, final norm, output layer."""
+def registry(model: ModelConfig) -> tuple[ParamMapping, ...]:
+    """Return the mappings of one family, in the order of export: embedding, a layer, final norm, output layer."""
     hidden, vocab = model.hidden_size, model.vocab_size
     embedding = ParamMapping(
         megatron=("embedding.word_embeddings.weight",),
@@ -117,40 +117,50 @@ def table(model: ModelConfig) -> tuple[ParamMapping, ...]:
         place=Place.LAST,
         tied=model.tied_embeddings,
     )
-    mlp = _expert_rows(model, model.experts) if model.experts else _mlp_rows(model)
-    return (embedding, *_attention_rows(model), *mlp, final_norm, output)
+    mlp = _expert_mappings(model, model.experts) if model.experts else _mlp_mappings(model)
+    return (embedding, *_attention_mappings(model), *mlp, final_norm, output)
 
 
 def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
-    """Every parameter of the model, of all pipeline stages, in the order of export: the same on every rank."""
-    rows = table(model)
-    for row in rows:
-        if row.place is Place.FIRST:
-            yield Parameter(row=row, megatron=row.megatron, hugging_face=row.hugging_face, stage=0, chunk=0)
+    """Yield every parameter of the model, of all pipeline stages, in the order of export: the same on every rank."""
+    mappings = registry(model)
+    for mapping in mappings:
+        if mapping.place is Place.FIRST:
+            yield Parameter(
+                mapping=mapping, megatron=mapping.megatron, hugging_face=mapping.hugging_face, stage=0, chunk=0
+            )
     num_experts = model.experts.count if model.experts else layout.expert
     per_chunk, rest = divmod(model.num_layers, layout.pipeline * layout.virtual_pipeline)
     per_expert_rank, rest_of_experts = divmod(num_experts, layout.expert)
     assert rest == rest_of_experts == 0, "layout_problems() refuses layers and experts that don't divide"
-    layer_rows = [row for row in rows if row.place is Place.LAYER]
-    in_layer: list[tuple[ParamMapping, int | None]] = [(row, None) for row in layer_rows if not row.expert]
-    in_layer += [(row, expert) for expert in range(num_experts) for row in layer_rows if row.expert]
+    layer_mappings = [mapping for mapping in mappings if mapping.place is Place.LAYER]
+    in_layer: list[tuple[ParamMapping, int | None]] = [
+        (mapping, None) for mapping in layer_mappings if not mapping.expert
+    ]
+    in_layer += [(mapping, expert) for expert in range(num_experts) for mapping in layer_mappings if mapping.expert]
     for layer in range(model.num_layers):
         chunk, stage = divmod(layer // per_chunk, layout.pipeline)
-        for row, expert in in_layer:
+        for mapping, expert in in_layer:
             number, rank = (None, None) if expert is None else (expert % per_expert_rank, expert // per_expert_rank)
             yield Parameter(
-                row=row,
-                megatron=tuple(f"decoder.layers.{layer % per_chunk}.{_number(name, number)}" for name in row.megatron),
-                hugging_face=tuple(f"model.layers.{layer}.{_number(name, expert)}" for name in row.hugging_face),
+                mapping=mapping,
+                megatron=tuple(
+                    f"decoder.layers.{layer % per_chunk}.{_number(name, number)}" for name in mapping.megatron
+                ),
+                hugging_face=tuple(f"model.layers.{layer}.{_number(name, expert)}" for name in mapping.hugging_face),
                 stage=stage,
                 chunk=chunk,
                 expert_rank=rank,
             )
     last_stage, last_chunk = layout.pipeline - 1, layout.virtual_pipeline - 1
-    for row in rows:
-        if row.place is Place.LAST:
+    for mapping in mappings:
+        if mapping.place is Place.LAST:
             yield Parameter(
-                row=row, megatron=row.megatron, hugging_face=row.hugging_face, stage=last_stage, chunk=last_chunk
+                mapping=mapping,
+                megatron=mapping.megatron,
+                hugging_face=mapping.hugging_face,
+                stage=last_stage,
+                chunk=last_chunk,
             )
 
 
@@ -159,17 +169,17 @@ def _number(name: str, expert: int | None) -> str:
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and full shapes of the Hugging Face tensors, in the order of export; tied output embeddings are absent."""
+    """Return names and full shapes of the Hugging Face tensors, in the order of export, without tied ones."""
     return {
         name: shape
         for parameter in parameters(model, Layout())
-        if not parameter.row.tied
-        for name, shape in zip(parameter.hugging_face, parameter.row.shapes, strict=True)
+        if not parameter.mapping.tied
+        for name, shape in zip(parameter.hugging_face, parameter.mapping.shapes, strict=True)
     }
 
 
 def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
-    """How the tensors in `folder` differ from those of `model`: what to do, and a line for each. Empty: they don't.
+    """Return how the tensors in `folder` differ from those of `model`: the fix, then a line for each; [] if they agree.
 
     Reads headers only; a sharded checkpoint is checked when it is loaded. Raises ConfigError for files that can't be
     read.
@@ -192,8 +202,8 @@ def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
     return [f"model.path = {str(folder)!r}: {rule}:", *(f"  {problem}" for problem in problems)]
 
 
-def _attention_rows(model: ModelConfig) -> list[ParamMapping]:
-    """Names within a layer, as in `_mlp_rows`: they go behind decoder.layers.N. and model.layers.N."""
+def _attention_mappings(model: ModelConfig) -> list[ParamMapping]:
+    """Return mappings whose names go behind decoder.layers.N. and model.layers.N., as those of `_mlp_mappings`."""
     hidden, head = model.hidden_size, model.head_dim
     q_rows, kv_rows = model.num_heads * head, model.num_kv_heads * head
     norm = ParamMapping(
@@ -232,7 +242,7 @@ def _attention_rows(model: ModelConfig) -> list[ParamMapping]:
     return [norm, *qkv, *qk_norms, projection]
 
 
-def _mlp_rows(model: ModelConfig) -> list[ParamMapping]:
+def _mlp_mappings(model: ModelConfig) -> list[ParamMapping]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     return [
         ParamMapping(
@@ -256,7 +266,7 @@ def _mlp_rows(model: ModelConfig) -> list[ParamMapping]:
     ]
 
 
-def _expert_rows(model: ModelConfig, experts: Experts) -> list[ParamMapping]:
+def _expert_mappings(model: ModelConfig, experts: Experts) -> list[ParamMapping]:
     hidden, ffn = model.hidden_size, experts.ffn_hidden_size
     if model.family == "mixtral":
         router, gate, up, down = "block_sparse_moe.gate", "w1", "w3", "w2"

@@ -1,4 +1,4 @@
-"""Finds the parameters of the table in this rank's pipeline chunks."""
+"""Match the model's parameter mappings with the parameters in this rank's pipeline chunks."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ _WRAPPER = "module."
 """What each of Megatron's wrappers (DDP, Float16Module) puts before the names of its module."""
 
 
-def bind(
+def match_parameters(
     chunks: Sequence[nn.Module], model: ModelConfig, groups: Groups
 ) -> list[tuple[Parameter, nn.Parameter | None]]:
-    """All parameters of the whole model in the order of export, each with this rank's shard.
+    """Return all parameters of the whole model in the order of export, each with this rank's shard.
 
     The shard is None where another stage or expert rank holds the parameter, and for tied output embeddings that need
     no second copy. Asserts that `chunks` hold these parameters in these shapes, and no others but those of the
@@ -24,20 +24,22 @@ def bind(
     """
     assert len(chunks) == groups.layout.virtual_pipeline
     mine = {(number, name): tensor for number, chunk in enumerate(chunks) for name, tensor in _named(chunk)}
-    bound: list[tuple[Parameter, nn.Parameter | None]] = []
+    matched: list[tuple[Parameter, nn.Parameter | None]] = []
     for parameter in parameters(model, groups.layout):
         if parameter.stage != groups.pipeline_rank or parameter.expert_rank not in (None, groups.expert_rank):
-            bound.append((parameter, None))
+            matched.append((parameter, None))
             continue
         found = [mine.pop((parameter.chunk, n)) for n in parameter.megatron if (parameter.chunk, n) in mine]
-        assert len(found) == 1 or (parameter.row.tied and not found), f"{parameter.megatron}: {len(found)} in the model"
+        assert len(found) == 1 or (parameter.mapping.tied and not found), (
+            f"{parameter.megatron}: {len(found)} in the model"
+        )
         shard = found[0] if found else None
         if shard is not None:
-            expected = shard_shape(parameter.row, parameter.row.num_shards(groups.layout))
-            assert shard.shape == expected, f"{parameter.megatron}: {tuple(shard.shape)}, table says {expected}"
-        bound.append((parameter, shard))
-    assert not mine, f"parameters that are not in the table: {sorted(mine)}"
-    return bound
+            expected = shard_shape(parameter.mapping, parameter.mapping.num_shards(groups.layout))
+            assert shard.shape == expected, f"{parameter.megatron}: {tuple(shard.shape)}, the mapping says {expected}"
+        matched.append((parameter, shard))
+    assert not mine, f"parameters that no mapping names: {sorted(mine)}"
+    return matched
 
 
 def _named(chunk: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -1,7 +1,7 @@
-"""Two ways to bring the policy's weights into the engines, behind one interface.
+"""Bring the policy's weights into the engines, in one of two ways behind one interface.
 
-FullTensorSync: every rank puts together every full tensor and its engine takes what it needs: works with every engine.
-ReshardSync: every engine rank gets the slices that it lacks, and they are written into the engine's own parameters.
+FullTensorSync: every rank assembles every full tensor and its engine takes what it needs; works with every engine.
+ReshardSync: every engine rank receives the slices that it lacks, written into the engine's own parameters.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,46 +16,47 @@ from torch import Tensor, nn
 
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups, gather_objects
+from megatron_mcpo.weights.buckets import fill_buckets
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
 from megatron_mcpo.weights.full_sync import BUCKET_BYTES, TransferStats, export
 from megatron_mcpo.weights.mapping import ParamMapping, Split
-from megatron_mcpo.weights.match_parameters import bind
-from megatron_mcpo.weights.reshard_plan import Piece, Plan, Step
+from megatron_mcpo.weights.match_parameters import match_parameters
+from megatron_mcpo.weights.reshard_plan import PlacedSlice, Step, SyncPlan
 from megatron_mcpo.weights.shards import cut_dim, cut_shape
 
 
 class Updatable(Protocol):
-    """An engine, as far as gather is concerned."""
+    """An engine as FullTensorSync sees it."""
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """See rollout.engine.Engine.update."""
+        """Load full tensors as rollout.engine.Engine.update does."""
 
 
 class Receiver(Updatable, Protocol):
     """An engine rank in this process that may be written into."""
 
     def parameters(self) -> Mapping[str, Tensor] | None:
-        """What it computes with, by vLLM's names; None: it keeps its weights otherwise than its loaders leave them.
+        """Return what it computes with, by vLLM's names; None: its weights are not as its loaders leave them.
 
         Raises EngineError as update does.
         """
 
     def rewriting(self, version: int) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """A block that overwrites every element of `parameters` in place; after it the engine is as after an update.
+        """Yield `parameters` for a block that overwrites every element in place; then the engine is as after an update.
 
-        Raises EngineError as update does, also where the block fails: the engine then holds half of the weights.
+        Raises EngineError as update does, also where the block fails: the engine then holds a mixture of two versions.
         """
 
 
 class WeightSync(Protocol):
-    """A way to push to the engine of this rank. All ranks push together."""
+    """A way to bring the policy's weights into the engine of this rank. All ranks sync together."""
 
     @property
     def name(self) -> str:
-        """gather or direct."""
+        """Return how weights go to the engine, in words for the console: full tensors, or reshard."""
 
-    def push(self, version: int) -> TransferStats:
-        """Bring the whole policy, as `version`, into the engines of all ranks; returns what it took of this rank.
+    def sync(self, version: int) -> TransferStats:
+        """Bring the whole policy, as `version`, into the engines of all ranks; returns the bytes of this rank.
 
         Raises EngineError when this rank's engine fails.
         """
@@ -63,61 +64,65 @@ class WeightSync(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FullTensorSync:
-    """Full tensors in layer order, in buckets (see sync.export)."""
+    """Full tensors in layer order, in buckets (see full_sync.export)."""
 
     chunks: Sequence[nn.Module]
     model: ModelConfig
     groups: Groups
     engine: Updatable
     bucket_bytes: int = BUCKET_BYTES
-    name: ClassVar[str] = "gather"
+    name: ClassVar[str] = "full tensors"
 
-    def push(self, version: int) -> TransferStats:
-        meter = TransferStats()
-        tensors = export(self.chunks, self.model, self.groups, bucket_bytes=self.bucket_bytes, meter=meter)
+    def sync(self, version: int) -> TransferStats:
+        stats = TransferStats()
+        tensors = export(self.chunks, self.model, self.groups, bucket_bytes=self.bucket_bytes, stats=stats)
         self.engine.update(tensors, version)
-        return meter
+        return stats
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A piece of a parameter that this rank sends, gets or keeps. shard: where it takes it from; None: it arrives."""
+class _BoundSlice:
+    """A slice that this rank sends, receives or keeps, with its tensors.
 
-    row: ParamMapping
-    piece: Piece
+    shard: the trainer's parameter that it is read from; None: it arrives in a message
+    target, expert: the engine's parameter that it is written to, and the index of the expert there
+    """
+
+    mapping: ParamMapping
+    placed: PlacedSlice
     shard: nn.Parameter | None
     target: str
     expert: int | None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return cut_shape(self.row, len(self.piece))
+        return cut_shape(self.mapping, len(self.placed))
 
     def read(self) -> Tensor:
         assert self.shard is not None
-        return self.shard.detach().narrow(cut_dim(self.row), self.piece.source_start, len(self.piece))
+        return self.shard.detach().narrow(cut_dim(self.mapping), self.placed.source_start, len(self.placed))
 
     def write(self, parameters: Mapping[str, Tensor], values: Tensor) -> None:
         parameter = parameters[self.target]
         mine = parameter if self.expert is None else parameter[self.expert]
-        mine.narrow(cut_dim(self.row), self.piece.target_start, len(self.piece)).copy_(values)
+        mine.narrow(cut_dim(self.mapping), self.placed.target_start, len(self.placed)).copy_(values)
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What this rank sends and gets at one time, by peer."""
+    """What this rank sends and receives at one time, by peer."""
 
-    sends: dict[int, list[_Part]]
-    receives: dict[int, list[_Part]]
+    sends: dict[int, list[_BoundSlice]]
+    receives: dict[int, list[_BoundSlice]]
 
 
 class ReshardSync:
-    """Exactly the slices of a plan, from rank to rank, in buckets; what a process holds itself is copied in place.
+    """Exactly the slices of a SyncPlan, from rank to rank, in buckets; what a process holds itself is copied in place.
 
     At most `bucket_bytes` of slices are staged on a rank, sent and received together.
     """
 
-    name: ClassVar[str] = "direct"
+    name: ClassVar[str] = "reshard"
 
     def __init__(
         self,
@@ -129,88 +134,95 @@ class ReshardSync:
         engine_ranks: int,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        """Makes the plan; pushes of these parameters to this engine only carry it out. Collective over all ranks."""
+        """Make the plan that every sync of these parameters carries out. Collective over all ranks."""
         self._groups = groups
         self._engine = engine
         self._some_parameter = next(chunks[0].parameters())
-        self._mine = {(p.chunk, p.megatron): mine for p, mine in bind(chunks, model, groups) if mine is not None}
-        self._stays: list[_Part] = []
+        self._mine = {
+            (p.chunk, p.megatron): mine for p, mine in match_parameters(chunks, model, groups) if mine is not None
+        }
+        self._local: list[_BoundSlice] = []
         self._buckets: list[_Bucket] = []
         self._padding: list[tuple[str, int]] = []
-        plan = Plan(model=model, layout=groups.layout, engine_ranks=engine_ranks)
-        for bucket in _buckets(plan, bucket_bytes // self._some_parameter.element_size()):
+        plan = SyncPlan(model=model, layout=groups.layout, engine_ranks=engine_ranks)
+        for bucket in _portions_in_buckets(plan, bucket_bytes // self._some_parameter.element_size()):
             self._buckets.append(_Bucket({}, {}))
             for step, portion, num_portions in bucket:
                 self._add(step, portion, num_portions)
-                if step.parameter.row.split is Split.ROWS and portion == 0:
-                    held = engine_slices(step.parameter.row, rank=groups.rank % engine_ranks, num_ranks=engine_ranks)
+                if step.parameter.mapping.split is Split.ROWS and portion == 0:
+                    held = engine_slices(
+                        step.parameter.mapping, rank=groups.rank % engine_ranks, num_ranks=engine_ranks
+                    )
                     self._padding.append((engine_name(step.parameter)[0], sum(map(len, held))))
         # To NCCL a group's first call is one of all its ranks, and not every rank has a part in every bucket.
         dist.all_reduce(self._some_parameter.new_zeros(1, requires_grad=False), group=groups.world)
 
     @torch.no_grad()
-    def push(self, version: int) -> TransferStats:
-        """See WeightSync. Expects an engine that keeps the parameters of the plan (see `choose`)."""
-        meter = TransferStats()
+    def sync(self, version: int) -> TransferStats:
+        """Sync as WeightSync says; the engine must keep the parameters of the plan (see `choose_weight_sync`)."""
+        stats = TransferStats()
         with self._engine.rewriting(version) as parameters:
             for name, num_rows in self._padding:
                 parameters[name][num_rows:].zero_()
-            for part in self._stays:
-                part.write(parameters, part.read())
+            for each in self._local:
+                each.write(parameters, each.read())
             for bucket in self._buckets:
-                self._exchange(bucket, parameters, meter)
-        return meter
+                self._exchange(bucket, parameters, stats)
+        return stats
 
-    def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], meter: TransferStats) -> None:
-        outgoing = {peer: self._staged(parts) for peer, parts in bucket.sends.items()}
-        incoming = {peer: self._staged(parts) for peer, parts in bucket.receives.items()}
-        for peer, parts in bucket.sends.items():
-            for part, values in _views(parts, outgoing[peer]):
-                values.copy_(part.read())
+    def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], stats: TransferStats) -> None:
+        outgoing = {peer: self._staged(slices) for peer, slices in bucket.sends.items()}
+        incoming = {peer: self._staged(slices) for peer, slices in bucket.receives.items()}
+        for peer, slices in bucket.sends.items():
+            for each, values in _views(slices, outgoing[peer]):
+                values.copy_(each.read())
         world = self._groups.world
         operations = [dist.P2POp(dist.isend, flat, peer, world) for peer, flat in outgoing.items()]
         operations += [dist.P2POp(dist.irecv, flat, peer, world) for peer, flat in incoming.items()]
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
-        for peer, parts in bucket.receives.items():
-            for part, values in _views(parts, incoming[peer]):
-                part.write(parameters, values)
+        for peer, slices in bucket.receives.items():
+            for each, values in _views(slices, incoming[peer]):
+                each.write(parameters, values)
         received = sum(flat.nbytes for flat in incoming.values())
-        meter.received += received
-        meter.staged = max(meter.staged, received + sum(flat.nbytes for flat in outgoing.values()))
+        stats.received += received
+        stats.staged = max(stats.staged, received + sum(flat.nbytes for flat in outgoing.values()))
 
-    def _staged(self, parts: Sequence[_Part]) -> Tensor:
-        return self._some_parameter.new_empty(sum(prod(part.shape) for part in parts), requires_grad=False)
+    def _staged(self, slices: Sequence[_BoundSlice]) -> Tensor:
+        return self._some_parameter.new_empty(sum(prod(each.shape) for each in slices), requires_grad=False)
 
     def _add(self, step: Step, portion: int, num_portions: int) -> None:
-        """File this rank's share of a step; what stays in the process is no matter of portions."""
+        """Add this rank's share of a portion to the last bucket; local messages go whole with the first portion."""
         rank, bucket = self._groups.rank, self._buckets[-1]
         places = [place for place in (step.parameter, step.copy) if place]
         keys = [(place.chunk, place.megatron) for place in places if place.stage == self._groups.pipeline_rank]
         shard = self._mine.get(keys[0]) if keys else None
         name, expert = engine_name(step.parameter)
-        for move in step.moves:
-            stays = move.source == move.target
-            if rank not in (move.source, move.target) or (stays and portion > 0):
+        for message in step.messages:
+            local, is_source = message.source == message.target, message.source == rank
+            if rank not in (message.source, message.target) or (local and portion > 0):
                 continue
-            pieces = move.pieces if stays else [_portion(piece, portion, num_portions) for piece in move.pieces]
-            is_source = move.source == rank
-            parts = [
-                _Part(
-                    row=step.parameter.row, piece=piece, shard=shard if is_source else None, target=name, expert=expert
+            slices = message.slices if local else [_portion(each, portion, num_portions) for each in message.slices]
+            found = [
+                _BoundSlice(
+                    mapping=step.parameter.mapping,
+                    placed=each,
+                    shard=shard if is_source else None,
+                    target=name,
+                    expert=expert,
                 )
-                for piece in pieces
-                if len(piece)
+                for each in slices
+                if len(each)
             ]
-            if stays:
-                self._stays += parts
+            if local:
+                self._local += found
             elif is_source:
-                bucket.sends.setdefault(move.target, []).extend(parts)
+                bucket.sends.setdefault(message.target, []).extend(found)
             else:
-                bucket.receives.setdefault(move.source, []).extend(parts)
+                bucket.receives.setdefault(message.source, []).extend(found)
 
 
-def choose(
+def choose_weight_sync(
     chunks: Sequence[nn.Module],
     model: ModelConfig,
     groups: Groups,
@@ -219,17 +231,20 @@ def choose(
     engine_ranks: int,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[WeightSync, str | None]:
-    """ReshardSync where every rank's engine can be written into, else gather and why. Collective over all ranks."""
+    """Return ReshardSync where every rank's engine can be written into, else FullTensorSync and the reason.
+
+    Collective over all ranks.
+    """
     problems = gather_objects(_problem(engine, model, engine_ranks), groups)
     found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
     if found:
-        gather = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engine, bucket_bytes=bucket_bytes)
-        return gather, found[0] if len(set(problems)) > 1 else problems[0]
+        full = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engine, bucket_bytes=bucket_bytes)
+        return full, found[0] if len(set(problems)) > 1 else problems[0]
     return ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=bucket_bytes), None
 
 
-def why_gather(model: ModelConfig, *, packed: bool) -> str | None:
-    """Why an engine of this model can't be written into, as far as that is known without one; None: it can.
+def why_full_tensors(model: ModelConfig, *, packed: bool) -> str | None:
+    """Return why an engine of this model can't be written into, as far as that is known without one; None: it can.
 
     packed: it keeps its weights otherwise than its loaders leave them
     """
@@ -240,10 +255,10 @@ def why_gather(model: ModelConfig, *, packed: bool) -> str | None:
 
 def _problem(engine: Receiver, model: ModelConfig, engine_ranks: int) -> str | None:
     if model.experts is not None:
-        return why_gather(model, packed=False)
+        return why_full_tensors(model, packed=False)
     parameters, shapes = engine.parameters(), engine_shapes(model, engine_ranks)
     if parameters is None:
-        return why_gather(model, packed=True)
+        return why_full_tensors(model, packed=True)
     for name in sorted(set(parameters) ^ set(shapes)):
         return f"{name}: only {'the engine' if name in parameters else 'the plan'} has it"
     for name, shape in shapes.items():
@@ -253,39 +268,36 @@ def _problem(engine: Receiver, model: ModelConfig, engine_ranks: int) -> str | N
     return None
 
 
-def _buckets(plan: Plan, most_elements: int) -> Iterator[list[tuple[Step, int, int]]]:
-    """The steps, each cut into portions (step, number, how many) that fit a bucket; the same on every rank."""
-    bucket: list[tuple[Step, int, int]] = []
-    staged = [0] * plan.layout.world_size
-    for step in plan.steps():
-        elements = [0] * plan.layout.world_size
-        for move in step.moves:
-            if move.source != move.target:
-                elements[move.source] += step.elements(move)
-                elements[move.target] += step.elements(move)
-        num_portions = max(1, -(-max(elements) // most_elements))
-        share = [-(-each // num_portions) for each in elements]
-        for portion in range(num_portions):
-            if bucket and max(map(sum, zip(staged, share, strict=True))) > most_elements:
-                yield bucket
-                bucket, staged = [], [0] * plan.layout.world_size
-            bucket.append((step, portion, num_portions))
-            staged = list(map(sum, zip(staged, share, strict=True)))
-    yield bucket
+def _portions_in_buckets(plan: SyncPlan, most_elements: int) -> Iterator[list[tuple[Step, int, int]]]:
+    """Return the plan's steps, cut into portions (step, number, how many) that fit a bucket: the same on every rank."""
+
+    def portions() -> Iterator[tuple[tuple[Step, int, int], list[int]]]:
+        for step in plan.steps():
+            elements = [0] * plan.layout.world_size
+            for message in step.messages:
+                if message.source != message.target:
+                    elements[message.source] += step.elements(message)
+                    elements[message.target] += step.elements(message)
+            num_portions = max(1, -(-max(elements) // most_elements))
+            share = [-(-each // num_portions) for each in elements]
+            for number in range(num_portions):
+                yield (step, number, num_portions), share
+
+    return fill_buckets(portions(), most_elements)
 
 
-def _portion(piece: Piece, number: int, num_portions: int) -> Piece:
-    begin, end = (len(piece) * each // num_portions for each in (number, number + 1))
-    return Piece(
-        tensor=piece.tensor,
-        start=piece.start + begin,
-        stop=piece.start + end,
-        source_start=piece.source_start + begin,
-        target_start=piece.target_start + begin,
+def _portion(whole: PlacedSlice, number: int, num_portions: int) -> PlacedSlice:
+    begin, end = (len(whole) * each // num_portions for each in (number, number + 1))
+    return PlacedSlice(
+        tensor=whole.tensor,
+        start=whole.start + begin,
+        stop=whole.start + end,
+        source_start=whole.source_start + begin,
+        target_start=whole.target_start + begin,
     )
 
 
-def _views(parts: Sequence[_Part], flat: Tensor) -> Iterator[tuple[_Part, Tensor]]:
-    """Every part with its place in a message."""
-    for part, values in zip(parts, flat.split([prod(part.shape) for part in parts]), strict=True):
-        yield part, values.view(part.shape)
+def _views(slices: Sequence[_BoundSlice], flat: Tensor) -> Iterator[tuple[_BoundSlice, Tensor]]:
+    """Yield every slice with its place in a message."""
+    for each, values in zip(slices, flat.split([prod(each.shape) for each in slices]), strict=True):
+        yield each, values.view(each.shape)

@@ -1,7 +1,7 @@
-"""The pickles in a sharded checkpoint, read so that they can't run code, whoever wrote them.
+"""Read the pickles in a sharded checkpoint so that they can't run code, whoever wrote them.
 
-torch.distributed.checkpoint keeps its table of contents (.metadata) and everything that is no tensor as pickles, and
-reads both with the unpickler that calls what it is told to call.
+torch.distributed.checkpoint keeps its table of contents (.metadata) and everything but tensors as pickles, and reads
+both with an unrestricted unpickler, which calls whatever a pickle names.
 """
 
 import os
@@ -40,9 +40,9 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The table of contents. Raises ValueError where it is none, and where it names anything that is not plain data.
+    """Return the table of contents. Raises ValueError where it is damaged, or names anything that is not plain data.
 
-    Who reads the same bytes afterwards with the ordinary unpickler calls the same names, and no others.
+    Reading the same bytes afterwards with the ordinary unpickler calls the same names, and no others.
     """
     with (folder / METADATA).open("rb") as file:
         try:
@@ -58,7 +58,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 @contextmanager
 def no_code() -> Iterator[None]:
-    """Whatever asks torch for an unrestricted unpickler inside this block gets the one for tensors and plain values."""
+    """Restrict torch's unpickler to tensors and plain values inside this block, even where code asks for the other."""
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:

@@ -1,4 +1,4 @@
-"""The files of a sharded torch checkpoint, one tensor at a time: reading any part of it, and writing one in parts.
+"""Read any part of any tensor of a sharded torch checkpoint, and write such a checkpoint in parts.
 
 Such a folder holds global tensors in chunks: .metadata says which chunk of which tensor stands where in which file.
 Unlike torch.distributed.checkpoint, nothing here needs more memory than a chunk and what is asked for, and a folder
@@ -35,14 +35,14 @@ _BACKEND = "metadata.json"
 _BACKEND_TEXT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 """What Megatron-Core (0.19.2) looks for before it opens a folder."""
 _VERSION = "1.0.0"
-"""Of torch's table of contents (CURRENT_DCP_VERSION)."""
+"""Version of torch's table of contents (CURRENT_DCP_VERSION)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """A chunk of tensor `key` in a file, `length` bytes from `start`. offsets, shape: where in the tensor it belongs.
 
-    An entry that is no tensor has neither (a pickled object of Megatron's).
+    An entry that is not a tensor has neither (a pickled object of Megatron's).
     """
 
     key: str
@@ -54,7 +54,7 @@ class Entry:
 
 
 class ShardedFolder:
-    """The tensors of a folder. Raises ConfigError for a folder that has none, or whose files are missing or too short.
+    """The tensors of a folder. Raises ConfigError where the folder has none, or its files are missing or too short.
 
     Folders of unknown origin may be opened: the table of contents is read with an unpickler for plain data only, and
     tensors with torch's for tensors only.
@@ -66,7 +66,7 @@ class ShardedFolder:
             metadata = read_metadata(folder)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                [f"{folder}: no sharded checkpoint: {error}; give one that Megatron-Core wrote"]
+                [f"{folder}: must be a sharded checkpoint ({error}). Give one that Megatron-Core wrote."]
             ) from error
         described = metadata.state_dict_metadata
         self._described = {key: found for key, found in described.items() if isinstance(found, TensorStorageMetadata)}
@@ -83,11 +83,11 @@ class ShardedFolder:
         self._check_files()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors, of the optimizer too."""
+        """Return the shapes of all tensors, the optimizer's included."""
         return {key: tuple(found.size) for key, found in self._described.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Type of a tensor."""
+        """Return the type of a tensor."""
         found: torch.dtype = self._described[key].properties.dtype
         return found
 
@@ -138,7 +138,7 @@ class ShardedFolder:
             raise ConfigError(problems)
 
     def _under(self, key: str, index: tuple[int, ...]) -> list[Entry]:
-        """Entries that hold a part of key[index]; each holds a part of one only, as Megatron's stacked layers do."""
+        """Return the entries that hold a part of key[index]: none holds parts of two layers, as Megatron saves them."""
         if key not in self._indexed:
             depth = len(index)
             table: dict[tuple[int, ...], list[Entry]] = {}
@@ -153,7 +153,7 @@ class ShardedFolder:
         return self._indexed[key].get(index, [])
 
     def _first_byte(self, entry: Entry) -> int:
-        """Where in the file the values of a chunk begin, row by row. Raises ConfigError for what is no such chunk."""
+        """Return where in the file the values of a chunk begin, row by row. Raises ConfigError if it is damaged."""
         path = self.folder / entry.file
         try:
             with path.open("rb") as file, torch.serialization.skip_data():  # everything but the values
@@ -191,7 +191,7 @@ class ShardedFolder:
 def overlap(
     offsets: Sequence[int], shape: Sequence[int], other_offsets: Sequence[int], other_shape: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """(start, size) in every dimension of what two boxes share; [] where they share nothing."""
+    """Return (start, size) in every dimension of what two boxes share; [] where they share nothing."""
     box = []
     for a, size_a, b, size_b in zip(offsets, shape, other_offsets, other_shape, strict=True):
         start, stop = max(a, b), min(a + size_a, b + size_b)
@@ -202,7 +202,7 @@ def overlap(
 
 
 def byte_view(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return memoryview(values.view(-1).view(torch.uint8).numpy())
 
 
@@ -217,7 +217,7 @@ def read_into(file: io.RawIOBase, values: Tensor, what: str) -> None:
 
 
 class HashedFile:
-    """A new file that is only appended to. Knows its SHA-256 when it is closed, without being read again."""
+    """A new file that is only appended to. Its SHA-256 is known when it is closed, without reading it again."""
 
     def __init__(self, path: Path):
         self.name = path.name
@@ -227,7 +227,7 @@ class HashedFile:
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def save(self, value: Any) -> tuple[int, int]:
-        """Append what torch.save makes of a value: where it starts, and its length. Raises OSError."""
+        """Append a value as torch.save writes it; returns where it starts, and its length. Raises OSError."""
         start = self._file.tell()
         with_sums = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # no reader looks at them, and they take most time
@@ -240,7 +240,7 @@ class HashedFile:
         return start, self._file.tell() - start
 
     def write(self, data: Buffer) -> int:
-        """For torch.save."""
+        """Append bytes and hash them meanwhile; called by torch.save."""
         hashing = self._thread.submit(self._digest.update, data)  # while the bytes are written
         try:
             return self._file.write(data)
@@ -251,11 +251,11 @@ class HashedFile:
             hashing.result()
 
     def flush(self) -> None:
-        """For torch.save."""
+        """Flush the file; called by torch.save."""
         self._file.flush()
 
     def close(self) -> Fingerprint:
-        """What the file has to be."""
+        """Close the file; returns the size and the SHA-256 that it must have."""
         size = self._file.tell()
         self._file.close()
         self._thread.shutdown()
@@ -270,7 +270,7 @@ def write_tensor(file: HashedFile, key: str, offsets: tuple[int, ...], values: T
 
 
 def write_object(file: HashedFile, key: str, value: Any) -> Entry:
-    """Append an object, as Megatron-Core saves those that are no tensors."""
+    """Append an object as Megatron-Core saves those that are not tensors."""
     start, length = file.save([value])
     return Entry(key=key, file=file.name, start=start, length=length)
 
@@ -278,7 +278,7 @@ def write_object(file: HashedFile, key: str, value: Any) -> Entry:
 def write_contents(
     folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, entries: Iterable[Entry]
 ) -> None:
-    """Write the table of contents, which makes a folder of it that Megatron-Core and ShardedFolder can open."""
+    """Write the table of contents, without which neither Megatron-Core nor ShardedFolder can open the folder."""
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         key: TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=torch.Size(shape), chunks=[])
         for key, shape in shapes.items()
@@ -300,7 +300,7 @@ def write_contents(
 
 
 def _part(tensor: Tensor, offsets: Sequence[int], box: Sequence[tuple[int, int]]) -> Tensor:
-    """The box of a tensor that starts at `offsets`."""
+    """Return the box of a tensor that starts at `offsets`."""
     for dim, ((start, size), offset) in enumerate(zip(box, offsets, strict=True)):
         tensor = tensor.narrow(dim, start - offset, size)
     return tensor

@@ -162,7 +162,7 @@ def test_what_ranks_have_saved_is_exported_with_its_head(tmp_path: Path, family:
     head = next(head for _, head in results if head)
     assert same(load_file(tmp_path / "out" / "contrastive_head.safetensors"), head)
     hf_to_megatron(tmp_path / "out", tmp_path / "again", sizes(), verify_forward=False, say=quiet)
-    assert same(MegatronFolder(tmp_path / "again", from_folder(source)).head(), head)
+    assert same(MegatronFolder.open(tmp_path / "again", from_folder(source)).head(), head)
 
 
 def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Tensor]:
@@ -222,7 +222,7 @@ from megatron_mcpo.convert.compare_logits import logits_error
 from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 megatron, source, folder = map(Path, sys.argv[1:])
 model = from_folder(source)
-print(logits_error(MegatronFolder(megatron, model), model, folder, torch.float32))
+print(logits_error(MegatronFolder.open(megatron, model), model, folder, torch.float32))
 """
 
 

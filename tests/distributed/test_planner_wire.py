@@ -16,12 +16,12 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.planner.memory import ITEMSIZE
 from megatron_mcpo.planner.planning import head_of
-from megatron_mcpo.planner.push import direct_elements, gathered_bytes, is_direct, received_bytes
+from megatron_mcpo.planner.push import full_tensor_bytes, is_resharded, received_bytes, resharded_elements
 from megatron_mcpo.planner.ranks import rank_size
 from megatron_mcpo.planner.step_shape import workload
 from megatron_mcpo.planner.wire import wire_bytes
 from megatron_mcpo.weights.full_sync import TransferStats, export
-from megatron_mcpo.weights.reshard_plan import Plan
+from megatron_mcpo.weights.reshard_plan import SyncPlan
 from tests.support import tiny_models
 from tests.support.planned import Kind, Trainer, config_of, save_model
 from tests.support.ranks import run_ranks
@@ -39,10 +39,10 @@ def counted(config: Config, world_size: int) -> dict[str, float]:
     with Received(groups) as contrast:
         assert z_ND is not None
         gather_rows(z_ND, batch, groups)
-    meter = TransferStats()
-    for _ in export(policy.chunks, policy.model_config, groups, meter=meter):
+    stats = TransferStats()
+    for _ in export(policy.chunks, policy.model_config, groups, stats=stats):
         pass
-    return {**training.bytes, "sync": meter.received, "contrastive": sum(contrast.bytes.values())}
+    return {**training.bytes, "sync": stats.received, "contrastive": sum(contrast.bytes.values())}
 
 
 CASES: list[tuple[Kind, int, dict[str, dict[str, Any]], str]] = [
@@ -74,7 +74,7 @@ def test_bytes_are_those_of_real_messages(
     for rank in run_ranks(world_size, counted, config, world_size, timeout=540):
         found.update(rank)
     e = ITEMSIZE[config.model.dtype]
-    gathered = [gathered_bytes(model, layout, stage, e) for stage in range(layout.pipeline)]
+    gathered = [full_tensor_bytes(model, layout, stage, e) for stage in range(layout.pipeline)]
     assert found["sync"] == sum(gathered) * layout.world_size // layout.pipeline
     assert kind != "experts" or found["sync"] == expected["sync"]
     assert found["contrastive"] == expected["contrastive"]
@@ -103,10 +103,10 @@ def test_bytes_from_rank_to_rank_are_those_of_the_push_plan(
 ) -> None:
     tiny_models.save_model(tmp_path, kind)
     model = from_folder(tmp_path)
-    expected = Plan(model=model, layout=layout, engine_ranks=engine_ranks).totals().received
-    assert direct_elements(model, layout, engine_ranks) == expected
+    expected = SyncPlan(model=model, layout=layout, engine_ranks=engine_ranks).totals().received
+    assert resharded_elements(model, layout, engine_ranks) == expected
     config = tiny_models.config(tmp_path, model={"dtype": "bf16"}, engine={"tensor_parallel": engine_ranks})
-    assert is_direct(config, model)
+    assert is_resharded(config, model)
     assert sum(received_bytes(config, model, layout, 2)) == 2 * sum(expected)
 
 
@@ -124,4 +124,4 @@ def test_the_way_of_a_push_is_the_program_s(tmp_path: Path) -> None:
     ):
         tiny_models.save_model(tmp_path / name, kind)
         config = tiny_models.config(tmp_path / name, **sections)
-        assert is_direct(config, from_folder(tmp_path / name)) is direct, name
+        assert is_resharded(config, from_folder(tmp_path / name)) is direct, name

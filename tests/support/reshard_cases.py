@@ -16,7 +16,7 @@ from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 from megatron_mcpo.weights.hf_io import load_hf
-from megatron_mcpo.weights.reshard_sync import FullTensorSync, choose
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, choose_weight_sync
 from tests.support import vllm_cases
 
 
@@ -37,38 +37,38 @@ def sampled(engine: VllmEngine) -> list[Any]:
     return [(sample.token_ids, sample.logprobs) for group in engine.generate(requests) for sample in group]
 
 
-def pushes_into_an_engine(folder: Path, layout: Layout, engine_ranks: int) -> tuple[str, str | None]:
+def syncs_into_an_engine(folder: Path, layout: Layout, engine_ranks: int) -> tuple[str, str | None]:
     """Both syncs and a fresh start leave the same engine; one that packs its weights gets full tensors."""
     groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(folder)
     chunks = build_chunks(model, groups, dtype=torch.float32, head=None)
     load_hf(chunks, model, folder, groups)
     packed = vllm_cases.build(folder, tensor_parallel=engine_ranks)
-    packing, reason = choose(chunks, model, groups, packed, engine_ranks=engine_ranks)
+    packing, reason = choose_weight_sync(chunks, model, groups, packed, engine_ranks=engine_ranks)
     packed.close()
     compute_plainly()
     fresh = vllm_cases.build(folder, tensor_parallel=engine_ranks, load_weights=True)
     first = sampled(fresh)
     fresh.close()
     engine = vllm_cases.build(folder, tensor_parallel=engine_ranks)
-    direct, problem = choose(chunks, model, groups, engine, engine_ranks=engine_ranks)
-    assert (direct.name, problem) == ("direct", None)
+    reshard, problem = choose_weight_sync(chunks, model, groups, engine, engine_ranks=engine_ranks)
+    assert (reshard.name, problem) == ("reshard", None)
     assert "no weights" in vllm_cases.failure(lambda: sampled(engine))
-    direct.push(1)
+    reshard.sync(1)
     assert sampled(engine) == first and engine.version == 1
     with torch.no_grad():
         for parameter in (each for chunk in chunks for each in chunk.parameters()):
             parameter.mul_(1.25)
-    direct.push(2)
+    reshard.sync(2)
     second = sampled(engine)
     assert second != first
     engine.sleep()
-    assert "asleep" in vllm_cases.failure(lambda: direct.push(3))
+    assert "asleep" in vllm_cases.failure(lambda: reshard.sync(3))
     engine.wake()
     assert "no weights" in vllm_cases.failure(lambda: sampled(engine))
-    direct.push(3)
+    reshard.sync(3)
     assert sampled(engine) == second and engine.version == 3
-    FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engine).push(4)
+    FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engine).sync(4)
     assert sampled(engine) == second
     _check_a_half_written_engine(engine)
     engine.close()

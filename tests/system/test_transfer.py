@@ -24,11 +24,11 @@ from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.weights.engine_layout import engine_shapes
 from megatron_mcpo.weights.full_sync import TransferStats, export
 from megatron_mcpo.weights.hf_io import load_hf
-from megatron_mcpo.weights.reshard_plan import Plan
-from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync, choose
+from megatron_mcpo.weights.reshard_plan import SyncPlan
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync, choose_weight_sync
 from tests.support import vllm_cases
 from tests.support.ranks import run_ranks
-from tests.support.reshard_cases import parameters_of_experts, pushes_into_an_engine
+from tests.support.reshard_cases import parameters_of_experts, syncs_into_an_engine
 from tests.support.vllm_loading import save_loaded
 
 SIZES: dict[str, Any] = dict(
@@ -128,18 +128,18 @@ def policy(folder: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> 
     return chunks, model, groups
 
 
-def push_directly(files: Files, family: str, layout: Layout, engine_ranks: int) -> list[int]:
-    """Bytes received in a push, in one with small buckets, and the most that the latter staged."""
+def sync_slices(files: Files, family: str, layout: Layout, engine_ranks: int) -> list[int]:
+    """Return bytes received in a sync, in one with small buckets, and the most that the latter staged."""
     chunks, model, groups = policy(files.model(family), layout)
     assert layout_problems(model, layout, engine_ranks) == []
     expected = files.engine_rank(family, engine_ranks, groups.rank % engine_ranks)
     engine = Engine(engine_shapes(model, engine_ranks))
-    first = ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks).push(1)
+    first = ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks).sync(1)
     check(engine.own, expected)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.mul_(2)
-    small = ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=BUCKET_BYTES).push(2)
+    small = ReshardSync(chunks, model, groups, engine, engine_ranks=engine_ranks, bucket_bytes=BUCKET_BYTES).sync(2)
     assert engine.version == 2
     check(engine.own, {name: 2 * tensor for name, tensor in expected.items()})
     return [first.received, small.received, small.staged]
@@ -151,11 +151,11 @@ def check(arrived: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("family, layout, engine_ranks", CASES, ids=str)
-def test_direct_fills_what_vllm_would_load_with_the_fewest_bytes(
+def test_reshard_fills_what_vllm_would_load_with_the_fewest_bytes(
     files: Files, family: str, layout: Layout, engine_ranks: int
 ) -> None:
-    results = run_ranks(layout.world_size, push_directly, files, family, layout, engine_ranks)
-    plan = Plan(model=from_folder(files.model(family)), layout=layout, engine_ranks=engine_ranks)
+    results = run_ranks(layout.world_size, sync_slices, files, family, layout, engine_ranks)
+    plan = SyncPlan(model=from_folder(files.model(family)), layout=layout, engine_ranks=engine_ranks)
     least = [4 * elements for elements in plan.totals().received]
     assert [received for received, _, _ in results] == least
     assert [received for _, received, _ in results] == least
@@ -175,20 +175,20 @@ def test_direct_fills_what_vllm_would_load_with_the_fewest_bytes(
 def test_an_engine_that_was_written_into_is_as_one_that_loaded(
     files: Files, family: str, layout: Layout, engine_ranks: int
 ) -> None:
-    found = vllm_cases.run(pushes_into_an_engine, files.model(family), layout, engine_ranks, ranks=2)
-    assert found == [("gather", "the engine keeps its weights packed or quantised")] * 2
+    found = vllm_cases.run(syncs_into_an_engine, files.model(family), layout, engine_ranks, ranks=2)
+    assert found == [("full tensors", "the engine keeps its weights packed or quantised")] * 2
 
 
 def test_an_engine_with_experts_is_not_written_into(files: Files) -> None:
     assert not vllm_cases.run(parameters_of_experts, files.model("qwen3_moe"))
 
 
-def push_gathered(files: Files, family: str, layout: Layout) -> tuple[int, int]:
+def sync_full_tensors(files: Files, family: str, layout: Layout) -> tuple[int, int]:
     chunks, model, groups = policy(files.model(family), layout)
     expected = load_file(files.model(family) / "model.safetensors")
     engines = [Engine({}), Engine({})]
-    gather = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engines[0])
-    one, many = gather.push(1), replace(gather, engine=engines[1], bucket_bytes=BUCKET_BYTES).push(2)
+    full = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=engines[0])
+    one, many = full.sync(1), replace(full, engine=engines[1], bucket_bytes=BUCKET_BYTES).sync(2)
     for version, engine in enumerate(engines, start=1):
         check(engine.full, expected)
         assert engine.version == version
@@ -197,9 +197,9 @@ def push_gathered(files: Files, family: str, layout: Layout) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family, layout", [case[:2] for case in CASES], ids=str)
-def test_gather_gives_every_rank_every_full_tensor(files: Files, family: str, layout: Layout) -> None:
-    results = run_ranks(layout.world_size, push_gathered, files, family, layout)
-    plan = Plan(model=from_folder(files.model(family)), layout=layout, engine_ranks=1)
+def test_full_tensor_sync_gives_every_rank_every_full_tensor(files: Files, family: str, layout: Layout) -> None:
+    results = run_ranks(layout.world_size, sync_full_tensors, files, family, layout)
+    plan = SyncPlan(model=from_folder(files.model(family)), layout=layout, engine_ranks=1)
     assert sum(received for received, _ in results) >= 4 * sum(plan.totals().received)
     assert max(staged for _, staged in results) <= BUCKET_BYTES / 2
     assert (layout.model_parallel * layout.expert == 1) == (sum(staged for _, staged in results) == 0)
@@ -208,15 +208,15 @@ def test_gather_gives_every_rank_every_full_tensor(files: Files, family: str, la
 def stopped_early(files: Files) -> tuple[int, float]:
     """Bytes received when the first tensor was there, and a sum over the ranks after that was all they took."""
     chunks, model, groups = policy(files.model("qwen3"), TWO)
-    meter = TransferStats()
-    stream = export(chunks, model, groups, bucket_bytes=4 * BUCKET, meter=meter)
+    stats = TransferStats()
+    stream = export(chunks, model, groups, bucket_bytes=4 * BUCKET, stats=stats)
     next(stream)
-    received = meter.received
+    received = stats.received
     del stream
     total = torch.ones(1)
     dist.all_reduce(total, group=groups.world)
     again = Engine({})
-    FullTensorSync(chunks=chunks, model=model, groups=groups, engine=again, bucket_bytes=4 * BUCKET).push(1)
+    FullTensorSync(chunks=chunks, model=model, groups=groups, engine=again, bucket_bytes=4 * BUCKET).sync(1)
     check(again.full, load_file(files.model("qwen3") / "model.safetensors"))
     return received, total.item()
 
@@ -233,19 +233,19 @@ def chosen(
     chunks, model, groups = policy(files.model(family), layout)
     shapes = {} if groups.rank == packed_rank else engine_shapes(model, 1) | changes
     engine = Engine(shapes, dtype=torch.bfloat16)
-    weight_sync, reason = choose(chunks, model, groups, engine, engine_ranks=1)
-    weight_sync.push(1)
+    weight_sync, reason = choose_weight_sync(chunks, model, groups, engine, engine_ranks=1)
+    weight_sync.sync(1)
     return weight_sync.name, reason
 
 
-def test_direct_is_chosen_where_every_engine_rank_keeps_its_parameters_plain(files: Files) -> None:
-    assert run_ranks(2, chosen, files, -1, {}) == [("direct", None)] * 2
+def test_reshard_is_chosen_where_every_engine_rank_keeps_its_parameters_plain(files: Files) -> None:
+    assert run_ranks(2, chosen, files, -1, {}) == [("reshard", None)] * 2
     packed = "the engine keeps its weights packed or quantised"
-    assert run_ranks(2, chosen, files, 1, {}) == [("gather", f"rank 1: {packed}")] * 2
+    assert run_ranks(2, chosen, files, 1, {}) == [("full tensors", f"rank 1: {packed}")] * 2
     name = "model.layers.0.self_attn.qkv_proj.weight"
     ((weight_sync, reason), _) = run_ranks(2, chosen, files, -1, {name: (3, 4)})
-    assert weight_sync == "gather" and reason.startswith(f"{name}: the engine has (3, 4)")
+    assert weight_sync == "full tensors" and reason.startswith(f"{name}: the engine has (3, 4)")
     ((weight_sync, reason), _) = run_ranks(2, chosen, files, -1, {"scale": (1,)})
-    assert (weight_sync, reason) == ("gather", "scale: only the engine has it")
+    assert (weight_sync, reason) == ("full tensors", "scale: only the engine has it")
     ((weight_sync, reason), _) = run_ranks(2, chosen, files, -1, {}, "mixtral", Layout(data=2, expert=2))
-    assert (weight_sync, reason) == ("gather", "some of vLLM's kernels rearrange experts after loading")
+    assert (weight_sync, reason) == ("full tensors", "some of vLLM's kernels rearrange experts after loading")

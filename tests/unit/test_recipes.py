@@ -25,8 +25,8 @@ from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.rewards import allowlist
 from megatron_mcpo.weights.mapping import hf_shapes
-from megatron_mcpo.weights.match_parameters import bind
-from megatron_mcpo.weights.shards import cut_dim, slices
+from megatron_mcpo.weights.match_parameters import match_parameters
+from megatron_mcpo.weights.shards import cut_dim, shard_slices
 from tests.support.paths import ROOT
 
 RECIPES = sorted((ROOT / "examples").glob("*/h100_*.toml"))
@@ -139,10 +139,10 @@ def held(model: ModelConfig, layout: Layout, head: HeadSpec | None, rank: int) -
     """What a rank has of each Hugging Face tensor, read from the model that Megatron-Core builds for it."""
     with parallel.pretend(layout, rank=rank) as groups, only_shapes():
         chunks = build_chunks(model, groups, dtype=DTYPES["bf16"], head=head)
-        for parameter, mine in bind(chunks, model, groups):
-            if mine is None or parameter.row.tied:
+        for parameter, mine in match_parameters(chunks, model, groups):
+            if mine is None or parameter.mapping.tied:
                 continue
-            row, ranks = parameter.row, parameter.row.num_shards(layout)
+            row, ranks = parameter.mapping, parameter.mapping.num_shards(layout)
             number = 0 if ranks == 1 else groups.tensor_rank
-            for piece in slices(row, rank=number, num_ranks=ranks):
+            for piece in shard_slices(row, rank=number, num_ranks=ranks):
                 yield parameter.hugging_face[piece.tensor], (cut_dim(row), piece.start, piece.stop)

@@ -1,4 +1,4 @@
-"""The plan of a push, for random models and layouts, without process groups.
+"""The plan of a weight sync, for random models and layouts, without process groups.
 
 Not covered here: that vLLM lays its parameters out as the plan says, that Megatron numbers its ranks so, and the
 transport (test_transfer.py).
@@ -21,7 +21,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.weights.engine_layout import engine_shapes
 from megatron_mcpo.weights.mapping import Parameter, Split, hf_shapes, parameters
-from megatron_mcpo.weights.reshard_plan import Plan
+from megatron_mcpo.weights.reshard_plan import SyncPlan
 from megatron_mcpo.weights.shards import cut_dim, fill, shard_shape
 from tests.support import tiny_models
 from tests.support.families import FAMILIES, MODEL, WITH_EXPERTS
@@ -29,7 +29,7 @@ from tests.support.paths import ROOT
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> SyncPlan:
     """A model of any shape with any layout and engine that it may have."""
     with_experts = draw(st.booleans())
     tensor = draw(st.sampled_from([1, 1, 2, 3, 4]))
@@ -68,7 +68,7 @@ def plans(draw: st.DrawFn) -> Plan:
         model = replace(model, experts=experts)
     assume(not layout_problems(model, layout, engine))
     whole = model.experts is not None and model.experts.count >= engine and draw(st.booleans())
-    return Plan(model=model, layout=layout, engine_ranks=engine, whole_experts=whole)
+    return SyncPlan(model=model, layout=layout, engine_ranks=engine, whole_experts=whole)
 
 
 def divides(a: int, b: int) -> bool:
@@ -85,7 +85,7 @@ def full_tensors(model: ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def trainer_shards(plan: Plan, full: dict[str, Tensor]) -> list[dict[tuple[str, int], Tensor]]:
+def trainer_shards(plan: SyncPlan, full: dict[str, Tensor]) -> list[dict[tuple[str, int], Tensor]]:
     """What every rank holds, by Megatron's name and chunk. Coordinates of a rank are taken apart digit by digit."""
     layout = plan.layout
     ranks = []
@@ -93,7 +93,7 @@ def trainer_shards(plan: Plan, full: dict[str, Tensor]) -> list[dict[tuple[str, 
         stage, within = divmod(rank, layout.world_size // layout.pipeline)
         shards = {}
         for parameter in parameters(plan.model, layout):
-            absent = parameter.row.tied and layout.pipeline == 1
+            absent = parameter.mapping.tied and layout.pipeline == 1
             if parameter.stage == stage and parameter.expert_rank in (None, within % layout.expert) and not absent:
                 key = (parameter.megatron[0], parameter.chunk)
                 shards[key] = trainer_shard(parameter, layout, full, within % layout.tensor)
@@ -102,16 +102,16 @@ def trainer_shards(plan: Plan, full: dict[str, Tensor]) -> list[dict[tuple[str, 
 
 
 def trainer_shard(parameter: Parameter, layout: Layout, full: dict[str, Tensor], tensor_rank: int) -> Tensor:
-    row, dim = parameter.row, cut_dim(parameter.row)
-    num_ranks = row.num_shards(layout)
-    shard = torch.zeros(shard_shape(row, num_ranks), dtype=torch.int32)
+    mapping, dim = parameter.mapping, cut_dim(parameter.mapping)
+    num_ranks = mapping.num_shards(layout)
+    shard = torch.zeros(shard_shape(mapping, num_ranks), dtype=torch.int32)
     tensors = [full[name] for name in parameter.hugging_face]
     rank = tensor_rank if num_ranks > 1 else 0
-    fill(row, shard, lambda s: tensors[s.tensor].narrow(dim, s.start, len(s)), rank=rank, num_ranks=num_ranks)
+    fill(mapping, shard, lambda s: tensors[s.tensor].narrow(dim, s.start, len(s)), rank=rank, num_ranks=num_ranks)
     return shard
 
 
-def engine_parameters(plan: Plan, full: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+def engine_parameters(plan: SyncPlan, full: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """What vLLM's rank holds, written down once more: with chunks of whole tensors instead of slices."""
     model, num_ranks = plan.model, plan.engine_ranks
     base, more = divmod(model.experts.count, num_ranks) if model.experts else (0, 0)
@@ -164,7 +164,7 @@ def engine_parameters(plan: Plan, full: dict[str, Tensor], rank: int) -> dict[st
 
 @settings(deadline=None, max_examples=300)
 @given(plans())
-def test_every_element_arrives_once_from_the_right_place_and_no_byte_too_many_travels(plan: Plan) -> None:
+def test_every_element_arrives_once_from_the_right_place_and_no_byte_too_many_travels(plan: SyncPlan) -> None:
     full = full_tensors(plan.model)
     held = trainer_shards(plan, full)
     world = range(plan.layout.world_size)
@@ -177,19 +177,19 @@ def test_every_element_arrives_once_from_the_right_place_and_no_byte_too_many_tr
     arrived = [{name: torch.zeros_like(tensor) for name, tensor in each.items()} for each in wanted]
     writes = [{name: torch.zeros_like(tensor) for name, tensor in each.items()} for each in wanted]
     for step in plan.steps():
-        dim = cut_dim(step.parameter.row)
+        dim = cut_dim(step.parameter.mapping)
         name, expert = plan.engine_name(step.parameter)
-        for move in step.moves:
+        for message in step.messages:
             places = [p for p in (step.parameter, step.copy) if p]
             keys = [(place.megatron[0], place.chunk) for place in places]
-            (shard,) = [held[move.source][key] for key in keys if key in held[move.source]]
-            for piece in move.pieces:
-                values = shard.narrow(dim, piece.source_start, len(piece))
-                hf = full[step.parameter.hugging_face[piece.tensor]].narrow(dim, piece.start, len(piece))
+            (shard,) = [held[message.source][key] for key in keys if key in held[message.source]]
+            for each in message.slices:
+                values = shard.narrow(dim, each.source_start, len(each))
+                hf = full[step.parameter.hugging_face[each.tensor]].narrow(dim, each.start, len(each))
                 assert torch.equal(values, hf)
-                for target, value in ((arrived[move.target][name], values), (writes[move.target][name], 1)):
+                for target, value in ((arrived[message.target][name], values), (writes[message.target][name], 1)):
                     part = target if expert is None else target[expert]
-                    part.narrow(dim, piece.target_start, len(piece)).add_(value)
+                    part.narrow(dim, each.target_start, len(each)).add_(value)
     totals = plan.totals()
     for rank in world:
         expected = wanted[rank]
@@ -206,11 +206,11 @@ def test_every_element_arrives_once_from_the_right_place_and_no_byte_too_many_tr
 
 @settings(deadline=None, max_examples=100)
 @given(plans())
-def test_ranks_that_hold_the_same_send_the_same(plan: Plan) -> None:
-    """To within one move; experts lie across the groups that share everything else, so they are left out."""
+def test_ranks_that_hold_the_same_send_the_same(plan: SyncPlan) -> None:
+    """To within one message; experts lie across the groups that share everything else, so they are left out."""
     assume(plan.model.experts is None)
     sent = plan.totals().sent
-    largest = max((step.elements(move) for step in plan.steps() for move in step.moves), default=0)
+    largest = max((step.elements(message) for step in plan.steps() for message in step.messages), default=0)
     stage_ranks = plan.layout.world_size // plan.layout.pipeline
     for stage in range(plan.layout.pipeline):
         for shard in range(plan.layout.tensor):
@@ -220,21 +220,21 @@ def test_ranks_that_hold_the_same_send_the_same(plan: Plan) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(plans())
-def test_a_plan_is_the_same_every_time(plan: Plan) -> None:
+def test_a_plan_is_the_same_every_time(plan: SyncPlan) -> None:
     assert str(list(plan.steps())) == str(list(replace(plan).steps()))
 
 
 def test_nothing_travels_where_every_rank_holds_what_its_engine_rank_needs() -> None:
     for layout, engine in ((Layout(data=3), 1), (Layout(tensor=2, data=2), 2)):
         model = replace(MODEL, vocab_size=128)  # no padding on either side
-        assert sum(Plan(model=model, layout=layout, engine_ranks=engine).totals().received) == 0
+        assert sum(SyncPlan(model=model, layout=layout, engine_ranks=engine).totals().received) == 0
 
 
 def test_a_tied_embedding_is_taken_from_the_nearer_end_of_the_pipeline() -> None:
-    tied = Plan(model=replace(MODEL, tied_embeddings=True), layout=Layout(pipeline=2), engine_ranks=1)
+    tied = SyncPlan(model=replace(MODEL, tied_embeddings=True), layout=Layout(pipeline=2), engine_ranks=1)
     embedding = next(iter(tied.steps()))
-    assert [(move.source, move.target) for move in embedding.moves] == [(0, 0), (1, 1)]
-    assert embedding.copy is not None and embedding.copy.row.split is Split.ROWS
+    assert [(message.source, message.target) for message in embedding.messages] == [(0, 0), (1, 1)]
+    assert embedding.copy is not None and embedding.copy.mapping.split is Split.ROWS
 
 
 @pytest.mark.parametrize("engine, refused", [(1, False), (2, False), (3, True)])
@@ -254,17 +254,17 @@ def test_the_plan_of_a_configuration_is_printed(tmp_path: Path, capsys: pytest.C
     arguments += ["--parallel.expert", "2", "--engine.tensor_parallel", "2"]
     assert push_plan.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    plan = Plan(model=from_folder(tmp_path), layout=Layout(pipeline=2, data=2, expert=2), engine_ranks=2)
+    plan = SyncPlan(model=from_folder(tmp_path), layout=Layout(pipeline=2, data=2, expert=2), engine_ranks=2)
     assert lines[-1] == f"lower bound of what travels in a push: {2 * sum(plan.totals().received)} bytes"
     assert [line.split()[:2] for line in lines if "w2_weight" in line] == [
         ["model.layers.N.mlp.experts.routed_experts.w2_weight", "16"]
     ]
-    assert push_plan.main([*arguments, "--moves"]) == 0
+    assert push_plan.main([*arguments, "--messages"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == sum(len(move.pieces) for step in plan.steps() for move in step.moves)
+    assert len(lines) == sum(len(message.slices) for step in plan.steps() for message in step.messages)
     name = "model.layers.3.mlp.experts.3.down_proj.weight [20:40] rank 3 at 20 -> rank 1"
     assert f"{name} model.layers.3.mlp.experts.routed_experts.w2_weight[3] at 0" in lines
-    assert push_plan.main([*arguments, "--expert-parallel", "--moves"]) == 0
+    assert push_plan.main([*arguments, "--expert-parallel", "--messages"]) == 0
     name = "model.layers.3.mlp.experts.3.down_proj.weight [0:40] rank 3 at 0 -> rank 3"
     assert f"{name} model.layers.3.mlp.experts.routed_experts.w2_weight[1] at 0" in capsys.readouterr().out.splitlines()
     assert push_plan.main([*arguments, "--engine.tensor_parallel", "4", "--parallel.expert", "3"]) == 2
