@@ -246,9 +246,7 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
     policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
     objective = objective_type(case.config, policy, ranks)
     scored = score(policy, case.config, case.groups, case.share_prompts)
-    contrasted = objective.contrast(scored, step=1)
-    advantages_M = objective.advantages(scored, contrasted)
-    policy.backward(scored.batch, objective.loss(scored, advantages_M, contrasted))
+    policy.backward(scored.batch, objective.loss(objective.prepare(scored, step=1)))
     return export_gradients(policy)
 
 

@@ -1,4 +1,4 @@
-"""What the contrastive terms cost in a training step of the quick start. Needs the model of `make model`.
+"""Measure what the contrastive terms cost in a training step of the quick start. Needs the model of `make model`.
 
 `.venv/bin/python -m benchmarks.step [--json] [--out benchmarks/results/NAME.json]`
 """
@@ -33,12 +33,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def step_row() -> dict[str, Any]:
-    """The quick start's step without its sampling, with and without both terms, in turns of alternating order.
+    """Return the cost of the quick start's step without its sampling, with and without both terms, in turns.
 
     The share is the median over pairs of neighbouring steps, of the processor's seconds: other work on the machine
-    disturbs these less. One thread only: two of them wait for each other by counting.
+    disturbs these less. One thread only: two of them spin while they wait for each other.
     """
-
     path = ROOT / "examples" / "quickstart" / "config.toml"
     off = ["--contrastive.cross_domain_weight", "0.0", "--contrastive.in_domain_weight", "0.0"]
     configs = {"on": load(path), "off": load(path, off)}
@@ -52,6 +51,7 @@ def step_row() -> dict[str, Any]:
             learner.step(sampled)
     parallel.destroy()
     seconds = {name: statistics.median(learner.seconds[1:]) for name, learner in learners.items()}
+    prepare = {name: statistics.median(learner.seconds_prepare[1:]) for name, learner in learners.items()}
     pairs = zip(learners["on"].cpu_seconds[1:], learners["off"].cpu_seconds[1:], strict=True)
     shares = [on / off - 1 for on, off in pairs]
     return {
@@ -59,7 +59,7 @@ def step_row() -> dict[str, Any]:
         "share_standard_error": round(statistics.stdev(shares) / len(shares) ** 0.5, 4),
         "seconds_on": round(seconds["on"], 3),
         "seconds_off": round(seconds["off"], 3),
-        "seconds_terms": round(statistics.median(learners["on"].seconds_terms[1:]), 4),
+        "seconds_terms": round(prepare["on"] - prepare["off"], 4),
         "forwards_on": learners["on"].forwards // (1 + STEPS),
         "forwards_off": learners["off"].forwards // (1 + STEPS),
         "threads": torch.get_num_threads(),
@@ -68,17 +68,16 @@ def step_row() -> dict[str, Any]:
 
 
 class Learner:
-    """A policy that takes the trainer's steps, from scoring to the figures, and notes what they cost."""
+    """A policy that takes the trainer's steps, from scoring to the metrics, and measures what they cost."""
 
     def __init__(self, config: Config, frozen: Reference, groups: Groups):
-
         self.config = config
         self.frozen = frozen
         self.policy = Policy(config, frozen.model_config, groups)
         self.objective = Objective(config, self.policy, groups)
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
-        self.seconds_terms: list[float] = []
+        self.seconds_prepare: list[float] = []
         self.forwards = 0
         for chunk in self.policy.chunks:
             chunk.register_forward_hook(self._count)
@@ -87,7 +86,7 @@ class Learner:
         self.forwards += 1
 
     def step(self, sampled: Sequence[RolloutGroup]) -> None:
-
+        """Score a batch, prepare its loss, update the policy and compute the metrics."""
         start, cpu_start = time.perf_counter(), time.process_time()
         batch = make_batch(
             sampled,
@@ -98,14 +97,13 @@ class Learner:
         old, frozen = self.policy.score(batch), self.frozen.score(batch)
         scored = Scored(groups=sampled, batch=batch, old=old, reference_logp_R=frozen.logp_R)
         before = time.perf_counter()
-        contrasted = self.objective.contrast(scored, step=1)
-        self.seconds_terms.append(time.perf_counter() - before)
-        advantages_M = self.objective.advantages(scored, contrasted)
-        loss = self.objective.loss(scored, advantages_M, contrasted)
-        update = self.policy.update(batch, loss, representation_version=contrasted.version if contrasted else None)
+        prepared = self.objective.prepare(scored, step=1)
+        self.seconds_prepare.append(time.perf_counter() - before)
+        contrasted, loss = prepared.contrasted, self.objective.loss(prepared)
+        update = self.policy.update(batch, loss, representation_version=prepared.representation_version)
         report = BatchReport(
             groups=sampled,
-            advantages_M=advantages_M,
+            advantages_M=prepared.advantages_M,
             stats_MK=rollout_stats(batch, old, frozen.logp_R),
             z_MD=contrasted.z_MD if contrasted else None,
             contrast=contrasted.contrast if contrasted else None,
@@ -119,7 +117,7 @@ class Learner:
 
 
 def made_up(config: Config) -> list[RolloutGroup]:
-    """Rollouts of the quick start's sizes, 162 tokens on average, and its share of right answers."""
+    """Return rollouts of the quick start's sizes, 162 tokens on average, with its share of correct answers."""
     random = torch.Generator().manual_seed(0)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:

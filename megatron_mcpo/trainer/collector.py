@@ -1,7 +1,7 @@
-"""Prompts in, scored groups out: sampling and verification, shared out over all engines of the job.
+"""Sample and verify a step's prompts, divided over all engines of the job.
 
-Every engine completes its share of a step's prompts and a rank of its scores them; then all ranks learn of all
-groups. So a step's data do not depend on how the trainer is laid out. Shape legend: see megatron_mcpo.types.
+Every engine completes its share of the prompts and one of its ranks verifies them; then all ranks receive all groups.
+So a step's data do not depend on how the trainer is laid out. Shape legend: see megatron_mcpo.types.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How prompts are completed.
+    """The settings that prompts are completed with.
 
     num_samples, max_tokens: of each domain, in the configuration's order
     seed: of the first prompt's first sample; the prompt at position p begins with seed + p * max(num_samples)
@@ -30,7 +30,7 @@ class Sampling:
 
 
 class Collector:
-    """Completes and scores prompts. All ranks call it together with the same prompts.
+    """The completion and verification of prompts. All ranks call it together with the same prompts.
 
     scorer: on one of the ranks that use an engine; None on the others
     """
@@ -46,7 +46,7 @@ class Collector:
         my_engines: Collection[int],
         stop_token_ids: tuple[int, ...],
     ):
-        """my_engines: numbers, among the job's `num_engines`, of those that `engine` stands for on this rank"""
+        """Keep the parts. my_engines: which of the job's `num_engines` are behind `engine` on this rank, by number"""
         self.engine = engine
         self.scorer = scorer
         self.tokenizer = tokenizer
@@ -56,14 +56,14 @@ class Collector:
         self.my_engines = my_engines
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        """One group a prompt, in order, the same on every rank; rewards are not yet there."""
-        return self._share_out(prompts, sampling, score=False)
+        """Return one group per prompt, in order, the same on every rank, without rewards."""
+        return self._divide(prompts, sampling, score=False)
 
     def collect(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        """The same, with rewards; where the verifier failed a group's `error` says why, and it has none."""
-        return self._share_out(prompts, sampling, score=True)
+        """Return the groups with rewards; where the verifier failed, `error` says why and there is no reward."""
+        return self._divide(prompts, sampling, score=True)
 
-    def _share_out(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
+    def _divide(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
         mine = [i for i in range(len(prompts)) if i % self.num_engines in self.my_engines]
         groups: list[RolloutGroup] = []
         # The ranks of an engine wait for each other: one that fails must end at once, for torchrun to end the others.

@@ -1,4 +1,7 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): groups without signal are replaced before they are learned from."""
+"""Replace groups whose advantages are all zero before they are learned from (DAPO's dynamic sampling).
+
+Source: arXiv 2503.14476.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,23 +13,23 @@ from megatron_mcpo.types import Prompt, RolloutGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """A step's groups. groups: to be trained on; passed_over: those that they replace; rounds: of replacement."""
+    """A step's groups. groups: to be trained on; replaced: those that were dropped for them; rounds: of replacement."""
 
     groups: tuple[RolloutGroup, ...]
-    passed_over: tuple[RolloutGroup, ...] = ()
+    replaced: tuple[RolloutGroup, ...] = ()
     rounds: int = 0
 
     @property
     def sampled(self) -> tuple[RolloutGroup, ...]:
-        """All groups that were sampled: what pass rates and error rates are to be judged by."""
-        return self.groups + self.passed_over
+        """All groups that were sampled, from which pass rates and error rates are computed."""
+        return self.groups + self.replaced
 
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics of dynamic sampling, which reporting/metric_table.py describes."""
         return {
             "resample/rounds": float(self.rounds),
-            "resample/replaced": float(len(self.passed_over)),
+            "resample/replaced": float(len(self.replaced)),
             "resample/prompts": float(len(self.sampled)),
         }
 
@@ -34,10 +37,10 @@ class Collected:
 def collect_with_nonzero_advantage(
     collector: Collector, stream: PromptStream, prompts: Sequence[Prompt], sampling: Sampling, *, rounds: int
 ) -> Collected:
-    """Complete and score the prompts, then up to `rounds` times those that replace groups without signal.
+    """Complete and verify the prompts, then up to `rounds` times replacements of groups whose rewards are all equal.
 
-    A replacement is the next prompt of the same domain, in the same place of the step. What has no signal after the
-    last round stays. No two completions have a seed in common: see `num_seeds`. All ranks call it together.
+    A replacement is the next prompt of the same domain, in the same place of the step. Groups whose rewards are still
+    equal after the last round stay. No two completions share a seed: see `num_seeds`. All ranks call it together.
     """
     collected = Collected(groups=tuple(collector.collect(prompts, sampling)))
     for number in range(1, rounds + 1):
@@ -46,19 +49,19 @@ def collect_with_nonzero_advantage(
             break
         fresh = stream.replacements([collected.groups[place].prompt.domain for place in places])
         shifted = replace(sampling, seed=sampling.seed + number * num_seeds(len(prompts), sampling.num_samples))
-        collected = _replaced(collected, places, collector.collect(fresh, shifted))
+        collected = _replace_groups(collected, places, collector.collect(fresh, shifted))
     return collected
 
 
 def num_seeds(num_prompts: int, num_samples: Sequence[int], *, rounds: int = 0) -> int:
-    """How many seeds a step may use: `num_samples` of each domain, after `rounds` of replacement."""
+    """Return how many seeds a step may use: `num_samples` of each domain, with `rounds` of replacement."""
     return (1 + rounds) * num_prompts * max(num_samples)
 
 
-def _replaced(collected: Collected, places: Sequence[int], groups: Sequence[RolloutGroup]) -> Collected:
+def _replace_groups(collected: Collected, places: Sequence[int], groups: Sequence[RolloutGroup]) -> Collected:
     new = dict(zip(places, groups, strict=True))
     return Collected(
         groups=tuple(new.get(place, group) for place, group in enumerate(collected.groups)),
-        passed_over=collected.passed_over + tuple(collected.groups[place] for place in places),
+        replaced=collected.replaced + tuple(collected.groups[place] for place in places),
         rounds=collected.rounds + 1,
     )

@@ -1,9 +1,10 @@
-"""Do engine and trainer hold the same weights? Their values are compared, and how likely both call the same tokens.
+"""Check that engine and trainer hold the same weights, by their values and by the log-probs of the same tokens.
 
 Shape legend: see megatron_mcpo.types.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,16 +18,27 @@ from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.types import Prompt
 
 TOLERANCE: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05, "fp8_per_block": 0.35}
-"""Largest mean absolute log-prob difference. Engine and trainer round differently: on a 135M model in fp32 they were
-measured 6e-6 apart, and bf16 itself is 0.037 away from fp32. Weights rounded to FP8 were 0.17 away from those in bf16:
-twice that is allowed, since smaller models suffer more."""
+"""Largest mean absolute log-prob difference. Engine and trainer round differently: for a 135M model in fp32 they were
+measured 6e-6 apart, and bf16 itself 0.037 from fp32. Weights rounded to FP8 were 0.17 from those in bf16; twice that is
+allowed, since smaller models lose more by rounding."""
 _GROSS = 4.0
-"""Times the tolerance; no rounding of the same weights was seen to reach it."""
+"""Multiple of the tolerance that no rounding of the same weights was seen to reach."""
 _SHOWN = 5
 
 
 class EngineCheckError(RuntimeError):
-    """Engine and trainer disagree: what is sampled is not what is trained."""
+    """Engine and trainer hold different weights: what is sampled is not what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """Mean absolute difference between the log-probs of engine and trainer, in nats per token, and the tolerance."""
+
+    mean: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:#.2g} (tolerance {self.tolerance:#.2g})"
 
 
 class EngineCheck:
@@ -40,7 +52,7 @@ class EngineCheck:
         groups: Groups,
         prompts: Sequence[Prompt],
     ):
-        """policy: what the engine was given; prompts: repeated so that each engine has one at least"""
+        """Repeat the prompts so that each engine has at least one. policy: what the engine was given"""
         self.collector = collector
         self.policy = policy
         self.groups = groups
@@ -55,8 +67,8 @@ class EngineCheck:
             seed=1,
         )
 
-    def difference(self) -> float:
-        """Mean absolute difference of log-probs (nats a token), the same on every rank; collective."""
+    def measure(self) -> Mismatch:
+        """Measure the mismatch, the same on every rank; collective."""
         completed = self.collector.complete(self.prompts, self.sampling)
         batch = make_batch(
             completed,
@@ -67,28 +79,28 @@ class EngineCheck:
         logp_R = self.policy.score(batch).logp_R.cpu()
         sums_N = torch.zeros(len(batch)).index_add(0, batch.rollout_R, (logp_R - batch.engine_logp_R).abs())
         local_N1 = sums_N.unsqueeze(1).to(self.policy.device)
-        return gather_rows(local_N1, batch, self.groups).sum().item() / batch.num_response_tokens
+        mean = gather_rows(local_N1, batch, self.groups).sum().item() / batch.num_response_tokens
+        return Mismatch(mean=mean, tolerance=self.tolerance)
 
-    def check(self) -> float:
-        """Return the difference; collective. Raises EngineCheckError with the first tensors whose values differ.
+    def check(self) -> Mismatch:
+        """Return the mismatch; collective. Raises EngineCheckError with the first tensors whose values differ.
 
         Rounding alone may exceed the tolerance, except in fp32: where all tensors agree, only a gross difference is an
         error.
         """
-        difference = self.difference()
-        if difference <= self.tolerance:
-            return difference
+        mismatch = self.measure()
+        if mismatch.mean <= mismatch.tolerance:
+            return mismatch
         different = self._compared().different
-        if not different and difference <= _GROSS * self.tolerance:
-            return difference
+        if not different and mismatch.mean <= _GROSS * mismatch.tolerance:
+            return mismatch
         raise EngineCheckError(
-            f"engine and trainer log-probs of the same tokens differ by {difference:.3g} on average, more than "
-            f"{self.tolerance:g}; "
-            + (f"tensors that differ: {_some(different)}" if different else "yet no tensor was found to differ")
+            f"engine/trainer log-prob mismatch = {mismatch.mean:.3g}: must be at most {mismatch.tolerance:g}; "
+            + (f"tensors that differ: {_some(different)}" if different else "no tensor was found to differ")
         )
 
     def compare_weights(self) -> str:
-        """Hold every engine's weights against the policy's; says how many could be compared. Collective.
+        """Compare every engine's weights with the policy's; returns how many tensors are identical. Collective.
 
         Raises EngineCheckError, the same on every rank, with the first tensors that an engine holds with other values.
         """
@@ -97,11 +109,11 @@ class EngineCheck:
             raise EngineCheckError(
                 f"the engine does not hold what the trainer sent; tensors that differ: {_some(found.different)}"
             )
-        compared = f"{found.num_tensors - len(found.unread)} of {found.num_tensors} tensors compared"
-        return compared + (f", the engine can't say what it holds of {_some(found.unread)}" if found.unread else "")
+        identical = f"{found.num_tensors - len(found.unread)}/{found.num_tensors} tensors identical"
+        return identical + (f", the engine cannot read back {_some(found.unread)}" if found.unread else "")
 
     def _compared(self) -> Comparison:
-        """What the ranks' engines found together, the same on every rank."""
+        """Return what the ranks' engines found together, the same on every rank."""
         mine = self.collector.engine.compare(self.policy.weights())
         found = gather_objects(mine, self.groups)
         return Comparison(

@@ -1,4 +1,4 @@
-"""Held-out accuracy by domain."""
+"""Measure held-out accuracy by domain."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
 _SEED = 0
-"""Of every evaluation, whatever the run's seed and step: what differs between two is the model."""
+"""Seed of every evaluation, whatever the run's seed and step, so that two evaluations differ in the model alone."""
 
 
 def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) -> dict[str, float]:
@@ -40,12 +40,13 @@ def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) ->
 
 
 def item_of(group: RolloutGroup, settings: DomainConfig) -> Item:
+    """Return what accuracy is computed from: whether each response is correct, and its answer for the vote."""
     kind = voting_kind(settings, group.prompt.entry)
     return Item(correct=group.correct, answers=tuple(answer(completion, kind) for completion in group.completions))
 
 
 def voting_kind(settings: DomainConfig, entry: Mapping[str, Any]) -> str:
-    """The kind of verifier whose answer counts in a vote: of several that judge, the first that extracts one."""
+    """Return the kind of verifier whose answer counts in a vote: of several that judge, the first that extracts one."""
     kinds = [verifier.kind for verifier in settings.scoring if VERIFIERS[verifier.kind].judges]
     if not settings.scoring:
         kinds = [entry.get("verifier") or "reasoning_gym"]
@@ -53,5 +54,5 @@ def voting_kind(settings: DomainConfig, entry: Mapping[str, Any]) -> str:
 
 
 def answer(completion: Completion, kind: str) -> str:
-    """What a response votes for, by the kind of its verifier; "" where it states nothing, or was cut."""
+    """Return the answer that a response votes for, by the kind of its verifier; "" without one, or if truncated."""
     return stated_answer(kind, completion.text.strip()) if completion.stop_reason is StopReason.STOP else ""

@@ -1,31 +1,30 @@
-"""Do the terms of the objective help or hinder each other? Measured on their gradients, every few steps.
+"""Measure on their gradients whether the terms of the objective help or hinder each other.
 
 Shape legend: see megatron_mcpo.types.
 """
 
-from torch import Tensor
+from dataclasses import replace
 
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
+from megatron_mcpo.trainer.objective import Objective, Prepared
 
 
-def term_gradients(
-    objective: Objective, policy: Policy, scored: Scored, advantages_M: Tensor, contrasted: Contrasted
-) -> dict[str, float]:
-    """Of each contrastive term with its weight, for TERM share and consolidate:
+def term_gradients(objective: Objective, policy: Policy, prepared: Prepared) -> dict[str, float]:
+    """Return the gradients of each contrastive term with its weight, for TERM cross_domain and in_domain:
 
     gradient/z_TERM      norm of its gradient on the representations
     gradient/trunk_TERM  norm of its gradient on the model's weights, the head left out
-    gradient/cos_TERM    cosine of that to the gradient of the policy term (KL included): below 0 they work against
-                         each other. Left out where one of them is 0.
-    and gradient/trunk_policy. A forward and backward pass for the policy term and each term that has a weight; this
-    rank's share of two gradients is held meanwhile, in fp32. No parameter moves; all ranks together.
+    gradient/cos_TERM    cosine of that to the gradient of the policy term (KL included): below 0 they oppose each
+                         other. Left out where one of them is 0.
+    and gradient/trunk_policy. It takes a forward and backward pass for the policy term and each term that has a weight,
+    and holds this rank's share of two gradients meanwhile, in fp32. No parameter moves. Collective over all ranks.
     """
-    settings = objective.config.contrastive
-    own = policy.trunk_gradient(scored.batch, objective.loss(scored, advantages_M, None))
+    settings, scored, contrasted = objective.config.contrastive, prepared.scored, prepared.contrasted
+    assert contrasted is not None
+    own = policy.trunk_gradient(scored.batch, objective.loss(replace(prepared, contrasted=None)))
     own_norm = policy.dot(own, own) ** 0.5
-    figures = {"gradient/trunk_policy": own_norm}
+    metrics = {"gradient/trunk_policy": own_norm}
     weights = {"cross_domain": settings.cross_domain_weight, "in_domain": settings.in_domain_weight}
     for term, other in (("cross_domain", "in_domain_weight"), ("in_domain", "cross_domain_weight")):
         if weights[term] == 0:
@@ -35,7 +34,7 @@ def term_gradients(
         )
         gradient = policy.trunk_gradient(scored.batch, objective.contrastive_loss(scored, alone))
         norm = policy.dot(gradient, gradient) ** 0.5
-        figures |= {f"gradient/z_{term}": alone.grad_z_MD.norm().item(), f"gradient/trunk_{term}": norm}
+        metrics |= {f"gradient/z_{term}": alone.grad_z_MD.norm().item(), f"gradient/trunk_{term}": norm}
         if own_norm and norm:
-            figures[f"gradient/cos_{term}"] = policy.dot(own, gradient) / (own_norm * norm)
-    return figures
+            metrics[f"gradient/cos_{term}"] = policy.dot(own, gradient) / (own_norm * norm)
+    return metrics

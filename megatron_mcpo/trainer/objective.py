@@ -1,4 +1,4 @@
-"""What is learned from a scored batch: L = L_policy + beta KL + lambda_share L_share + lambda_cons L_cons.
+"""Turn a scored batch into the loss L_policy + beta KL + lambda_cross L_cross_domain + lambda_in L_in_domain.
 
 The contrastive terms are taken over the rollouts of ALL ranks, outside the model, and come back into a micro-batch's
 loss as <z, dL/dz>. Shape legend: see megatron_mcpo.types.
@@ -23,7 +23,7 @@ from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A batch with what policy and reference say of it."""
+    """A batch with the scores of policy and reference, before anything is learned from it."""
 
     groups: Sequence[RolloutGroup]
     batch: TrainBatch
@@ -40,6 +40,23 @@ class Contrasted:
     version: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A scored batch with everything that its loss needs.
+
+    advantages_M: of all rollouts; contrasted: None where the contrastive terms are switched off
+    """
+
+    scored: Scored
+    advantages_M: Tensor
+    contrasted: Contrasted | None
+
+    @property
+    def representation_version(self) -> int | None:
+        """Version of the weights that the gradient on the representations was taken at; None without one."""
+        return self.contrasted.version if self.contrasted else None
+
+
 class Objective:
     """MCPO (arXiv 2605.25443). All ranks call its methods together."""
 
@@ -48,8 +65,13 @@ class Objective:
         self.policy = policy
         self.groups = groups
 
+    def prepare(self, scored: Scored, *, step: int) -> Prepared:
+        """Return the batch with its advantages and contrastive terms. Raises FloatingPointError as `contrast`."""
+        contrasted = self.contrast(scored, step=step)
+        return Prepared(scored=scored, advantages_M=self._advantages(scored, contrasted), contrasted=contrasted)
+
     def contrast(self, scored: Scored, *, step: int) -> Contrasted | None:
-        """The contrastive terms at the policy's present weights; None where they are switched off.
+        """Return the contrastive terms at the policy's present weights; None where they are switched off.
 
         Costs a forward pass where the weights have moved since the batch was scored. Raises FloatingPointError, the
         same on every rank, for representations that are not finite.
@@ -65,20 +87,21 @@ class Objective:
         contrast = contrastive(z_MD, scored.batch.labels.to(z_MD.device), settings)
         return Contrasted(z_MD=z_MD, contrast=contrast, version=scores.version)
 
-    def advantages(self, scored: Scored, contrasted: Contrasted | None) -> Tensor:
-        """Group-relative advantages [M] of the rewards, from which mode "reward" takes the contrastive terms."""
+    def _advantages(self, scored: Scored, contrasted: Contrasted | None) -> Tensor:
+        """Return advantages [M] of the rewards, from which mode "reward" subtracts the contrastive terms."""
         settings, labels = self.config.contrastive, scored.batch.labels
         rewards_M = rewards_of(scored.groups)
         if contrasted is not None and settings.mode == "reward":
             rewards_M += reward_penalty(contrasted.contrast, settings).cpu()
         return group_advantages(rewards_M, labels.prompt_M, labels.domain_M, kind=self.config.algorithm.advantage)
 
-    def loss(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> LossFunction:
-        """A micro-batch's share of the objective."""
-        batch, settings = scored.batch, self.config.algorithm
+    def loss(self, prepared: Prepared) -> LossFunction:
+        """Return the function that computes a micro-batch's share of the objective."""
+        scored, settings = prepared.scored, self.config.algorithm
+        batch = scored.batch
         device = scored.old.logp_R.device
         rollout_R = batch.rollout_R
-        advantages_R = advantages_M[batch.rows_N][rollout_R].to(device)
+        advantages_R = prepared.advantages_M[batch.rows_N][rollout_R].to(device)
         engine_logp_R = batch.engine_logp_R.to(device)
         weights_R = token_weights(
             batch.response_lens_N,
@@ -88,6 +111,7 @@ class Objective:
             max_response_tokens=self.config.rollout.max_response_tokens,
         ).to(device)
         rollout_R = rollout_R.to(device)
+        contrasted = prepared.contrasted
         contrastive_share = self.contrastive_loss(scored, contrasted.contrast) if contrasted else None
 
         def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,7 +136,7 @@ class Objective:
         return share
 
     def contrastive_loss(self, scored: Scored, contrast: Contrast) -> LossFunction:
-        """A micro-batch's share of the weighted contrastive terms alone."""
+        """Return the function that computes a micro-batch's share of the weighted contrastive terms alone."""
         grad_z_ND = contrast.grad_z_MD[scored.batch.rows_N.to(contrast.grad_z_MD.device)]
 
         def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -122,7 +146,7 @@ class Objective:
         return share
 
     def _check_finite(self, z_MD: Tensor, batch: TrainBatch, step: int) -> None:
-        """Every rank sees the representations of all: where one is not finite, all raise the same error."""
+        """Raise where a representation is not finite: the same error on every rank, since each sees all of them."""
         bad = (~z_MD.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         if not bad:
             return

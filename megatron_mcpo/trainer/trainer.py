@@ -1,10 +1,8 @@
-"""The loop: the only module that knows the order of the stages. Shape legend: see megatron_mcpo.types."""
+"""Run the training loop, the only place that knows the order of the stages. Shape legend: see megatron_mcpo.types."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-from torch import Tensor
 
 from megatron_mcpo.algo.contrastive import Contrast
 from megatron_mcpo.config.config import Config
@@ -26,18 +24,19 @@ from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonze
 from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.trainer.evaluation import evaluate
 from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
-from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
+from megatron_mcpo.trainer.objective import Objective, Prepared, Scored
 from megatron_mcpo.types import RolloutGroup, Update
 from megatron_mcpo.weights.reshard_sync import WeightSync
 
 _STEPS_PER_SEED = 1_000_003
 """Two runs with neighbouring seeds share no sampling seed before this many steps."""
 
-_MOST_LEFT_OUT = 5
+_MOST_SKIPPED = 5
+"""Updates without a finite gradient, one after the other, before a run stops."""
 
 
 class Trainer:
-    """MCPO (arXiv 2605.25443): sample, score, contrast, update, push; all ranks run it together."""
+    """MCPO (arXiv 2605.25443): sample, score, contrast, update, sync. All ranks run it together."""
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class Trainer:
         self.stopped = False
         self.seconds: dict[str, float] = {}
         self.bytes_received = 0
-        self.updates_left_out = 0
+        self.updates_skipped = 0
 
     def run(self) -> None:
         """Train to the last step, or until the job is preempted; then wait until the checkpoint is on disk."""
@@ -103,16 +102,16 @@ class Trainer:
         self.checkpoints.finish()
 
     def is_due(self, every: int) -> bool:
-        """Whether this step is one of every so many, or the last one."""
+        """Return whether this step is a multiple of `every`, or the last one."""
         return self.step % every == 0 or self.step == self.config.run.steps
 
     def must_stop(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on every rank, and for good. Collective."""
+        """Return whether any rank was asked to stop: the same on every rank, and it stays True. Collective."""
         self.stopped = self.stopped or anywhere(asked_to_stop(), self.groups)
         return self.stopped
 
     def collect(self) -> Collected:
-        """Sample a step's prompts and score the completions; the engine then gives its memory to the trainer."""
+        """Sample a step's prompts and verify the completions; the engine then frees its memory for the trainer."""
         config = self.config
         prompts = self.stream.next(config.batch.prompts)
         sampling = Sampling(
@@ -134,7 +133,7 @@ class Trainer:
         return collected
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scored:
-        """What policy and reference say of the rollouts before anything is learned."""
+        """Return the batch with the log-probs of policy and reference, before anything is learned from it."""
         batch = make_batch(
             groups,
             num_data_ranks=self.groups.layout.data,
@@ -147,67 +146,64 @@ class Trainer:
         return Scored(groups=groups, batch=batch, old=old, reference_logp_R=reference_logp_R)
 
     def learn(self, scored: Scored) -> BatchReport:
-        """One optimizer step on the policy term, the KL term and both contrastive terms."""
+        """Take one optimizer step on the policy term, the KL term and both contrastive terms."""
         batch = scored.batch
         stats_MK = gather_rows(rollout_stats(batch, scored.old, scored.reference_logp_R), batch, self.groups)
         with self.timed("update"):
-            contrasted = self.objective.contrast(scored, step=self.step)
-            advantages_M = self.objective.advantages(scored, contrasted)
-        z_MD, contrast = (contrasted.z_MD, contrasted.contrast) if contrasted else (None, None)
-        diagnosis = self.diagnose(scored, advantages_M, contrasted)
+            prepared = self.objective.prepare(scored, step=self.step)
+        diagnosis = self.diagnose(prepared)
         with self.timed("update"):
-            loss = self.objective.loss(scored, advantages_M, contrasted)
-            update = self.policy.update(batch, loss, representation_version=contrasted.version if contrasted else None)
+            loss = self.objective.loss(prepared)
+            update = self.policy.update(batch, loss, representation_version=prepared.representation_version)
+        contrasted = prepared.contrasted
         return BatchReport(
             groups=scored.groups,
-            advantages_M=advantages_M,
+            advantages_M=prepared.advantages_M,
             stats_MK=stats_MK,
-            z_MD=z_MD,
-            contrast=contrast,
+            z_MD=contrasted.z_MD if contrasted else None,
+            contrast=contrasted.contrast if contrasted else None,
             labels=batch.labels,
             num_tokens=batch.num_tokens,
-            metrics=_update_metrics(update, contrast),
+            metrics=_update_metrics(update, contrasted.contrast if contrasted else None),
             diagnosis=diagnosis,
         )
 
-    def diagnose(self, scored: Scored, advantages_M: Tensor, contrasted: Contrasted | None) -> dict[str, float]:
-        """Every few steps: how much each term pulls, and whether it pulls with the policy term."""
+    def diagnose(self, prepared: Prepared) -> dict[str, float]:
+        """Measure every few steps how strong each term's gradient is, and whether it agrees with the policy term's."""
         every = self.config.contrastive.diagnose_every
-        if contrasted is None or every == 0 or self.step % every:
+        if prepared.contrasted is None or every == 0 or self.step % every:
             return {}
         with self.timed("diagnose"):
-            return term_gradients(self.objective, self.policy, scored, advantages_M, contrasted)
+            return term_gradients(self.objective, self.policy, prepared)
 
     def sync_weights(self, *, verify: bool) -> None:
-        """Give the engine the policy's weights. verify: stop the run where it then computes with others."""
+        """Bring the policy's weights into the engine. verify: stop the run where it then holds other values."""
         self.engine.wake()
         with self.timed("sync"):
             self.bytes_received = self.weight_sync.sync(self.policy.version).received
         if verify:
             with self.timed("verify"):
                 compared = self.engine_check.compare_weights()
-            self.run_logger.note(f"the engine holds what it was sent: {compared} in {self.seconds['verify']:.1f} s")
+            self.run_logger.note(f"weight sync verified: {compared} ({self.seconds['verify']:.1f} s)")
 
     def check_engine(self) -> None:
         """Stop the run where the engine doesn't sample from the weights that are trained."""
-        difference = self.engine_check.check()
-        self.run_logger.note(
-            f"engine and trainer agree: log-probs of the same tokens {difference:.2g} apart on average"
-        )
+        self.run_logger.note(f"engine/trainer log-prob mismatch: {self.engine_check.check()}")
 
     def evaluate(self) -> None:
-        """Held-out accuracy by domain, unless a run that we go on with has it already, or it is left to the next."""
+        """Evaluate, unless this step was evaluated before the resume or the job is stopping."""
         if not self.run_logger.has_evaluation(self.step) and not self.must_stop():
             self.run_logger.evaluation(self.step, evaluate(self.collector, self.domains, self.config))
 
     def checkpoint(self) -> None:
-        """Save, unless this step is saved already."""
+        """Save a checkpoint, unless this step has one."""
         if self.saved < self.step:
             self.checkpoints.save(self.step, {"stream": self.stream.state_dict()})
             trim()
             self.saved = self.step
 
     def log(self, collected: Collected, learned: Sequence[BatchReport]) -> None:
+        """Log the metrics of a step, then stop the run where its updates are not finite."""
         metrics = step_metrics(learned, collected.sampled, self.config.domain_names) | collected.metrics
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
         metrics |= {
@@ -217,15 +213,15 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(self.groups),
         }
         self.run_logger.step(self.step, metrics, learned)
-        self.stop_when_lost(learned)
+        self.stop_on_skipped_updates(learned)
 
-    def stop_when_lost(self, learned: Sequence[BatchReport]) -> None:
-        """An update without a finite gradient is left out; a run that leaves out one after the other is lost."""
+    def stop_on_skipped_updates(self, learned: Sequence[BatchReport]) -> None:
+        """Stop a run that skips one update after the other: those without a finite gradient are skipped."""
         for part in learned:
-            self.updates_left_out = 0 if part.metrics["update/applied"] else self.updates_left_out + 1
-        if self.updates_left_out >= _MOST_LEFT_OUT:
+            self.updates_skipped = 0 if part.metrics["update/applied"] else self.updates_skipped + 1
+        if self.updates_skipped >= _MOST_SKIPPED:
             raise FloatingPointError(
-                f"step {self.step}: the last {self.updates_left_out} updates were left out, for gradients that are not "
+                f"step {self.step}: the last {self.updates_skipped} updates were skipped because gradients are not "
                 "finite; start again from the last checkpoint with a lower optimizer.lr, or with model.dtype fp32"
             )
 

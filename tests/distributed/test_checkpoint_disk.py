@@ -183,5 +183,5 @@ def test_a_run_whose_disk_is_full_says_so_once(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
         resumed = train_forked(config, *overrides, ranks=2)
         assert resumed.returncode == 0, resumed.stderr[-3000:]
-        assert "going on after step 1" in resumed.stdout and "WARNING" not in resumed.stdout
+        assert "resuming after step 1" in resumed.stdout and "WARNING" not in resumed.stdout
         assert names(folder / "runs" / "tiny" / "checkpoints") == ["step_000002", "step_000003"]

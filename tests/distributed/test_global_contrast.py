@@ -50,7 +50,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def keys(self) -> RolloutLabels:
+    def labels(self) -> RolloutLabels:
         domain, prompt, correct = zip(*self.rollouts, strict=True)
         return RolloutLabels(
             domain_M=torch.tensor(domain), prompt_M=torch.tensor(prompt), correct_M=torch.tensor(correct).bool()
@@ -241,7 +241,7 @@ def with_local_anchors(case: Case, groups: Groups) -> tuple[Tensor, list[Tensor]
     head, batch, labels = Head(), case.share(groups.data_rank, groups.world_size), case.labels
     z_ND = head(case.features_MH[batch.rows_N])
     z_MD = gather_rows(z_ND, batch, groups).index_copy(0, batch.rows_N, z_ND)
-    positives = reference.share_positives(z_MD, labels, case.settings)
+    positives = reference.cross_domain_positives(z_MD, labels, case.settings)
     logits = z_MD @ z_MD.T / case.settings.temperature
     rivals = logits.masked_fill(~reference.negatives(labels, case.settings), -torch.inf).logsumexp(1, keepdim=True)
     costs = (softplus(rivals - logits) * positives).sum(1) / positives.sum(1).clamp(min=1)

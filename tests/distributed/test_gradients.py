@@ -26,6 +26,7 @@ from benchmarks.gradient_table import (
     models_for,
     score,
 )
+from megatron_mcpo.algo.advantage import ESTIMATORS
 from megatron_mcpo.algo.contrastive import contrastive
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.hf_config import from_folder
@@ -64,7 +65,7 @@ def test_variants_cover_what_they_say(cases: dict[str, list[Case]]) -> None:
     assert {(c.algorithm.clip, c.algorithm.importance) for c in configs} == {
         ("ppo", "truncate"), ("gspo", "truncate"), ("cispo", "mask")
     }  # fmt: skip
-    assert {c.algorithm.advantage for c in configs} == {"grpo", "dr_grpo", "rloo", "per_domain"}
+    assert {c.algorithm.advantage for c in configs} == ESTIMATORS.keys()
     assert {c.algorithm.kl_estimator for c in configs} == {"k1", "k2", "k3"}
     assert {c.contrastive.mode for c in configs} == {"loss", "reward"}
     assert {(c.contrastive.negatives, c.contrastive.denominator) for c in configs} == {
@@ -189,9 +190,7 @@ def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict
     policy = Policy(config, from_folder(Path(config.model.path)), ranks)
     objective = Objective(config, policy, ranks)
     scored = score(policy, config, groups, share_prompts=True)
-    contrasted = objective.contrast(scored, step=1)
-    assert contrasted is not None
-    return term_gradients(objective, policy, scored, objective.advantages(scored, contrasted), contrasted)
+    return term_gradients(objective, policy, objective.prepare(scored, step=1))
 
 
 @pytest.mark.parametrize(

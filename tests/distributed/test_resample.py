@@ -1,4 +1,4 @@
-"""Groups without signal are replaced: by what, in which place, with which seeds, and what is told of it.
+"""Groups whose rewards are all equal are replaced: by what, in which place, with which seeds, and what is told of it.
 
 Engine and scorer are made up: they answer as the prompt says. Collecting, sharing out and the stream are real. Not
 covered: several ranks, which tests of the whole program have.
@@ -45,7 +45,7 @@ class ScriptedEngine:
 
 
 class ScriptedScorer:
-    """By the number of the item: 0 fails, odd ones have signal, the others are all wrong."""
+    """By the number of the item: 0 fails, odd ones have different rewards, the others are all wrong."""
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         return [self._score(group) for group in groups]
@@ -104,7 +104,7 @@ def test_every_domain_has_its_own_number_of_samples_and_limit(tokenizer: PreTrai
     assert collected.metrics == {"resample/rounds": 0, "resample/replaced": 0, "resample/prompts": 6}
 
 
-def test_groups_without_signal_are_replaced_in_their_place(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_groups_of_equal_rewards_are_replaced_in_their_place(tokenizer: PreTrainedTokenizerBase) -> None:
     [before], _, _ = collect(tokenizer, rounds=0)
     [after], requests, _ = collect(tokenizer, rounds=20)
     assert all(group.has_nonzero_advantage for group in after.groups) and not all(
@@ -113,20 +113,20 @@ def test_groups_without_signal_are_replaced_in_their_place(tokenizer: PreTrained
     assert [g.prompt.domain for g in after.groups] == [g.prompt.domain for g in before.groups]
     for old, new in zip(before.groups, after.groups, strict=True):
         assert new == old if old.has_nonzero_advantage else new.prompt != old.prompt
-    assert not any(group.has_nonzero_advantage for group in after.passed_over)
-    assert {g.error for g in after.passed_over} <= {None, "scripted"}
+    assert not any(group.has_nonzero_advantage for group in after.replaced)
+    assert {g.error for g in after.replaced} <= {None, "scripted"}
     # What was sampled altogether: the step's prompts and one for every group that was replaced.
-    assert len(requests) == len(after.sampled) == 6 + len(after.passed_over)
+    assert len(requests) == len(after.sampled) == 6 + len(after.replaced)
     assert after.metrics["resample/prompts"] == len(requests)
-    assert after.metrics["resample/replaced"] == len(after.passed_over) > 0
+    assert after.metrics["resample/replaced"] == len(after.replaced) > 0
     assert len(set(names([g.prompt for g in after.sampled]))) == len(requests)
 
 
-def test_what_has_no_signal_after_the_last_round_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_groups_of_equal_rewards_after_the_last_round_stay(tokenizer: PreTrainedTokenizerBase) -> None:
     [none], _, _ = collect(tokenizer, rounds=0)
     [one], _, stream = collect(tokenizer, rounds=1)
     lost = [group for group in none.groups if not group.has_nonzero_advantage]
-    assert one.rounds == 1 and list(one.passed_over) == lost
+    assert one.rounds == 1 and list(one.replaced) == lost
     # The stream of the run without rounds would deal the replacements next.
     [_], _, untouched = collect(tokenizer, rounds=0)
     fresh = untouched.replacements([group.prompt.domain for group in lost])
@@ -149,7 +149,7 @@ def test_the_number_of_engines_changes_nothing(tokenizer: PreTrainedTokenizerBas
     assert stream.state_dict() == other_stream.state_dict()
 
 
-def test_signal() -> None:
+def test_has_nonzero_advantage() -> None:
     prompt = made_up_domain(0, [1]).sources[0].train[0]
     assert RolloutGroup(prompt=prompt, completions=(), rewards=(0.0, 0.5)).has_nonzero_advantage
     assert not RolloutGroup(prompt=prompt, completions=(), rewards=(0.5, 0.5)).has_nonzero_advantage

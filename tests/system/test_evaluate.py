@@ -84,7 +84,7 @@ def test_a_checkpoint_has_the_figures_of_its_step_as_a_user_starts_it(
     assert others["transfer/mean"] == pytest.approx(logged[3]["mean"] - logged[6]["mean"])
     about = {"model": str(checkpoint(config, 3)), "samples": 4, "temperature": 1.0}
     assert {key: others[f"about/{key}"] for key in about} == about
-    assert "20 of 20 tensors compared" in finished.stderr
+    assert "weight sync verified: 20/20 tensors identical" in finished.stderr
 
 
 def test_several_ranks_find_the_same(config: Path, logged: dict[int, dict[str, Any]]) -> None:

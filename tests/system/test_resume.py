@@ -68,7 +68,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_figures(
     damage(newest)
     output = go_on(model, tmp_path, *PIPELINE)
     assert f"WARNING: {newest} is damaged: " in output
-    assert f"going on after step {EPOCH}" in output
+    assert f"resuming after step {EPOCH}" in output
     assert figures(run) == whole
 
 
@@ -91,7 +91,7 @@ def test_under_another_layout_it_goes_on_with_the_same_prompts(
     run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
     forget_after(run, EPOCH)
     output = go_on(model, tmp_path, *PIPELINE[2:], "--parallel.data", "2")
-    assert "the run was tensor 1 x pipeline 2" in output and "but figures that agree up to rounding" in output
+    assert "the run was tensor 1 x pipeline 2" in output and "metrics agree up to rounding" in output
     rows, _, rollouts = figures(run)
     expected_rows, _, expected_rollouts = whole
     name = sorted(rollouts)[EPOCH]

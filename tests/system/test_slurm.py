@@ -96,7 +96,7 @@ def test_stopped_requeued_and_bereft_of_a_node_it_ends_with_the_same_figures(
     assert 3 <= stopped_after < 30, "too late to tell"
 
     job.wait(lambda: job.num_steps() >= stopped_after + 5)
-    assert f"going on after step {stopped_after}" in job.printed(), "no step is lost"
+    assert f"resuming after step {stopped_after}" in job.printed(), "no step is lost"
     lost = job.state("NodeList").strip("n[]")[-1]
     assert job.state("BatchHost") != f"n{lost}"
     slurm.break_node(f"n{lost}")

@@ -1,0 +1,181 @@
+"""Build the parts that training and evaluation have in common: data, engine, weight sync, verifiers, engine check."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
+from megatron_mcpo.data.generators import CACHE
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.device import device
+from megatron_mcpo.distributed.parallel import Groups, agree
+from megatron_mcpo.mcore.policy import Policy, Reference
+from megatron_mcpo.rewards import rules
+from megatron_mcpo.rewards.scorer import Scorer
+from megatron_mcpo.rollout.vllm_engine import VllmEngine, check_hardware
+from megatron_mcpo.rollout.vllm_server import VllmServers
+from megatron_mcpo.trainer.collector import Collector
+from megatron_mcpo.trainer.engine_check import EngineCheck
+from megatron_mcpo.weights.hf_io import check_files
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose_weight_sync
+
+_COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What samples, verifies and evaluates on one rank."""
+
+    engine: VllmEngine | VllmServers
+    weight_sync: WeightSync
+    collector: Collector
+    engine_check: EngineCheck
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What one rank has before it builds a model. notes: what a user should know of the data"""
+
+    groups: Groups
+    tokenizer: PreTrainedTokenizerBase
+    domains: list[Domain]
+    notes: list[str]
+
+
+def load_inputs(config: Config, layout: Layout) -> Inputs:
+    """Join the process group, check the machine and the model's files, and load the data; rank 0 makes the items.
+
+    Raises ConfigError for everything that a user may have to correct, the same on every rank.
+    """
+    groups = parallel.init(layout, seed=config.run.seed, timeout_seconds=_COLLECTIVE_TIMEOUT_SECONDS)
+    with parallel.together(groups):
+        if not config.engine.servers:
+            check_hardware(config.engine.quantization)
+    check_files(Path(config.model.path), groups)
+    with parallel.together(groups):
+        tokenizer = load_tokenizer(config)
+    domains: list[Domain] | None = None
+    for turn in (groups.rank == 0, groups.rank != 0):  # the other ranks find the items in the cache
+        with parallel.together(groups):
+            if turn:
+                domains = load_domains(config, tokenizer, cache_dir=CACHE)
+    assert domains is not None
+    with parallel.together(groups):
+        notes = rules.where_code_runs(config, [domain.verifiers_of_rows for domain in domains])
+    notes = [*notes, *(note for domain in domains for note in domain.notes)]
+    return Inputs(groups=groups, tokenizer=tokenizer, domains=domains, notes=notes)
+
+
+@contextmanager
+def build_parts(
+    config: Config, model: ModelConfig, inputs: Inputs, weights: Policy | Reference, note: Callable[[str], None]
+) -> Iterator[Parts]:
+    """Start the engine and the verifiers; the engine holds `weights` after the first sync. Collective.
+
+    The verifiers are killed however the block ends. The engine is closed only if it ends well: its ranks wait for each
+    other, so one that fails must exit at once for torchrun to end the others.
+
+    Args:
+        config: the resolved configuration.
+        model: the engine's model.
+        inputs: from `load_inputs`.
+        weights: what is synced to the engine and compared with it.
+        note: is called on every rank with what a user should know.
+    """
+    groups = inputs.groups
+    with ExitStack() as closing:
+        scorer = _start_scorer(config, groups, closing)
+        engine = _start_engine(config, model, groups)
+        with parallel.together(groups):
+            if scorer is not None:
+                scorer.wait_ready()
+        num_engines, my_engines = _engine_numbers(config, groups)
+        collector = Collector(
+            engine,
+            scorer,
+            inputs.tokenizer,
+            groups,
+            num_engines=num_engines,
+            my_engines=my_engines,
+            stop_token_ids=model.eos_token_ids,
+        )
+        prompts = [domain.held_out[0] for domain in inputs.domains]
+        yield Parts(
+            engine=engine,
+            weight_sync=_choose_weight_sync(config, weights, engine, note),
+            collector=collector,
+            engine_check=EngineCheck(config, collector, weights, groups, prompts),
+        )
+        engine.close()
+
+
+def _engine_numbers(config: Config, groups: Groups) -> tuple[int, range]:
+    """Return how many engines there are, and which of them this rank uses; servers are divided over the ranks."""
+    servers, ranks = len(config.engine.servers), config.engine.tensor_parallel
+    if servers:
+        return servers, range(groups.rank, servers, groups.world_size)
+    return groups.world_size // ranks, range(groups.rank // ranks, groups.rank // ranks + 1)
+
+
+def _start_scorer(config: Config, groups: Groups, closing: ExitStack) -> Scorer | None:
+    """Start the verifiers on the first rank of every engine."""
+    _, my_engines = _engine_numbers(config, groups)
+    shares_engine = not config.engine.servers and groups.rank % config.engine.tensor_parallel > 0
+    if shares_engine or not my_engines:
+        return None
+    scorer = Scorer(config)
+    closing.callback(scorer.close)
+    return scorer
+
+
+def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEngine | VllmServers:
+    _, my_engines = _engine_numbers(config, groups)
+    tag = agree(uuid.uuid4().hex[:12], groups)
+    max_model_len = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.engine.servers:
+        with parallel.together(groups):
+            return VllmServers(
+                [config.engine.servers[number] for number in my_engines],
+                model,
+                max_model_len=max_model_len,
+                max_concurrent=config.engine.max_concurrent,
+                device=device(),
+                tag=f"{config.run.name}-{tag}",
+            )
+    return VllmEngine(
+        Path(config.model.path),
+        dtype=config.model.dtype,
+        quantization=config.engine.quantization,
+        tensor_parallel=config.engine.tensor_parallel,
+        max_model_len=max_model_len,
+        max_concurrent=config.engine.max_concurrent,
+        kv_cache_gib=config.engine.kv_cache_gib,
+        gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        distributed=True,
+        job_tag=tag,
+    )
+
+
+def _choose_weight_sync(
+    config: Config, weights: Policy | Reference, engine: VllmEngine | VllmServers, note: Callable[[str], None]
+) -> WeightSync:
+    """Choose how weights go to the engine, from the first sync to the last. Collective."""
+    weight_sync: WeightSync
+    reason: str | None = "engines in other processes take full tensors"
+    if isinstance(engine, VllmServers):
+        weight_sync = FullTensorSync(
+            chunks=weights.chunks, model=weights.model_config, groups=weights.groups, engine=engine
+        )
+    else:
+        weight_sync, reason = choose_weight_sync(
+            weights.chunks, weights.model_config, weights.groups, engine, engine_ranks=config.engine.tensor_parallel
+        )
+    note(f"weight sync: {weight_sync.name}" + (f" ({reason})" if reason else ""))
+    return weight_sync
