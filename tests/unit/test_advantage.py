@@ -110,7 +110,7 @@ def test_any_groups_against_the_definition(data: st.DataObject, kind: AdvantageK
     group = st.lists(reward, min_size=2, max_size=8)
     rewards = data.draw(st.lists(group, min_size=num, max_size=num))
     domains = data.draw(st.lists(st.integers(0, 2), min_size=num, max_size=num))
-    expected = reference.advantages([torch.tensor(group).double() for group in rewards], domains, kind)
+    expected = reference.advantages([torch.tensor(group, dtype=torch.float64) for group in rewards], domains, kind)
     found_M = torch.cat(advantages_of(rewards, kind, domains))
     torch.testing.assert_close(found_M, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
     for found in advantages_of(rewards, kind, domains):
