@@ -109,8 +109,8 @@ def _entry_problem(
     if shape is None:
         return f"{entry.key}: missing"
     expected = global_shape(model, entry, 1)
-    padded = entry.mapping.split is Split.ROWS and shape[0] >= expected[0]
-    if shape != ((shape[0], *expected[1:]) if padded else expected):
+    padded = entry.mapping.split is Split.ROWS and shape[:1] >= expected[:1]
+    if (shape[1:] if padded else shape) != (expected[1:] if padded else expected):
         return f"{entry.key}: has shape {shape}, must have {expected}"
     return None if dtype in DTYPES else f"{entry.key}: has type {dtype}, must be bf16 or fp32"
 
@@ -126,14 +126,14 @@ class MegatronFolder:
 
     names: of the Hugging Face tensors, in the order of export
     masters: the values are the fp32 weights that the optimizer keeps of a model in bf16
+    where: the entry of each Hugging Face tensor, and the tensor's number there
     """
 
     folder: Path
     names: tuple[str, ...]
     masters: bool
-    _files: ShardedFolder
-    _where: Mapping[str, tuple[CheckpointEntry, int]]
-    """Where each Hugging Face tensor is: its entry, and its number there."""
+    files: ShardedFolder
+    where: Mapping[str, tuple[CheckpointEntry, int]]
 
     @classmethod
     def open(cls, folder: Path, model: ModelConfig, *, masters: bool = False) -> "MegatronFolder":
@@ -157,22 +157,22 @@ class MegatronFolder:
                 shapes.get(_MASTER + key) == shapes[key] and dtypes[_MASTER + key] is torch.float32
                 for key in (*(entry.key for entry in entries), *head_keys(shapes))
             ),
-            _files=files,
-            _where=where,
+            files=files,
+            where=where,
         )
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor."""
-        return self._files.dtype(self._values_of(self._where[name][0].key))
+        return self.files.dtype(self._values_of(self.where[name][0].key))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the full shape of a tensor."""
-        found, number = self._where[name]
+        found, number = self.where[name]
         return found.mapping.shapes[number]
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
         """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut)."""
-        found, number = self._where[name]
+        found, number = self.where[name]
         cut, shape = cut_dim(found.mapping), list(found.mapping.shapes[number])
         dim = cut if dim is None else dim
         stop = shape[dim] if stop is None else stop
@@ -186,16 +186,16 @@ class MegatronFolder:
                 offsets[dim] = start
                 offsets[cut] = position + low - each.start
                 wanted.append((tuple(offsets), values.narrow(cut, low - (start if dim == cut else 0), high - low)))
-        self._files.copy(self._values_of(found.key), found.index, wanted)
+        self.files.copy(self._values_of(found.key), found.index, wanted)
         return values
 
     def head(self) -> dict[str, Tensor]:
         """Return the contrastive head's tensors, without their prefix."""
         found = {}
-        for head_key in head_keys(self._files.shapes()):
+        for head_key in head_keys(self.files.shapes()):
             key = self._values_of(head_key)
-            values = torch.empty(self._files.shapes()[key], dtype=self._files.dtype(key))
-            self._files.copy(key, (), [((0,) * values.dim(), values)])
+            values = torch.empty(self.files.shapes()[key], dtype=self.files.dtype(key))
+            self.files.copy(key, (), [((0,) * values.dim(), values)])
             found[head_key.removeprefix(HEAD_PREFIX)] = values
         return found
 
