@@ -1,7 +1,7 @@
 """Predict what a run needs on GPUs before any is booked: memory per rank, bytes on the wire, seconds per step.
 
-Needs no GPU and no weights: of the model's folder config.json is enough. Builds the model of a rank of every stage
-without memory. Exit code 1: it does not fit.
+Needs no GPU and no weights: of the model's folder config.json is enough. Builds the model of one rank per pipeline
+stage without memory. Exit code 1: it does not fit; up to three changes that make it fit follow, each with its cost.
 """
 
 import json
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, help="else 8, or what the JSON file says")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted step time")
+    parser.add_argument(
+        "--search", action="store_true", help="order the layouts that fit by seconds per step, with headroom first"
+    )
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load(known.config, overrides)
@@ -47,12 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     if known.json:
         values = plan.as_json()
         if not plan.fits:
-            values["remedy"] = {"change": remedies[0][0], **remedies[0][1].as_json()} if remedies else None
+            values["remedies"] = [{"change": change, **each.as_json()} for change, each in remedies]
+            values["remedy"] = next(iter(values["remedies"]), None)
         if known.search:
             values["search"] = [{"change": change, **each.as_json()} for change, each in found[:10]]
         print(json.dumps(values))
     else:
-        lines = list(plan_text.report(plan))
+        lines = list(plan_text.plan_lines(plan))
         if not plan.fits:
             lines += plan_text.remedy_lines(plan, remedies)
         print("\n".join(lines + (["", *plan_text.search_lines(found)] if known.search else [])))

@@ -17,7 +17,7 @@ from megatron_mcpo.planner.activations import Activations, Kernels, activations,
 from megatron_mcpo.planner.hardware import GIB, Gpu
 from megatron_mcpo.planner.push import staged_bytes
 from megatron_mcpo.planner.ranks import Chunk, RankSize, Sizes
-from megatron_mcpo.planner.step_shape import Workload
+from megatron_mcpo.planner.step_shape import StepShape
 from megatron_mcpo.rollout.blockwise import BLOCK
 from megatron_mcpo.weights.engine_layout import engine_shapes
 
@@ -122,7 +122,7 @@ def reference_bytes(config: Config, size: RankSize, itemsize: int) -> float:
     return float(itemsize * (size.params - size.head)) if config.algorithm.kl_weight > 0 else 0.0
 
 
-def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload) -> EngineMemory:
+def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape) -> EngineMemory:
     """vLLM's arithmetic: its share of the GPU, less weights and what it works with, is cache."""
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
     of_experts, of_others = _engine_bytes(model, ranks, e, config.engine.quantization != "none")
@@ -140,7 +140,7 @@ def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, 
         cache=cache,
         budget=budget,
         cache_tokens=tokens,
-        sequences=min(config.engine.max_concurrent, tokens // load.length, -(-load.rollouts // engines)),
+        sequences=min(config.engine.max_concurrent, tokens // shape.length, -(-shape.rollouts // engines)),
     )
 
 
@@ -168,7 +168,7 @@ def rank_memory(
     *,
     size: RankSize,
     head: HeadSpec | None,
-    load: Workload,
+    shape: StepShape,
     engine: EngineMemory,
     kernels: Kernels,
 ) -> RankMemory:
@@ -178,14 +178,14 @@ def rank_memory(
     kept = activations(
         model,
         layout,
-        tokens=load.micro_tokens,
-        response=load.response_tokens,
+        tokens=shape.micro_tokens,
+        response=shape.response_tokens,
         itemsize=e,
         head=head,
         kernels=kernels,
     )
     logits_working = kept.logits_working if last else 0.0
-    saved = _saved_bytes(config, model, layout, kept=kept, stage=size.stage, micros=load.micros)
+    saved = _saved_bytes(config, model, layout, kept=kept, stage=size.stage, micros=shape.micros)
     largest = max(elements for chunk in size.chunks for elements, _ in chunk.dense + chunk.expert)
     # The gradient of a weight is a tensor of its own before it is added to the buffer.
     working = max(logits_working, kept.working + e * largest)
@@ -195,7 +195,7 @@ def rank_memory(
         "reference": reference,
         "activations": saved,
         "working": working,
-        "contrastive": contrast_bytes(load, head) if last else 0.0,
+        "contrastive": contrast_bytes(shape, head) if last else 0.0,
         "engine_weights": engine.on_a_rank(engine.weights),
         "kv_cache": engine.on_a_rank(engine.cache),
         "sync_buckets": staged_bytes(config, model, layout, e),
@@ -252,12 +252,12 @@ def _saved_bytes(
     return flying * (layers * kept.layer + outputs) + behind
 
 
-def contrast_bytes(load: Workload, head: HeadSpec | None) -> float:
+def contrast_bytes(shape: StepShape, head: HeadSpec | None) -> float:
     """Representations of all rollouts of an optimizer step, their gradient, and a few tiles (algo/contrastive.py).
 
     It works in blocks of rows: memory grows with the number of rollouts, not with its square.
     """
     if head is None:
         return 0.0
-    rollouts = load.rollouts / load.updates
+    rollouts = shape.rollouts / shape.updates
     return 6 * _FP32 * rollouts * head.dim

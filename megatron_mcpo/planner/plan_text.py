@@ -1,31 +1,27 @@
-"""A plan as text for people."""
+"""Write a plan, its remedies and the result of a search as text for people."""
 
 from collections.abc import Iterator, Sequence
 
 from megatron_mcpo.config.summary import arithmetic
 from megatron_mcpo.planner.hardware import GIB
-from megatron_mcpo.planner.planning import Plan
+from megatron_mcpo.planner.planning import MemoryPlan
 from megatron_mcpo.planner.ranks import total_params
-from megatron_mcpo.planner.search import Change
+from megatron_mcpo.planner.search import HEADROOM, TIGHT_COST, Change
 
 _SHOWN = 10
 
 
-def report(plan: Plan) -> Iterator[str]:
-    """Lines: what runs, bytes by rank and phase, bytes on the wire, seconds, whether it fits."""
-    gpu, load = plan.gpu, plan.load
+def plan_lines(plan: MemoryPlan) -> Iterator[str]:
+    """Write what runs, bytes by rank and phase, bytes on the wire, seconds, and whether it fits."""
+    gpu, shape = plan.gpu, plan.shape
     yield arithmetic(plan.config, plan.layout, plan.model)
     yield f"gpu      {plan.nodes} node(s) of {gpu.per_node} x {gpu.name}, {gpu.memory_gib:g} GiB each"
     yield (
-        f"params   {total_params(plan.model):,} in the model; micro-batches of {load.sequences} rollout(s), "
-        f"{load.micros} of them an optimizer step and replica"
+        f"params   {total_params(plan.model):,} in the model; micro-batches of {shape.sequences} rollout(s), "
+        f"{shape.micros} of them an optimizer step and replica"
     )
-    yield (
-        f"assumed  every rollout has {load.prompt} + {load.response} tokens; Transformer Engine's layers; experts are "
-        "used equally"
-        if plan.model.experts
-        else f"assumed  every rollout has {load.prompt} + {load.response} tokens; Transformer Engine's layers"
-    )
+    experts = "; experts are used equally" if plan.model.experts else ""
+    yield f"assumed  every rollout has {shape.prompt} + {shape.response} tokens; Transformer Engine's layers{experts}"
     if plan.not_modelled:
         yield f"not modelled: {'; '.join(plan.not_modelled)}"
     yield ""
@@ -47,7 +43,7 @@ def report(plan: Plan) -> Iterator[str]:
         yield f"  {shortage}"
 
 
-def _memory(plan: Plan) -> Iterator[str]:
+def _memory(plan: MemoryPlan) -> Iterator[str]:
     parts = list(plan.ranks[0].parts)
     yield f"GiB of a rank of stage   {''.join(f'{rank.stage:>8}' for rank in plan.ranks)}"
     yield f"  {'parameters, millions':<23}{''.join(f'{rank.params / 1e6:>8,.0f}' for rank in plan.ranks)}"
@@ -61,33 +57,45 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def describe(change: Change) -> str:
-    """A change as it is written on the command line."""
-    said = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
-    return " ".join(f"--{key} {value}" for key, value in said.items() if value is not None)
+    """Write a change as options of the command line."""
+    values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    return " ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
 
 
-def remedy_lines(plan: Plan, remedies: Sequence[tuple[Change, Plan]]) -> Iterator[str]:
-    """The cheapest of the changes that make a plan fit."""
+def remedy_lines(plan: MemoryPlan, remedies: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
+    """Write the changes that make a plan fit, each with its cost."""
     if not remedies:
         yield (
-            "no change of layout, recompute, micro-batch, offload or engine makes it fit, nor do 16 times the nodes in "
-            "other layouts"
+            "no change of layout, recompute, micro-batch, offload or engine makes it fit, and neither do 16 times the "
+            "nodes with other layouts"
         )
         return
-    change, found = remedies[0]
-    nodes = "" if found.nodes == plan.nodes else f"--nodes {found.nodes} "
-    yield f"the cheapest change that makes it fit: {nodes}{describe(change)}  ({found.seconds['step']:,.0f} s a step)"
+    yield "changes that make it fit, the simplest and fastest first (per step; peak of the fullest rank):"
+    for change, found in remedies:
+        nodes = [] if found.nodes == plan.nodes else [f"--nodes {found.nodes}"]
+        yield (
+            f"  {' '.join([*nodes, describe(change)]).strip()}  ({found.seconds['step']:,.0f} s, "
+            f"{found.gpu_hours:,.2f} GPU-hours, {_peak(found)})"
+        )
 
 
-def search_lines(found: Sequence[tuple[Change, Plan]]) -> Iterator[str]:
-    """The fastest layouts, one line each."""
-    yield f"{len(found)} layouts fit; the fastest:"
-    yield f"{'s a step':>9}{'tok/s/GPU':>11}{'peak GiB':>10}  tensor pipeline virtual context expert data  recompute"
+def _peak(plan: MemoryPlan) -> str:
+    return f"{plan.peak / GIB:.1f} of {plan.gpu.memory_gib:g} GiB"
+
+
+def search_lines(found: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
+    """Write the rule that the layouts are ordered by, and the first of them, one line each."""
+    yield f"{len(found)} layouts fit. Ordered by seconds per step; one that leaves less than {HEADROOM:.0%} of a GPU's"
+    yield f"memory free counts as {TIGHT_COST:.0%} slower:"
+    yield (
+        f"{'s/step':>9}{'tok/s/GPU':>11}{'peak GiB':>10}{'free':>6}"
+        "  tensor pipeline virtual context expert data  recompute"
+    )
     for _, each in found[:_SHOWN]:
         layout, config = each.layout, each.config
-        peak = max(rank.peak for rank in each.ranks) / GIB
         yield (
-            f"{each.seconds['step']:>9,.1f}{each.tokens_per_second_per_gpu:>11,.0f}{peak:>10.1f}  {layout.tensor:>6}"
+            f"{each.seconds['step']:>9,.1f}{each.tokens_per_second_per_gpu:>11,.0f}{each.peak / GIB:>10.1f}"
+            f"{each.free_share:>6.1%}  {layout.tensor:>6}"
             f"{layout.pipeline:>9}{layout.virtual_pipeline:>8}{layout.context:>8}{layout.expert:>7}{layout.data:>5}  "
             f"{config.model.recompute:>9}  micro-batch {config.batch.micro_batch_tokens}, engine tensor "
             f"{config.engine.tensor_parallel}, share {config.engine.gpu_memory_utilization:g}"

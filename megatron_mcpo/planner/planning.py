@@ -1,31 +1,35 @@
-"""A configuration on so many nodes of a kind of GPU: what it needs, whether it fits, how long a step takes."""
+"""Plan a configuration on a number of nodes of a kind of GPU: what it needs, whether it fits, how long a step takes."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mcpo.config import model_rules
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.config.model import ModelConfig, engine_problems, layout_problems, quantization_problems
+from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.activations import TRANSFORMER_ENGINE
 from megatron_mcpo.planner.hardware import GIB, Gpu
 from megatron_mcpo.planner.memory import EngineMemory, RankMemory, engine_memory, rank_memory
 from megatron_mcpo.planner.ranks import RankSize, built_size, rank_size, total_params
-from megatron_mcpo.planner.step_shape import Workload, workload
+from megatron_mcpo.planner.step_shape import StepShape, step_shape
 from megatron_mcpo.planner.timing import step_seconds
 from megatron_mcpo.planner.wire import wire_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """ranks: one of every pipeline stage, its neighbours hold as much; wire: bytes by group; seconds: by phase"""
+class MemoryPlan:
+    """The predicted needs of a run: memory per rank, bytes on the wire, seconds per phase of a step.
+
+    ranks: one of every pipeline stage, the others of a stage hold as much; wire: bytes by group; seconds: by phase
+    """
 
     config: Config
     model: ModelConfig
     gpu: Gpu
     nodes: int
     layout: Layout
-    load: Workload
+    shape: StepShape
     sizes: list[RankSize]
     engine: EngineMemory
     ranks: list[RankMemory]
@@ -34,7 +38,7 @@ class Plan:
 
     @property
     def shortages(self) -> list[str]:
-        """What does not fit; empty: everything does."""
+        """What does not fit, one sentence each; empty if everything fits."""
         found = [
             f"rank {rank.rank} (stage {rank.stage}): {rank.peak / GIB:.1f} GiB in the {rank.worst_phase} phase, "
             f"{rank.peak / GIB - self.gpu.memory_gib:.1f} GiB more than a GPU has"
@@ -44,7 +48,7 @@ class Plan:
         if self.engine.sequences == 0:
             found.append(
                 f"engine: {self.engine.cache / GIB:.1f} GiB of key-value cache hold {self.engine.cache_tokens} tokens, "
-                f"fewer than one rollout of {self.load.length}"
+                f"fewer than one rollout of {self.shape.length}"
             )
         return found
 
@@ -53,8 +57,23 @@ class Plan:
         return not self.shortages
 
     @property
+    def peak(self) -> float:
+        """Bytes that the fullest rank holds in its worst phase."""
+        return max(rank.peak for rank in self.ranks)
+
+    @property
+    def free_share(self) -> float:
+        """The share of a GPU's memory that the fullest rank leaves free in its worst phase."""
+        return 1 - self.peak / self.gpu.memory_bytes
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of one step."""
+        return self.seconds["step"] * self.layout.world_size / 3600
+
+    @property
     def not_modelled(self) -> list[str]:
-        """What this configuration asks for and no figure knows of."""
+        """Settings of this configuration that the figures leave out."""
         engine = self.config.engine
         found = {
             f"model.fp8 = {self.config.model.fp8!r} (planned as bf16)": self.config.model.fp8 != "off",
@@ -70,21 +89,21 @@ class Plan:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Prompt and response tokens of the step's rollouts; 0 where the step would never end."""
-        return self.load.rollouts * self.load.length / self.seconds["step"] / self.layout.world_size
+        """Prompt and response tokens of the step's rollouts; 0 if the step would never end."""
+        return self.shape.rollouts * self.shape.length / self.seconds["step"] / self.layout.world_size
 
     @property
     def head(self) -> HeadSpec | None:
         return head_of(self.config, self.model)
 
     def check_built(self) -> None:
-        """Build the model of every stage's rank without memory: it must hold the parameters that were planned with."""
+        """Build the model of every stage's rank without memory, and assert that it holds the planned parameters."""
         for size in self.sizes:
             built = built_size(self.model, self.layout, self.head, size)
             assert built == size.params, f"rank {size.rank}: {built} parameters built, {size.params} planned"
 
     def as_json(self) -> dict[str, Any]:
-        """The form that other programs read; these names stay."""
+        """Return the plan as values for a JSON object. Other programs read it: these names stay."""
         return {
             "fits": self.fits,
             "params_total": total_params(self.model),
@@ -106,51 +125,50 @@ class Plan:
             "shortages": self.shortages,
             "not_modelled": self.not_modelled,
             "gpu": self.gpu.name,
+            "nodes": self.nodes,
             "world_size": self.layout.world_size,
         }
 
 
 def _finite(seconds: float) -> float | None:
-    """JSON has no infinity: None for a phase that would never end."""
+    """Return None for a phase that would never end, because JSON has no infinity."""
     return None if seconds == float("inf") else round(seconds, 3)
 
 
 def head_of(config: Config, model: ModelConfig) -> HeadSpec | None:
-    """As mcore/policy.py makes it."""
+    """Return the contrastive head as mcore/policy.py makes it; None without a contrastive term."""
     return HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
 
 
-def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> Plan:
-    """Builds nothing (see `Plan.check_built`). Raises ConfigError for what can't be divided or served like this."""
+def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> MemoryPlan:
+    """Plan a configuration without building anything (see `MemoryPlan.check_built`).
+
+    Raises:
+        ConfigError: The model can't be divided or served like this.
+    """
     layout = config.layout(nodes * gpu.per_node)
-    engine_ranks, servers = config.engine.tensor_parallel, bool(config.engine.servers)
-    problems = layout_problems(model, layout, engine_ranks, engine_in_ranks=not servers) + engine_problems(
-        model,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_response_tokens=config.rollout.max_response_tokens,
-        on_cpu=False,
+    problems = model_rules.problems(config, model, on_cpu=False) + layout_problems(
+        model, layout, config.engine.tensor_parallel, engine_in_ranks=not config.engine.servers
     )
-    if config.engine.quantization != "none":
-        problems += quantization_problems(model, engine_ranks, in_servers=servers, on_cpu=False)
     if problems:
         raise ConfigError(problems)
-    head, load = head_of(config, model), workload(config, layout)
+    head, shape = head_of(config, model), step_shape(config, layout)
     sizes = [rank_size(model, layout, head, stage) for stage in range(layout.pipeline)]
-    engine = engine_memory(config, model, layout, gpu, load)
+    engine = engine_memory(config, model, layout, gpu, shape)
     ranks = [
-        rank_memory(config, model, layout, size=size, head=head, load=load, engine=engine, kernels=TRANSFORMER_ENGINE)
+        rank_memory(config, model, layout, size=size, head=head, shape=shape, engine=engine, kernels=TRANSFORMER_ENGINE)
         for size in sizes
     ]
-    return Plan(
+    return MemoryPlan(
         config=config,
         model=model,
         gpu=gpu,
         nodes=nodes,
         layout=layout,
-        load=load,
+        shape=shape,
         sizes=sizes,
         engine=engine,
         ranks=ranks,
-        wire=wire_bytes(config, model, layout, sizes=sizes, head=head, load=load),
-        seconds=step_seconds(config, model, layout, gpu, sizes=sizes, head=head, load=load, engine=engine),
+        wire=wire_bytes(config, model, layout, sizes=sizes, head=head, shape=shape),
+        seconds=step_seconds(config, model, layout, gpu, sizes=sizes, head=head, shape=shape, engine=engine),
     )

@@ -1,6 +1,10 @@
-"""Other configurations of the same run: the cheapest that makes it fit, and the fastest of all that fit."""
+"""Search other configurations of the same run: changes that make it fit, and the fastest layouts that fit.
 
-from collections.abc import Iterator
+The order of both: predicted seconds per step, where a layout that leaves less than `HEADROOM` of a GPU's memory free
+counts as `TIGHT_COST` slower. The plan's allowances are estimates, so that a layout which fills the GPU may not fit in
+truth; a few per cent of time are a low price for room. Layouts without headroom stay in the list.
+"""
+
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -9,14 +13,20 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import Recompute
 from megatron_mcpo.planner.hardware import Gpu
-from megatron_mcpo.planner.planning import Plan, plan
+from megatron_mcpo.planner.planning import MemoryPlan, plan
 
 Change = dict[str, Any]
 """Dotted keys with their new values, as on the command line."""
 
+HEADROOM = 0.05
+"""The share of a GPU's memory that a layout should leave free at its peak."""
+TIGHT_COST = 0.03
+"""How much slower a layout without that headroom is taken to be when layouts are ordered."""
+MOST_REMEDIES = 3
+
 
 def changed(config: Config, change: Change) -> Config:
-    """The configuration with some keys replaced."""
+    """Return the configuration with some keys replaced."""
     for key, value in change.items():
         section, name = key.split(".")
         part = getattr(config, section).model_copy(update={name: value})
@@ -24,17 +34,35 @@ def changed(config: Config, change: Change) -> Config:
     return config
 
 
-def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, Plan]]:
-    """Single changes of a plan that does not fit which make it fit, fastest first; then, failing these, more nodes.
+def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+    """Return up to `MOST_REMEDIES` changes that make a plan fit which does not, each of other keys.
 
-    What is changed: recompute, micro-batches, what is offloaded to host memory, the engine's share of a GPU and its
-    ranks, tensor, pipeline and expert parallelism of the trainer.
+    Single changes come first, then pairs, then more nodes; within each of these the order of this module. A change is
+    left out if a part of it suffices. What is changed: recompute, micro-batches, what is offloaded to host memory, the
+    engine's share of a GPU and its ranks, tensor, pipeline and expert parallelism of the trainer.
     """
-    p, e, load = config.parallel, config.engine, config.rollout
-    length = load.max_prompt_tokens + load.max_response_tokens
+    singles = _single_changes(config, model, gpu, nodes)
+    # Memory is short in the rollout or in training, seldom in both: a change of the engine's share goes with each.
+    shares = [change for change in singles if "engine.gpu_memory_utilization" in change]
+    pairs = [one | two for one in singles if one not in shares for two in shares]
+    found: list[tuple[Change, MemoryPlan]] = []
+    for candidates in (singles, pairs):
+        for change, fitting in _fitting(config, model, gpu, nodes, candidates):
+            if not any(other.keys() <= change.keys() for other, _ in found):
+                found.append((change, fitting))
+        if len(found) >= MOST_REMEDIES:
+            return found[:MOST_REMEDIES]
+    return found + _more_nodes(config, model, gpu, nodes)
+
+
+def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[Change]:
+    parallel, engine, rollout = config.parallel, config.engine, config.rollout
+    length = rollout.max_prompt_tokens + rollout.max_response_tokens
     align = config.layout(nodes * gpu.per_node).sequence_alignment
     smallest = -(-length // align) * align
-    changes: list[Change] = [
+    tensor, engine_ranks = parallel.tensor, engine.tensor_parallel
+    experts = (2, 4, 8, 16) if model.experts else ()
+    return [
         {"model.recompute": "selective"},
         {"model.recompute": "full"},
         {"batch.micro_batch_tokens": smallest},
@@ -42,48 +70,38 @@ def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[t
         {"model.offload_reference": True},
         {"optimizer.offload": True, "model.offload_reference": True},
         *({"engine.gpu_memory_utilization": share / 100} for share in range(90, 10, -5)),
-        *({"parallel.tensor": p.tensor * factor} for factor in (2, 4, 8) if p.tensor * factor <= gpu.per_node),
-        *({"parallel.pipeline": p.pipeline * factor} for factor in (2, 4, 8)),
-        *(
-            {"engine.tensor_parallel": e.tensor_parallel * n}
-            for n in (2, 4, 8)
-            if e.tensor_parallel * n <= gpu.per_node
-        ),
+        *({"parallel.tensor": tensor * factor} for factor in (2, 4, 8) if tensor * factor <= gpu.per_node),
+        *({"parallel.pipeline": parallel.pipeline * factor} for factor in (2, 4, 8)),
+        *({"engine.tensor_parallel": engine_ranks * n} for n in (2, 4, 8) if engine_ranks * n <= gpu.per_node),
+        *({"parallel.expert": parallel.expert * factor} for factor in experts),
     ]
-    if model.experts:
-        changes += [{"parallel.expert": p.expert * factor} for factor in (2, 4, 8, 16)]
-    # Memory is short in a rollout or in training, seldom in both: a change of the engine's share goes with each.
-    shares = [change for change in changes if "engine.gpu_memory_utilization" in change]
-    pairs = [one | two for one in changes if one not in shares for two in shares]
-    for candidates in (changes, pairs):
-        found = sorted(_fitting(config, model, gpu, nodes, candidates), key=_speed)
-        if found:
-            return found
-    return _more_nodes(config, model, gpu, nodes)
 
 
-def _more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, Plan]]:
-    """The fewest nodes on which some layout fits, the layout as it is before all others."""
+def _more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+    """Return the best layout on the fewest nodes on which one fits, the present layout before all others."""
     for factor in (2, 4, 8, 16):
         num_ranks = nodes * factor * gpu.per_node
         p = config.parallel
         as_it_is = {"parallel.data": _data(config, num_ranks, p.tensor * p.pipeline * p.context)}
         for changes in ([as_it_is], _layouts(config, model, gpu, num_ranks, _ROOMY)):
-            found = sorted(_fitting(config, model, gpu, nodes * factor, changes), key=_speed)
+            found = _fitting(config, model, gpu, nodes * factor, changes)
             if found:
-                return [(_news(config, change), each) for change, each in found]
+                change, fitting = found[0]
+                return [(_differences(config, change), fitting)]
     return []
 
 
-def fastest(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, Plan]]:
-    """Layouts that fit, by predicted seconds a step; the batch, the lengths and the objective stay."""
-    candidates = _layouts(config, model, gpu, nodes * gpu.per_node, _ALL)
-    return sorted(_fitting(config, model, gpu, nodes, candidates), key=_speed)
+def fastest(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+    """Return the layouts that fit in the order of this module; the batch, the lengths and the objective stay."""
+    return _fitting(config, model, gpu, nodes, _layouts(config, model, gpu, nodes * gpu.per_node, _ALL))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Choices:
-    """What is tried with every division of the ranks. micro_batches: rollouts in one; shares: the engine's, of a GPU"""
+    """The settings that are tried with every division of the ranks.
+
+    micro_batches: rollouts in one; shares: the engine's share of a GPU
+    """
 
     virtual: tuple[int, ...]
     experts: tuple[int, ...]
@@ -106,12 +124,11 @@ _ROOMY = _Choices(
     micro_batches=(1,),
     shares=(0.35, 0.6, 0.85),
 )
-"""To find out whether anything fits, without most of what only makes it faster: seconds."""
+"""Enough to find out whether anything fits, in seconds: without most of what only makes a layout faster."""
 
 
 def _layouts(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, choices: _Choices) -> list[Change]:
-    load = config.rollout
-    length = load.max_prompt_tokens + load.max_response_tokens
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     sizes = [n for n in (1, 2, 4, 8) if n <= gpu.per_node]
     experts = choices.experts if model.experts else (1,)
     stages = [n for n in range(1, num_ranks + 1) if model.num_layers % n == 0]
@@ -145,12 +162,12 @@ def _layouts(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, choic
 
 
 def _data(config: Config, num_ranks: int, replica: int) -> int | None:
-    """As many replicas as there are; a number that is set gets another, since the command line can't take it back."""
+    """Return the value that `parallel.data` needs: None where it is left out, as the command line can't unset it."""
     return None if config.parallel.data is None else num_ranks // replica
 
 
-def _news(config: Config, change: Change) -> Change:
-    """Of a change, what is not so already."""
+def _differences(config: Config, change: Change) -> Change:
+    """Return the part of a change that differs from the configuration."""
     sections = {key: key.split(".") for key in change}
     return {
         key: change[key]
@@ -159,19 +176,29 @@ def _news(config: Config, change: Change) -> Change:
     }
 
 
-def _speed(each: tuple[Change, Plan]) -> tuple[float, ...]:
-    """Of layouts that are equally fast, the one that is divided least comes first."""
-    layout = each[1].layout
-    return round(each[1].seconds["step"], 1), layout.context, layout.virtual_pipeline, layout.pipeline, layout.tensor
+def has_headroom(plan: MemoryPlan) -> bool:
+    """Return whether a plan leaves the share `HEADROOM` of every GPU's memory free."""
+    return plan.free_share >= HEADROOM
+
+
+def _order(each: tuple[Change, MemoryPlan]) -> tuple[float, ...]:
+    """Return the sorting key of a layout; of layouts that are equally fast, the least divided one comes first."""
+    found = each[1]
+    seconds = found.seconds["step"] * (1 if has_headroom(found) else 1 + TIGHT_COST)
+    layout = found.layout
+    return round(seconds, 1), layout.context, layout.virtual_pipeline, layout.pipeline, layout.tensor
 
 
 def _fitting(
     config: Config, model: ModelConfig, gpu: Gpu, nodes: int, changes: list[Change]
-) -> Iterator[tuple[Change, Plan]]:
+) -> list[tuple[Change, MemoryPlan]]:
+    """Return the changes with which the configuration is valid and fits, and their plans, in order."""
+    found = []
     for change in changes:
         try:
-            found = plan(changed(config, change), model, gpu, nodes)
+            each = plan(changed(config, change), model, gpu, nodes)
         except ConfigError:
             continue
-        if found.fits:
-            yield change, found
+        if each.fits:
+            found.append((change, each))
+    return sorted(found, key=_order)

@@ -10,7 +10,7 @@ from megatron_mcpo.config.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class StepShape:
     """prompt, response: tokens of a rollout; rollouts: of a step, over all ranks; updates: optimizer steps of a step
 
     replica_rollouts: of one optimizer step and one data-parallel replica, the largest share
@@ -37,7 +37,7 @@ class Workload:
         return -(-self.micro_tokens * self.response // self.length)
 
 
-def workload(config: Config, layout: Layout) -> Workload:
+def step_shape(config: Config, layout: Layout) -> StepShape:
     """As mcore/packing.py packs equally long rollouts; Transformer Engine's attention shares no prompts."""
     batch, rollout = config.batch, config.rollout
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -48,7 +48,7 @@ def workload(config: Config, layout: Layout) -> Workload:
     if layout.virtual_pipeline > 1:
         micros = -(-micros // layout.pipeline) * layout.pipeline
     sequences = -(-replica // micros)
-    return Workload(
+    return StepShape(
         prompt=rollout.max_prompt_tokens,
         response=rollout.max_response_tokens,
         rollouts=rollouts,

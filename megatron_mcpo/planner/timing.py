@@ -15,7 +15,7 @@ from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
 from megatron_mcpo.planner.push import is_resharded, received_bytes
 from megatron_mcpo.planner.ranks import RankSize, total_params
-from megatron_mcpo.planner.step_shape import Workload
+from megatron_mcpo.planner.step_shape import StepShape
 from megatron_mcpo.planner.wire import (
     context_bytes,
     data_bytes,
@@ -79,17 +79,17 @@ def link(gpu: Gpu, *, first: int, ranks: int) -> float:
     return _GIGA * (gpu.nvlink_gbs if first * ranks <= gpu.per_node else gpu.network_gbs)
 
 
-def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload) -> Pass:
-    e, tokens = ITEMSIZE[config.model.dtype], load.micro_tokens
+def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape) -> Pass:
+    e, tokens = ITEMSIZE[config.model.dtype], shape.micro_tokens
     layers = model.num_layers / layout.pipeline
     products = layers * tokens * layer_flops(model) / layout.tensor / (gpu.gemm_tflops * _TERA)
-    attention = layers * tokens * attention_flops(model, load.length) / layout.tensor / _TERA
+    attention = layers * tokens * attention_flops(model, shape.length) / layout.tensor / _TERA
     attending, attending_back = (
         attention / gpu.attention_forward_tflops,
         2.5 * attention / gpu.attention_backward_tflops,
     )
     copies = layers * tokens * memory_bound_bytes(model, layout, e) / (gpu.copy_tbs * _TERA)
-    messages, experts, context, hand_on = _message_seconds(config, model, layout, gpu, load)
+    messages, experts, context, hand_on = _message_seconds(config, model, layout, gpu, shape)
     forward = (products + attending + copies) / gpu.busy + messages + experts + hand_on
     # A ring of keys and values hides behind attention as far as that takes longer.
     forward += max(0.0, context - attending)
@@ -100,7 +100,7 @@ def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, loa
         backward += forward - hand_on
     elif config.model.recompute == "selective":
         backward += mlp_share(model) * products / gpu.busy + (experts if model.experts else messages / 2)
-    logits = load.response_tokens * model.vocab_size / layout.tensor
+    logits = shape.response_tokens * model.vocab_size / layout.tensor
     last = 2 * logits * model.hidden_size / (gpu.gemm_tflops * _TERA)
     # Over the logits and their fp32 copies, mcore/logprob.py goes some nine times, and as often on the way back.
     over = (6 * 4 + 3 * e) * logits / (gpu.copy_tbs * _TERA)
@@ -114,11 +114,11 @@ def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, loa
 
 
 def _message_seconds(
-    config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, load: Workload
+    config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape
 ) -> tuple[float, float, float, float]:
     """Of one micro-batch's forward pass on a stage: over tensor, expert and context ranks, and on to the next stage."""
     e = ITEMSIZE[config.model.dtype]
-    hidden, layers = e * load.micro_tokens * model.hidden_size, model.num_layers / layout.pipeline
+    hidden, layers = e * shape.micro_tokens * model.hidden_size, model.num_layers / layout.pipeline
     tensor = experts = hand_on = 0.0
     if layout.tensor > 1:
         unit = hidden * (layout.tensor - 1) / layout.tensor / link(gpu, first=1, ranks=layout.tensor)
@@ -126,13 +126,13 @@ def _message_seconds(
         tensor = layers * units * (unit + gpu.message_us * 1e-6)
     if layout.expert > 1:
         rounds = sum(passes(config)) + 1 + (config.model.recompute != "none")
-        experts = expert_bytes(config, model, layout, load) / rounds / link(gpu, first=1, ranks=layout.expert)
+        experts = expert_bytes(config, model, layout, shape) / rounds / link(gpu, first=1, ranks=layout.expert)
         experts += 2 * layers * gpu.message_us * 1e-6
     if layout.pipeline > 1:
         size = hidden / (layout.tensor if layout.sequence else 1)
         speed = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)
         hand_on = layout.virtual_pipeline * (size / speed + gpu.message_us * 1e-6)
-    context = context_bytes(model, layout, load, e) / link(gpu, first=layout.tensor, ranks=layout.context)
+    context = context_bytes(model, layout, shape, e) / link(gpu, first=layout.tensor, ranks=layout.context)
     return tensor, experts, context, hand_on
 
 
@@ -145,17 +145,17 @@ def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) ->
     return micros * (middle + last) + bubble * middle
 
 
-def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, load: Workload, engine: EngineMemory) -> float:
+def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, shape: StepShape, engine: EngineMemory) -> float:
     """All engines at once; a prompt is read once for all its samples (prefix caching), a wave decodes to its end."""
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
     if engine.sequences == 0:
         return float("inf")
-    mine = -(-load.rollouts // engine.engines)
+    mine = -(-shape.rollouts // engine.engines)
     waves = -(-mine // engine.sequences)
     together = -(-mine // waves)
     reading = gpu.decode_share * gpu.copy_tbs * _TERA
     a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
-    cache = together * (load.prompt + load.response / 2) * a_token
+    cache = together * (shape.prompt + shape.response / 2) * a_token
     flops = model.num_layers * layer_flops(model) + 2.0 * model.hidden_size * model.vocab_size
     products = together * flops / ranks / (gpu.gemm_tflops * _TERA)
     weights = _weights_read(model, engine, together)
@@ -165,8 +165,8 @@ def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, load: Workload
         messages = 2 * model.num_layers * (size / link(gpu, first=1, ranks=ranks) + gpu.message_us * 1e-6)
     step = max(weights / reading, products) + cache / reading + messages + gpu.engine_step_ms * 1e-3
     prompts = -(-config.batch.prompts // engine.engines)
-    prefill = prompts * load.prompt * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
-    return waves * load.response * step + prefill
+    prefill = prompts * shape.prompt * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
+    return waves * shape.response * step + prefill
 
 
 def _weights_read(model: ModelConfig, engine: EngineMemory, sequences: int) -> float:
@@ -201,30 +201,30 @@ def step_seconds(
     *,
     sizes: list[RankSize],
     head: HeadSpec | None,
-    load: Workload,
+    shape: StepShape,
     engine: EngineMemory,
 ) -> dict[str, float]:
     """rollout, score, update, sync, and step: their sum."""
     e = ITEMSIZE[config.model.dtype]
-    once = micro_pass(config, model, layout, gpu, load)
+    once = micro_pass(config, model, layout, gpu, shape)
     scores, _ = passes(config)
-    score = scores * load.updates * pipeline_seconds(layout, load.micros, once.forward, once.last_forward)
+    score = scores * shape.updates * pipeline_seconds(layout, shape.micros, once.forward, once.last_forward)
     both = once.forward + once.backward
     ends = once.last_forward + once.last_backward
-    update = load.updates * pipeline_seconds(layout, load.micros, both, ends)
+    update = shape.updates * pipeline_seconds(layout, shape.micros, both, ends)
     shared = layout.data * layout.context
     of_data = link(gpu, first=layout.tensor, ranks=shared)
     elements, shards = zip(*(buffers(chunk, layout) for size in sizes for chunk in size.chunks), strict=True)
     per_stage = len(elements) / len(sizes)
     optimizer = per_stage * (max(shards) * _OPTIMIZER_BYTES + max(elements) * _GRADIENT_BYTES) / (gpu.copy_tbs * _TERA)
-    update += load.updates * (max(data_bytes(size, layout, e) for size in sizes) / of_data + optimizer)
-    update += gather_bytes(layout, load, head) / of_data
+    update += shape.updates * (max(data_bytes(size, layout, e) for size in sizes) / of_data + optimizer)
+    update += gather_bytes(layout, shape, head) / of_data
     if config.optimizer.offload:
         state = max(trained_bytes(size, layout, e)["optimizer"] for size in sizes)
-        update += load.updates * 2 * state / (gpu.host_gbs * _GIGA)
+        update += shape.updates * 2 * state / (gpu.host_gbs * _GIGA)
     if config.model.offload_reference:
-        score += load.updates * max(reference_bytes(config, size, e) for size in sizes) / (gpu.host_gbs * _GIGA)
-    rollout = rollout_seconds(config, model, gpu, load, engine)
+        score += shape.updates * max(reference_bytes(config, size, e) for size in sizes) / (gpu.host_gbs * _GIGA)
+    rollout = rollout_seconds(config, model, gpu, shape, engine)
     sync = sync_seconds(config, model, layout, gpu, engine)
     seconds = {"rollout": rollout, "score": score, "update": update, "sync": sync}
     return {**seconds, "step": sum(seconds.values())}

@@ -13,7 +13,7 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.memory import ITEMSIZE, buffer_elements, shard_ranks
 from megatron_mcpo.planner.push import received_bytes
 from megatron_mcpo.planner.ranks import RankSize
-from megatron_mcpo.planner.step_shape import Workload
+from megatron_mcpo.planner.step_shape import StepShape
 
 _FP32 = 4
 
@@ -44,19 +44,19 @@ def wire_bytes(
     *,
     sizes: list[RankSize],
     head: HeadSpec | None,
-    load: Workload,
+    shape: StepShape,
 ) -> dict[str, float]:
     """By group: tensor, pipeline, data, context, expert, sync (weights to the engines), contrastive (the gather)."""
     e = ITEMSIZE[config.model.dtype]
     scores, updates = passes(config)
-    micros = load.micros * load.updates  # of a replica, in a step
+    micros = shape.micros * shape.updates  # of a replica, in a step
     stage_ranks = layout.world_size // layout.pipeline
-    hidden = e * load.micro_tokens * model.hidden_size
+    hidden = e * shape.micro_tokens * model.hidden_size
     forward, both = tensor_units(model, layout, recompute=config.model.recompute)
     layers = scores * forward + updates * both
     # Embedding and output layer take a unit each, and one for each backward pass.
     units = model.num_layers * layers + 2 * (scores + 2 * updates)
-    logits = 2 * 4 * _FP32 * load.response_tokens * (scores + updates)
+    logits = 2 * 4 * _FP32 * shape.response_tokens * (scores + updates)
     tensor = (layout.tensor - 1) / layout.tensor * (units * hidden + logits) * stage_ranks * micros
     boundaries = layout.pipeline * layout.virtual_pipeline - 1
     divided = layout.tensor if layout.sequence else 1
@@ -66,11 +66,11 @@ def wire_bytes(
     return {
         "tensor": tensor,
         "pipeline": pipeline,
-        "data": load.updates * sum(data_bytes(size, layout, e) for size in sizes) * stage_ranks,
-        "context": context_bytes(model, layout, load, e) * micros * (scores + 3 * updates) * layout.world_size,
-        "expert": expert_bytes(config, model, layout, load) * micros * layout.world_size,
+        "data": shape.updates * sum(data_bytes(size, layout, e) for size in sizes) * stage_ranks,
+        "context": context_bytes(model, layout, shape, e) * micros * (scores + 3 * updates) * layout.world_size,
+        "expert": expert_bytes(config, model, layout, shape) * micros * layout.world_size,
         "sync": float(sum(received_bytes(config, model, layout, e))),
-        "contrastive": gather_bytes(layout, load, head) * layout.world_size,
+        "contrastive": gather_bytes(layout, shape, head) * layout.world_size,
     }
 
 
@@ -83,28 +83,28 @@ def data_bytes(size: RankSize, layout: Layout, itemsize: int) -> float:
     return total
 
 
-def context_bytes(model: ModelConfig, layout: Layout, load: Workload, itemsize: int) -> float:
+def context_bytes(model: ModelConfig, layout: Layout, shape: StepShape, itemsize: int) -> float:
     """Of one rank, micro-batch and forward pass: the others' keys and values. Backward: again, and their gradients."""
     if layout.context == 1:
         return 0.0
     kv = max(1, model.num_kv_heads // layout.tensor) * model.head_dim
     layers = model.num_layers / layout.pipeline
-    return (layout.context - 1) * 2 * itemsize * kv * load.micro_tokens * layers
+    return (layout.context - 1) * 2 * itemsize * kv * shape.micro_tokens * layers
 
 
-def expert_bytes(config: Config, model: ModelConfig, layout: Layout, load: Workload) -> float:
+def expert_bytes(config: Config, model: ModelConfig, layout: Layout, shape: StepShape) -> float:
     """Of one rank and micro-batch: every pick of a token travels to its expert and back, forward and backward."""
     if model.experts is None or layout.expert == 1:
         return 0.0
     scores, updates = passes(config)
     rounds = 2 * (scores + updates * (3 if config.model.recompute != "none" else 2))
-    picks = load.micro_tokens / layout.tensor * model.experts.per_token
+    picks = shape.micro_tokens / layout.tensor * model.experts.per_token
     once = ITEMSIZE[config.model.dtype] * picks * model.hidden_size * (layout.expert - 1) / layout.expert
     return rounds * once * model.num_layers / layout.pipeline
 
 
-def gather_bytes(layout: Layout, load: Workload, head: HeadSpec | None) -> float:
+def gather_bytes(layout: Layout, shape: StepShape, head: HeadSpec | None) -> float:
     """Of one rank in a step: representations of the other replicas' rollouts (gather.py)."""
     if head is None:
         return 0.0
-    return load.updates * (layout.data - 1) * load.replica_rollouts * head.dim * _FP32
+    return shape.updates * (layout.data - 1) * shape.replica_rollouts * head.dim * _FP32

@@ -26,7 +26,7 @@ from megatron_mcpo.planner.hardware import H100
 from megatron_mcpo.planner.memory import ITEMSIZE, RankMemory, engine_memory, rank_memory
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.planner.ranks import rank_size
-from megatron_mcpo.planner.step_shape import workload
+from megatron_mcpo.planner.step_shape import step_shape
 from tests.support.planned import Kind, Trainer, config_of, rollouts, save_model
 from tests.support.ranks import run_ranks
 
@@ -109,11 +109,11 @@ def optimizer_bytes(policy: Policy) -> int:
 
 def planned(config: Config, world_size: int, stage: int) -> dict[str, float]:
     layout, model = config.layout(world_size), from_folder(Path(config.model.path))
-    head, load = head_of(config, model), workload(config, layout)
+    head, shape = head_of(config, model), step_shape(config, layout)
     size = rank_size(model, layout, head, stage)
-    engine = engine_memory(config, model, layout, H100, load)
+    engine = engine_memory(config, model, layout, H100, shape)
     assert ITEMSIZE[config.model.dtype] == 2
-    memory = rank_memory(config, model, layout, size=size, head=head, load=load, engine=engine, kernels=PLAIN)
+    memory = rank_memory(config, model, layout, size=size, head=head, shape=shape, engine=engine, kernels=PLAIN)
     return {**memory.parts, "kept": memory.parts["activations"], "params": size.params}
 
 
@@ -169,10 +169,10 @@ def test_what_waits_in_host_memory_is_planned_there_and_not_in_the_phases(tmp_pa
 
     def memory_of(config: Config) -> RankMemory:
         layout = config.layout(1)
-        head, load = head_of(config, model), workload(config, layout)
-        engine = engine_memory(config, model, layout, H100, load)
+        head, shape = head_of(config, model), step_shape(config, layout)
+        engine = engine_memory(config, model, layout, H100, shape)
         size = rank_size(model, layout, head, 0)
-        return rank_memory(config, model, layout, size=size, head=head, load=load, engine=engine, kernels=PLAIN)
+        return rank_memory(config, model, layout, size=size, head=head, shape=shape, engine=engine, kernels=PLAIN)
 
     plain, offloaded = memory_of(config_of(tmp_path)), memory_of(config_of(tmp_path, **OFFLOADED))
     assert run_ranks(1, in_host_memory, config_of(tmp_path, **OFFLOADED), timeout=SECONDS)[0] == (offloaded.host, 0)

@@ -18,7 +18,7 @@ from megatron_mcpo.planner.memory import ITEMSIZE
 from megatron_mcpo.planner.planning import head_of
 from megatron_mcpo.planner.push import full_tensor_bytes, is_resharded, received_bytes, resharded_elements
 from megatron_mcpo.planner.ranks import rank_size
-from megatron_mcpo.planner.step_shape import workload
+from megatron_mcpo.planner.step_shape import step_shape
 from megatron_mcpo.planner.wire import wire_bytes
 from megatron_mcpo.weights.full_sync import TransferStats, export
 from megatron_mcpo.weights.reshard_plan import SyncPlan
@@ -65,9 +65,9 @@ def test_bytes_are_those_of_real_messages(
     save_model(tmp_path, kind)
     config = config_of(tmp_path, **sections)
     layout, model = config.layout(world_size), from_folder(tmp_path)
-    head, load = head_of(config, model), workload(config, layout)
+    head, shape = head_of(config, model), step_shape(config, layout)
     sizes = [rank_size(model, layout, head, stage) for stage in range(layout.pipeline)]
-    expected = wire_bytes(config, model, layout, sizes=sizes, head=head, load=load)
+    expected = wire_bytes(config, model, layout, sizes=sizes, head=head, shape=shape)
     # Plain attention keeps the keys and values it has gathered; the planned ring sends them again on the way back.
     expected["context"] *= 4 / 5
     found: Counter[str] = Counter()
