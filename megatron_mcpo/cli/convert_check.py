@@ -1,8 +1,8 @@
 """Convert a Hugging Face folder to Megatron's format and back, in several layouts, and compare every bit.
 
-Prints a row a layout: tensors compared, bits different, largest error of the logits (of those computed with
-Megatron's modules from the converted folder, against transformers; relative to the largest logit; small models and
---verify-forward). Without --layouts: those of a list that are possible. Exit code 1 on any difference.
+Prints a row per layout: tensors compared, bits that differ, and the largest error of the logits that Megatron's modules
+compute from the converted folder, against transformers and relative to the largest logit (for small models, or with
+--verify-forward). Without --layouts all layouts of a list that are possible are tried. Exit code 1: something differs.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mcpo.cli import options
-from megatron_mcpo.cli.converting import guarded
+from megatron_mcpo.cli.converting import exit_code
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -35,10 +35,10 @@ _SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "ep": "ex
 def main(arguments: Sequence[str]) -> int:
     parser = options.parser("convert check", __doc__, example="models/qwen3-0.6b --layouts tp2,pp2")
     parser.add_argument("folder", type=Path, metavar="HF_DIR")
-    parser.add_argument("--layouts", type=lambda text: text.split(","), help="such as tp2,pp2,tp2pp2")
-    parser.add_argument("--json", action="store_true", help="one object a row")
-    parser.add_argument("--verify-forward", action="store_true", help="logits also of a large model")
-    parser.add_argument("--work", type=Path, help="where converted folders lie meanwhile; left out: beside HF_DIR")
+    parser.add_argument("--layouts", type=lambda text: text.split(","), help="layouts to try, such as tp2,pp2,tp2pp2")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--verify-forward", action="store_true", help="compare logits of a large model, too")
+    parser.add_argument("--work", type=Path, help="where to write converted folders meanwhile (default: beside HF_DIR)")
     known = parser.parse_args(arguments)
 
     def work() -> int:
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str]) -> int:
             print(json.dumps(row) if known.json else "  ".join(shown), flush=True)
         return int(wrong)
 
-    return guarded(work)
+    return exit_code(work)
 
 
 def rows(
     folder: Path, model: ModelConfig, names: Sequence[str], where: Path, verify_forward: bool
 ) -> Iterator[dict[str, Any]]:
-    """One a layout. The last comparison is of files only: the first folder's with the last one's."""
+    """Yield a row per layout. The tensors compared are those of the first folder and of the one converted back."""
     source = HfFolder(folder, model)
     for name in names:
         with tempfile.TemporaryDirectory(prefix=".roundtrip-", dir=where) as temporary:
@@ -81,7 +81,7 @@ def rows(
 
 
 def parse(name: str) -> Layout:
-    """'tp2pp2vpp2' -> the layout. Raises ConfigError."""
+    """Return the layout of a name such as 'tp2pp2vpp2'. Raises ConfigError for other names."""
     found = re.fullmatch(r"((tp|vpp|pp|ep)[1-9]\d*)+", name)
     sizes = {kind: int(size) for kind, size in re.findall(r"(tp|vpp|pp|ep)(\d+)", name)} if found else {}
     if not sizes:
@@ -90,4 +90,4 @@ def parse(name: str) -> Layout:
 
 
 def _nothing(_text: str) -> None:
-    """Rows say enough."""
+    """Print no progress: the rows say enough."""

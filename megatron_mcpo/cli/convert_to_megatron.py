@@ -1,15 +1,15 @@
 """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist), as the ranks of a layout would save it.
 
-One process does it, with a few tensors in memory, or several: `torchrun --nproc-per-node N -m megatron_mcpo convert
-to-megatron ...` (torchrun's own exit code is 1 whatever is wrong). Everything is read back and compared before DST gets
-its name. A call after an interruption continues where the last one stopped. Exit code 1: the result differs from the
-source.
+One process converts, with a few tensors in memory, or several share the work: `torchrun --nproc-per-node N -m
+megatron_mcpo convert to-megatron ...` (torchrun's own exit code is 1 for every error). Everything is read back and
+compared before DST gets its name. A call after an interruption continues where the interrupted call stopped. Exit code
+1: the result differs from the source.
 """
 
 from collections.abc import Sequence
 
 from megatron_mcpo.cli import options
-from megatron_mcpo.cli.converting import guarded, parse, say, size, tell
+from megatron_mcpo.cli.converting import exit_code, parse, positive, report_success, say
 from megatron_mcpo.convert.convert import hf_to_megatron, layout_of
 
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
         "convert to-megatron", __doc__, example="models/qwen3-0.6b megatron/qwen3-0.6b --tp 2 --pp 2"
     )
     for name, meaning in {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert"}.items():
-        parser.add_argument(f"--{name}", type=size, default=1, metavar="N", help=f"{meaning} parallel size")
+        parser.add_argument(f"--{name}", type=positive, default=1, metavar="N", help=f"{meaning} parallel size")
     known = parse(parser, arguments)
 
     def work() -> int:
@@ -26,6 +26,6 @@ def main(arguments: Sequence[str]) -> int:
         compared = hf_to_megatron(
             known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward, say=say
         )
-        return tell(known, compared)
+        return report_success(known, compared)
 
-    return guarded(work)
+    return exit_code(work)

@@ -1,4 +1,4 @@
-"""What the conversion tools have in common: options, exit codes, progress."""
+"""Share between the subcommands of `mcpo convert`: options, exit codes, progress."""
 
 import argparse
 import os
@@ -15,31 +15,31 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Arguments with SRC and DST as `source` and `final`, and `dtype` as a torch.dtype or None."""
+    """Add the shared options and parse: SRC as `source`, DST as `final`, and `dtype` as a torch.dtype or None."""
     parser.add_argument("source", type=Path, metavar="SRC")
     parser.add_argument("final", type=Path, metavar="DST", help="must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; left out: the source's")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the source's)")
     parser.add_argument(
         "--verify-forward",
         action=argparse.BooleanOptionalAction,
-        help="compare logits with transformers; left out: those of small models",
+        help="compare logits with transformers (default: for small models)",
     )
     known = parser.parse_args(arguments)
     known.dtype = DTYPES.get(known.dtype)
     return known
 
 
-def size(text: str) -> int:
-    """A number of something, on a command line."""
+def positive(text: str) -> int:
+    """Return the positive whole number that an option gives."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 up")
     return int(text)
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """The exit code: `work`'s; 1 where the result was found wrong; 2 where the user has to mend something.
+def exit_code(work: Callable[[], int]) -> int:
+    """Run `work` and return its exit code; 1 if the result is wrong, 2 for what the user can correct.
 
-    Of several processes that fail together the first says why.
+    Of several processes that fail together the first prints why.
     """
     try:
         return work()
@@ -49,17 +49,18 @@ def guarded(work: Callable[[], int]) -> int:
         return 1 if isinstance(error, VerificationError) else 2
 
 
-def tell(known: argparse.Namespace, compared: Comparison) -> int:
-    """Say what was converted and compared; returns the exit code."""
-    say(f"{known.final}: {compared.num_tensors} tensors, read back from the disk: every bit is as in {known.source}")
+def report_success(known: argparse.Namespace, compared: Comparison) -> int:
+    """Print what was converted and compared; return the exit code."""
+    say(f"{known.final}: {compared.num_tensors} tensors, read back from the disk, every bit as in {known.source}")
     return 0
 
 
 def say(text: str) -> None:
+    """Print a line on the progress, in one process only."""
     if _is_first():
         print(text, flush=True)
 
 
 def _is_first() -> bool:
-    """Of torchrun's processes, or the only one."""
+    """Return whether this is the first of torchrun's processes, or the only process."""
     return os.environ.get("RANK", "0") == "0"

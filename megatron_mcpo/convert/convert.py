@@ -1,8 +1,8 @@
-"""Hugging Face folders to Megatron's sharded checkpoints and back, a tensor at a time, by one process or by many.
+"""Convert Hugging Face folders to Megatron's sharded checkpoints and back, with few tensors in memory at a time.
 
-Under torchrun all its processes share the work: every one writes a part at a time and compares a part at a time, in
-turns, so that one that fails ends all. What is written is read back from the disk and compared with the source bit by
-bit before it gets its name. The result does not depend on how many processes made it.
+Under torchrun all processes share the work: each writes one part at a time and compares one part at a time, in turns,
+so that all of them stop when one fails. What is written is read back from the disk and compared with the source bit by
+bit before the folder gets its name. The result does not depend on the number of processes.
 """
 
 import json
@@ -32,7 +32,7 @@ from megatron_mcpo.convert.compare import (
     nbytes,
 )
 from megatron_mcpo.convert.staging import StagingFolder
-from megatron_mcpo.convert.work_sharing import attempt, share
+from megatron_mcpo.convert.work_sharing import for_each_rank, together_on_files
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.parallel import Team, agree
 from megatron_mcpo.storage import checkpoint_files
@@ -52,13 +52,16 @@ from megatron_mcpo.weights.hf_write import (
 
 MAX_FILE_BYTES = 5 * 10**9
 WAIT_SECONDS = 1800.0
-"""How long a process waits for the others to finish a part: of a gigabyte, or a file of safetensors."""
+"""How long a process waits for the others to finish a part, which is a gigabyte or a file of safetensors."""
 
 Say = Callable[[str], None]
 
 
 class VerificationError(ValueError):
-    """What was read back is not what was written. compared: the tensors, of which all may be right"""
+    """The error of a conversion whose result differs from its source.
+
+    compared: the comparison of the tensors; where these are all equal, something else differs
+    """
 
     def __init__(self, message: str, compared: Comparison):
         super().__init__(message)
@@ -66,7 +69,7 @@ class VerificationError(ValueError):
 
 
 def layout_of(*, tensor: int, pipeline: int, virtual_pipeline: int, expert: int) -> Layout:
-    """The smallest layout with these sizes; sequence parallel with several tensor ranks, as experts need."""
+    """Return the smallest layout of these sizes; sequence parallel with several tensor ranks, since experts need it."""
     return Layout(
         tensor=tensor,
         pipeline=pipeline,
@@ -88,24 +91,35 @@ def hf_to_megatron(
 ) -> Comparison:
     """Write the model in `source` as the ranks of `layout` would save it, with configuration and tokenizer beside it.
 
-    dtype: None keeps the source's
-    verify_forward: compare logits with transformers; None: those of small models
-    Peak memory is a few pieces of one tensor, in every process. An interrupted call goes on where it stopped when it is
-    repeated, by however many processes. Under torchrun all call it, and the first gives the folder its name.
-    Raises ConfigError for what the user has to mend, VerificationError where the result is not the source.
+    Peak memory is a few slices of one tensor per process. When an interrupted call is repeated, with any number of
+    processes, it continues where it was interrupted. Under torchrun all processes call this; the first one gives the
+    folder its name.
+
+    Args:
+        source: A Hugging Face folder.
+        final: The folder to be written; must not exist.
+        layout: The layout whose ranks would save such a checkpoint.
+        dtype: Of the weights; None keeps the source's.
+        verify_forward: Whether to compare logits with transformers; None compares those of small models.
+        say: Called with lines on the progress.
+
+    Raises:
+        ConfigError: The user can correct it.
+        VerificationError: The result differs from the source.
     """
     with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
-        with attempt(team):
+        with together_on_files(team):
             if is_sharded(source):
-                raise ConfigError([f"{source}: is a Megatron checkpoint; `mcpo convert to-hf` converts these"])
+                fix = "it is a Megatron checkpoint, which `mcpo convert to-hf` converts"
+                raise ConfigError([f"{source}: must be a Hugging Face folder; {fix}"])
             model = from_folder(source)
             folder = HfFolder(source, model)
             problems = layout_problems(model, layout, 1)
             if problems:
                 raise ConfigError(problems)
             dtype = _dtype(folder, dtype)
-        plan = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
-        staging = _open_staging(source, final, plan, sum(nbytes(folder, name, dtype) for name in folder.names), team)
+        job = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
+        staging = _open_staging(source, final, job, sum(nbytes(folder, name, dtype) for name in folder.names), team)
         parts = {str(number): part for number, part in enumerate(megatron_write.parts(model, layout, dtype))}
         _write_parts(
             staging,
@@ -116,20 +130,20 @@ def hf_to_megatron(
         )
         head = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
         head = {name: values.to(dtype) for name, values in head.items()}
-        with attempt(team):
+        with together_on_files(team):
             if team.rank == 0:
                 done = staging.done()
                 megatron_write.write_rest(staging.path, model, layout, dtype, head, [done[number] for number in parts])
                 copy_assets(source, staging.path)
                 _set_dtype(staging.path / "config.json", dtype)
-        with attempt(team):
+        with together_on_files(team):
             megatron = MegatronFolder.open(staging.path, model)
         compared = compare(folder, megatron, dtype=dtype, team=team)
     if team.rank == 0:
         problems = head_problems(head, megatron.head())
         if _wants(verify_forward, folder):
             problems += _logits_problems(megatron, model, source, dtype, say)
-        _publish(staging, compared, problems, plan, with_manifest=True)
+        _publish(staging, compared, problems, job, with_manifest=True)
     return compared
 
 
@@ -145,46 +159,54 @@ def megatron_to_hf(
 ) -> Comparison:
     """Write the model in a Megatron checkpoint (a run's, or a converted one) as a Hugging Face folder.
 
-    dtype: fp32 takes the weights that the optimizer of a model in bf16 keeps, where the checkpoint has them
-    assets: folder with config.json and tokenizer; None: the checkpoint's own, or model.path of the run it belongs to
-    The contrastive head goes into a file of its own. Otherwise as `hf_to_megatron`.
+    The contrastive head is written to a file of its own. Memory, interruption and errors are those of `hf_to_megatron`.
+
+    Args:
+        source: A Megatron checkpoint.
+        final: The folder to be written; must not exist.
+        assets: A folder with config.json and tokenizer; None takes the checkpoint's own, or `model.path` of its run.
+        dtype: Of the weights; None keeps the source's. For fp32 the optimizer's master weights of a model in bf16 are
+            taken if the checkpoint has them.
+        max_file_bytes: The most bytes of a safetensors file.
+        verify_forward: Whether to compare logits with transformers; None compares those of small models.
+        say: Called with lines on the progress.
     """
     with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
-        with attempt(team):
+        with together_on_files(team):
             if not is_sharded(source):
-                raise ConfigError([f"{source}: no Megatron checkpoint (it has no .metadata); {_hint(source)}"])
+                raise ConfigError([f"{source}: must be a Megatron checkpoint (it has no .metadata); {_hint(source)}"])
         check_files(source, team)
-        with attempt(team):
+        with together_on_files(team):
             assets = assets or assets_of(source)
             model = from_folder(assets, with_weights=False)
             folder = MegatronFolder.open(source, model, masters=dtype is torch.float32)
             found, dtype = folder.dtype(folder.names[0]), _dtype(folder, dtype)
         say(_origin(folder, found, dtype))
-        plan = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_bytes": max_file_bytes}
+        job = {"from": _fingerprint(source), "assets": str(assets), "dtype": str(dtype), "max_bytes": max_file_bytes}
         sizes = {name: nbytes(folder, name, dtype) for name in folder.names}
-        staging = _open_staging(source, final, plan, sum(sizes.values()), team)
+        staging = _open_staging(source, final, job, sum(sizes.values()), team)
         groups = spread(sizes, max_file_bytes)
         files = dict(zip(file_names(len(groups)), groups, strict=True))
         _write_parts(staging, files, lambda file: _write_file(staging, file, files[file], folder, dtype), team, say)
         head = folder.head()
-        with attempt(team):
+        with together_on_files(team):
             if team.rank == 0:
                 _write_others(staging.path, assets, files, sum(sizes.values()), head, dtype)
-        with attempt(team):
+        with together_on_files(team):
             written = HfFolder(staging.path, model)
         compared = compare(folder, written, dtype=dtype, team=team)
     if team.rank == 0:
         problems = head_problems(head, load_file(staging.path / HEAD_FILE) if head else {})
         if _wants(verify_forward, folder):
             problems += _logits_problems(folder, model, staging.path, dtype, say)
-        _publish(staging, compared, problems, plan)
+        _publish(staging, compared, problems, job)
     return compared
 
 
 def assets_of(checkpoint: Path) -> Path:
-    """Where the configuration and tokenizer of a Megatron folder are: its own, or model.path of the run it belongs to.
+    """Return the folder with a checkpoint's config.json and tokenizer: the checkpoint itself, or its run's model.path.
 
-    Raises ConfigError where neither is there.
+    Raises ConfigError if neither has them.
     """
     if (checkpoint / "config.json").is_file():
         return checkpoint
@@ -193,18 +215,22 @@ def assets_of(checkpoint: Path) -> Path:
         path = Path(load(settings).model.path)
         if (path / "config.json").is_file():
             return path
-    raise ConfigError([f"{checkpoint}: no config.json in it, and no run's config.toml names one; give --hf FOLDER"])
+    rule = "must hold config.json, or belong to a run whose model.path holds it"
+    raise ConfigError([f"{checkpoint}: {rule}; give --hf FOLDER"])
 
 
 def _write_parts(
     staging: StagingFolder, parts: Iterable[str], write: Callable[[str], tuple[list[str], Any]], team: Team, say: Say
 ) -> None:
-    """All that are not there already, each by one process. write: makes a part; gives its files and its record"""
+    """Write all parts that are not there already, each by one process.
+
+    write: writes the part of a name; returns the names of its files, and its record
+    """
     names = list(parts)
     done = agree(staging.done() if team.rank == 0 else {}, team)
     todo = [name for name in names if name not in done]
     before = len(names) - len(todo)
-    share(
+    for_each_rank(
         todo,
         team,
         lambda name: staging.finish(name, *write(name)),
@@ -215,7 +241,7 @@ def _write_parts(
 def _write_file(
     staging: StagingFolder, file: str, names: Sequence[str], source: MegatronFolder, dtype: torch.dtype
 ) -> tuple[list[str], None]:
-    """One file of safetensors."""
+    """Write one safetensors file; return its name, and no record."""
 
     def rows(name: str) -> Iterator[Tensor]:
         return (source.read(name, start, stop, dim=0).to(dtype) for start, stop in blocks(source, name))
@@ -225,7 +251,7 @@ def _write_file(
 
 
 def _origin(source: MegatronFolder, found: torch.dtype, dtype: torch.dtype) -> str:
-    """Which of a checkpoint's weights are written."""
+    """Return a line that says which of a checkpoint's weights are written."""
     if source.masters:
         return "weights: those that the optimizer keeps in fp32"
     name = str(found).removeprefix("torch.")
@@ -242,7 +268,7 @@ def _write_others(
     head: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """What belongs into a Hugging Face folder beside the model's tensors."""
+    """Write what belongs into a Hugging Face folder beside the model's tensors."""
     if len(files) > 1:
         write_index(folder, files, total_size)
     if head:
@@ -257,8 +283,8 @@ def _dtype(source: Source, asked: torch.dtype | None) -> torch.dtype:
         return asked
     dtype = source.dtype(source.names[0])
     if len(found) > 1 or dtype not in DTYPES:
-        rule = "must all be bfloat16 or all float32"
-        raise ConfigError([f"the tensors are {', '.join(found)}: {rule}, or be converted: give --dtype bf16 or fp32"])
+        rule = "they must all be bfloat16 or all float32; give --dtype bf16 or fp32 to convert them"
+        raise ConfigError([f"the tensors are {', '.join(found)}: {rule}"])
     return dtype
 
 
@@ -266,26 +292,26 @@ def _wants(verify_forward: bool | None, source: Source) -> bool:
     return is_small(source) if verify_forward is None else verify_forward
 
 
-def _open_staging(source: Path, final: Path, plan: dict[str, Any], size: int, team: Team) -> StagingFolder:
-    """The first process begins it, the others join when it is there."""
-    with attempt(team):
+def _open_staging(source: Path, final: Path, job: dict[str, Any], size: int, team: Team) -> StagingFolder:
+    """Open the staging folder: the first process begins it, then the others join."""
+    with together_on_files(team):
         if team.rank == 0:
             if final.resolve().is_relative_to(source.resolve()):
-                raise ConfigError([f"{final}: is the source or lies in it; give another folder"])
-            staging = StagingFolder.begin(final, plan)
+                raise ConfigError([f"{final}: must lie outside of the source; give another folder"])
+            staging = StagingFolder.begin(final, job)
             needed = size + size // 50 - staging.bytes()
             free = shutil.disk_usage(staging.path).free
             if free < needed:
-                rule = f"needs {needed:,} bytes, the disk has {free:,} left; free some or choose another"
+                rule = f"needs {needed:,} bytes, the disk has {free:,} free; free some, or choose another disk"
                 raise ConfigError([f"{final}: {rule}"])
-    with attempt(team):
+    with together_on_files(team):
         if team.rank != 0:
             staging = StagingFolder.join(final)
     return staging
 
 
 def _logits_problems(megatron: Source, model: ModelConfig, folder: Path, dtype: torch.dtype, say: Say) -> list[str]:
-    from megatron_mcpo.convert.compare_logits import (  # all of transformers: not for large models
+    from megatron_mcpo.convert.compare_logits import (  # late: it imports all of transformers
         TOLERANCE,
         logits_error,
     )
@@ -300,18 +326,21 @@ def _publish(
     staging: StagingFolder,
     compared: Comparison,
     problems: list[str],
-    plan: dict[str, Any],
+    job: dict[str, Any],
     *,
     with_manifest: bool = False,
 ) -> None:
-    """Give the folder its name, once nothing in it is wrong. For one process alone."""
+    """Give the folder its name if it is correct, else delete it and raise. One process calls this.
+
+    with_manifest: also write the manifest that a run's checkpoint has
+    """
     problems = [*compared.differing, *problems]
     if problems:
         staging.discard()
-        lines = [f"{staging.final}: not written, it would not be the source:", *problems]
+        lines = [f"{staging.final}: not written, because it would differ from the source:", *problems]
         raise VerificationError("\n".join(lines), compared)
-    with attempt(Team()):
-        record = {**plan, "sha256": compared.sha256}
+    with together_on_files(Team()):
+        record = {**job, "sha256": compared.sha256}
         (staging.path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if with_manifest:
             parts = [record["files"] for record in staging.done().values()]
@@ -322,14 +351,14 @@ def _publish(
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:
-    """What a folder holds, as far as names, sizes and times of its files tell."""
+    """Describe what a folder holds by names, sizes and times of its files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     stats = {str(path.relative_to(folder)): path.stat() for path in files}
     return {"folder": str(folder.resolve()), "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}}
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Make config.json say in which type the weights are, where it says anything else."""
+    """Make config.json state the dtype of the weights."""
     values = json.loads(path.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     stated = {key for key in ("dtype", "torch_dtype") if key in values}

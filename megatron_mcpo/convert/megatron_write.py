@@ -1,4 +1,4 @@
-"""Writes a Megatron checkpoint in parts that need nothing of each other, as the ranks of a layout would save it."""
+"""Write a Megatron checkpoint as the ranks of a layout would save it, in parts that are independent of each other."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -26,7 +26,7 @@ type Part = list[tuple[Parameter, CheckpointEntry]]
 
 
 def parts(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> Iterator[Part]:
-    """All parameters in order, in parts of about PART_BYTES."""
+    """Divide all parameters, in order, into parts of about PART_BYTES."""
     there = [parameter for parameter in parameters(model, layout) if not parameter.mapping.tied]
     part: Part = []
     size = 0
@@ -43,7 +43,7 @@ def parts(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> Iterator[Pa
 def write_part(
     folder: Path, number: str, part: Part, source: HfFolder, layout: Layout, dtype: torch.dtype
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write one file for every rank that has something of it; returns their names, and a JSON-able record of them."""
+    """Write a file for every rank that holds a share of the part; return their names and a JSON-able record of them."""
     entries = []
     files: dict[int, HashedFile] = {}
     for parameter, where in part:
@@ -63,7 +63,7 @@ def write_part(
 
 
 def _values(where: CheckpointEntry, chunk: Chunk, full: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[1, ..., size, ...]: a chunk of the full tensors, with the dimensions of its layer and expert."""
+    """Cut a chunk [1, ..., size, ...] from the full tensors, with leading dimensions for its layer and expert."""
     dim = cut_dim(where.mapping)
     shape = cut_shape(where.mapping, chunk.size)
     values = torch.empty((1,) * len(where.index) + shape, dtype=dtype)
@@ -83,9 +83,15 @@ def write_rest(
     head: dict[str, Tensor],
     records: Sequence[dict[str, Any]],
 ) -> None:
-    """Write the head, the empty state that Megatron's linear layers save and want back, and the table of contents.
+    """Write the head, the empty state that Megatron's linear layers save and expect, and the table of contents.
 
-    records: of all parts, in order
+    Args:
+        folder: The checkpoint's folder, with all parts in it.
+        model: The model.
+        layout: The layout whose ranks would save it.
+        dtype: Of all tensors.
+        head: The contrastive head's parameters by name; may be empty.
+        records: Those that `write_part` returned, of all parts in order.
     """
     wanted = checkpoint_entries(model)
     entries = [Entry(**entry) for record in records for entry in record["entries"]]

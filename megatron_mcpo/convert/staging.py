@@ -1,6 +1,6 @@
-"""A folder that takes long to make: written beside its place, in parts that are made once, renamed when complete.
+"""Write a folder beside its final place, in parts that survive an interruption, and rename it when it is complete.
 
-Several processes may make parts of it, on machines that share a file system: one begins it, the others join.
+Several processes may write parts of it, on machines that share a file system: one begins it, the others join.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.storage.checkpoint_files import sync
 from megatron_mcpo.storage.files import try_lock, write_atomically
 
-_PLAN = "plan.json"
+_JOB = "job.json"
 _PARTS = "parts"
 
 log = logging.getLogger(__name__)
@@ -25,52 +25,56 @@ log = logging.getLogger(__name__)
 class StagingFolder:
     """The folder `.NAME.partial` beside what is to become NAME.
 
-    Nobody can begin a staging that any process still holds, where the file system has locks. See `begin` and `join`,
-    which make one.
+    Made by `begin` or `join`. Where the file system has locks, no process can begin one that another still holds.
     """
 
-    def __init__(self, final: Path, plan: TextIO):
+    def __init__(self, final: Path, job: TextIO):
         self.final = final
         self.path = _place(final)
-        self._plan = plan
+        self._job = job
 
     @classmethod
-    def begin(cls, final: Path, plan: dict[str, Any]) -> Self:
-        """Continue with what is there. plan: JSON-able, what is made from what; a folder with another plan is removed.
+    def begin(cls, final: Path, job: dict[str, Any]) -> Self:
+        """Create the staging folder, or continue the one that an interrupted call left behind.
 
-        Raises ConfigError where NAME exists, can't be made, or is being made by other processes.
+        Args:
+            final: The folder to be written.
+            job: JSON-able: what is made from what. What an interrupted call for another job left is deleted.
+
+        Raises:
+            ConfigError: The folder exists, can't be written, or is being written by other processes.
         """
         if final.exists() or final.is_symlink():
-            raise ConfigError([f"{final}: exists; give a folder that doesn't, or delete it"])
+            raise ConfigError([f"{final}: must not exist; give another folder, or delete it"])
         try:
             (_place(final) / _PARTS).mkdir(parents=True, exist_ok=True)
-            staging = cls(final, (_place(final) / _PLAN).open("a+", encoding="utf-8"))
+            staging = cls(final, (_place(final) / _JOB).open("a+", encoding="utf-8"))
         except OSError as error:
             raise ConfigError([f"{final}: can't be written ({error.strerror}); give another folder"]) from error
         staging._lock(fcntl.LOCK_EX)
-        staging._plan.seek(0)
-        text = json.dumps(plan)
-        if staging._plan.read() != text:
-            staging._plan.truncate(0)  # first: what is half thrown away must not look like this plan's
+        staging._job.seek(0)
+        text = json.dumps(job)
+        if staging._job.read() != text:
+            staging._job.truncate(0)  # first: a folder that is partly deleted must not look like one of this job
             for path in staging.path.iterdir():
-                if path.name != _PLAN:
+                if path.name != _JOB:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             (staging.path / _PARTS).mkdir()
-            staging._plan.write(text)
-            staging._plan.flush()
-            os.fsync(staging._plan.fileno())
+            staging._job.write(text)
+            staging._job.flush()
+            os.fsync(staging._job.fileno())
         staging._lock(fcntl.LOCK_SH)
         return staging
 
     @classmethod
     def join(cls, final: Path) -> Self:
-        """The staging that another process has begun and still holds. Raises OSError where this one can't see it."""
-        staging = cls(final, (_place(final) / _PLAN).open(encoding="utf-8"))
+        """Join the staging folder that another process has begun. Raises OSError if it can't be seen from here."""
+        staging = cls(final, (_place(final) / _JOB).open(encoding="utf-8"))
         staging._lock(fcntl.LOCK_SH)
         return staging
 
     def finish(self, part: str, files: Sequence[str], record: Any) -> None:
-        """Note that a part is complete: its files are on disk when this returns, and stay if the process dies."""
+        """Record that a part is complete. Its files are on disk when this returns, and stay if the process dies."""
         for name in files:
             sync(self.path / name, forget=True)
         sizes = {name: (self.path / name).stat().st_size for name in files}
@@ -78,7 +82,7 @@ class StagingFolder:
         write_atomically(self.path / _PARTS / f"{part}.json", content.encode())
 
     def done(self) -> dict[str, Any]:
-        """What `finish` was given for every part that is on disk."""
+        """Return the records that `finish` was given, by part, of all parts whose files are on disk."""
         found = {}
         for path in (self.path / _PARTS).glob("*.json"):
             part = json.loads(path.read_bytes())
@@ -87,32 +91,32 @@ class StagingFolder:
         return found
 
     def names(self) -> list[str]:
-        """The files that will be in the folder."""
-        found = {path.name for path in self.path.iterdir()} - {_PLAN, _PARTS}
-        return sorted(name for name in found if not name.endswith(".tmp"))  # a killed process may leave such
+        """Return the names of the files that the finished folder will hold."""
+        found = {path.name for path in self.path.iterdir()} - {_JOB, _PARTS}
+        return sorted(name for name in found if not name.endswith(".tmp"))  # a killed process may leave these behind
 
     def publish(self) -> None:
-        """Give the folder its name."""
+        """Move the folder to its final place."""
         for name in self.names():
             sync(self.path / name, forget=True)
         shutil.rmtree(self.path / _PARTS)
-        (self.path / _PLAN).unlink()
+        (self.path / _JOB).unlink()
         sync(self.path)
         self.path.rename(self.final)
         sync(self.final.parent)
         self.close()
 
     def discard(self) -> None:
-        """Throw everything away: what is in it is wrong."""
+        """Delete the folder, because its content is wrong."""
         shutil.rmtree(self.path)
         self.close()
 
     def close(self) -> None:
-        """Let others begin it."""
-        self._plan.close()
+        """Release the lock, so that another process can begin."""
+        self._job.close()
 
     def bytes(self) -> int:
-        """What is there already."""
+        """Return the bytes of all files that are there already."""
         return sum(self._size(name) or 0 for name in self.names())
 
     def _size(self, name: str) -> int | None:
@@ -121,12 +125,15 @@ class StagingFolder:
 
     def _lock(self, kind: int) -> None:
         try:
-            without = try_lock(self._plan.fileno(), kind)
+            without = try_lock(self._job.fileno(), kind)
         except BlockingIOError:
             self.close()
-            raise ConfigError([f"{self.final}: another process is writing it; wait for it, or end it"]) from None
-        if without and kind == fcntl.LOCK_EX:  # asked for once, by the one process that begins it
-            log.warning("%s: this file system has no locks (%s); don't write it twice at a time", self.final, without)
+            fix = "wait until it is done, or stop it"
+            raise ConfigError([f"{self.final}: another process is writing it; {fix}"]) from None
+        if without and kind == fcntl.LOCK_EX:  # warn once, in the process that begins
+            log.warning(
+                "%s: this file system has no locks (%s); let one command write it at a time", self.final, without
+            )
 
 
 def _place(final: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Work on files that several processes share: it fails on all of them or on none, and nobody waits for long."""
+"""Divide work on files over processes, which fail together and never wait for each other for long."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from megatron_mcpo.distributed.parallel import Peers, together
 
 
 @contextmanager
-def attempt(peers: Peers) -> Iterator[None]:
-    """A block as `together`; what the file system refuses is for the user to mend (ConfigError)."""
+def together_on_files(peers: Peers) -> Iterator[None]:
+    """Run a block as `together` does; what the file system refuses is a ConfigError, since the user can correct it."""
     with together(peers):
         try:
             yield
@@ -18,18 +18,23 @@ def attempt(peers: Peers) -> Iterator[None]:
             raise ConfigError([f"{error.filename or 'files'}: {error.strerror}; {rule}"]) from error
 
 
-def share[T, R](
+def for_each_rank[T, R](
     items: Sequence[T], peers: Peers, work: Callable[[T], R], *, after: Callable[[int], None] = lambda _count: None
 ) -> list[R]:
-    """Work on all items, each by one process; returns what this process has worked out.
+    """Give every rank its items to work on, in turns; return the results of this rank.
 
-    In turns: every process works on one item, then all wait for each other, which takes no longer than an item does.
-    after: called after every turn with the number of items worked on so far
+    In a turn every rank works on one item, then all wait for each other, which takes no longer than an item does.
+
+    Args:
+        items: What is to be done, the same on every rank.
+        peers: The ranks that share the work.
+        work: Called with one item.
+        after: Called after every turn with the number of items that are done so far.
     """
     own: list[R] = []
     for first in range(0, len(items), peers.world_size):
         turn = items[first : first + peers.world_size]
-        with attempt(peers):
+        with together_on_files(peers):
             own += [work(item) for item in turn[peers.rank : peers.rank + 1]]
         after(first + len(turn))
     return own

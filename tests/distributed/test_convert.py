@@ -345,13 +345,13 @@ def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("exists", "exists; give a folder that doesn't"),
-        ("itself", "is the source or lies in it; give another folder"),
-        ("inside", "is the source or lies in it; give another folder"),
+        ("exists", "must not exist; give another folder, or delete it"),
+        ("itself", "must lie outside of the source; give another folder"),
+        ("inside", "must lie outside of the source; give another folder"),
         ("layout", "must divide the 2 key-value heads"),
         ("mixed", "must all be bfloat16 or all float32"),
-        ("megatron", "`mcpo convert to-hf` converts these"),
-        ("full", "the disk has 1,000 left"),
+        ("megatron", "it is a Megatron checkpoint, which `mcpo convert to-hf` converts"),
+        ("full", "the disk has 1,000 free"),
         ("empty", "no such file"),
     ],
 )
@@ -392,7 +392,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(source: Path, tmp_path: Pat
     assert convert_to_hf.main([str(megatron), str(tmp_path / "out"), "--hf", str(other)]) == 2
     assert "q_layernorm.weight: unknown, the llama model has no such tensor" in capsys.readouterr().err
     assert convert_to_hf.main([str(source), str(tmp_path / "out")]) == 2
-    assert "no Megatron checkpoint" in capsys.readouterr().err
+    assert "must be a Megatron checkpoint (it has no .metadata)" in capsys.readouterr().err
     manifest, record = ((megatron / name).read_bytes() for name in ("manifest.json", "conversion.json"))
     (megatron / "manifest.json").unlink()
     assert convert_to_hf.main([str(megatron), str(tmp_path / "out")]) == 2
