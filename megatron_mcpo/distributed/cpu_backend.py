@@ -1,11 +1,11 @@
 """Make Megatron-Core run where there is no GPU: on CPU tensors, with gloo.
 
 Megatron-Core asks for CUDA by name. Inside `megatron.core.*` the name `torch` is therefore bound to a copy of the torch
-module in which `torch.cuda` means the CPU. Everybody else keeps the real torch, except that `Tensor.cuda()` and
-`Tensor.type()` answer differently when the caller is Megatron-Core. Nothing is touched on a GPU.
+module in which `torch.cuda` means the CPU. All other code keeps the real torch, except that `Tensor.cuda()` and
+`Tensor.type()` answer differently when the caller is Megatron-Core. On a GPU nothing is changed.
 
-`apply()` should run before Megatron-Core is imported (it works afterwards, at the price of slow imports and of
-functions that Megatron already handed to the compiler).
+`apply()` should run before Megatron-Core is imported. It also works afterwards, but imports are then slow and functions
+that Megatron already handed to the compiler stay there.
 """
 
 import contextlib
@@ -59,10 +59,10 @@ _torch_for_megatron: types.ModuleType | None = None
 
 
 def apply() -> bool:
-    """Make Megatron-Core run on the CPU unless a GPU is used; returns whether it does. Later calls do nothing."""
+    """Make Megatron-Core run on the CPU unless a GPU is used; return whether it does. Later calls do nothing."""
     global _torch_for_megatron
-    # Read when Transformer Engine is imported, by Megatron-Core: scales of FP8 blocks are then any number, as vLLM's,
-    # not powers of two.
+    # Transformer Engine reads this when Megatron-Core imports it: scales of FP8 blocks are then any number, as those of
+    # vLLM are, and not powers of two.
     os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     if uses_gpu():
         return False
@@ -80,7 +80,7 @@ def apply() -> bool:
 
 
 def interceptions() -> dict[str, int]:
-    """How often each interception answered Megatron-Core in this process; all of them are listed, also those at 0."""
+    """Return how often each interception answered Megatron-Core in this process, also those that never did."""
     return dict(_hits)
 
 
@@ -91,11 +91,11 @@ def _check_version() -> None:
         raise RuntimeError("megatron-core is not installed; pip install -r requirements.txt") from None
     if found not in TRIED_VERSIONS:
         tried = ", ".join(TRIED_VERSIONS)
-        warnings.warn(f"megatron-core {found} on the CPU is untried; tried: {tried}", stacklevel=3)
+        warnings.warn(f"megatron-core {found} has not been tried on the CPU; tried versions: {tried}", stacklevel=3)
 
 
 def _silence() -> None:
-    """Drop what Megatron-Core says about itself and this machine that no user can do anything about, nothing else."""
+    """Drop the warnings of Megatron-Core about which users can do nothing, and no others."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for logger, text in _KNOWN_LOG_LINES.items():
@@ -111,7 +111,7 @@ def _is_megatron(module_name: str) -> bool:
 
 
 def _intercept(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """`answer`, counting its calls under `name`."""
+    """Return `answer` as a function that counts its calls under `name`."""
     _hits[name] = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ def _intercept(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """A CUDA stream or event where work is synchronous: nothing is ever pending, and all are the same one."""
+    """The CUDA stream or event of a device whose work is synchronous: nothing is ever pending, and all are equal."""
 
     def __init__(self, *_args: Any, **_kwargs: Any):
         _hits["cuda.Stream"] += 1
@@ -134,23 +134,23 @@ class _Stream:
         return 0
 
     def wait_stream(self, _stream: "_Stream") -> None:
-        """Nothing is pending on the other stream."""
+        """Do nothing, since nothing is pending on the other stream."""
 
     def wait_event(self, _event: "_Stream") -> None:
-        """The event has already happened."""
+        """Do nothing, since the event has already happened."""
 
     def synchronize(self) -> None:
-        """Nothing is pending."""
+        """Do nothing, since nothing is pending."""
 
     def record_event(self, event: "_Stream | None" = None) -> "_Stream":
         return event or self
 
 
 def _copy_of_torch() -> types.ModuleType:
-    """A module like torch, with a CUDA that is the CPU.
+    """Return a module like torch whose `cuda` is the CPU.
 
-    A copy, attribute by attribute: what others do to the real `torch.cuda` later (vLLM replaces parts of it while it
-    builds an engine) doesn't reach Megatron-Core, and looking up a name costs what it did before.
+    It is a copy, attribute by attribute: what others do to the real `torch.cuda` later (vLLM replaces parts of it while
+    it builds an engine) does not reach Megatron-Core, and looking up a name costs no more than before.
     """
     copy = types.ModuleType("torch")
     copy.__dict__.update(torch.__dict__)
@@ -172,7 +172,7 @@ def _copy_of_cuda() -> types.ModuleType:
         "current_device": lambda: _CPU,
         "synchronize": lambda _device=None: None,
         "current_stream": lambda _device=None: _Stream(),
-        # The CPU's generator plays the CUDA generator: same seeds, same forks.
+        # The CPU's generator stands in for the CUDA generator: same seeds, same forks.
         "manual_seed": torch.default_generator.manual_seed,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
     }
@@ -186,7 +186,7 @@ def _copy_of_cuda() -> types.ModuleType:
 
 
 def _factory(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`real` with device="cuda" read as the CPU, and without pinned memory, which needs a CUDA driver."""
+    """Return `real` with device="cuda" read as the CPU, and without pinned memory, which needs a CUDA driver."""
 
     @functools.wraps(real)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -202,7 +202,7 @@ def _factory(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _answer_megatron_on_tensors() -> None:
-    """`tensor.cuda()` is the tensor, `tensor.type()` a CUDA type name: for callers in Megatron-Core only.
+    """Make `tensor.cuda()` return the tensor and `tensor.type()` a CUDA type name, for callers in Megatron-Core only.
 
     Megatron-Core tells parameter dtypes apart by comparing with "torch.cuda.FloatTensor" and its like.
     """
@@ -227,7 +227,7 @@ def _answer_megatron_on_tensors() -> None:
 
 
 def _adapt(module: types.ModuleType) -> None:
-    """Once for every module of Megatron-Core, right after it ran."""
+    """Adapt a module of Megatron-Core, once, right after it was imported."""
     names = module.__dict__
     if names.get("torch") is torch:
         names["torch"] = _torch_for_megatron
@@ -239,10 +239,10 @@ def _adapt(module: types.ModuleType) -> None:
             # Split sizes have to be numbers; the original makes numbers only of tensors on a GPU.
             names["maybe_move_tensor_to_cpu"] = _intercept("moe.maybe_move_tensor_to_cpu", _to_host)
         case "tensor_parallel.random":
-            # The original only queues the state until CUDA starts, which is never.
+            # The original queues the state until CUDA starts, which never happens here.
             names["_set_cuda_rng_state"] = _intercept("random._set_cuda_rng_state", _set_rng_state)
         case "dist_checkpointing.strategies.filesystem_async":
-            # A save in this process needs no queue between processes; the original starts a manager process a rank.
+            # A save in this process needs no queue between processes; the original starts a manager process per rank.
             names["_results_queue"] = queue.Queue()
 
 
@@ -255,7 +255,7 @@ def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = Fal
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds modules of Megatron-Core as Python does, and adapts each after it has run."""
+    """The finder of Megatron-Core's modules: Python's own, with a loader that adapts each module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None

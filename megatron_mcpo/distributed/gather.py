@@ -1,4 +1,4 @@
-"""Rows from all data-parallel ranks, in the batch's order. Shape legend: see megatron_mcpo.types."""
+"""Gather rows from all data-parallel ranks in the batch's order. Shape legend: see megatron_mcpo.types."""
 
 import torch
 import torch.distributed as dist
@@ -9,10 +9,10 @@ from megatron_mcpo.types import TrainBatch
 
 
 def gather_rows(local_ND: Tensor, batch: TrainBatch, groups: Groups) -> Tensor:
-    """All rollouts' rows [M, D] from every rank's own [N, D]; no gradient passes.
+    """Return the rows [M, D] of all rollouts from every rank's own [N, D], without gradient.
 
-    Ranks may hold different numbers of rows, also none: how many is known from the batch, and nothing is exchanged
-    but the rows themselves, padded to the largest share.
+    Ranks may hold different numbers of rows, also none. The numbers are known from the batch, so that only the rows
+    themselves are exchanged, padded to the largest share.
     """
     assert local_ND.shape[0] == len(batch), (local_ND.shape, len(batch))
     largest = max(len(rows) for rows in batch.rank_rows)

@@ -1,4 +1,4 @@
-"""Memory of a job: how much it took, and giving back what it does not need."""
+"""Measure the memory of a job, and give back what it does not need."""
 
 import ctypes
 import resource
@@ -13,9 +13,10 @@ from megatron_mcpo.distributed.parallel import Groups
 
 
 def peak_memory_gib(groups: Groups) -> float:
-    """GiB: the largest resident size so far of every rank, plus the present one of its worker processes, summed.
+    """Return the peak memory of the job in GiB. Collective over all ranks.
 
-    Pages that processes share count once for each of them, so this is an upper bound. On a GPU: the most memory that
+    On a CPU: the largest resident size so far of every rank plus the present one of its worker processes, summed. Pages
+    that processes share count once for each of them, so that this is an upper bound. On a GPU: the most memory that
     torch had reserved on any one device.
     """
     if uses_gpu():
@@ -30,10 +31,10 @@ def peak_memory_gib(groups: Groups) -> float:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, that of the device too.
+    """Give freed memory back to the system, including that of the device.
 
-    glibc keeps the holes that tensors of ever new sizes leave in its heap; over a run they add up to gigabytes. Torch
-    keeps what it freed on a GPU, and an engine takes its own beside it.
+    glibc keeps the gaps that tensors of ever new sizes leave in its heap; over a run they add up to gigabytes. Torch
+    keeps what it freed on a GPU, where the engine needs memory of its own.
     """
     if uses_gpu():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The ranks of a run: starting them, the groups they form, and failing together."""
+"""Start the ranks of a run, form their process groups, and let them agree and fail together."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 
 class Peers(Protocol):
-    """Processes that can agree. host: carries Python objects between them; None where there is but one of them."""
+    """Processes that can agree. host: the group that carries Python objects between them; None for a single process."""
 
     @property
     def rank(self) -> int: ...
@@ -36,7 +36,7 @@ class Peers(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Team:
-    """Processes that share work, and no model."""
+    """Processes that share work without forming the groups of a model."""
 
     rank: int = 0
     world_size: int = 1
@@ -45,12 +45,12 @@ class Team:
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Every process group this rank belongs to. None is never one of them: to torch.distributed it means all ranks.
+    """Every process group that this rank belongs to. No group is None, which means all ranks to torch.distributed.
 
     tensor, pipeline, context: the ranks that share this rank's weights, layers, sequences
     data: the ranks that hold the same shard of the model, at the same place of the sequence, in other replicas
     data_context: data x context, the ranks over which gradients are reduced
-    expert: the ranks that hold this stage's experts between them
+    expert: the ranks over which this stage's experts are divided
     world: all ranks; host: all ranks, for Python objects and CPU tensors (gloo)
     """
 
@@ -80,7 +80,7 @@ class Groups:
 
     @property
     def data_rank(self) -> int:
-        """Which replica this rank belongs to."""
+        """The number of the replica that this rank belongs to."""
         return self.data.rank()
 
     @property
@@ -102,11 +102,18 @@ class Groups:
 
 
 def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
-    """Start this rank and form the groups of `layout`. Collective over all ranks; once until `destroy`.
+    """Start this rank and form the groups of `layout`. Collective over all ranks; to be called once until `destroy`.
 
     The ranks are those that torchrun's environment names; without one this process is the only rank. A process group
-    that exists already is used as it is. A collective that takes longer than `timeout_seconds` fails.
-    Raises ValueError when `layout` does not fit the number of ranks.
+    that exists already is used as it is.
+
+    Args:
+        layout: How the ranks are divided.
+        seed: Of Megatron-Core's random states.
+        timeout_seconds: A collective that takes longer fails.
+
+    Raises:
+        ValueError: `layout` does not fit the number of ranks.
     """
     timeout = timedelta(seconds=timeout_seconds)
     if layout.tensor > 1:
@@ -118,25 +125,25 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
     world_size = dist.get_world_size()
     if layout.world_size != world_size:
         raise ValueError(
-            f"{layout} needs {layout.world_size} ranks, {world_size} are running; start {layout.world_size} of them"
+            f"{layout} needs {layout.world_size} ranks, {world_size} are running; start {layout.world_size} ranks"
         )
     _form_groups(layout, seed=seed, timeout=timeout, gloo=True)
-    # On a CPU the world's group carries objects already; NCCL can't.
+    # On a CPU the world's group already carries objects; NCCL can't.
     host = None if backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return _groups(layout, host)
 
 
 @contextmanager
 def pretend(layout: Layout, *, rank: int) -> Iterator[Groups]:
-    """The groups of one rank of a run that isn't there: nobody answers, collectives return at once (torch's fake).
+    """Provide the groups of one rank of a run that does not exist, to find out what that rank would hold and send.
 
-    For the shapes of what that rank would hold and of what it would send. Not while a process group exists.
+    Collectives return at once and move nothing (torch's fake backend). No process group may exist before.
     """
     assert not dist.is_initialized(), "a rank of a run can't pretend to be another one"
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
         _form_groups(layout, seed=0, timeout=timedelta(seconds=60), gloo=False)
-        # Its optimizer asks for groups of host tensors: these are as good, since nothing travels.
+        # The optimizer asks for groups of host tensors; these do as well, since nothing travels.
         parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = parallel_state.get_data_parallel_group(
             with_context_parallel=True
         )
@@ -148,7 +155,7 @@ def pretend(layout: Layout, *, rank: int) -> Iterator[Groups]:
 
 @contextmanager
 def team(*, timeout_seconds: float) -> Iterator[Team]:
-    """The processes that torchrun started, or this one alone. One that waits longer for the others fails."""
+    """Provide the processes that torchrun started, or this one alone; one that waits longer for the others fails."""
     if "RANK" not in os.environ:
         yield Team()
         return
@@ -160,7 +167,7 @@ def team(*, timeout_seconds: float) -> Iterator[Team]:
 
 
 def destroy() -> None:
-    """Leave all groups. Does nothing where there are none."""
+    """Leave all groups. Does nothing if there are none."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -169,8 +176,8 @@ def destroy() -> None:
 def raise_together(error: Exception | None, groups: Peers) -> None:
     """Agree whether any rank has an error; then every rank raises, or none. Collective over all ranks.
 
-    Raises this rank's own error, with the others' noted on it. A rank without one raises what the user has to mend
-    (ConfigError) where that is what stopped another, else a RuntimeError that names the ranks and their errors.
+    A rank with an error raises it, with those of the others as notes. A rank without one raises a ConfigError if
+    another rank has one, which the user can correct, else a RuntimeError that names the ranks and their errors.
     """
     if not anywhere(error is not None, groups):
         return
@@ -179,9 +186,9 @@ def raise_together(error: Exception | None, groups: Peers) -> None:
     failures = gather_objects(mine, groups)
     others = [f"rank {rank}: {each[0]}" for rank, each in enumerate(failures) if each and rank != groups.rank]
     if error is None:
-        to_mend = [problem for each in failures if each for problem in each[1]]
-        if to_mend:
-            raise ConfigError(list(dict.fromkeys(to_mend)))
+        to_correct = [problem for each in failures if each for problem in each[1]]
+        if to_correct:
+            raise ConfigError(list(dict.fromkeys(to_correct)))
         raise RuntimeError("failed on " + "; ".join(others))
     for note in others:
         error.add_note(f"also failed on {note}")
@@ -190,7 +197,7 @@ def raise_together(error: Exception | None, groups: Peers) -> None:
 
 @contextmanager
 def together(groups: Peers) -> Iterator[None]:
-    """A block whose failure on any rank is a failure on every rank, after the block (see `raise_together`).
+    """Run a block whose failure on any rank is a failure on every rank, after the block (see `raise_together`).
 
     Nothing inside may wait for another rank, which might have failed.
     """
@@ -203,7 +210,7 @@ def together(groups: Peers) -> Iterator[None]:
 
 
 def agree[T](value: T, groups: Peers) -> T:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank. Collective over all ranks."""
     if groups.host is None:
         return value
     box = [value]
@@ -212,7 +219,7 @@ def agree[T](value: T, groups: Peers) -> T:
 
 
 def anywhere(flag: bool, groups: Peers) -> bool:
-    """Whether the flag is set on any rank. Collective over all ranks."""
+    """Return whether the flag is set on any rank. Collective over all ranks."""
     if groups.host is None:
         return flag
     count = torch.tensor([flag], dtype=torch.int32)
@@ -221,7 +228,7 @@ def anywhere(flag: bool, groups: Peers) -> bool:
 
 
 def gather_objects[T](value: T, groups: Peers) -> list[T]:
-    """Every rank's value, in order of rank, on every rank."""
+    """Return every rank's value, in order of rank, on every rank. Collective over all ranks."""
     if groups.host is None:
         return [value]
     found: list[Any] = [None] * groups.world_size
@@ -240,7 +247,10 @@ def _start(timeout: timedelta) -> None:
 
 
 def _form_groups(layout: Layout, *, seed: int, timeout: timedelta, gloo: bool) -> None:
-    """gloo: whether Megatron-Core also gets groups for host tensors, which its checkpoints use"""
+    """Form Megatron-Core's groups and seed its random states.
+
+    gloo: whether it also gets groups for host tensors, which its checkpoints use
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -255,7 +265,7 @@ def _form_groups(layout: Layout, *, seed: int, timeout: timedelta, gloo: bool) -
 
 
 def _groups(layout: Layout, host: dist.ProcessGroup | None) -> Groups:
-    """host: None for the world's own group"""
+    """Collect the groups that Megatron-Core formed. host: None for the world's own group"""
     world = dist.group.WORLD
     assert world is not None
     return Groups(

@@ -1,8 +1,8 @@
-"""Adam with the interface and the state of the FusedAdam that Transformer Engine and NVIDIA apex provide.
+"""Provide Adam with the interface and the state of the FusedAdam of Transformer Engine and NVIDIA apex.
 
 Where neither is installed, Megatron-Core falls back to torch.optim.AdamW, whose state it can save but not load into a
 distributed optimizer: the step is kept per parameter there and per group here. With this class all machines write
-one kind of optimizer checkpoint.
+the same kind of optimizer checkpoint.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,10 +14,10 @@ from torch.optim.adamw import adamw
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW. State: `exp_avg` and `exp_avg_sq` a parameter, `step` (int) a parameter group.
+    """AdamW. State: `exp_avg` and `exp_avg_sq` per parameter, `step` (int) per parameter group.
 
-    The formula is torch.optim.AdamW's. Of the original's keywords those are taken that Megatron-Core passes.
-    Raises ValueError for `adam_w_mode=False` and for `capturable=True`, which nothing here needs.
+    The formula is torch.optim.AdamW's. It takes those of the original's keywords that Megatron-Core passes, and raises
+    ValueError for `adam_w_mode=False` and for `capturable=True`, which nothing here needs.
     """
 
     def __init__(
@@ -32,9 +32,13 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ):
         if not adam_w_mode:
-            raise ValueError("adam_w_mode = False: weight decay is decoupled here; set decoupled_weight_decay = True")
+            raise ValueError(
+                "adam_w_mode = False: must be True (weight decay is decoupled here); set decoupled_weight_decay = True"
+            )
         if capturable:
-            raise ValueError("capturable = True: no CUDA graph holds this optimizer; set optimizer_cuda_graph = False")
+            raise ValueError(
+                "capturable = True: must be False (no CUDA graph is captured here); set optimizer_cuda_graph = False"
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -83,7 +87,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install() -> bool:
-    """Make Megatron-Core use this class unless it found a FusedAdam of its own; returns whether it does."""
+    """Make Megatron-Core use this class unless it found a FusedAdam of its own; return whether it does."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 

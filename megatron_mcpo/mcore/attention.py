@@ -1,7 +1,7 @@
-"""Causal attention on torch alone, for Megatron-Core's self-attention where there is no Transformer Engine.
+"""Compute causal attention in plain torch, for Megatron-Core's self-attention without Transformer Engine.
 
 Megatron-Core's own module refuses packed sequences and context parallelism; this one does both, in the same layouts as
-Transformer Engine's. Legend: T tokens of this rank, S tokens of all context ranks, L keys, D channels a head.
+Transformer Engine's. Legend: T tokens of this rank, S tokens of all context ranks, L keys, D channels per head.
 """
 
 import functools
@@ -23,16 +23,15 @@ from torch import Tensor
 LONGEST_PLAIN = 256
 """Up to this many keys, matrix products are faster on a CPU than torch's fused kernel, and their scores fit."""
 
-
 LONGEST_PLAIN_UNIT = 512
 """Up to this many tokens of a prompt and its responses, one masked product is faster than one for each response."""
 
 
 @dataclass
 class SharedPrompts(PackedSeqParams):
-    """A pack in which the responses to a prompt follow ONE copy of it: none of them sees another.
+    """A pack in which the responses to a prompt follow one copy of it and do not see each other.
 
-    units: of every prompt in the pack its number of tokens and those of its responses, in packed order
+    units: for every prompt in the pack its number of tokens and those of its responses, in packed order
     positions_T: int64, each token's position in its own sequence (prompt, then response)
     """
 
@@ -44,8 +43,8 @@ class CoreAttention(MegatronModule):
     """softmax(scale q k^T + causal mask) v, with grouped queries; packed (thd) or equally long (sbhd) sequences.
 
     With context parallelism a sequence is cut into 2 * cp chunks, of which rank r holds chunks r and 2 * cp - 1 - r
-    (equal work for all); keys and values are gathered, every rank answers its own queries.
-    The constructor's arguments are those that Megatron-Core passes; raises ValueError for what it doesn't implement.
+    (equal work for all); keys and values are gathered, and every rank computes its own queries.
+    The constructor's arguments are those that Megatron-Core passes; it raises ValueError for what it doesn't implement.
     """
 
     def __init__(
@@ -81,9 +80,9 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Packed: query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D].
+        """Attend causally: packed query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D].
 
-        Otherwise [s, b, heads, D] and so on -> [s, b, heads * D]. `attention_mask` is not read: causal is all there is.
+        Not packed: [s, b, heads, D] and so on -> [s, b, heads * D]. `attention_mask` is not read.
         """
         assert attention_bias is None
         if isinstance(packed_seq_params, SharedPrompts):
@@ -97,7 +96,10 @@ class CoreAttention(MegatronModule):
         return out.view(batch, num_tokens, -1).transpose(0, 1).contiguous()
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """`lengths`: tokens that this rank holds of each sequence; they fill the first dimension of all tensors."""
+        """Attend within each sequence of a pack.
+
+        lengths: tokens that this rank holds of each sequence; they fill the first dimension of all tensors
+        """
         assert sum(lengths) == query.shape[0], "the sequences must fill the pack: pad inside of them"
         num_ranks, rank = self.context_group.size(), self.context_group.rank()
         if num_ranks == 1:
@@ -118,8 +120,8 @@ class CoreAttention(MegatronModule):
     def _attend_shared(
         self, query: Tensor, key: Tensor, value: Tensor, units: tuple[tuple[int, tuple[int, ...]], ...]
     ) -> Tensor:
-        """Every prompt attends to itself, every response to its prompt and to itself."""
-        assert self.context_group.size() == 1, "context parallelism cuts sequences, prompts can't be shared"
+        """Let every prompt attend to itself, and every response to its prompt and itself."""
+        assert self.context_group.size() == 1, "prompts can't be shared where context parallelism cuts sequences"
         lengths = [prompt + sum(responses) for prompt, responses in units]
         parts = zip(units, *(x.split(lengths) for x in (query, key, value)), strict=True)
         return torch.cat([shared_attention(q, k, v, unit, self.scale) for unit, q, k, v in parts])
@@ -128,8 +130,8 @@ class CoreAttention(MegatronModule):
 class PackedSelfAttention(SelfAttention):
     """Megatron-Core's self-attention, with the rotary angles of a pack laid out once instead of sequence by sequence.
 
-    Given angles for positions 0..longest, Megatron-Core rotates every sequence on its own: slow when there are many
-    short ones. Given one row of angles a token it rotates the pack at once.
+    Given angles for positions 0..longest, Megatron-Core rotates every sequence on its own, which is slow for many short
+    ones. Given one row of angles per token it rotates the pack at once.
     """
 
     def forward(
@@ -141,7 +143,7 @@ class PackedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the base class; `rotary_pos_emb` [longest, 1, 1, D]."""
+        """Do what the base class does, with `rotary_pos_emb` [longest, 1, 1, D] laid out for the pack."""
         if isinstance(packed_seq_params, SharedPrompts) and rotary_pos_emb is not None:
             rotary_pos_emb = rotary_pos_emb[packed_seq_params.positions_T]
         elif packed_seq_params is not None and rotary_pos_emb is not None:
@@ -158,9 +160,10 @@ class PackedSelfAttention(SelfAttention):
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention of one sequence: query [T, heads, D] are the last T of the L positions of key, value [L, kv heads, D].
+    """Return the attention [T, heads, D] of one sequence in which the queries are the last T of the L positions.
 
-    Returns [T, heads, D]. Scores and softmax are fp32 in every dtype: bf16 scores quadruple the error of the output.
+    query: [T, heads, D]; key, value: [L, kv heads, D]
+    Scores and softmax are fp32 in every dtype: bf16 scores quadruple the error of the output.
     """
     num_queries, num_keys = query.shape[0], key.shape[0]
     if query.device.type == "cpu" and num_keys <= LONGEST_PLAIN:
@@ -185,7 +188,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 def shared_attention(
     query: Tensor, key: Tensor, value: Tensor, unit: tuple[int, tuple[int, ...]], scale: float
 ) -> Tensor:
-    """`causal_attention` of one prompt and, behind it, its responses, which don't see each other."""
+    """Return the `causal_attention` of a prompt and the responses behind it, which do not see each other."""
     prompt, responses = unit
     if query.device.type == "cpu" and query.shape[0] <= LONGEST_PLAIN_UNIT:
         return _plain(query, key, value, scale, _unit_mask(prompt, responses, query.device))
@@ -198,7 +201,7 @@ def shared_attention(
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """Attention as two batched matrix products; the heads of a group share its keys without copies of them.
+    """Compute attention as two batched matrix products; the heads of a group share its keys without copies of them.
 
     mask: [T, L], added to the scores
     """
@@ -219,14 +222,14 @@ def _causal_mask(device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=128)
 def _unit_mask(prompt: int, responses: tuple[int, ...], device: torch.device) -> Tensor:
-    """-inf where a token of a unit must not see another: later ones, and those of other responses."""
+    """Return a mask [T, T] with -inf where a token of a unit must not see another: later ones, and other responses."""
     owner = torch.repeat_interleave(torch.arange(len(responses) + 1), torch.tensor([prompt, *responses]))
     visible = ((owner[:, None] == owner) | (owner == 0)).tril()
     return torch.zeros(visible.shape).masked_fill(~visible, -math.inf).to(device)
 
 
 def _lengths(params: PackedSeqParams, num_ranks: int) -> tuple[int, ...]:
-    """Tokens that a rank holds of each sequence of a pack, padding included."""
+    """Return how many tokens a rank holds of each sequence of a pack, padding included."""
     assert params.qkv_format == "thd"
     ends = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
     whole = ends.diff().tolist()
@@ -236,7 +239,7 @@ def _lengths(params: PackedSeqParams, num_ranks: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _sequence_order(lengths: tuple[int, ...], num_ranks: int) -> Tensor:
-    """Where the tokens of all sequences, in their own order, lie in the concatenation of the ranks' packs. [S]"""
+    """Return the places [S] of all sequences' tokens, in their own order, in the concatenation of the ranks' packs."""
     num_local, start, order = sum(lengths), 0, []
     for length in lengths:
         half = length // 2

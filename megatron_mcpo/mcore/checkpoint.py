@@ -1,9 +1,9 @@
-"""Saving and loading what a run needs to go on: model, head, optimizer, schedule, random states, and the loop's state.
+"""Save and load what a run needs to resume: model, head, optimizer, schedule, random states, and the loop's state.
 
 A checkpoint holds Megatron's sharded files, which can be loaded under any parallel layout, state.json, the model's
 configuration and tokenizer, with which it can be exported anywhere, and the manifest of
-megatron_mcpo.storage.checkpoint_files. The manifest shows damage, not malice: who can write a checkpoint can write its
-manifest. That is why no checkpoint is trusted: nothing in one can run code, whoever wrote it (mcore.pickles).
+megatron_mcpo.storage.checkpoint_files. The manifest shows damage, not malice: whoever can write a checkpoint can write
+its manifest. No checkpoint is trusted, therefore: nothing in one can run code (weights/safe_unpickler.py).
 """
 
 import json
@@ -33,29 +33,33 @@ from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.mapping import parameters
 
 FORMAT = 2
-"""Of state.json and what stands in the sharded files. The manifest has no version: it is read before this is known."""
+"""The version of state.json and of the sharded files' content. The manifest has none, as it is read before this."""
 
 _NEW_RUN = "or start a new run with --run.resume never"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """state: what `save` was given; layout: of the run that wrote it; passed_over: newer ones, and their damage"""
+    """A checkpoint that was loaded.
+
+    state: what `save` was given; layout: of the run that wrote it
+    skipped: a line for each newer checkpoint that is damaged
+    """
 
     step: int
     layout: str
     state: dict[str, Any]
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
 class Checkpoints:
-    """The checkpoints of one run. Methods but `warnings` and `close` are collective, and fail on all ranks or on none.
+    """The checkpoints of one run. All methods but `warnings` and `close` are collective, and fail on all ranks or none.
 
     vocabulary: fingerprint of the tokenizer, which a checkpoint's must equal
     assets: name -> content of the files besides weights that an export needs; on rank 0
-    keep, keep_every: the newest `keep` stay, and besides them those of every keep_every-th step (0: none)
-    in_background: `save` returns when this rank's state is copied to host memory, a thread writes it; needs that memory
+    keep, keep_every: the newest `keep` are kept, and those of every keep_every-th step besides (0: none)
+    in_background: `save` returns when this rank's state is copied to host memory, and a thread writes it from there
     """
 
     policy: Policy
@@ -68,11 +72,12 @@ class Checkpoints:
     _under_way: tuple[int, Saving] | None = field(default=None, init=False)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the checkpoint of `step`, of the state as it is now, once the one under way has its name.
+        """Finish the checkpoint under way, then begin that of `step` from the present state.
+
+        Without in_background the checkpoint is complete when this returns. Raises what `finish` raises, and OSError;
+        the other checkpoints are then untouched.
 
         state: JSON-able, the same on every rank
-        Without in_background it also is complete when this returns. Raises as `finish`, and OSError; the others are
-        untouched then.
         """
         self.finish()
         header = json.dumps({**self._header(step), "state": state}).encode()
@@ -88,15 +93,17 @@ class Checkpoints:
             self.finish()
 
     def advance(self) -> None:
-        """Give the checkpoint under way its name where all ranks have written theirs. Raises as `finish`."""
+        """Finish the checkpoint under way if all ranks have written their shards. Raises what `finish` raises."""
         if self._under_way and all(gather_objects(self._under_way[1].is_written, self.policy.groups)):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint under way, give it its name, then delete those that are not kept any more.
+        """Wait for the checkpoint under way, give it its name, then delete those that are no longer kept.
 
-        Raises ConfigError (no room on the disk) or RuntimeError where it could not be written: it is gone then, and the
-        others are untouched. OSError where they can't be deleted.
+        Raises:
+            ConfigError: The disk had too little room. What was written is deleted, other checkpoints are untouched.
+            RuntimeError: It could not be written for another reason; the same holds.
+            OSError: Old checkpoints could not be deleted.
         """
         if self._under_way is None:
             return
@@ -109,56 +116,58 @@ class Checkpoints:
                 checkpoint_files.prune(self.folder, newest=step, keep=self.keep, keep_every=self.keep_every)
 
     def close(self) -> None:
-        """Leave what is under way unfinished: for a process that is about to end."""
+        """Abandon the checkpoint under way, because the process is about to end."""
         if self._under_way:
             self._under_way[1].abandon()
 
     def warnings(self) -> list[str]:
-        """What a user should know before the first save: it needs room for one more checkpoint than are kept."""
+        """Return a warning if the disk lacks room for the checkpoints that are kept and the one being written."""
         more = self.keep + 1 - len(step_files(self.folder))
         size = self._approximate_bytes()
         free = shutil.disk_usage(self.folder).free
         if free >= size * more:
             return []
         return [
-            f"WARNING: {self.folder}: the disk has {free:,} bytes left, and {more} more checkpoints of about {size:,} "
-            f"bytes each have to fit (run.keep_checkpoints = {self.keep}, and the one being written): a save without "
-            "room ends the run; free some, or lower run.keep_checkpoints"
+            f"WARNING: {self.folder}: the disk has {free:,} bytes free, but {more} more checkpoints of about {size:,} "
+            f"bytes each have to fit (run.keep_checkpoints = {self.keep}, and the one being written); a save without "
+            "room ends the run; free some space, or lower run.keep_checkpoints"
         ]
 
     def load(self) -> Loaded | None:
-        """Put the newest checkpoint whose files are whole into a policy that was just built; None where there is none.
+        """Load the newest undamaged checkpoint into a policy that was just built; return None if there is none.
 
-        Every rank gets its random states back where the checkpoint was written by as many ranks; there is no telling
-        which of them others should have.
-        Raises ConfigError where there are checkpoints but none is whole, and where the newest whole one is not this
-        run's: of another format, model or vocabulary, or with contents that are none of a checkpoint.
+        Every rank gets its random states back if the checkpoint was written by as many ranks; otherwise it is not known
+        which rank should have which.
+
+        Raises:
+            ConfigError: There are checkpoints but all are damaged, or the newest undamaged one does not belong to this
+                run: it has another format, model or vocabulary, or its contents are not those of a checkpoint.
         """
         groups = self.policy.groups
-        passed_over: list[str] = []
+        skipped: list[str] = []
         for path in reversed(agree([path for _, path in step_files(self.folder)], groups)):
             damage = self._damage(path)
             if not damage:
-                return self._load(path, tuple(passed_over))
-            passed_over.append(f"{path} is damaged: {'; '.join(damage)}")
-        if passed_over:
-            raise ConfigError([*passed_over, f"no checkpoint is left to go on from; put one back, {_NEW_RUN}"])
+                return self._load(path, tuple(skipped))
+            skipped.append(f"{path} is damaged: {'; '.join(damage)}")
+        if skipped:
+            raise ConfigError([*skipped, f"no undamaged checkpoint is left to resume from; put one back, {_NEW_RUN}"])
         return None
 
     def _damage(self, path: Path) -> list[str]:
-        """What is wrong with the files; every rank reads its share of them."""
+        """Return what is wrong with a checkpoint's files; every rank reads its share of them."""
         groups = self.policy.groups
         with together(groups):
             own = checkpoint_files.problems(path, part=groups.rank, num_parts=groups.world_size)
         return sorted({problem for part in gather_objects(own, groups) for problem in part})
 
-    def _load(self, path: Path, passed_over: tuple[str, ...]) -> Loaded:
+    def _load(self, path: Path, skipped: tuple[str, ...]) -> Loaded:
         policy, groups = self.policy, self.policy.groups
         with together(groups):
             header = self._read_header(path)
             _check_contents(path)
         with together(groups), _opening(path):
-            # Also the first thing that Megatron loads, before its ranks wait for each other: there none fails alone.
+            # Megatron loads this first, too, but before its ranks wait for each other: here none fails alone.
             dist_checkpointing.load_common_state_dict(str(path))
         wanted = _sharded_state(policy, is_loading=True)
         if header["ranks"] == groups.world_size:
@@ -173,10 +182,10 @@ class Checkpoints:
             torch.set_rng_state(loaded["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
         policy.version = header["version"]
-        return Loaded(step=header["step"], layout=header["layout"], state=header["state"], passed_over=passed_over)
+        return Loaded(step=header["step"], layout=header["layout"], state=header["state"], skipped=skipped)
 
     def _approximate_bytes(self) -> int:
-        """Of a checkpoint: every weight, its fp32 copy and two moments; the head not counted."""
+        """Estimate the bytes of a checkpoint: every weight, its fp32 copy and two moments, without the head."""
         rows = [
             parameter.mapping
             for parameter in parameters(self.policy.model_config, Layout())
@@ -186,7 +195,7 @@ class Checkpoints:
         return count * (next(self.policy.chunks[0].parameters()).element_size() + 12)
 
     def _header(self, step: int) -> dict[str, Any]:
-        """What state.json says besides the loop's state."""
+        """Return the content of state.json besides the loop's state."""
         return {
             "format": FORMAT,
             "step": step,
@@ -199,7 +208,7 @@ class Checkpoints:
         }
 
     def _read_header(self, path: Path) -> dict[str, Any]:
-        """state.json, of this format, model and vocabulary. Raises ConfigError with all that differs."""
+        """Read state.json. Raises ConfigError with all that differs: format, model, vocabulary."""
         own = self._header(0)
         try:
             found = json.loads((path / STATE).read_bytes())
@@ -209,13 +218,15 @@ class Checkpoints:
             value = found.get("format") if isinstance(found, dict) else None
             raise ConfigError(
                 [
-                    f"{path / STATE}: format = {value!r}: this version reads {FORMAT}; go on with the version that "
-                    f"wrote it, {_NEW_RUN}"
+                    f"{path / STATE}: format = {value!r}: must be {FORMAT} (this version reads no other); resume "
+                    f"with the version that wrote it, {_NEW_RUN}"
                 ]
             )
         wrong = [key for key in (*own, "state") if type(found.get(key)) is not type(own.get(key, {}))]
         if wrong:
-            raise ConfigError([f"{path / STATE}: {wrong[0]} = {found.get(wrong[0])!r}: no value of it; {_NEW_RUN[3:]}"])
+            raise ConfigError(
+                [f"{path / STATE}: {wrong[0]} = {found.get(wrong[0])!r}: has the wrong type; {_NEW_RUN[3:]}"]
+            )
         if found["experts_apart"] != own["experts_apart"]:
             fix = "set parallel.expert above 1" if found["experts_apart"] else "set parallel.expert and tensor to 1"
             raise ConfigError(
@@ -237,7 +248,7 @@ class Checkpoints:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Fields of the model that are not the same."""
+    """Return a line for every field in which two models differ."""
     return [
         f"model.{key} = {theirs.get(key)!r}, that of model.path has {ours.get(key)!r}"
         for key in sorted(theirs.keys() | ours.keys())
@@ -246,11 +257,11 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _check_contents(path: Path) -> None:
-    """Raises ConfigError where the table of contents could run code or names files that are not the checkpoint's."""
+    """Check the table of contents. Raises ConfigError if it could run code or names files that are not there."""
     try:
         metadata = safe_unpickler.read_metadata(path)
     except ValueError as error:
-        raise ConfigError([f"{path}: {error}; it was not opened: delete it, {_NEW_RUN}"]) from error
+        raise ConfigError([f"{path}: {error}; it was not opened; delete it, {_NEW_RUN}"]) from error
     shards = {str(getattr(info, "relative_path", info)) for info in metadata.storage_data.values()}
     lost = sorted(shards - set(checkpoint_files.names(path)))
     if lost:
@@ -259,21 +270,21 @@ def _check_contents(path: Path) -> None:
 
 @contextmanager
 def _opening(path: Path) -> Iterator[None]:
-    """A block that opens sharded files. Raises ConfigError for whatever is wrong with them, code in them too."""
+    """Run a block that opens sharded files. Raises ConfigError for all that is wrong with them, also for code."""
     try:
         with safe_unpickler.no_code():
             yield
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
-        fix = f"go back to the layout it was written under, or delete it to go on from the one before, {_NEW_RUN}"
+    except (Exception, CheckpointException) as error:  # torch's own does not derive from Exception
+        fix = f"use the layout it was written under, or delete it to resume from the one before, {_NEW_RUN}"
         raise ConfigError([f"{path}: can't be loaded ({reason(error)}); {fix}"]) from error
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
-    """What is saved, described so that another layout can load it."""
+    """Return the tensors to be saved, described so that another layout can load them."""
     megatron_fixes.count_padding(policy.gradient_buffers)
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
-        if part.optimizer is not None:  # as where a rank has no parameters of its kind
-            part.init_state_fn(part.optimizer, part.config)  # what the first update does; it may not have been yet
+        if part.optimizer is not None:  # a rank may have no parameters of its kind
+            part.init_state_fn(part.optimizer, part.config)  # the first update does this, but may not have happened yet
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -289,6 +300,6 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _random_states(groups: Groups) -> ShardedObject:
-    """This rank's random states. Nothing draws from them today: no layer drops out, and every rollout has a seed."""
+    """Return this rank's random states. Nothing draws from them today: there is no dropout, and rollouts have seeds."""
     states = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
     return ShardedObject("rng", states, (groups.world_size,), (groups.rank,), replica_id=0)

@@ -1,8 +1,8 @@
-"""Weight gradients added in fp32 by the matrix product that makes them, where Megatron-Core's own extension is missing.
+"""Add weight gradients in fp32 within their matrix product, where Megatron-Core's own extension is missing.
 
-Megatron-Core (0.19.2) asks for `fused_weight_gradient_mlp_cuda`, a compiled part of NVIDIA apex, and refuses to build
-even an output layer that nobody calls without it; Transformer Engine's layers fuse by themselves. torch can do the same
-product. What counts is the compiled extension: the package `apex` of the package index is an unrelated project.
+Megatron-Core (0.19.2) asks for `fused_weight_gradient_mlp_cuda`, a compiled part of NVIDIA apex, and without it refuses
+to build even an output layer that is never called; Transformer Engine's layers fuse by themselves. torch can compute
+the same product. Only the compiled extension counts: the package `apex` of the package index is an unrelated project.
 """
 
 import importlib
@@ -20,13 +20,13 @@ from megatron_mcpo.distributed.device import device
 
 EXTENSION = "fused_weight_gradient_mlp_cuda"
 _SIZE = 16
-"""Of the product that tells whether torch can: what its kernels want rows to be a multiple of."""
+"""The size of the product that tests torch's kernels, which need rows to be a multiple of it."""
 
 
 def fuses_gradients(dtype: torch.dtype) -> bool:
-    """Whether weights in `dtype` can have fused gradients on this machine; makes Megatron-Core able to.
+    """Return whether weights in `dtype` can have fused gradients on this machine, and enable them in Megatron-Core.
 
-    In bf16 on a GPU only: elsewhere gradients are fp32 already, or there is no such product.
+    Only for bf16 on a GPU: elsewhere gradients are fp32 already, or torch lacks such a product.
     """
     return dtype is torch.bfloat16 and device().type == "cuda" and _prepared()
 
@@ -45,7 +45,7 @@ def _prepared() -> bool:
 
 
 def extension_there() -> bool:
-    """Whether NVIDIA's compiled extension can be imported, as Megatron-Core found it or didn't."""
+    """Return whether NVIDIA's compiled extension can be imported."""
     try:
         importlib.import_module(EXTENSION)
     except ImportError:
@@ -54,7 +54,7 @@ def extension_there() -> bool:
 
 
 def foreign_apex() -> str | None:
-    """What to say about a package named apex that is not NVIDIA's."""
+    """Return a warning about an installed package named apex that is not NVIDIA's; None if there is none."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return None
@@ -68,13 +68,13 @@ def foreign_apex() -> str | None:
 
 
 def put_in() -> None:
-    """Give Megatron-Core `accumulate` in the extension's place; its linear layers look it up whenever they need it."""
+    """Give Megatron-Core `accumulate` in place of the extension; its linear layers look it up at every use."""
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
     layers._grad_accum_fusion_available = True
 
 
 def accumulate(input_TK: Tensor, grad_TN: Tensor, main_grad_NK: Tensor) -> None:
-    """main_grad += grad^T input. main_grad in fp32, the others in bf16 (on a GPU) or fp32."""
+    """Add grad^T input to main_grad, which is in fp32; the others are in bf16 (on a GPU) or fp32."""
     if input_TK.dtype == main_grad_NK.dtype:
         main_grad_NK.addmm_(grad_TN.t(), input_TK)
     else:
@@ -82,7 +82,7 @@ def accumulate(input_TK: Tensor, grad_TN: Tensor, main_grad_NK: Tensor) -> None:
 
 
 def _adds_up() -> bool:
-    """Whether torch has the product for this GPU, and it is right: sums of small integers are exact."""
+    """Return whether torch has the product for this GPU and computes it correctly: sums of small integers are exact."""
     input_TK = torch.arange(_SIZE * _SIZE, device=device()).view(_SIZE, _SIZE).remainder(7).bfloat16()
     grad_TN = input_TK.flip(0)
     main_grad_NK = torch.ones(_SIZE, _SIZE, device=device())

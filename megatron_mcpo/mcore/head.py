@@ -1,4 +1,4 @@
-"""The contrastive head: from the pooled hidden state of a response to a unit vector.
+"""Map the pooled hidden state of a response to a unit vector: the contrastive head.
 
 Shape legend: see megatron_mcpo.types.
 """
@@ -17,7 +17,10 @@ _DEFAULT_DIM = 512
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """pool: the mean over a response's hidden states, or its last one; detach: no gradient leaves the head"""
+    """The shape of a contrastive head.
+
+    pool: the mean over a response's hidden states, or its last one; detach: no gradient leaves the head
+    """
 
     dim: int
     kind: Literal["linear", "mlp"] = "linear"
@@ -27,7 +30,7 @@ class HeadSpec:
 
     @staticmethod
     def of(settings: ContrastiveConfig, *, hidden_size: int, seed: int) -> "HeadSpec | None":
-        """The head that the configuration asks for; None where there is no contrastive term."""
+        """Return the head that the configuration asks for; None without a contrastive term."""
         if not settings.enabled:
             return None
         return HeadSpec(
@@ -60,7 +63,7 @@ class ContrastiveHead(nn.Module):
         self.hidden_weight = parameter(hidden_size) if spec.kind == "mlp" else None
 
     def forward(self, pooled_NH: Tensor) -> Tensor:
-        """Pooled hidden states [N, H] to representations [N, D] in fp32, unit rows."""
+        """Map pooled hidden states [N, H] to representations [N, D] in fp32 with unit rows."""
         hidden_NH = (pooled_NH.detach() if self.spec.detach else pooled_NH).float()
         if self.hidden_weight is not None:
             hidden_NH = F.gelu(F.linear(hidden_NH, self.hidden_weight.float()))

@@ -1,7 +1,7 @@
-"""Log-probs and entropies over a vocabulary that is split over the tensor group, whose logits are never whole.
+"""Compute log-probs and entropies over a vocabulary that is split over the tensor group, without all logits at once.
 
-The output layer is part of the computation, so that logits exist for some columns of the vocabulary at a time, once on
-the way forward and once more on the way back: the online softmax of Milakov & Gimelshein
+The output layer is part of the computation, so that logits exist for some columns of the vocabulary at a time, once in
+the forward pass and once more in the backward pass: the online softmax of Milakov & Gimelshein
 (https://arxiv.org/abs/1805.02867, algorithm 3). Megatron's own vocab_parallel_cross_entropy keeps an fp32 copy of all
 logits, takes padded rows into its softmax and has no entropy.
 
@@ -18,20 +18,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 MOST_LOGITS = 2**23
-"""Logits that exist at one time; a few fp32 tensors of this size are held."""
+"""The most logits that exist at one time; a few fp32 tensors of this size are held."""
 
 
 def linear_logprobs(
     hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, *, first_token: int, temperature: float, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs [R] of the targets, differentiable; entropies [R] in nats, not differentiable), both fp32.
+    """Return log-probs [R] of the targets (differentiable) and entropies [R] in nats (not differentiable), both fp32.
 
-    hidden_RH: the output layer's input, the same on all ranks of `group`, whose gradients have yet to be added up
-    weight_VH: this rank's rows of the output layer; they stand for the tokens first_token, first_token + 1, ...
-    target_R: token ids in the whole vocabulary
-    temperature: logits are divided by it
-    Two all-reduces over `group`: the row maxima, and three numbers a row. Products are in the dtype of `weight_VH`,
-    sums in fp32. Beside inputs and their gradients it holds O(R H) and some times `MOST_LOGITS` numbers.
+    Two all-reduces over `group`: the row maxima, and three numbers per row. Products are in the dtype of `weight_VH`,
+    sums in fp32. Beside inputs and their gradients it holds O(R H) and a few times `MOST_LOGITS` numbers.
+
+    Args:
+        hidden_RH: The output layer's input, the same on all ranks of `group`; its gradient still has to be summed over
+            them.
+        weight_VH: This rank's rows of the output layer, for the tokens first_token, first_token + 1, ...
+        target_R: Token ids in the whole vocabulary.
+        first_token: The token of the first row of `weight_VH`.
+        temperature: Logits are divided by it.
+        group: The ranks over which the vocabulary is split.
     """
     return _LinearLogProbs.apply(hidden_RH, weight_VH, target_R, first_token, temperature, group)
 
@@ -89,19 +94,19 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _chunks(weight_VH: Tensor, num_rows: int) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first row, rows). Cut by vocabulary: a row of the weight's gradient is one product over all R."""
+    """Yield (number of the first row, rows); cut by vocabulary: a row of the gradient is one product over all R."""
     size = max(1, MOST_LOGITS // max(1, num_rows))
     for first in range(0, len(weight_VH), size):
         yield first, weight_VH[first : first + size]
 
 
 def _logits(hidden_RH: Tensor, weight_cH: Tensor, temperature: float) -> Tensor:
-    """[R, c] in fp32, a tensor of its own."""
+    """Return the logits [R, c] in fp32, in memory of their own."""
     return F.linear(hidden_RH, weight_cH).float().div_(temperature)
 
 
 def _columns(target_R: Tensor, first_token: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """(columns of the targets in a chunk, whether they are in it at all; where not, some column)."""
+    """Return the columns of the targets in a chunk, and whether they are in it; if not, the column is any one."""
     column_R = target_R - first_token
     return column_R.clamp(0, num_tokens - 1), (column_R >= 0) & (column_R < num_tokens)
 
@@ -111,7 +116,7 @@ def _at(logits_Rc: Tensor, column_R: Tensor) -> Tensor:
 
 
 def _seen_from(old_R: Tensor, new_R: Tensor, normalizer_R: Tensor, weighted_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of exp(x - peak) and of exp(x - peak) (x - peak) when the peak is no longer the old but the new one."""
+    """Return the sums of exp(x - peak) and of exp(x - peak) (x - peak) for the new peak instead of the old one."""
     shift_R = old_R - new_R
     scale_R = shift_R.exp()
     return normalizer_R * scale_R, (weighted_R + shift_R * normalizer_R) * scale_R

@@ -1,4 +1,4 @@
-"""Defects of Megatron-Core on any device, repaired for the versions that have them. (The CPU's own: platform.)"""
+"""Repair defects of Megatron-Core on any device, for the versions that have them (CPU: distributed/cpu_backend.py)."""
 
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -10,9 +10,9 @@ _LOSES_PADDING = ("0.19.2",)
 def count_padding(buffers: Iterable[Any]) -> None:
     """Make Megatron-Core find the optimizer's state where a buffer has several buckets (tied embeddings in a pipeline).
 
-    Up to 0.19.2 it strips the padding at a bucket's end from what it saves, but looks parameters up where they stand
-    with it: those in later buckets get their neighbours' weights and moments (NVIDIA/Megatron-LM#5077). Padding that
-    counts as content stays; checkpoints are the same as with a Megatron-Core that has the repair.
+    Up to 0.19.2 it strips the padding at a bucket's end from what it saves, but looks parameters up at their places
+    with padding: those in later buckets get their neighbours' weights and moments (NVIDIA/Megatron-LM#5077). Padding
+    that counts as content is not stripped; checkpoints are the same as with a Megatron-Core that has the repair.
     """
     if version("megatron-core") not in _LOSES_PADDING:
         return

@@ -1,4 +1,4 @@
-"""Builds the pipeline chunks of a GPTModel from what a Hugging Face config says."""
+"""Build the pipeline chunks of a GPTModel from what a Hugging Face configuration says."""
 
 from typing import Any
 
@@ -23,14 +23,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
-    """The vocabulary, padded so that every tensor rank holds the same number of rows (at least one of them real)."""
+    """Return the vocabulary size, padded so that every tensor rank has the same number of rows, at least one real."""
     return -(-model.vocab_size // tensor) * tensor
 
 
 def transformer_config(
     model: ModelConfig, groups: Groups, *, dtype: torch.dtype, recompute: Recompute, fp8: Fp8
 ) -> TransformerConfig:
-    """Megatron's description of the layers and of how they are divided."""
+    """Return Megatron's description of the layers and of how they are divided."""
     layout = groups.layout
     interleaved = layout.virtual_pipeline > 1
     config = TransformerConfig(
@@ -77,7 +77,7 @@ def transformer_config(
 
 
 def _yarn_options(model: ModelConfig) -> dict[str, Any]:
-    """What GPTModel and SelfAttention (0.19.2) look for in a configuration that has no such fields."""
+    """Return what GPTModel and SelfAttention (0.19.2) look up in a configuration that has no such fields."""
     scaling = model.rope_scaling
     if scaling is None or scaling.kind != "yarn":
         return {}
@@ -94,7 +94,7 @@ def _yarn_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def _expert_options(model: ModelConfig) -> dict[str, Any]:
-    """The router adds no loss of its own, and drops no token: every token is computed as in the engine."""
+    """Return the options of experts: their router adds no loss and drops no token, as in the engine."""
     if model.experts is None:
         return {}
     return {
@@ -131,11 +131,17 @@ def build_chunks(
     recompute: Recompute = "none",
     fp8: Fp8 = "off",
 ) -> list[nn.Module]:
-    """This rank's chunks of the model, one for every virtual pipeline stage, with weights yet to be loaded.
+    """Build this rank's chunks of the model, one per virtual pipeline stage; weights have yet to be loaded.
 
-    head: attached to the last chunk as `contrastive_head`; None: no head
-    recompute, fp8: see sections.ModelSection; in training mode, and always
     In bf16 each chunk is wrapped in Megatron's Float16Module.
+
+    Args:
+        model: The model's numbers.
+        groups: The groups of this rank.
+        dtype: Of the parameters.
+        head: Attached to the last chunk as `contrastive_head`; None for no head.
+        recompute: See config.schema.ModelSection; takes effect in training mode.
+        fp8: See config.schema.ModelSection; takes effect always.
     """
     config = transformer_config(model, groups, dtype=dtype, recompute=recompute, fp8=fp8)
     stages = range(groups.layout.virtual_pipeline)
@@ -171,7 +177,7 @@ def build_chunks(
 
 
 def unwrap(module: nn.Module) -> Any:
-    """The GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
+    """Return the GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
     inner: Any = module
     while hasattr(inner, "module"):
         inner = inner.module

@@ -1,8 +1,8 @@
-"""Tensors that live in host memory while the device does not compute with them.
+"""Keep tensors in host memory while the device does not compute with them.
 
 A tensor keeps its identity and only its `data` moves: an optimizer's groups, its state or a module hold the same
-tensors wherever the content is. Bytes are copied, never rounded, so that nothing a run computes depends on where they
-were. On a CPU both places are host memory; the same copies are made there, and what they were made of is freed.
+tensors wherever the content is. Bytes are copied, never rounded, so that no result of a run depends on where they were.
+On a CPU both places are host memory; the same copies are made there, and the originals are freed.
 """
 
 import weakref
@@ -20,10 +20,10 @@ _ALIGNMENT = 64
 
 
 class Offloaded:
-    """Tensors with one block of host memory, which they leave for `on_device` alone.
+    """Tensors that are kept in one block of host memory except during `on_device`.
 
-    tensors: what is moved, asked for each time: an optimizer makes its moments with the first update
-    frozen: they are always the same and never change, so that they are copied to the host only once
+    tensors: returns what is moved; called each time, since an optimizer creates its moments with the first update
+    frozen: the tensors and their values never change, so that they are copied to the host only once
     """
 
     def __init__(self, tensors: Callable[[], Sequence[Tensor]], *, frozen: bool):
@@ -35,7 +35,7 @@ class Offloaded:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """A block that finds the tensors on the device."""
+        """Move the tensors to the device for a block."""
         for tensor in self._tensors():
             tensor.data = tensor.to(self._device, non_blocking=True, copy=True)
         yield
@@ -64,11 +64,11 @@ class Offloaded:
 
 
 class OptimizerMemory:
-    """Of Megatron-Core's distributed optimizer: on the device only what an update is just working with.
+    """The memory of Megatron-Core's distributed optimizer: the device holds only what an update is working with.
 
-    The fp32 copies of the weights and both moments are there for the optimizer's step, the gradient buffers from
-    `take_gradients` to `drop_gradients`. Their content is lost in between: every backward pass begins with zeros.
-    Megatron-Core's own `offload_to_cpu` would tear fp32 weights, which are views of the model's, away from it.
+    The fp32 copies of the weights and both moments are on the device for the optimizer's step, the gradient buffers
+    from `take_gradients` to `drop_gradients`. In between their content is lost: every backward pass begins with zeros.
+    Megatron-Core's own `offload_to_cpu` would separate fp32 weights, which are views of the model's, from the model.
     """
 
     def __init__(self, optimizer: Any, buffers: Sequence[Any]):
@@ -80,17 +80,17 @@ class OptimizerMemory:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """A block that finds the optimizer's tensors on the device."""
+        """Move the optimizer's tensors to the device for a block."""
         with self._state.on_device():
             yield
 
     def take_gradients(self) -> None:
-        """Give the gradient buffers their memory, with any content; nothing happens where they have it."""
+        """Allocate the memory of the gradient buffers, with any content, unless they have it."""
         for buffer in self._buffers:
             buffer.grad_data.untyped_storage().resize_(buffer.grad_data.nbytes)
 
     def drop_gradients(self) -> None:
-        """Free the gradient buffers, and what was made of their content."""
+        """Free the gradient buffers, and what was computed from their content."""
         self._optimizer.zero_grad()
         for buffer in self._buffers:
             buffer.grad_data.untyped_storage().resize_(0)
@@ -98,10 +98,10 @@ class OptimizerMemory:
 
 
 def state_tensors(optimizer: Any) -> list[Tensor]:
-    """Fp32 copies of the weights, and moments; of fp32 weights, which have no copies, the moments alone."""
+    """Return the fp32 copies of the weights and the moments; fp32 weights have no copies, only moments."""
     found: list[Tensor] = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is None:  # as where a rank has no parameters of its kind
+        if part.optimizer is None:  # a rank may have no parameters of its kind
             continue
         found += [copy for group in part.shard_fp32_from_float16_groups for copy in group]
         states = part.optimizer.state.values()
@@ -110,7 +110,7 @@ def state_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _host_block(num_bytes: int) -> Tensor:
-    """So many bytes, pinned where there is a GPU. Torch's own pinned memory is rounded up to a power of two."""
+    """Allocate bytes, pinned if a GPU is used. Torch's own pinned memory is rounded up to a power of two."""
     block = torch.empty(num_bytes, dtype=torch.uint8)
     if uses_gpu() and num_bytes:
         runtime: Any = torch.cuda.cudart()

@@ -1,8 +1,8 @@
-"""From ragged rollouts to packed micro-batches, and from micro-batch results back.
+"""Pack ragged rollouts into micro-batches.
 
-Sequences are laid end to end (Megatron's "thd" format): no token is computed that nobody asked for, except the few
-that align a sequence to the layout and, under pipeline parallelism, those that make micro-batches equally long. Where
-the attention allows it, the rollouts of a prompt follow one copy of it, and the prompt is computed once, not G times.
+Sequences are laid end to end (Megatron's "thd" format). The only padding is what aligns a sequence to the layout and,
+under pipeline parallelism, what makes micro-batches equally long. Where the attention allows it, the rollouts of a
+prompt follow one copy of it, and the prompt is computed once, not G times.
 Shape legend: see megatron_mcpo.types; L: tokens of this context rank in one micro-batch.
 """
 
@@ -23,10 +23,10 @@ from megatron_mcpo.types import TrainBatch
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass of one rank needs. Index tensors are int64.
+    """The input of one forward pass of one rank. Index tensors are int64.
 
     tokens_1L: this context rank's share of the packed tokens
-    rollouts: positions in the TrainBatch of the rollouts in here
+    rollouts: positions in the TrainBatch of the rollouts in this micro-batch
     target_r: the response tokens whose log-prob is computed here; predict_r: positions in L of the tokens before them
     response_r: where these response tokens stand in the TrainBatch's R
     pool_l: positions in L of the response tokens that make up representations; pool_rollout_l: the rollout
@@ -45,15 +45,15 @@ class MicroBatch:
 
 
 def num_micro_batches(batch: TrainBatch, *, max_tokens: int, layout: Layout) -> int:
-    """The number of micro-batches that EVERY data-parallel rank makes of its share of the batch.
+    """Return the number of micro-batches into which every data-parallel rank divides its share of the batch.
 
-    The smallest that keeps each within `max_tokens` on each rank; the interleaved schedule needs a multiple of the
-    number of stages.
+    It is the smallest number that keeps each within `max_tokens` on each rank; the interleaved schedule needs a
+    multiple of the number of stages.
     """
     count = 1
     for rows in batch.rank_rows:
         costs = [_cost(batch, unit, layout) for unit in _units(batch, rows, max_tokens=max_tokens, layout=layout)]
-        assert max(costs, default=0) <= max_tokens, "a rollout that no micro-batch can hold"
+        assert max(costs, default=0) <= max_tokens, "a rollout is larger than a micro-batch"
         count = max(count, -(-sum(costs) // max_tokens))
         while max(sum(costs[i] for i in part) for part in partition(costs, num_parts=count)) > max_tokens:
             count += 1
@@ -70,11 +70,17 @@ def pack(
     pool: Literal["mean", "last"],
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Divide the rollouts of a batch into packed micro-batches, as many as `num_micro_batches` says.
+    """Divide the rollouts of a batch into `num_micro_batches` packed micro-batches.
 
-    token_multiple: what the products of a rank want their number of tokens to be a multiple of; to that end a
-    micro-batch may exceed `max_tokens`
-    pool: whether a representation is made of all of a response's tokens or of the last one
+    Args:
+        batch: The batch, with this rank's rollouts.
+        max_tokens: Of a micro-batch.
+        token_multiple: The number of tokens of a rank is a multiple of it, for which a micro-batch may exceed
+            `max_tokens`.
+        layout: How the ranks are divided.
+        context_rank: Of this rank.
+        pool: Whether a representation is the mean over all tokens of a response, or that of the last one.
+        device: Where the micro-batches are put.
     """
     count = num_micro_batches(batch, max_tokens=max_tokens, layout=layout)
     units = _units(batch, batch.rows_N.tolist(), max_tokens=max_tokens, layout=layout)
@@ -82,7 +88,7 @@ def pack(
     parts = partition(costs, num_parts=count)
     totals = [sum(costs[i] for i in part) for part in parts]
     # A pipeline moves at the pace of its longest micro-batch, and its stages must know the size of what they receive.
-    # A rank without a rollout runs an empty sequence: it has gradients to reduce with the others.
+    # A rank without a rollout runs an empty sequence, because it reduces gradients with the others.
     longest = max(totals)
     multiple = lcm(
         layout.sequence_alignment, token_multiple * layout.context * (layout.tensor if layout.sequence else 1)
@@ -96,7 +102,7 @@ def pack(
 
 
 def _units(batch: TrainBatch, rows: Sequence[int], *, max_tokens: int, layout: Layout) -> list[list[int]]:
-    """Rollouts (as rows of the batch) that are packed behind one copy of their prompt, in at most `max_tokens`."""
+    """Group rollouts (rows of the batch) that are packed behind one copy of their prompt, within `max_tokens`."""
     units: list[list[int]] = []
     prompts = batch.labels.prompt_M.tolist()
     for row in rows:
@@ -109,13 +115,13 @@ def _units(batch: TrainBatch, rows: Sequence[int], *, max_tokens: int, layout: L
 
 
 def _cost(batch: TrainBatch, unit: Sequence[int], layout: Layout) -> int:
-    """Tokens that a unit takes in a pack."""
+    """Return the number of tokens that a unit takes in a pack."""
     tokens = batch.prompt_lens_M[unit[0]] + sum(batch.response_lens_M[row] for row in unit)
     return _round_up(tokens, layout.sequence_alignment)
 
 
 class _Sequences:
-    """This rank's rollouts by row of the batch."""
+    """The rollouts of this rank by row of the batch."""
 
     def __init__(self, batch: TrainBatch, pool: Literal["mean", "last"]):
         self.pool = pool
@@ -127,15 +133,15 @@ class _Sequences:
         self.tokens = batch.tokens_T.split([p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)])
 
     def num_pooled(self, i: int) -> int:
-        """Response tokens that rollout i's representation is made of."""
+        """Return the number of response tokens that the representation of rollout i is computed from."""
         return min(1, self.response_lens[i]) if self.pool == "last" else int(self.response_lens[i])
 
 
 class _Pack:
-    """Units laid end to end, before they are dealt out to context ranks. -1: no response token.
+    """Units laid end to end, before they are divided over context ranks. -1: no response token.
 
     tokens_T, position_T: each token and its position in its own sequence
-    response_T, rollout_T: where a response token stands in the batch's R; the rollout in here that it is pooled into
+    response_T, rollout_T: where a response token stands in the batch's R; the pack's rollout that it is pooled into
     predictor_T: the token whose hidden state predicts a response token (the prompt's last, for the first of them)
     """
 
@@ -148,7 +154,7 @@ class _Pack:
         self.end = 0
 
     def add(self, unit: Sequence[int], alignment: int) -> None:
-        """Lay a prompt and, behind it, the responses of the unit's rollouts."""
+        """Append a prompt and the responses of the unit's rollouts."""
         sequences, start = self.sequences, self.end
         local = [sequences.local[row] for row in unit]
         prompt_len = sequences.prompt_lens[local[0]]
@@ -162,7 +168,7 @@ class _Pack:
         self.end += padding
 
     def fill(self) -> None:
-        """Let the rest of the pack be one meaningless sequence."""
+        """Make the rest of the pack one sequence of padding."""
         if self.end < len(self.tokens_T):
             self.shapes.append((len(self.tokens_T) - self.end, ()))
 
@@ -233,7 +239,7 @@ def _packed_params(
 
 
 def _context_share(lengths: Sequence[int], context: int, rank: int) -> Tensor:
-    """Positions of the packed tokens that context rank `rank` holds.
+    """Return the positions of the packed tokens that context rank `rank` holds.
 
     Each sequence is cut into 2 * context chunks, of which a rank takes one from the front and its mirror from the
     back: under a causal mask every rank then has the same amount of work.

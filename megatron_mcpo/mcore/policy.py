@@ -1,4 +1,4 @@
-"""The models of a run: the policy that learns and the frozen reference. The only place that scales a loss.
+"""Hold the models of a run: the policy that learns and the frozen reference. Only this module scales a loss.
 
 Shape legend: see megatron_mcpo.types.
 """
@@ -37,7 +37,7 @@ from megatron_mcpo.weights.hf_io import load_hf
 
 @dataclass(frozen=True, kw_only=True)
 class LossInput:
-    """What a loss sees of one micro-batch. With context parallelism the tokens are this rank's share.
+    """The part of a micro-batch that a loss reads. With context parallelism the tokens are this rank's share.
 
     logp_r: log-probs with a graph; response_r: where they stand in the batch's R
     z_nD: representations with a graph (None: no head); rollouts: which of the batch's N they belong to
@@ -50,11 +50,11 @@ class LossInput:
 
 
 LossFunction = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
-"""A micro-batch's share of the step's loss (all micro-batches' and ranks' shares ADD up to it), and what to log."""
+"""Returns a micro-batch's share of the step's loss, which is the SUM over micro-batches and ranks, and metrics."""
 
 
 class _Model:
-    """Chunks of a GPTModel on this rank, and the forward-only pass that both models have."""
+    """The chunks of a GPTModel on this rank, and the forward-only pass that both models have."""
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups, *, head: HeadSpec | None):
         self.groups = groups
@@ -77,7 +77,7 @@ class _Model:
         load_hf(self.chunks, model, Path(config.model.path), groups)
 
     def score(self, batch: TrainBatch) -> Scores:
-        """Log-probs, entropies and (with a head) representations of the batch, on every rank of the replica."""
+        """Return log-probs, entropies and (with a head) representations of the batch, on every rank of the replica."""
         for chunk in self.chunks:
             chunk.eval()
         micros = self._pack(batch)
@@ -92,7 +92,7 @@ class _Model:
         return self._collect(batch, micros, outputs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every full tensor under its Hugging Face name, on every rank; collective over the replica."""
+        """Yield every full tensor with its Hugging Face name, on every rank. Collective over the replica."""
         return export(self.chunks, self.model_config, self.groups)
 
     @property
@@ -130,15 +130,15 @@ class _Model:
         return Scores(logp_R=tokens_2R[0], entropy_R=tokens_2R[1], z_ND=z_ND, version=self.version)
 
     def _tell_stages(self, tensor: Tensor) -> None:
-        """Overwrite `tensor` by the last stage's on all stages of this rank's pipeline."""
+        """Overwrite `tensor` with the last stage's on all stages of this rank's pipeline."""
         if self.groups.layout.pipeline > 1:
             dist.broadcast(tensor, src=self.groups.last_stage_global_rank, group=self.groups.pipeline)
 
 
 class Reference(_Model):
-    """A frozen model, such as the KL term measures against: its own weights, no head, no gradient.
+    """The frozen model that the KL term measures against: its own weights, no head, no gradient.
 
-    With model.offload_reference its weights are on the device for `score` alone.
+    With model.offload_reference its weights are on the device only during `score`.
     """
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
@@ -156,7 +156,7 @@ class Reference(_Model):
 class Policy(_Model):
     """The model that learns, with its optimizer and schedule.
 
-    With optimizer.offload gradients have memory from `backward` to the end of `update` alone.
+    With optimizer.offload gradients have memory only from `backward` to the end of `update`.
     """
 
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
@@ -177,7 +177,7 @@ class Policy(_Model):
         self._offloaded = OptimizerMemory(self.optimizer, self.gradient_buffers) if config.optimizer.offload else None
 
     def optimizer_on_device(self) -> AbstractContextManager[None]:
-        """A block that finds the optimizer's state where it computes; without optimizer.offload it is always there."""
+        """Keep the optimizer's state on the device for a block; without optimizer.offload it is always there."""
         return self._offloaded.on_device() if self._offloaded else nullcontext()
 
     def backward(self, batch: TrainBatch, loss: LossFunction) -> dict[str, float]:
@@ -186,7 +186,7 @@ class Policy(_Model):
         `loss` returns a micro-batch's share of the global loss, with global denominators already in it. Megatron's
         schedule multiplies it by the context size and divides it by the number of micro-batches, and its DDP averages
         over data x context ranks: all of that is undone here and nowhere else.
-        Returns the sums of what `loss` names, over micro-batches and ranks, on every rank.
+        Returns the sums over micro-batches and ranks of the metrics that `loss` returns, on every rank.
         """
         layout = self.groups.layout
         micros = self._pack(batch)
@@ -222,21 +222,26 @@ class Policy(_Model):
         return self._sum_over_ranks(totals)
 
     def update(self, batch: TrainBatch, loss: LossFunction, *, representation_version: int | None = None) -> Update:
-        """One optimizer step on the batch. Where any gradient is not finite, nothing moves and `applied` is False.
+        """Take one optimizer step on the batch; if any gradient is not finite, nothing changes and `applied` is False.
 
-        representation_version: of the weights that made the representations `loss` was built from. A gradient at other
-            weights is that of no loss at all.
-        Raises ValueError where the policy has moved since.
+        Args:
+            batch: The rollouts to train on.
+            loss: As in `backward`.
+            representation_version: The version of the weights that computed the representations that `loss` was built
+                from. A gradient at other weights would be that of no loss.
+
+        Raises:
+            ValueError: The policy's weights are of another version.
         """
         if representation_version not in (None, self.version):
             raise ValueError(
-                f"representations are of version {representation_version} of the weights, the policy has "
-                f"{self.version}: score the batch again"
+                f"representation_version = {representation_version}: must be {self.version} (the version of the "
+                "policy's weights); score the batch again"
             )
         metrics = self.backward(batch, loss)
         applied, grad_norm, lr = self._gradients_finite(), float("nan"), 0.0
         if applied:
-            # Before the update, so that a warm-up does not spend its first update on a rate of zero.
+            # Before the update, so that a warm-up does not waste its first update on a rate of zero.
             self.lr_schedule.step(increment=1)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             with self.optimizer_on_device():
@@ -247,9 +252,9 @@ class Policy(_Model):
         return Update(grad_norm=grad_norm, lr=lr, applied=applied, metrics=metrics)
 
     def trunk_gradient(self, batch: TrainBatch, loss: LossFunction) -> Tensor:
-        """This rank's share of the gradient of `loss` on all weights but the head's, flat fp32; nothing moves.
+        """Return this rank's share of the gradient of `loss` on all weights but the head's, flat fp32; nothing changes.
 
-        Every element is on one rank only, so that `dot` of such shares is that of the whole gradients.
+        Every element is on one rank only, so that `dot` of such shares is the product of the whole gradients.
         """
         self.backward(batch, loss)
         for chunk in self.chunks:
@@ -263,13 +268,13 @@ class Policy(_Model):
         return torch.cat(shards).float()
 
     def dot(self, left: Tensor, right: Tensor) -> float:
-        """Dot product of two gradients whose shares all ranks hold; collective."""
+        """Return the dot product of two gradients whose shares all ranks hold. Collective over all ranks."""
         product = (left * right).sum(dtype=torch.float64).float()
         dist.all_reduce(product, group=self.groups.world)
         return product.item()
 
     def _is_counted(self, name: str, parameter: Any) -> bool:
-        """Whether this rank's copy speaks for a parameter that others may hold as well, and it is of the trunk."""
+        """Return whether a parameter belongs to the trunk and this rank's copy counts, where others hold it, too."""
         if "contrastive_head" in name:
             return False
         if getattr(parameter, "shared_embedding", False) and self.groups.layout.pipeline > 1:
@@ -279,7 +284,7 @@ class Policy(_Model):
 
     @property
     def gradient_buffers(self) -> list[Any]:
-        """Megatron's buffers of gradients; those of divided experts are reduced over other ranks than the rest."""
+        """Megatron's gradient buffers; those of divided experts are reduced over other ranks than the rest."""
         return [buffer for chunk in self.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
     def _gradients_finite(self) -> bool:
@@ -288,7 +293,7 @@ class Policy(_Model):
         return bool(finite.item())
 
     def _sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Sum over data x context ranks of the last stage, then tell the other stages."""
+        """Sum over data x context ranks of the last stage, then send the sums to the other stages."""
         names: list[Any] = [sorted(totals)]
         if self.groups.layout.pipeline > 1:
             dist.broadcast_object_list(
@@ -333,7 +338,7 @@ def _optimizer_config(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> Mega
 
 
 def _lr_schedule(optimizer: Any, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:
-    """A decay reaches min_lr one update after the last: a last update at rate 0 would be wasted."""
+    """Return the learning rate's schedule. A decay reaches min_lr one update after the last, which would be wasted."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,4 +1,4 @@
-"""FP8: what it means to Megatron-Core, and where it can run at all."""
+"""Say what FP8 means to Megatron-Core, and where it can run."""
 
 import functools
 import importlib
@@ -13,29 +13,30 @@ from megatron_mcpo.config.schema import Fp8
 from megatron_mcpo.distributed.device import uses_gpu
 
 TOKEN_MULTIPLE = 128
-"""Tokens of a rank's pack are a multiple of it: Transformer Engine's products want 16, its blocks are 128 long."""
+"""The tokens of a rank's pack are a multiple of it: Transformer Engine's products need 16, its blocks are 128 long."""
 
 _RECIPES = {"blockwise": ("e4m3", "blockwise"), "tensorwise": ("hybrid", "tensorwise")}
 _LEAST_CAPABILITY = (9, 0)
 _LEAST_CUDA = (12, 9)
-"""For blockwise products (cuBLAS)."""
+"""What cuBLAS needs for blockwise products."""
 
 log = logging.getLogger(__name__)
 
 
 @functools.cache
 def transformer_engine_problem() -> str | None:
-    """Why its layers can't be used; None: they can. One that is installed and can't be imported is warned of, once.
+    """Return why Transformer Engine's layers can't be used; None if they can.
 
-    `pip install transformer-engine` alone brings no layers for torch, and a build for another CUDA can't be loaded.
+    If it is installed but cannot be imported, a warning says why, once: `pip install transformer-engine` alone brings
+    no layers for torch, and a build for another CUDA can't be loaded.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "and it is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # OSError or RuntimeError, too, where a library is missing or of another version
+    except Exception as error:  # also OSError or RuntimeError, if a library is missing or has another version
         reason = f"and it can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        log.warning("Transformer Engine is installed, %s: layers are made of torch's modules", reason)
+        log.warning("Transformer Engine is installed, %s: layers use torch's modules instead", reason)
         return reason
     return None
 
@@ -45,12 +46,12 @@ def _cuda_version() -> tuple[int, ...]:
 
 
 def fp8_options(fp8: Fp8) -> dict[str, Any]:
-    """Megatron's settings. The first and the last layer stay in bf16, as output layer, router and head always do.
+    """Return Megatron's settings of FP8. First and last layer stay in bf16, as output layer, router and head always do.
 
     Delayed scaling is not offered: passes without gradient would change the history that the update scales by.
-    Parameters stay in bf16 (no `fp8_param`): those in FP8 are tensors of Transformer Engine whose slices and copies
-    would be rounded values, so that a push to the engine (rounded there a second time), an export and a checkpoint
-    loaded in another layout would no longer hold the weights that the optimizer stepped.
+    Parameters stay in bf16 (no `fp8_param`): parameters in FP8 are tensors of Transformer Engine whose slices and
+    copies are rounded values, so that a weight sync (rounded a second time in the engine), an export and a checkpoint
+    loaded in another layout would no longer hold the weights that the optimizer updated.
     """
     if fp8 == "off":
         return {}
@@ -59,7 +60,7 @@ def fp8_options(fp8: Fp8) -> dict[str, Any]:
 
 
 def check_fp8(fp8: Fp8) -> None:
-    """Raises ConfigError where FP8 can't be computed: there Megatron-Core (0.19.2) would train in bf16, silently."""
+    """Raise ConfigError if FP8 can't be computed here: Megatron-Core (0.19.2) would silently train in bf16."""
     if fp8 == "off":
         return
     if not uses_gpu():

@@ -1,10 +1,10 @@
-"""The writing of one checkpoint: each rank's shards first, at once or by a thread, then by rank 0 all that names them.
+"""Write one checkpoint: every rank its shards, at once or in a thread, then rank 0 everything that names them.
 
-Megatron-Core plans who writes what; its writer and its files are used as they are. Not used are
-- its ways of writing beside training: it has given up its own, which forks a process that has CUDA and NCCL open, for a
-  package that hands device memory to a spawned one. Here a thread writes what was copied to host memory; for nearly all
-  of the time it spends in the disk and in SHA-256, and there it leaves the interpreter to training;
-- the last part of its save: rank 0 may fail there, on a full disk, while the others wait for it.
+Megatron-Core plans who writes what; its writer and its files are used as they are. Two parts of it are not used:
+- Its ways of writing while training continues: it has dropped its own, which forks a process that has CUDA and NCCL
+  open, for a package that hands device memory to a spawned one. Here a thread writes what was copied to host memory. It
+  spends nearly all of its time in the disk and in SHA-256, where it does not hold the interpreter's lock.
+- The last part of its save: rank 0 may fail there, on a full disk, while the others wait for it.
 """
 
 import inspect
@@ -29,27 +29,30 @@ from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import Fingerprint
 
 _LONGEST_SECONDS = 1200.0
-"""Of the wait for a rank's disk; less than what the other ranks' collective then waits for this rank."""
+"""The longest wait for a rank's disk; shorter than the other ranks' collective waits for this rank."""
 _STOP_SECONDS = 30.0
 _BYTES_AN_ITEM = 2048
-"""At most what torch.save puts around a tensor, and what the table of contents has of it."""
+"""An upper bound of what torch.save adds to a tensor, and of its entry in the table of contents."""
 _BYTES_BESIDES = 1 << 20
 
-# Without the decorator that turns off garbage collection, in all threads.
+# Without the decorator, which turns off garbage collection in all threads.
 _write_bucket = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
 
 
 class Saving:
-    """A checkpoint that has no name yet. The constructor and `publish` are collective over all ranks.
+    """A checkpoint that is being written and has no name yet. Constructor and `publish` are collective over all ranks.
 
-    final: the folder it will be
+    final: its folder, once it is complete
     sharded: what Megatron-Core saves; read before the constructor returns, and not afterwards
     beside: name -> content of rank 0's other files
     num_bytes: needed on the disk, by all ranks together
     """
 
     def __init__(self, final: Path, sharded: dict[str, Any], beside: Mapping[str, bytes], groups: Groups):
-        """Raises ConfigError where the disk has too little room, RuntimeError where Megatron-Core can't plan it."""
+        """Plan the checkpoint and copy this rank's state.
+
+        Raises ConfigError if the disk has too little room, RuntimeError if Megatron-Core can't plan it.
+        """
         self.final = final
         self._staging = checkpoint_files.staging_of(final)
         self._beside = beside
@@ -69,7 +72,7 @@ class Saving:
             dist_checkpointing.save(
                 sharded, str(self._staging), strategy, async_sharded_save=True, async_strategy="mcore"
             )
-        except CheckpointException as error:  # is no Exception
+        except CheckpointException as error:  # does not derive from Exception
             raise RuntimeError(f"{final}: can't be planned ({reason(error)})") from error
         self._writer, self._contents = strategy.writer, strategy.contents
         self._buckets = host_copies(self._writer.write_buckets, live)
@@ -80,7 +83,7 @@ class Saving:
             self._fail([])
 
     def write(self, *, in_background: bool) -> None:
-        """Write this rank's shards; in_background: return at once."""
+        """Write this rank's shards. in_background: in a thread, and return at once"""
         if in_background:
             self._thread = Thread(target=self._write, name=f"save {self.final.name}", daemon=True)
             self._thread.start()
@@ -89,22 +92,22 @@ class Saving:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's shards are on disk, or never will be."""
+        """Whether this rank's shards are on disk, or have failed."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until this rank's shards are on disk, or never will be, or the longest time is over."""
+        """Wait until this rank's shards are on disk or have failed, or the longest wait is over."""
         if self._thread is not None:
             self._thread.join(_LONGEST_SECONDS)
 
     def publish(self) -> None:
-        """Give the checkpoint its name, once all ranks have waited for theirs.
+        """Give the checkpoint its name, after all ranks have waited for their shards.
 
-        Raises on every rank, with the causes: ConfigError where the disk has too little room for it, else RuntimeError.
-        Nothing is left of it then.
+        On failure it deletes what was written and raises on every rank, with the causes: ConfigError if the disk has
+        too little room, else RuntimeError.
         """
         if not self.is_written:
-            self._error = TimeoutError(f"not done after {_LONGEST_SECONDS:.0f} s")
+            self._error = TimeoutError(f"not written after {_LONGEST_SECONDS:.0f} s")
         self._raise_together()
         rank = self._groups.rank
         parts: list[Any] | None = [None] * self._groups.world_size if rank == 0 else None
@@ -117,7 +120,7 @@ class Saving:
         self._raise_together()
 
     def abandon(self) -> None:
-        """Have this rank's thread stop, as the process is about to: it would crash under it."""
+        """Stop this rank's thread before the process ends, which would crash it."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
@@ -136,7 +139,7 @@ class Saving:
             self._error = error
 
     def _one_by_one(self, tensors: list[Any]) -> Iterator[Any]:
-        """In order; the memory of each is free once it is written."""
+        """Yield the tensors in order; each one's memory is freed once it is written."""
         tensors.reverse()
         while tensors:
             if self._stopping.is_set():
@@ -144,7 +147,7 @@ class Saving:
             yield tensors.pop()
 
     def _finish(self, parts: list[Any]) -> None:
-        """All that rank 0 adds to the shards."""
+        """Write everything that rank 0 adds to the shards."""
         self._writer.finish(self._contents, [results for results, _ in parts])
         save_config(CheckpointingConfig("torch_dist", 1), str(self._staging))
         for name, content in self._beside.items():
@@ -161,24 +164,24 @@ class Saving:
             self._fail(reasons)
 
     def _fail(self, reasons: list[str]) -> None:
-        """Raise the same on every rank, once the draft is gone. Collective."""
+        """Delete the staging folder, then raise the same error on every rank. Collective."""
         if self._groups.rank == 0:
             shutil.rmtree(self._staging, ignore_errors=True)
         free = self._free()
-        numbers = f"it needs {self.num_bytes:,} bytes, the disk has {free:,} left"
+        numbers = f"it needs {self.num_bytes:,} bytes, the disk has {free:,} free"
         causes = f" ({'; '.join(reasons)})" if reasons else ""
         if free < self.num_bytes:
-            fix = "free some, and the same command goes on from the checkpoint before"
+            fix = "free some space; the same command then resumes from the previous checkpoint"
             raise ConfigError([f"{self.final}: can't be written: {numbers}{causes}; {fix}"])
         raise RuntimeError(f"{self.final}: can't be written{causes}; {numbers}") from self._error
 
     def _free(self) -> int:
-        """Bytes that rank 0 finds free."""
+        """Return the bytes that rank 0 finds free on the disk."""
         return agree(shutil.disk_usage(self.final.parent).free if self._groups.rank == 0 else 0, self._groups)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's, keeping its writer and, on rank 0, the table of contents."""
+    """Megatron-Core's strategy, which here keeps its writer and, on rank 0, the table of contents."""
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> Any:
         self.writer, (_, self.contents, _) = writer, planned
@@ -186,9 +189,10 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 def host_copies(buckets: list[Any], live: set[int]) -> list[Any]:
-    """Megatron-Core's buckets (a file, its name, objects, tensors) with tensors that training doesn't touch.
+    """Return Megatron-Core's buckets (a file, its name, objects, tensors) with tensors that training doesn't change.
 
-    It copies what is on a device, and on the host what is part of a larger tensor.
+    Megatron-Core copies what is on a device, and on the host what is part of a larger tensor.
+
     live: addresses of memory that training may write to
     """
     return [
@@ -198,7 +202,7 @@ def host_copies(buckets: list[Any], live: set[int]) -> list[Any]:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, and the system's word for it, which torch hides behind its own."""
+    """Return what went wrong, in the system's words where torch hides them behind its own."""
     if isinstance(error, CheckpointException):
         found = sorted({f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()})
         return "; ".join(found) or "another rank failed"

@@ -1,4 +1,4 @@
-"""One pass of packed micro-batches through the pipeline, forward only or with the backward pass (1F1B).
+"""Run packed micro-batches through the pipeline, forward only or with the backward pass (1F1B).
 
 Shape legend: see megatron_mcpo.types and megatron_mcpo.mcore.packing.
 """
@@ -21,7 +21,7 @@ from megatron_mcpo.mcore.packing import MicroBatch
 
 @dataclass(frozen=True, kw_only=True)
 class MicroOutput:
-    """What the last stage computes of one micro-batch, in fp32; `z_nD` only where asked for."""
+    """The results of the last stage for one micro-batch, in fp32; `z_nD` only if asked for."""
 
     logp_r: Tensor
     entropy_r: Tensor
@@ -40,11 +40,16 @@ def run(
     temperature: float,
     loss: MicroLoss | None,
 ) -> list[MicroOutput]:
-    """Send the micro-batches through this rank's chunks; returns their (detached) outputs on the last stage, else [].
+    """Run the micro-batches through this rank's chunks; return their detached outputs on the last stage, else [].
 
-    loss: None for a forward-only pass; otherwise its values are back-propagated as they are, times whatever
-    Megatron's schedule does to them (see `Policy.update`).
-    temperature: logits are divided by it, as the engine does when it samples.
+    Args:
+        chunks: This rank's chunks of the model.
+        micros: The micro-batches of this data-parallel rank.
+        groups: The groups of this rank.
+        return_representations: Whether the head computes representations.
+        temperature: Logits are divided by it, as the engine does when it samples.
+        loss: None for a forward-only pass; otherwise its values are back-propagated, times the factors of Megatron's
+            schedule (see `Policy.backward`).
     """
 
     def forward(data: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[[Any], tuple[Tensor, Any]]]:
@@ -90,9 +95,11 @@ class _Context:
 
 
 def _process_output(*, hidden_states: Tensor, output_weight: Tensor | None, context: _Context, **_: Any) -> Any:
-    """Megatron's hook between the final norm and the output layer. hidden_states: [L (/ tensor), 1, H].
+    """Compute log-probs and representations: Megatron's hook between the final norm and the output layer.
 
-    Logits are made only where the next token is a response token: prompts cost no vocabulary products.
+    Logits are computed only where the next token is a response token: prompts cost no vocabulary products.
+
+    hidden_states: [L (/ tensor), 1, H]
     """
     hidden_LH = hidden_states.squeeze(1)
     weight_VH = context.model.output_layer.weight if output_weight is None else output_weight
@@ -109,7 +116,7 @@ def _process_output(*, hidden_states: Tensor, output_weight: Tensor | None, cont
 
 
 def _predicting(hidden_LH: Tensor, context: _Context) -> Tensor:
-    """The hidden states [r, H] that predict response tokens, the same on all tensor ranks."""
+    """Return the hidden states [r, H] that predict response tokens, the same on all tensor ranks."""
     layout, group = context.groups.layout, context.groups.tensor
     if layout.sequence:
         hidden_LH = tensor_parallel.gather_from_sequence_parallel_region(
@@ -121,16 +128,16 @@ def _predicting(hidden_LH: Tensor, context: _Context) -> Tensor:
 
 
 def _real_rows(weight_VH: Tensor, context: _Context) -> Tensor:
-    """The rows of the output matrix that belong to real tokens: padding must not take part in the softmax."""
+    """Return the rows of the output matrix that belong to real tokens: the softmax must leave padding out."""
     first = context.groups.tensor_rank * weight_VH.shape[0]
     real = min(weight_VH.shape[0], context.model.real_vocab_size - first)
     return weight_VH if real == weight_VH.shape[0] else weight_VH[:real]
 
 
 def _pool(hidden_LH: Tensor, context: _Context) -> Tensor:
-    """Mean hidden state [n, H] in fp32 of each rollout's pooled tokens, the same on all tensor and context ranks.
+    """Return the mean hidden state [n, H] in fp32 of each rollout's pooled tokens, on all tensor and context ranks.
 
-    What follows (the head) is replicated over tensor ranks, so the sum over them passes its gradient on unchanged;
+    The head that follows is replicated over tensor ranks, so that the sum over them passes its gradient on unchanged;
     over context ranks, whose gradients are summed later, it is an ordinary differentiable sum.
     """
     micro, layout = context.micro, context.groups.layout
@@ -150,7 +157,7 @@ def _pool(hidden_LH: Tensor, context: _Context) -> Tensor:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients."""
+    """An all-reduce whose gradient is the all-reduce of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -167,7 +174,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _detached(output: MicroOutput) -> MicroOutput:
-    # The schedule divides the loss in place: what leaves it must not share memory with the loss.
+    # The schedule divides the loss in place, so that outputs must not share memory with it.
     return MicroOutput(
         logp_r=output.logp_r.detach().clone(),
         entropy_r=output.entropy_r.detach().clone(),

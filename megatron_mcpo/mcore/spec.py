@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's on a GPU, plain torch everywhere else."""
+"""Choose the modules of a transformer layer: Transformer Engine's on a GPU, plain torch everywhere else."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from megatron_mcpo.mcore.precision import transformer_engine_problem
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (https://arxiv.org/abs/1910.07467).
+    """The norm x / sqrt(mean(x^2) + eps) * weight over the last dimension (https://arxiv.org/abs/1910.07467).
 
     Megatron-Core's torch norm refuses sequence parallelism. There the weight is replicated and its gradient partial;
     Megatron-Core sums it over the tensor group because of the attribute `sequence_parallel`.
@@ -31,17 +31,17 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same."""
+        """Normalise x [..., hidden_size]."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def uses_transformer_engine() -> bool:
-    """Whether layers are made of Transformer Engine's modules on this machine."""
+    """Return whether layers are made of Transformer Engine's modules on this machine."""
     return device().type == "cuda" and transformer_engine_problem() is None
 
 
 def shares_prompts(layout: Layout) -> bool:
-    """Whether the attention of these layers can put several responses behind one copy of their prompt.
+    """Return whether the attention of these layers can put several responses behind one copy of their prompt.
 
     Transformer Engine's packed attention has no such mask, and context parallelism cuts sequences into equal chunks.
     """
@@ -49,7 +49,7 @@ def shares_prompts(layout: Layout) -> bool:
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this rank's stage (its chunk `vp_stage`, with virtual pipelining) and the final norm, for GPTModel.
+    """Return the layers of this rank's stage (its chunk `vp_stage`, if interleaved) and the final norm, for GPTModel.
 
     Both kinds of modules write checkpoints with the same names.
     """
@@ -78,7 +78,7 @@ def _plain_layer(config: TransformerConfig) -> ModuleSpec:
     attention.module = PackedSelfAttention
     attention.submodules.core_attention = CoreAttention
     if config.num_moe_experts is not None:
-        # Transformer Engine fuses this norm into a dense MLP only: with experts it keeps its own name.
+        # Transformer Engine fuses this norm into dense MLPs only: with experts it keeps its own name.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm

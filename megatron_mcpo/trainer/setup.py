@@ -104,7 +104,7 @@ def _loading_notes(loaded: Loaded, layout: Layout) -> list[str]:
     """Return what a user should know of the checkpoint that the run resumes from."""
     notes = [
         f"WARNING: {damaged}; skipping the damaged checkpoint; steps since the previous one are repeated"
-        for damaged in loaded.passed_over
+        for damaged in loaded.skipped
     ]
     if loaded.layout != str(layout):
         notes.append(

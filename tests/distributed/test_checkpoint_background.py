@@ -168,7 +168,7 @@ def test_a_write_that_fails_is_an_error_on_every_rank(config: Config, tmp_path: 
         with pytest.raises(RuntimeError) as caught:
             until(lambda: checkpoints.advance() is not None)
         found = checkpoints.load()
-        assert found is not None and (found.step, found.passed_over) == (1, ())
+        assert found is not None and (found.step, found.skipped) == (1, ())
         if policy.groups.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         checkpoints.save(3, {})
@@ -199,7 +199,7 @@ def test_killed_while_it_writes_it_goes_on_from_the_one_before(config: Config, t
     def go_on() -> None:
         checkpoints = in_background(build(config, LAYOUTS[0]), tmp_path)
         found = checkpoints.load()
-        assert found is not None and (found.step, found.passed_over) == (1, ())
+        assert found is not None and (found.step, found.skipped) == (1, ())
         checkpoints.save(2, {})
         checkpoints.finish()
 

@@ -97,7 +97,7 @@ def test_a_save_without_room_is_refused_before_it_writes(config: Config, size: i
             checkpoints.save(step, {})
         error = error_of(lambda: checkpoints.save(4, {}))
         found = checkpoints.load()
-        assert found is not None and (found.step, found.passed_over) == (3, ())
+        assert found is not None and (found.step, found.skipped) == (3, ())
         return error, warnings
 
     with disk(tmp_path / "disk", 3 * size + (2 << 20)) as folder:
@@ -145,7 +145,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_others(
         error = error_of(checkpoints.finish)
         with_all(checkpoints, (folder / "filler").unlink)
         found = checkpoints.load()
-        assert found is not None and (found.step, found.passed_over) == (1, ())
+        assert found is not None and (found.step, found.skipped) == (1, ())
         checkpoints.save(3, {})
         checkpoints.finish()
         return error

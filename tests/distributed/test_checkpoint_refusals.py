@@ -132,7 +132,7 @@ def test_damage_is_named_and_nothing_starts_from_scratch(config: Config, written
         first, last = said.splitlines()
         assert first.startswith(f"{folder}/step_000002 is damaged: ") and expected in first
         assert last.startswith(
-            "no checkpoint is left to go on from; put one back, or start a new run with --run.resume"
+            "no undamaged checkpoint is left to resume from; put one back, or start a new run with --run.resume"
         )
 
 
@@ -172,8 +172,8 @@ def edit_model(path: Path, **values: Any) -> None:
 
 
 OF_ANOTHER: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "newer format": (lambda path: edit_json(path / "state.json", format=3), ["format = 3", "reads 2", "go on with"]),
-    "older format": (lambda path: edit_json(path / "state.json", format=1), ["format = 1", "reads 2", "go on with"]),
+    "newer format": (lambda path: edit_json(path / "state.json", format=3), ["format = 3", "must be 2", "resume with"]),
+    "older format": (lambda path: edit_json(path / "state.json", format=1), ["format = 1", "must be 2", "resume with"]),
     "no format": (lambda path: (path / "state.json").write_text("{}"), ["format = None"]),
     "no list": (lambda path: (path / "state.json").write_text("[]"), ["format = None"]),
     "no number": (lambda path: edit_json(path / "state.json", version="3"), ["version = '3'"]),
@@ -215,7 +215,7 @@ def test_the_hostile_checkpoint_is_hostile(written: Path, tmp_path: Path) -> Non
     assert marker_of(path).exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(config: Config, written: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_replaced(config: Config, written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     flip_a_bit(tmp_path / "step_000002" / SHARD)
 
@@ -224,8 +224,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(config: Config, writte
         found = checkpoints_of(policy, tmp_path).load()
         assert found is not None
         assert (found.step, found.state, policy.version) == (1, {"step": 1}, 1)
-        (passed_over,) = found.passed_over
-        assert "step_000002 is damaged" in passed_over and SHARD in passed_over
+        (skipped,) = found.skipped
+        assert "step_000002 is damaged" in skipped and SHARD in skipped
         learn(policy, 2)
         checkpoints_of(policy, tmp_path).save(2, {"step": 2})
         return weights(policy)
@@ -266,7 +266,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_to_go_on_from(
     def go_on() -> int:
         policy = build(config, TWO)
         found = checkpoints_of(policy, tmp_path).load()
-        assert found is not None and found.passed_over == ()
+        assert found is not None and found.skipped == ()
         checkpoints_of(policy, tmp_path).save(4, {})
         return found.step
 

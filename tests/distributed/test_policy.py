@@ -127,7 +127,7 @@ def test_an_update_with_representations_of_other_weights_is_refused(folder: Path
         scores = policy.score(batch)
         policy.update(batch, maximise(1.0), representation_version=scores.version)
         before = {name: tensor.clone() for name, tensor in policy.weights()}
-        with pytest.raises(ValueError, match="weights of version 0, the policy has version 1"):
+        with pytest.raises(ValueError, match="representation_version = 0: must be 1"):
             policy.update(batch, maximise(1.0), representation_version=scores.version)
         assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
         assert policy.update(batch, maximise(1.0), representation_version=policy.score(batch).version).applied

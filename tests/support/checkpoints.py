@@ -98,7 +98,7 @@ def load_train(config: Config, layout: Layout, folder: Path) -> tuple[dict, dict
     policy = build(config, layout)
     found = checkpoints_of(policy, folder).load()
     assert found is not None
-    assert (found.step, found.state, found.passed_over, policy.version) == (UPDATES, {"loop": [1, 2]}, (), UPDATES)
+    assert (found.step, found.state, found.skipped, policy.version) == (UPDATES, {"loop": [1, 2]}, (), UPDATES)
     loaded, states = weights(policy), random_states(policy)
     update = learn(policy, UPDATES)
     assert update.lr == pytest.approx(config.optimizer.lr * (1 - (UPDATES + 1) / (config.run.steps + 1)))

@@ -66,7 +66,7 @@ def test_an_engine_that_cannot_be_imported_is_none(
     pretend_gpu(monkeypatch, (9, 0), "13.0")
     problem = "and it can't be imported (OSError: libcublas.so.13: undefined symbol)"
     assert [transformer_engine_problem() for _ in range(2)] == [problem] * 2
-    assert caplog.messages == [f"Transformer Engine is installed, {problem}: layers are made of torch's modules"]
+    assert caplog.messages == [f"Transformer Engine is installed, {problem}: layers use torch's modules instead"]
     with pytest.raises(ConfigError, match="undefined symbol"):
         check_fp8("blockwise")
 
