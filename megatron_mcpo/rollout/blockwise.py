@@ -1,7 +1,7 @@
-"""Weights in blocks of 128 x 128 as FP8 (e4m3), one fp32 scale a block: what vLLM's `fp8_per_block` makes of a matrix.
+"""Quantise weights in blocks of 128 x 128 to FP8 (e4m3) with one fp32 scale per block, as vLLM's `fp8_per_block` does.
 
-The largest entry of a block becomes 448, the largest number of e4m3. As vllm.utils.deep_gemm.per_block_cast_to_fp8 of
-vLLM 0.30.0.
+The largest entry of a block becomes 448, the largest number of e4m3: vllm.utils.deep_gemm.per_block_cast_to_fp8 of vLLM
+0.30.0.
 """
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 BLOCK = 128
 _LARGEST = 448.0
 _LEAST_PEAK = 1e-4
-"""A block whose largest entry is smaller is scaled as if it had this one."""
+"""A block whose largest entry is smaller is scaled as if this were its largest entry."""
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] (e4m3) and scales [rows / 128, columns / 128] (fp32), rounded up where a block is cut off.
+    """Return codes [rows, columns] (e4m3) and scales [rows / 128, columns / 128] (fp32, sizes rounded up).
 
-    With codes times scales in the place of the weight, an entry w of a block whose largest is `peak` is off by at most
+    Codes times scales differ from an entry w of a block whose largest entry is `peak` by at most
     max(|w| / 16, peak / 448 / 1024): half a step of the three bits after the leading one, or of the smallest numbers.
     """
     rows, columns = weight.shape
@@ -30,7 +30,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The weight [rows, columns] in fp32 that codes and scales stand for."""
+    """Return the weight [rows, columns] in fp32 that codes and scales represent."""
     rows, columns = codes.shape
     spread = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return codes.float() * spread

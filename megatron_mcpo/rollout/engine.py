@@ -1,4 +1,4 @@
-"""The one interface between the trainer and an inference engine."""
+"""Define the interface between the trainer and an inference engine."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,8 @@ from megatron_mcpo.types import Completion
 class SamplingRequest:
     """One prompt to be completed `num_samples` times.
 
-    Completion k uses the seed `seed + k`: seeds are mandatory, because tensor-parallel engine ranks whose global
-    generators differ would otherwise sample different tokens.
-    temperature 0 is greedy.
+    Completion k uses the seed `seed + k`. Seeds are mandatory, because tensor-parallel engine ranks whose global
+    generators differ would otherwise sample different tokens. A temperature of 0 is greedy.
     """
 
     token_ids: Sequence[int]
@@ -28,11 +27,11 @@ class SamplingRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What an engine's rank found when it compared its weights with others.
+    """The result of comparing the weights of an engine's rank with given tensors.
 
-    different: names of the tensors that it holds with other values
-    unread: names of the tensors that it keeps in a form that can't be read, so that nothing is known of them
-    num_tensors: how many it was asked about
+    different: names of the tensors whose values differ
+    unread: names of the tensors that the engine keeps in a form that can't be read, so that nothing is known of them
+    num_tensors: how many were compared
     """
 
     different: tuple[str, ...]
@@ -41,30 +40,30 @@ class Comparison:
 
 
 class EngineError(RuntimeError):
-    """The engine can't be trusted or used any more: rebuild it."""
+    """The error of an engine that can no longer be used: it has to be rebuilt."""
 
 
 class Engine(Protocol):
-    """Inference engines as a rank of the trainer sees them. All ranks of one make the same calls in the same order."""
+    """An inference engine as a rank of the trainer sees it. All ranks of one make the same calls in the same order."""
 
     version: int
-    """Version of the weights that completions come from."""
+    """The version of the weights that completions come from."""
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
-        """Complete every request; one tuple of `num_samples` completions each, in order.
+        """Complete every request; return a tuple of `num_samples` completions per request, in order.
 
         Log-probs are those of the distribution that was sampled from (temperature applied).
-        Raises EngineError when asleep or after a failed update.
+        Raises EngineError while asleep and after a failed update.
         """
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Replace ALL weights by full (unsharded) tensors under their Hugging Face names; returns bytes received.
+        """Replace all weights by full (unsharded) tensors under their Hugging Face names; return the bytes received.
 
         Tied output embeddings are not sent. Raises EngineError on any failure, and on every later call.
         """
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
-        """Hold the weights that the engine computes with against these full tensors."""
+        """Compare the weights that the engine computes with to these full tensors."""
 
     def sleep(self) -> None:
         """Release accelerator memory until `wake` (nothing to release on a CPU)."""
@@ -73,39 +72,41 @@ class Engine(Protocol):
         """Undo `sleep`; the weights must then be sent again."""
 
     def close(self) -> None:
-        """Free what the engine holds; it can't be used any more."""
+        """Free what the engine holds; it can't be used afterwards."""
 
 
 def check_request(request: SamplingRequest, max_model_len: int) -> None:
-    """Raises ValueError for a request that no engine with room for `max_model_len` tokens can serve."""
+    """Check a request. Raises ValueError if no engine with room for `max_model_len` tokens can serve it."""
     num_prompt = len(request.token_ids)
     if num_prompt == 0 or request.num_samples < 1 or request.max_tokens < 1 or request.temperature < 0:
         raise ValueError(
-            f"{num_prompt} prompt tokens, num_samples {request.num_samples}, max_tokens {request.max_tokens}, "
-            f"temperature {request.temperature}: need at least one of each, and a temperature of 0 or more"
+            f"{num_prompt} prompt tokens, num_samples = {request.num_samples}, max_tokens = {request.max_tokens}, "
+            f"temperature = {request.temperature}: must be at least 1, the temperature at least 0; correct the request"
         )
     if num_prompt + request.max_tokens > max_model_len:
         raise ValueError(
-            f"{num_prompt} prompt tokens + max_tokens {request.max_tokens} exceed the engine's max_model_len "
-            f"{max_model_len}: shorten the prompt or build the engine with a larger one"
+            f"{num_prompt} prompt tokens + max_tokens = {request.max_tokens}: must not exceed the engine's "
+            f"max_model_len = {max_model_len}; shorten the prompt, or build the engine with a larger max_model_len"
         )
 
 
 def checked(
     named_tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], arrived: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass the tensors of an update on, each checked before an engine sees it; bytes by name end in `arrived`.
+    """Yield the tensors of an update, each checked before an engine sees it.
 
-    vLLM keeps the old value of a tensor that isn't sent and loads garbage for a fused module of which only a part is
-    sent, without a word: names and shapes must be exactly those of the checkpoint. Raises EngineError.
+    vLLM silently keeps the old value of a tensor that isn't sent, and loads garbage for a fused module of which only a
+    part is sent. Names and shapes must therefore be exactly those of the checkpoint, else this raises EngineError.
+
+    arrived: filled with the bytes of every tensor by name
     """
     for name, tensor in named_tensors:
         if name not in shapes:
-            raise EngineError(f"{name}: is no tensor of the checkpoint (tied output embeddings are not sent)")
+            raise EngineError(f"{name}: must be a tensor of the checkpoint (tied output embeddings are not sent)")
         if name in arrived:
-            raise EngineError(f"{name}: was sent twice")
+            raise EngineError(f"{name}: must be sent once, but was sent twice")
         if tuple(tensor.shape) != shapes[name]:
-            raise EngineError(f"{name}: has shape {tuple(tensor.shape)}, the checkpoint has {shapes[name]}")
+            raise EngineError(f"{name}: has shape {tuple(tensor.shape)}, must have {shapes[name]} as in the checkpoint")
         arrived[name] = tensor.numel() * tensor.element_size()
         yield name, tensor.detach()
     missing = sorted(set(shapes) - set(arrived))

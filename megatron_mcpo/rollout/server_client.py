@@ -1,4 +1,4 @@
-"""HTTP to vLLM servers, and whether they are the ones that a configuration wants. Imports neither torch nor vllm."""
+"""Talk to vLLM servers over HTTP, and check that they serve what a configuration needs. Imports no torch, no vllm."""
 
 import json
 import socket
@@ -16,20 +16,19 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.vllm_options import DTYPES, LOGPROBS_MODE
 
 TIMEOUT_SECONDS = 60.0
-"""For what a server that lives answers at once."""
+"""The longest wait for what a running server answers at once."""
 _CHECK_SECONDS = 20.0
 _LONGEST_MESSAGE = 500
 
 
 class ServerError(RuntimeError):
-    """A server did not answer, or not as it should."""
+    """The error of a server that did not answer, or refused a request."""
 
 
 class Client:
-    """Talks JSON with one server. Threads may share it.
+    """An HTTP client that exchanges JSON with one server. Threads may share it.
 
-    Every call has a connection of its own: vLLM's server hangs up on one that is idle for five seconds, and a step
-    takes longer.
+    Every call opens a connection: vLLM's server closes one that is idle for five seconds, and a step takes longer.
     """
 
     def __init__(self, url: str):
@@ -37,20 +36,20 @@ class Client:
         self._open: set[HTTPConnection] = set()
 
     def get(self, path: str, *, timeout: float = TIMEOUT_SECONDS) -> Any:
-        """The answer. Raises ServerError where there is none within `timeout` seconds, or it is a refusal."""
+        """Return the answer to a GET. Raises ServerError after `timeout` seconds without one, or for a refusal."""
         return self._call("GET", path, None, timeout)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = TIMEOUT_SECONDS) -> Any:
-        """The answer; see `get`."""
+        """Return the answer to a POST; see `get`."""
         return self._call("POST", path, json.dumps(body or {}), timeout)
 
     def ask_workers(self, method: str, timeout: float = TIMEOUT_SECONDS, **arguments: Any) -> list[Any]:
-        """What a method of vllm_transfer.WorkerExtension answers in every worker. Raises ServerError."""
+        """Call a method of vllm_transfer.WorkerExtension in every worker; return the answers. Raises ServerError."""
         body = {"method": method, "kwargs": arguments}
         return list(self.post("/collective_rpc", body, timeout=timeout)["results"])
 
     def abort(self) -> None:
-        """Hang up: calls that other threads wait in end with a ServerError."""
+        """Close all connections, so that calls in other threads end with a ServerError."""
         for connection in list(self._open):
             with suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -75,7 +74,7 @@ class Client:
 
 
 def server_problems(config: Config, model: ModelConfig) -> list[str]:
-    """Why the servers of a configuration can't be its engines: value, rule and fix. Empty: they can."""
+    """Ask the servers of a configuration; return why they can't be its engines, a line (value, rule, fix) each."""
     urls = config.engine.servers
     with ThreadPoolExecutor(max(1, len(urls))) as pool:
         answers = list(pool.map(_description, urls))
@@ -86,17 +85,19 @@ def server_problems(config: Config, model: ModelConfig) -> list[str]:
             continue
         same = seen.setdefault(answer["process"], url)
         if same != url:
-            problems.append(f"engine.servers: {same} and {url} are one server; leave one of them out")
+            problems.append(
+                f"engine.servers: {same} and {url} must be different servers, but are the same; leave one of them out"
+            )
         problems += [
-            f"engine.servers: {url} has {name} {found}, this run needs {wanted}; start it again with "
-            "mcpo serve and this configuration, or change the configuration"
+            f"engine.servers: {url} has {name} = {found}, must have {wanted}; restart it with mcpo serve and this "
+            "configuration, or change the configuration"
             for name, found, wanted in _differences(answer, wanted_description(config, model))
         ]
     return problems
 
 
 def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:
-    """What WorkerExtension.mcpo_describe must answer, but for `process` and `updating`."""
+    """Return what WorkerExtension.mcpo_describe must answer, except for `process` and `updating`."""
     return {
         "model": json.loads(json.dumps(asdict(model))),
         "dtype": DTYPES[config.model.dtype],
@@ -110,22 +111,21 @@ def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:
 
 
 def _description(url: str) -> dict[str, Any] | str:
-    """What the server says of itself, or what is wrong."""
+    """Return a server's description of itself, or a problem as text."""
     client = Client(url)
-    start = "mcpo serve"
     try:
         client.get("/health", timeout=_CHECK_SECONDS)
     except ServerError as error:
-        return f"engine.servers: {error}; start it with {start}, wait until it answers, or correct the address"
+        return f"engine.servers: {error}; start it with mcpo serve, wait until it answers, or correct the address"
     try:
         answer = client.ask_workers("mcpo_describe", timeout=_CHECK_SECONDS)[0]
     except ServerError as error:
-        return f"engine.servers: {error}; start it with {start}, which prints the command it stands for"
+        return f"engine.servers: {error}; start it with mcpo serve, which prints the command that it runs"
     return dict(answer)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, found, wanted) of what differs, the model's numbers one by one."""
+    """Return (name, found, wanted) of everything that differs, the model's numbers one by one."""
     different: list[tuple[str, Any, Any]] = []
     for name, value in wanted.items():
         if isinstance(value, dict) and isinstance(found.get(name), dict):
@@ -136,7 +136,7 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tu
 
 
 def _message(content: bytes) -> str:
-    """What a refusal says, however it says it."""
+    """Return the text of a refusal, which is JSON or plain."""
     text = content.decode(errors="replace")
     with suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])

@@ -1,8 +1,8 @@
-"""What vLLM does to its host process, and what its CPU backend gets wrong, kept away from the trainer.
+"""Keep vLLM's changes to its process away from the trainer, and repair defects of its CPU backend.
 
-vLLM expects a process of its own: it replaces functions of torch, edits the environment, reseeds the random
-generators and freezes the garbage collector. `isolated` lets it have its way inside a call and undoes it after.
-The rest are repairs of vLLM's CPU backend; each names the versions it is for.
+vLLM expects a process of its own: it replaces functions of torch, edits the environment, reseeds the random generators
+and freezes the garbage collector. `isolated` allows this during a call and undoes it afterwards. The other functions
+repair vLLM's CPU backend; each names the versions that it is for.
 """
 
 import gc
@@ -23,7 +23,7 @@ from torch import nn
 from megatron_mcpo.distributed.device import uses_gpu
 
 LAST_AFFECTED = (0, 33)
-"""Newest (major, minor) of vLLM whose reload is known to leave stale weights on a CPU."""
+"""The newest (major, minor) version of vLLM whose reload is known to leave stale weights on a CPU."""
 
 _ABSENT = object()
 _PATCHED: tuple[tuple[Any, str], ...] = (
@@ -40,19 +40,19 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (torch.Tensor, "pin_memory"),
     (torch.Tensor, "record_stream"),
 )
-# vLLM patches torch when its modules are first imported, once a process: every later engine needs the same values.
+# vLLM patches torch once per process, at its first import: every later engine needs the same values.
 _vllm_values: list[Any] = []
 
 
 @contextmanager
 def isolated(*, compile_kernels: bool) -> Iterator[None]:
-    """Run a block of vLLM calls so that nothing but their results is left behind.
+    """Run a block of vLLM calls and undo its side effects afterwards.
 
-    compile_kernels: False has vLLM's torch.compile'd helpers run eagerly, which saves seconds of C++ compiler on a CPU
+    These are restored: the global generators of torch (CPU and the current CUDA device), python and numpy; the
+    environment; torch's patched functions; the thread count; what the garbage collector scans. vLLM's patches return
+    for the next block, because its CPU backend can't run on a CUDA build of torch without them.
 
-    Restored afterwards: the global generators of torch (CPU and the current CUDA device), python and numpy; the
-    environment; torch's patched functions; the thread count; what the garbage collector scans. vLLM's patches come
-    back for the next block, because its CPU backend can't run on a CUDA build of torch without them.
+    compile_kernels: if False, vLLM's compiled helpers run eagerly, which saves seconds of C++ compiler on a CPU
     """
     ours = _patched_values()
     environment = dict(os.environ)
@@ -103,16 +103,16 @@ def _set_environment(wanted: dict[str, str]) -> None:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Import vLLM without its banners; a VLLM_LOGGING_LEVEL of the user's is obeyed.
+    """Import vLLM in a block without its banners, unless the user sets VLLM_LOGGING_LEVEL.
 
-    Also keeps torch from warning that a machine with a CUDA toolkit has no GPU: vLLM's imports make it look.
+    This also keeps torch from warning that a machine with a CUDA toolkit has no GPU, which vLLM's imports make it do.
     """
     extensions = logging.getLogger("torch.utils.cpp_extension")
     level, wanted = extensions.level, os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     extensions.setLevel(logging.ERROR)
     try:
         yield
-        # vLLM reads the variable only once a process, at its first import, which needn't have been this one.
+        # vLLM reads the variable once per process, at its first import, which may have been an earlier one.
         logging.getLogger("vllm").setLevel(wanted.upper())
     finally:
         extensions.setLevel(level)
@@ -120,12 +120,13 @@ def quiet_import() -> Iterator[None]:
 
 @contextmanager
 def cpu_start(job_tag: str) -> Iterator[None]:
-    """Build a CPU engine that shares a host with other jobs and a process with a trainer. Seen in 0.30 to 0.33:
+    """Build a CPU engine in a block, on a host with other jobs and in a process with a trainer.
 
+    Two defects, seen in 0.30 to 0.33:
     - Under a launcher vLLM gives the shared-memory segments of all jobs the same names: two jobs collide, and what a
-      crash leaves in /dev/shm stops every later one. Here the names begin with `job_tag` and a number drawn by rank 0,
-      and are removed as soon as every rank has mapped the memory (which lives on until the last rank ends).
-    - vLLM binds all memory of the process to one NUMA node, and says so on the console. This is left out.
+      crash leaves in /dev/shm stops every later job. Here the names begin with `job_tag` and a number drawn by rank 0,
+      and are removed as soon as every rank has mapped the memory (which exists until the last rank ends).
+    - vLLM binds all memory of the process to one NUMA node, and prints so on the console. This is left out.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -146,7 +147,7 @@ def cpu_start(job_tag: str) -> Iterator[None]:
 
 @contextmanager
 def cpu_fp8() -> Iterator[None]:
-    """Build an FP8 engine on a CPU without AMX. Seen in 0.30: vLLM asks for AMX, its kernels need only AVX512-BF16."""
+    """Build an FP8 engine in a block on a CPU without AMX: vLLM (0.30) asks for it, but needs only AVX512-BF16."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 
@@ -162,7 +163,7 @@ def cpu_fp8() -> Iterator[None]:
 
 
 def _common_prefix(job_tag: str) -> str:
-    """The same on all ranks of a job, and never used before."""
+    """Return a prefix that is the same on all ranks of a job and was never used before."""
     prefix = [f"{job_tag}-{secrets.token_hex(4)}"]
     if dist.is_initialized():
         dist.broadcast_object_list(prefix, src=0)
@@ -170,7 +171,7 @@ def _common_prefix(job_tag: str) -> str:
 
 
 def reload_is_stale_on_cpu() -> bool:
-    """Whether this vLLM needs the two functions below."""
+    """Return whether this vLLM needs the two functions below."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -178,7 +179,7 @@ def reload_is_stale_on_cpu() -> bool:
 
 
 def before_reload(model: nn.Module) -> None:
-    """Have unquantised experts packed again: their method does it only while it has no kernel yet."""
+    """Make vLLM pack unquantised experts again: their method does it only as long as it has no kernel."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if type(method).__name__ == "UnquantizedFusedMoEMethod":
@@ -186,7 +187,7 @@ def before_reload(model: nn.Module) -> None:
 
 
 def after_reload(model: nn.Module) -> None:
-    """Pack a tied output embedding again: reload only packs modules that tensors were loaded into."""
+    """Pack a tied output embedding again: a reload packs only modules that tensors were loaded into."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         is_head = type(module).__name__ == "ParallelLMHead"

@@ -1,4 +1,4 @@
-"""vLLM in the trainer's process. Importing this file is cheap: vllm is imported when an engine is built."""
+"""Run vLLM in the trainer's process. vllm is imported when an engine is built, so that importing this file is fast."""
 
 import gc
 import os
@@ -27,21 +27,21 @@ from megatron_mcpo.weights.mapping import hf_shapes
 STOP_REASONS = {"stop": StopReason.STOP, "length": StopReason.LENGTH}
 _PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 _LEAST_CAPABILITY = (8, 9)
-"""Of a GPU that multiplies in FP8 (Ada). On older ones vLLM only stores in FP8, packed otherwise."""
+"""The compute capability of GPUs that multiply in FP8 (Ada). On older ones vLLM only stores FP8, packed differently."""
 _LESSER_ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of ONEDNN_MAX_CPU_ISA below AVX512-BF16: with them vLLM's FP8 products (0.30.0) abort the process."""
+"""Values of ONEDNN_MAX_CPU_ISA below AVX512-BF16, with which vLLM's FP8 products (0.30.0) abort the process."""
 
 
 class VllmEngine:
     """The engine of `engine.Engine` on vLLM.
 
-    Sampling is that of the bare model: no top-p, no top-k, and the checkpoint's generation_config.json is not read.
-    A completion ends at one of the request's `stop_token_ids` and at nothing else (not at the model's own
-    end-of-sequence token unless it is among them); that token is the last of `token_ids` and has its log-prob, so
-    that the trainer learns to stop. `text` is left empty.
+    Sampling is that of the plain model: no top-p, no top-k, and the checkpoint's generation_config.json is not read.
+    A completion ends only at one of the request's `stop_token_ids` (not at the model's own end-of-sequence token unless
+    it is among them); that token is the last of `token_ids` and has its log-prob, so that the trainer learns to stop.
+    `text` is left empty.
 
     Between construction with `load_weights` False, or `wake`, and the next `update` the engine holds no weights and
-    `generate` raises EngineError. This is so on a CPU too, where `sleep` has nothing to release.
+    `generate` raises EngineError. This also holds on a CPU, where `sleep` has nothing to release.
 
     Construction is collective over all ranks of the default process group when `distributed`: consecutive
     `tensor_parallel` ranks form an engine. A process can hold engines of one tensor-parallel size only.
@@ -62,15 +62,24 @@ class VllmEngine:
         job_tag: str,
         load_weights: bool = False,
     ):
-        """Build the engine from the folder's config.json, which also tells what tensors an update must have.
+        """Build the engine from the folder's config.json, which also determines the tensors of an update.
 
-        quantization: what becomes of the layers' weights whenever they are loaded
-        max_model_len: most tokens of prompt and completion together
-        kv_cache_gib: GiB of key-value cache, on a CPU; gpu_memory_utilization: share of a GPU's memory, on a GPU
-        job_tag: names the job's shared-memory segments; two jobs on a host must not have the same
-        load_weights: read the folder's weights instead of waiting for an update
+        Args:
+            model_path: A Hugging Face folder.
+            dtype: Of weights and activations.
+            quantization: How the layers' weights are quantised whenever they are loaded.
+            tensor_parallel: Ranks of an engine.
+            max_model_len: The most tokens of prompt and completion together.
+            max_concurrent: The most sequences that are decoded together.
+            kv_cache_gib: GiB of key-value cache, on a CPU.
+            gpu_memory_utilization: The engine's share of a GPU's memory, on a GPU.
+            distributed: Whether the engine belongs to the ranks of the default process group.
+            job_tag: Begins the names of the job's shared-memory segments; must differ between jobs on a host.
+            load_weights: Whether to read the folder's weights instead of waiting for an update.
 
-        Raises ValueError for arguments that can't work, EngineError when vLLM fails.
+        Raises:
+            ValueError: The arguments are invalid.
+            EngineError: vLLM fails.
         """
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
         self._shapes = hf_shapes(from_folder(model_path, with_weights=False))
@@ -98,9 +107,9 @@ class VllmEngine:
             self._llm = _build(options, distributed=distributed, job_tag=job_tag)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
-        """See engine.Engine.generate. The samples of a greedy request are copies of one.
+        """Complete every request, as engine.Engine.generate says. The samples of a greedy request are copies of one.
 
-        Raises ValueError for a request that can't be served (the engine stays usable).
+        Raises ValueError for a request that can't be served; the engine stays usable.
         """
         self._require(weights=True)
         for request in requests:
@@ -112,14 +121,14 @@ class VllmEngine:
 
             params = [SamplingParams(**sampling_options(request)) for request in requests]
             prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
-            # What was asked before must not show in the rounding: a resumed run has not asked it.
+            # Earlier requests must not influence the rounding, because a resumed run has not made them.
             if not self._llm.reset_prefix_cache():
-                raise EngineError("the prefix cache could not be emptied: earlier requests still hold it")
+                raise EngineError("the prefix cache could not be emptied, because earlier requests still hold it")
             results = self._llm.generate(prompts, params, use_tqdm=False)
             return [self._completions(*pair) for pair in zip(requests, results, strict=True)]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """See engine.Engine.update. Tensors may come in any order and any float dtype."""
+        """Replace all weights, as engine.Engine.update says. Tensors may come in any order and any float dtype."""
         arrived: dict[str, int] = {}
         with self._replacing(version):
             self._llm.start_weight_update()
@@ -129,7 +138,7 @@ class VllmEngine:
         return sum(arrived.values())
 
     def parameters(self) -> dict[str, Tensor] | None:
-        """See transfer.Receiver; None on a CPU, where vLLM packs its weights, and for an engine that quantises them."""
+        """Return the live parameters (see weights.reshard_sync.Receiver); None if vLLM packs or quantises them."""
         self._require(weights=False)
         with self._fatal("reading the parameters"):
             (live,) = self._llm.apply_model(_plain_parameters)
@@ -137,15 +146,18 @@ class VllmEngine:
 
     @contextmanager
     def rewriting(self, version: int) -> Iterator[dict[str, Tensor]]:
-        """See transfer.Receiver. Not by vLLM's weight-transfer API: that moves all parameters to the meta device."""
+        """Provide the live parameters to a block that rewrites all of them (see weights.reshard_sync.Receiver).
+
+        vLLM's weight-transfer API is not used, since it moves all parameters to the meta device.
+        """
         with self._replacing(version):
             (live,) = self._llm.apply_model(_plain_parameters)
-            assert live is not None, "parameters() tells that this engine can't be written into"
+            assert live is not None, "parameters() returns None for an engine that can't be written into"
             yield live
 
     @contextmanager
     def _replacing(self, version: int) -> Iterator[None]:
-        """A block that replaces all weights, and then what the old ones left behind."""
+        """Run a block that replaces all weights, then drop what was computed with the old ones."""
         self._require(weights=False)
         with self._fatal(f"update to version {version}"):
             yield
@@ -155,15 +167,15 @@ class VllmEngine:
             if not self._llm.reset_prefix_cache():
                 raise EngineError("the prefix cache of the old weights could not be dropped: requests still hold it")
             if not self._on_cpu:
-                # vLLM computes on a stream of its own, which doesn't wait for the one that weights were written on.
+                # vLLM computes on a stream of its own, which doesn't wait for the stream that weights were written on.
                 torch.cuda.synchronize()
         self._has_weights = True
         self.version = version
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
-        """See engine.Engine.compare; what this rank holds is compared, bit for bit in the engine's dtype.
+        """Compare what this rank holds bit by bit, in the engine's dtype, as engine.Engine.compare says.
 
-        A tied output embedding whose packed copy differs is reported as "lm_head.weight", though it is never sent.
+        A tied output embedding whose packed copy differs is reported as "lm_head.weight", although it is never sent.
         """
         self._require(weights=True)
         with self._fatal("comparison of weights"):
@@ -172,7 +184,7 @@ class VllmEngine:
         return comparison
 
     def sleep(self) -> None:
-        """See engine.Engine.sleep."""
+        """Release accelerator memory, as engine.Engine.sleep says."""
         self._require(weights=False, awake=False)
         if not self._awake:
             return
@@ -184,7 +196,7 @@ class VllmEngine:
         self._has_weights = False
 
     def wake(self) -> None:
-        """See engine.Engine.wake. The memory of the key-value cache is taken only after the next update."""
+        """Undo `sleep`. The memory of the key-value cache is allocated only after the next update."""
         self._require(weights=False, awake=False)
         if self._awake:
             return
@@ -214,7 +226,7 @@ class VllmEngine:
 
     @contextmanager
     def _fatal(self, action: str) -> Iterator[None]:
-        """Run vLLM isolated; whatever goes wrong in it ends the engine."""
+        """Run vLLM isolated; any error in it makes the engine unusable."""
         try:
             with fixes.isolated(compile_kernels=not self._on_cpu):
                 yield
@@ -243,7 +255,7 @@ class VllmEngine:
 
 
 def check_hardware(quantization: Literal["none", "fp8_per_block"]) -> None:
-    """Check that this machine can run such an engine of the installed vLLM. Raises ConfigError where it can't."""
+    """Check that the installed vLLM can run such an engine on this machine. Raises ConfigError if it can't."""
     if not uses_gpu() and not vllm_on_cpu():
         raise ConfigError(
             [
@@ -265,7 +277,7 @@ def check_hardware(quantization: Literal["none", "fp8_per_block"]) -> None:
 
 
 def cpu_fp8_problem() -> str | None:
-    """Return what keeps vLLM's FP8 products from running on this CPU; None where nothing does."""
+    """Return what prevents vLLM's FP8 products from running on this CPU; None if nothing does."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU lacks AVX512-BF16"
     held = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
@@ -276,11 +288,15 @@ def cpu_fp8_problem() -> str | None:
 
 def _check_arguments(*, tensor_parallel: int, distributed: bool, job_tag: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", job_tag):
-        raise ValueError(f"job_tag = {job_tag!r}: names shared memory; use 1-100 letters, digits, '.', '_', '-'")
+        raise ValueError(
+            f"job_tag = {job_tag!r}: must be 1-100 letters, digits, '.', '_', '-' (it names shared memory)"
+        )
     if not distributed and tensor_parallel > 1:
-        raise ValueError(f"tensor_parallel = {tensor_parallel}: needs distributed=True and a process group")
+        raise ValueError(
+            f"tensor_parallel = {tensor_parallel}: must be 1 without a process group; set distributed = True"
+        )
     if distributed and not dist.is_initialized():
-        raise ValueError("distributed = True: initialize the default process group before the engine")
+        raise ValueError("distributed = True: needs the default process group; initialize it before the engine")
     if distributed and dist.get_world_size() % tensor_parallel:
         raise ValueError(f"tensor_parallel = {tensor_parallel}: must divide the world size {dist.get_world_size()}")
 
@@ -294,7 +310,7 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
     with fixes.quiet_import():
         from vllm import LLM
 
-        import megatron_mcpo.rollout.vllm_transfer  # noqa: F401 - tells vLLM of our transport
+        import megatron_mcpo.rollout.vllm_transfer  # noqa: F401 - registers our transport with vLLM
     with ExitStack() as stack:
         if not uses_gpu():
             stack.enter_context(fixes.cpu_start(job_tag))
@@ -308,11 +324,11 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
 
 
 def _plain_parameters(model: Any) -> dict[str, Tensor] | None:
-    """All parameters by name, tied ones once; None where a module computes with something else than its `weight`.
+    """Return all parameters by name, tied ones once; None if a module computes with something else than its `weight`.
 
     Attention and norms have no method of their own. What vLLM 0.30 does to weights after loading: on a GPU its
-    unquantised methods for linear modules and embeddings leave them alone, that for experts may rearrange them; on a
-    CPU `cpu_linear` holds a packed copy.
+    unquantised methods for linear modules and embeddings leave them as they are, that for experts may rearrange them;
+    on a CPU `cpu_linear` holds a packed copy.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)

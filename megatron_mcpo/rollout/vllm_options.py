@@ -1,4 +1,4 @@
-"""What vLLM is told, in the trainer's process and as a server alike. Imports neither torch nor vllm."""
+"""Translate our settings to options of vLLM, for the trainer's process and for a server. Imports no torch, no vllm."""
 
 import json
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 IN_PROCESS = "megatron_mcpo"
 PROCESS_GROUP = "megatron_mcpo_group"
-"""Names of our transports of weights (see vllm_transfer)."""
+"""The names under which vllm_transfer registers our transports of weights."""
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
 LOGPROBS_MODE = "processed_logprobs"
 _CPU_BATCH_TOKENS = 4096
 _ROUTERS = "re:.*mlp.gate$"
-"""vLLM has no quantised kernel for matrices as small as a router."""
+"""Modules that stay unquantised: vLLM has no quantised kernel for matrices as small as a router."""
 
 
 def engine_options(
@@ -34,7 +34,7 @@ def engine_options(
     transport: str,
     on_cpu: bool,
 ) -> dict[str, Any]:
-    """Fields of vLLM's EngineArgs. What the arguments mean: see vllm_engine.VllmEngine."""
+    """Return fields of vLLM's EngineArgs. For the arguments see vllm_engine.VllmEngine."""
     options: dict[str, Any] = dict(
         model=str(model_path),
         dtype=DTYPES[dtype],
@@ -55,21 +55,21 @@ def engine_options(
     if quantization != "none":
         options |= dict(quantization=quantization, quantization_config={"ignore": [_ROUTERS]})
     if on_cpu:
-        # Compiling takes a minute and gains little on a CPU. A prompt that is prefilled in parts makes vLLM rewind
-        # the request's generator, which a CPU's generator can't: the step would fail.
+        # Compiling takes a minute and gains little on a CPU. For a prompt that is prefilled in parts vLLM rewinds the
+        # request's generator, which a CPU's generator doesn't support: the step would fail.
         options |= dict(
             enforce_eager=True,
             kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(_CPU_BATCH_TOKENS, max_model_len),
-            # The smallest: with the usual 128, a shorter beginning that prompts have in common is never shared.
+            # The smallest size: with the usual 128 a shorter common prefix of prompts is never shared.
             block_size=32,
         )
     return options
 
 
 def sampling_options(request: "SamplingRequest") -> dict[str, Any]:
-    """Fields of vLLM's SamplingParams. The samples of a greedy request are copies of one."""
+    """Return fields of vLLM's SamplingParams. The samples of a greedy request are copies of one."""
     return dict(
         n=request.num_samples if request.temperature > 0 else 1,
         seed=request.seed,
@@ -83,7 +83,7 @@ def sampling_options(request: "SamplingRequest") -> dict[str, Any]:
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as the command line of vLLM's server wants them."""
+    """Write options as flags of vLLM's server."""
     flags = []
     for name, value in options.items():
         flag = name.replace("_", "-")

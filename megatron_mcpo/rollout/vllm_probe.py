@@ -1,10 +1,9 @@
-"""Which weights does a vLLM model really compute with? Asked of its kernels, because the CPU backend packs weights away
-and keeps no readable copy.
+"""Find out from vLLM's kernels with which weights a model computes: its CPU backend keeps no readable copy of them.
 
-A linear module whose packed weight is hidden is fed the unit vectors: row i of the answer is column i of the weight,
-exactly, since one product with 1 and sums of zeros round nowhere. Where the module's parameter is what the kernel
-multiplies with, it is read; where that is packed in a way that can be repeated, the expected values are packed too.
-Reads only attributes of the modules and does not import vllm.
+A linear module whose packed weight is hidden is given the unit vectors: row i of the answer is exactly column i of the
+weight, since one product with 1 and sums of zeros are not rounded. A module's parameter is read if the kernel
+multiplies with it; if it is packed in a reproducible way, the expected values are packed, too. Only attributes of the
+modules are read; vllm is not imported.
 """
 
 import re
@@ -20,20 +19,20 @@ from megatron_mcpo.rollout.blockwise import BLOCK, dequantize, quantize
 from megatron_mcpo.rollout.engine import Comparison
 
 _CHUNK = 256
-"""Unit vectors a call: bounds the memory of the answer (for an output embedding, this times the vocabulary)."""
+"""Unit vectors per call; bounds the memory of the answer (for an output embedding this times the vocabulary)."""
 _PACKED_ROWS = 32
-"""vLLM's CPU kernels pack a matrix in groups of so many rows, each by itself."""
+"""vLLM's CPU kernels pack a matrix in independent groups of this many rows."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _EXPERT_PARTS = {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)} | {
     "w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)
 }  # fmt: skip
 _READABLE_EXPERTS = ("TRITON", "BATCHED_TRITON")
-"""Kernels on a GPU that take the experts' weights as they were loaded."""
+"""GPU kernels that use the experts' weights as they were loaded."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of the engine, made of one or more tensors. expert: which of `module`'s experts it belongs to"""
+    """A matrix of the engine, made of one or more tensors. expert: the number of the expert it belongs to"""
 
     module: Any
     attribute: str
@@ -57,7 +56,7 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank holds of a tensor, and the row of the matrix where it begins."""
+    """The part of a tensor that this rank holds, and the row of the matrix where it begins."""
 
     name: str
     first_row: int
@@ -69,7 +68,7 @@ class _Part:
 
 
 def compare(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
-    """See engine.Engine.compare: full tensors against the slices that `model` (vLLM's) has on this rank."""
+    """Compare full tensors with the slices that vLLM's `model` has on this rank (see engine.Engine.compare)."""
     different: list[str] = []
     unread: list[str] = []
     waiting: dict[_Matrix, list[_Part]] = {}
@@ -98,7 +97,7 @@ def compare(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparis
 
 
 def _places(model: nn.Module, name: str, full: Tensor) -> Iterator[tuple[_Matrix, _Part]]:
-    """Where the engine has a tensor; a tied embedding also as the output's, which a CPU packs by itself."""
+    """Yield where the engine has a tensor; a tied embedding also as the output's, which a CPU packs separately."""
     expert = _EXPERT.fullmatch(name)
     if expert is not None:
         yield from _expert_place(model, expert, name, full)
@@ -117,7 +116,7 @@ def _places(model: nn.Module, name: str, full: Tensor) -> Iterator[tuple[_Matrix
 
 
 def _locate(model: Any, path: str) -> tuple[Any, int, int]:
-    """The module behind a Hugging Face path, the index of the part in it and how many it is fused of."""
+    """Return the module for a Hugging Face path, the index of the part in it and the number of its parts."""
     try:
         return model.get_submodule(path), 0, 1
     except AttributeError:
@@ -130,7 +129,7 @@ def _locate(model: Any, path: str) -> tuple[Any, int, int]:
 
 
 def _expert_place(model: Any, found: re.Match[str], name: str, full: Tensor) -> Iterator[tuple[_Matrix, _Part]]:
-    """w13 is gate above up, each cut by rows and padded; w2 is down, cut by columns."""
+    """Yield where an expert's tensor is: w13 is gate above up, each cut by rows and padded; w2 is down, by columns."""
     with suppress(AttributeError):
         module: Any = model.get_submodule(f"{found[1]}.routed_experts")
         matrix, index = _EXPERT_PARTS[found[3]]
@@ -143,7 +142,7 @@ def _expert_place(model: Any, found: re.Match[str], name: str, full: Tensor) -> 
 
 
 def _local_slice(module: Any, part: int, full: Tensor) -> tuple[slice, slice, int]:
-    """Rows and columns of the full tensor that this rank holds, and the row of the module they begin at."""
+    """Return rows and columns of the full tensor that this rank holds, and the module's row where they begin."""
     everything = slice(None)
     if hasattr(module, "shard_indices"):
         return _vocabulary_slice(module), everything, 0
@@ -167,10 +166,10 @@ def _vocabulary_slice(module: Any) -> slice:
 
 @torch.no_grad()
 def _wrong_rows(matrix: _Matrix, parts: Sequence[_Part]) -> Tensor | None:
-    """Which rows differ, where there are parts; None: the engine has them in a form that can't be read."""
+    """Return which rows differ, where there are parts; None if the engine has them in a form that can't be read."""
     module, held = matrix.module, matrix.held
     if matrix.is_quantized:
-        # A block may reach over the border of two parts.
+        # A block may extend over the border of two parts.
         complete = len(parts) == matrix.num_parts
         return _wrong_codes(matrix, _assembled(parts, held.shape, module.orig_dtype)) if complete else None
     if matrix.expert is not None:
@@ -185,7 +184,7 @@ def _wrong_rows(matrix: _Matrix, parts: Sequence[_Part]) -> Tensor | None:
 
 
 def _assembled(parts: Sequence[_Part], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The parts in their places, zeros where there are none."""
+    """Put the parts in their places, with zeros where there are none."""
     first = parts[0].local
     if len(parts) == 1 and first.shape == torch.Size(shape):
         return first.to(dtype)
@@ -206,7 +205,7 @@ def _wrong_embeddings(module: Any, expected: Tensor) -> Tensor:
 
 
 def _wrong_answers(module: Any, expected: Tensor) -> Tensor:
-    """Where the module doesn't multiply by `expected` [rows, inputs]."""
+    """Return the rows in which the module doesn't multiply by `expected` [rows, inputs]."""
     num_rows, num_inputs = expected.shape
     wrong_R = torch.zeros(num_rows, dtype=torch.bool)
     for begin in range(0, num_inputs, _CHUNK):
@@ -219,10 +218,10 @@ def _wrong_answers(module: Any, expected: Tensor) -> Tensor:
 
 
 def _wrong_codes(matrix: _Matrix, expected: Tensor) -> Tensor | None:
-    """Rows of a quantised matrix whose codes or scales aren't those of `expected`; a block's rows go together.
+    """Return the rows of a quantised matrix whose codes or scales differ from those of `expected`, by whole blocks.
 
-    On a CPU exactly. On a GPU vLLM compiles its quantisation, whose scales may be rounded otherwise and then move an
-    entry from the middle between two codes to either: values may differ by the step between codes.
+    On a CPU the comparison is exact. On a GPU vLLM compiles its quantisation, whose scales may be rounded differently
+    and then move an entry from the middle between two codes to either: values may differ by the step between codes.
     """
     held, scales = matrix.held, matrix.scales
     codes, wanted = quantize(expected)
@@ -250,7 +249,7 @@ def _in_groups(wrong_R: Tensor, size: int) -> Tensor:
 
 
 def _wrong_expert_rows(matrix: _Matrix, parts: Sequence[_Part]) -> Tensor | None:
-    """Of one expert's matrix, which a CPU kernel keeps packed by itself."""
+    """Return which rows of one expert's matrix differ; a CPU kernel keeps it packed."""
     held, method = matrix.held, matrix.module.quant_method
     expected = _assembled(parts, held.shape, held.dtype).contiguous()
     if held.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Engines in other processes, maybe on other hosts: vLLM's servers as `megatron_mcpo.cli.serve` starts them."""
+"""Use engines in other processes or on other hosts: vLLM's servers as `mcpo serve` starts them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -23,10 +23,10 @@ from megatron_mcpo.weights.mapping import hf_shapes
 
 BUCKET_BYTES = 256 * 2**20
 _DRAIN_SECONDS = 600.0
-"""For the requests that a server still works on when a push begins, which may be others'."""
+"""The longest wait for requests, also of others, that a server still works on when a weight sync begins."""
 _GENERATION_SECONDS = 3600.0
 _WATCH_SECONDS = 5.0
-"""Between questions whether a server that still generates is alive."""
+"""The time between checks that a server that still generates is alive."""
 
 Bucketful = list[tuple[str, Tensor]]
 
@@ -34,10 +34,10 @@ Bucketful = list[tuple[str, Tensor]]
 class VllmServers:
     """The engine of `engine.Engine` on this rank's servers, which may be none; sampling is that of VllmEngine.
 
-    Only this rank pushes weights to them. All that answers between two pushes of ours is computed with the weights of
-    the first: a server is paused for a push, requests on their way end before it, new ones wait until it is complete.
-    A push that fails leaves the server paused, until somebody's push is complete. What a server says its version is
-    begins with our `tag`; any other means that somebody else pushes to it, which is an EngineError.
+    Only this rank sends weights to them. All answers between two of its weight syncs are computed with the weights of
+    the first: a server is paused for a sync, running requests end before it, and new ones wait until it is complete. A
+    sync that fails leaves the server paused until some trainer completes one. A server's version of the weights begins
+    with this trainer's `tag`; any other means that another trainer sends weights to it, which is an EngineError.
     """
 
     def __init__(
@@ -51,14 +51,19 @@ class VllmServers:
         tag: str,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        """Connect; the servers must be what `server_client.server_problems` accepts.
+        """Connect to servers that `server_client.server_problems` accepts.
 
-        max_concurrent: requests that a server gets at a time
-        device: that of the tensors that will be pushed
-        tag: names this trainer; no other, not even this one started again, may have the same
-        bucket_bytes: of tensors that are sent together; a server holds as much beside its weights
+        Args:
+            urls: Of this rank's servers.
+            model: The model that they serve.
+            max_model_len: The most tokens of prompt and completion together.
+            max_concurrent: The most requests that a server gets at a time.
+            device: Of the tensors that will be sent.
+            tag: Names this trainer. It must be unique, even among restarts of one run.
+            bucket_bytes: Of the tensors that are sent together; a server holds as much beside its weights.
 
-        Raises EngineError.
+        Raises:
+            EngineError: A server does not answer as it should.
         """
         self.version = 0
         self._shapes = hf_shapes(model)
@@ -73,9 +78,9 @@ class VllmServers:
             self._on_all(_Server.connect)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
-        """See engine.Engine.generate. The servers take turns: request i goes to server i modulo their number.
+        """Complete every request, as engine.Engine.generate says: request i goes to server i modulo their number.
 
-        Raises ValueError for a request that can't be served (the engine stays usable).
+        Raises ValueError for a request that can't be served; the engine stays usable.
         """
         self._require(weights=True)
         for request in requests:
@@ -88,12 +93,12 @@ class VllmServers:
             pairs = zip(turns, requests, strict=True)
             futures = [self._generating.submit(server.complete, request, self.version) for server, request in pairs]
             self._watch(futures)
-            # Our version after the last answer means our weights in all of them.
+            # If the version is ours after the last answer, all answers were computed with our weights.
             self._on_all(_Server.check_version)
             return [future.result() for future in futures]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """See engine.Engine.update. A rank without servers consumes the tensors, too."""
+        """Replace all weights, as engine.Engine.update says. A rank without servers consumes the tensors, too."""
         self._require(weights=False)
         arrived: dict[str, int] = {}
         with self._fatal(f"update to version {version}"):
@@ -106,14 +111,14 @@ class VllmServers:
         return sum(arrived.values())
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
-        """See engine.Engine.compare and VllmEngine.compare. A rank without servers consumes the tensors, too."""
+        """Compare weights, as VllmEngine.compare does. A rank without servers consumes the tensors, too."""
         self._require(weights=True)
         different: list[str] = []
         unread: list[str] = []
         num_tensors = 0
         with self._fatal("comparison of weights"):
             self._on_all(_Server.check_version)
-            # What an engine fuses is compared together.
+            # Tensors that an engine fuses are compared together.
             for bucket in self._buckets(list(unit) for _, unit in groupby(named_tensors, key=_parent)):
                 num_tensors += len(bucket)
                 for workers in self._on_all(partial(_Server.compare, bucket=bucket)):
@@ -124,13 +129,13 @@ class VllmServers:
         )
 
     def sleep(self) -> None:
-        """Nothing to release: the servers have memory of their own."""
+        """Do nothing: the servers have memory of their own."""
 
     def wake(self) -> None:
-        """Nothing to undo."""
+        """Do nothing: there is nothing to undo."""
 
     def close(self) -> None:
-        """Disconnect. The servers live on with the weights they have; every later call raises EngineError."""
+        """Disconnect. The servers keep running with the weights they have; every later call raises EngineError."""
         self._broken = "it was closed"
         for server in self._servers:
             server.close()
@@ -145,7 +150,7 @@ class VllmServers:
 
     @contextmanager
     def _fatal(self, action: str) -> Iterator[None]:
-        """Whatever goes wrong ends the engine."""
+        """Run a block of which any error makes the engine unusable."""
         try:
             yield
         except BaseException as error:
@@ -157,15 +162,15 @@ class VllmServers:
             raise
 
     def _on_all[T](self, call: Callable[["_Server"], T]) -> list[T]:
-        """A call on every server at the same time."""
+        """Make a call on every server at the same time; return the results."""
         futures = [self._control.submit(call, server) for server in self._servers]
-        # The one that failed first says why; the others may only be waiting.
+        # Raise the first failure, since the other servers may only be waiting.
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
         return [future.result() for future in futures]
 
     def _watch(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait for answers. A host that vanishes says nothing: the servers are asked now and then."""
+        """Wait for answers, and check the servers regularly: a host that vanishes closes no connection."""
         while wait(futures, timeout=_WATCH_SECONDS, return_when=FIRST_EXCEPTION).not_done:
             failed = next((future for future in futures if future.done() and future.exception()), None)
             if failed is not None:
@@ -173,7 +178,7 @@ class VllmServers:
             self._on_all(_Server.check_version)
 
     def _buckets(self, units: Iterable[Bucketful]) -> Iterator[Bucketful]:
-        """Units of tensors, none of them divided."""
+        """Divide units of tensors into buckets without dividing a unit."""
         bucket: Bucketful = []
         size = 0
         for unit in units:
@@ -188,7 +193,7 @@ class VllmServers:
 
 
 class _Server:
-    """One server. Methods raise ServerError."""
+    """One server. All methods raise ServerError."""
 
     def __init__(self, url: str, *, tag: str, device: torch.device):
         self._client = Client(url)
@@ -199,8 +204,8 @@ class _Server:
         self._posting = ThreadPoolExecutor(1)
 
     def connect(self) -> None:
-        """Form the group that weights go through. A trainer that died in a push may have left one unfinished."""
-        # A worker may still wait for a trainer that vanished: it gives up after as long.
+        """Form the group that weights are sent through; end an update that a trainer left unfinished when it died."""
+        # A worker may still wait for a trainer that vanished; it gives up after TIMEOUT_SECONDS.
         workers = self._client.ask_workers("mcpo_describe", timeout=2 * TIMEOUT_SECONDS)
         if any(worker["updating"] for worker in workers):
             self._client.post("/finish_weight_update")
@@ -214,10 +219,10 @@ class _Server:
         self._sender = sender
 
     def begin_update(self, version: int) -> None:
-        """Let what is under way end, and nothing else begin."""
+        """Let running requests end, hold new ones, and begin an update."""
         if self._expected is not None:
             self.check_version()
-        # Said before anything else: whoever else works with this server learns that its weights are not theirs.
+        # First of all, so that other users of this server learn that the weights are no longer theirs.
         self._expected = f"{self._name(version)} (incomplete)"
         self._client.post("/update_weight_version", {"new_version": self._expected})
         self._client.post("/pause?mode=wait", timeout=_DRAIN_SECONDS)
@@ -225,12 +230,12 @@ class _Server:
         self._client.post("/start_weight_update")
 
     def load(self, bucket: Bucketful) -> None:
-        """Send some tensors, which the server takes over."""
+        """Send some tensors, which the server loads."""
         said = Bucket.of(bucket, self._tag).as_json()
         self._alongside("/update_weights", {"update_info": said}, lambda failed: self._send(bucket, failed))
 
     def finish_update(self, version: int) -> None:
-        """Complete an update of all tensors and go on answering."""
+        """Complete the update of all tensors and resume answering requests."""
         self.check_version()
         self._expected = self._name(version)
         self._client.post("/finish_weight_update", {"weight_version": self._expected})
@@ -240,27 +245,27 @@ class _Server:
         self._client.post("/resume")
 
     def compare(self, bucket: Bucketful) -> list[dict[str, Any]]:
-        """What each worker found, as of engine.Comparison."""
+        """Return what each worker found, as the fields of engine.Comparison."""
         said = {"method": "mcpo_compare", "kwargs": {"bucket": Bucket.of(bucket, self._tag).as_json()}}
         answer = self._alongside("/collective_rpc", said, lambda failed: self._send(bucket, failed))
         return list(answer["results"])
 
     def check_version(self) -> None:
-        """Raises ServerError where the weights are not those that we pushed last."""
+        """Check that the weights are those that this trainer sent last. Raises ServerError if they aren't."""
         found = self._client.get("/weight_info")["weight_version"]
         if found != self._expected:
             raise ServerError(
-                f"{self._client.url}: holds weights {found!r}, this run pushed {self._expected!r}: another run pushes "
-                "to it, or it was started again; give every run servers of its own"
+                f"{self._client.url}: holds weights {found!r}, must hold {self._expected!r} of this run (another run "
+                "sends weights to it, or it was restarted); give every run servers of its own"
             )
 
     def prepare(self) -> None:
-        """Before completions: what was asked before must not show in the rounding, as far as others leave us that."""
+        """Empty the prefix cache, as far as others' requests allow: earlier ones must not influence the rounding."""
         self.check_version()
         self._reset_prefix_cache()
 
     def complete(self, request: SamplingRequest, version: int) -> tuple[Completion, ...]:
-        """`num_samples` completions."""
+        """Return `num_samples` completions of a request."""
         asked = {"token_ids": list(request.token_ids), "sampling_params": sampling_options(request)}
         answer = self._client.post("/inference/v1/generate", asked, timeout=_GENERATION_SECONDS)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -268,7 +273,7 @@ class _Server:
         return completions * (request.num_samples // len(completions))
 
     def close(self) -> None:
-        """Hang up, also on threads that wait for an answer."""
+        """Disconnect; threads that wait for an answer get a ServerError."""
         self._client.abort()
         self._sender = None
         self._posting.shutdown(wait=False)
@@ -284,19 +289,19 @@ class _Server:
         self._sender.send((tensor for _, tensor in bucket), stop_when=failed)
 
     def _alongside(self, path: str, body: dict[str, Any], ours: Callable[[Callable[[], bool]], None]) -> Any:
-        """Tell the server to do something and do our part of it; `ours` is told how to see that the server failed."""
+        """Post a request while this side does its part, `ours`, which gets a test for the server's failure."""
         answer = self._posting.submit(self._client.post, path, body, timeout=2 * TIMEOUT_SECONDS)
         try:
             ours(lambda: answer.done() and answer.exception() is not None)
         except RuntimeError as error:
             if wait([answer], timeout=_WATCH_SECONDS).done:
-                answer.result()  # the server's own account of it, where it has one
+                answer.result()  # raise the server's own error, if it has one
             raise ServerError(f"{self._client.url}: weights can't be sent: {error}") from error
         return answer.result()
 
 
 def _parent(named_tensor: tuple[str, Tensor]) -> str:
-    """The module around the tensor's: `model.layers.0.mlp` for model.layers.0.mlp.up_proj.weight."""
+    """Return the name of the enclosing module: `model.layers.0.mlp` for model.layers.0.mlp.up_proj.weight."""
     return ".".join(named_tensor[0].split(".")[:-2])
 
 

@@ -1,6 +1,6 @@
-"""vLLM's weight-transfer API with our transports. Imports vllm: import it where an engine is built.
+"""Register our transports of weights with vLLM's weight-transfer API.
 
-Importing it also tells vLLM of them: a server's workers import it for `WorkerExtension`.
+This module imports vllm: import it where an engine is built. A server's workers import it for `WorkerExtension`.
 """
 
 import os
@@ -29,10 +29,10 @@ from megatron_mcpo.rollout.weight_link import Bucket, Meeting, Receiver
 
 
 class Reload[Init: WeightTransferInitInfo, Update: WeightTransferUpdateInfo](WeightTransferEngine[Init, Update]):
-    """The worker's side of an update, wherever its tensors come from."""
+    """The worker's side of an update, independent of where the tensors come from."""
 
     updating = False
-    """Whether an update was begun and neither finished nor failed."""
+    """Whether an update has begun and neither finished nor failed."""
 
     def start_weight_update(self) -> None:
         if fixes.reload_is_stale_on_cpu():
@@ -41,12 +41,12 @@ class Reload[Init: WeightTransferInitInfo, Update: WeightTransferUpdateInfo](Wei
         self.updating = True
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Full tensors under their Hugging Face names."""
+        """Load full tensors under their Hugging Face names."""
         model: Any = self.model
         try:
             model.load_weights(named_tensors)
         except BaseException:
-            # The next update needs the modules put together again; so does the next engine of the process, which
+            # The next update needs the modules in their final form, and so does the next engine of the process, which
             # shares some of them (rotary embeddings).
             self.updating = False
             with suppress(Exception):
@@ -60,38 +60,38 @@ class Reload[Init: WeightTransferInitInfo, Update: WeightTransferUpdateInfo](Wei
         self.updating = False
 
     def shutdown(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 @dataclass
 class LiveTensors(WeightTransferUpdateInfo):
-    """Tensors of this process, as they are."""
+    """Tensors of this process."""
 
     weights: Any
 
 
 class InProcess(Reload[WeightTransferInitInfo, LiveTensors]):
-    """A Python iterator of live tensors."""
+    """The transport of live tensors from a Python iterator in the same process."""
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = LiveTensors
 
     def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
-        """Nothing to connect."""
+        """Do nothing: there is nothing to connect."""
 
     def receive_weights(self, update_info: LiveTensors) -> None:
         self.load(update_info.weights)
 
 
 class Broadcast(Reload[Any, Any]):
-    """Tensors that a trainer rank broadcasts to the workers of a server."""
+    """The transport of tensors that a trainer's rank broadcasts to the workers of a server."""
 
     init_info_cls = Meeting
     update_info_cls = Bucket
     receiver: Receiver | None = None
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
-        """Meet a trainer, who takes the place of the one before."""
+        """Connect to a trainer, which replaces the previous one."""
         parallel = self.parallel_config
         self.receiver = Receiver(
             init_info, worker=parallel.rank, num_workers=parallel.world_size, device=torch.device(self.device)
@@ -101,21 +101,21 @@ class Broadcast(Reload[Any, Any]):
         self.load(self.received(update_info))
 
     def received(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-        """All of a bucket arrives before the first tensor is handed out: the trainer never waits for the loading."""
+        """Receive a whole bucket, then yield its tensors, so that the trainer never waits for the loading."""
         if self.receiver is None:
-            raise RuntimeError("no trainer has connected")
+            raise RuntimeError("no trainer has connected to this server")
         yield from self.receiver.receive(bucket)
 
 
 class WorkerExtension:
-    """What a trainer may ask every worker of a server for, mixed into vLLM's worker class."""
+    """The methods that a trainer may call in every worker of a server, mixed into vLLM's worker class."""
 
     vllm_config: Any
     device: Any
     weight_transfer_engine: Any
 
     def mcpo_describe(self) -> dict[str, Any]:
-        """What is served and how (see server_client.wanted_description)."""
+        """Describe what is served and how (see server_client.wanted_description)."""
         config, transport = self.vllm_config, self.weight_transfer_engine
         model = config.model_config
         return {
@@ -132,7 +132,7 @@ class WorkerExtension:
         }
 
     def mcpo_compare(self, bucket: dict[str, Any]) -> dict[str, Any]:
-        """See engine.Engine.compare; the tensors are those that the trainer broadcasts meanwhile."""
+        """Compare the weights with the tensors that the trainer broadcasts meanwhile (see engine.Engine.compare)."""
         transport = self.weight_transfer_engine
         return asdict(vllm_probe.compare(transport.model, transport.received(Bucket(**bucket))))
 

@@ -1,6 +1,6 @@
-"""A process group of one trainer rank and the workers of one engine server, for tensors alone. Either side uses it.
+"""Send tensors from one trainer rank to the workers of one engine server, in a process group of their own.
 
-It stands beside the default process groups of both programs and touches neither. Gloo on a CPU, NCCL on GPUs.
+The group is separate from the default process groups of both programs. It uses gloo on a CPU, NCCL on GPUs.
 """
 
 import socket
@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(seconds=60)
-"""For meeting, and for one tensor."""
+"""The longest wait for the other side, to connect and for one tensor."""
 _POLL_SECONDS = 2e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """Where the sides meet. tag: names this link among those that a server had before"""
+    """The address at which the workers find the trainer. tag: names this link among those that a server had before"""
 
     host: str
     port: int
@@ -30,7 +30,7 @@ class Meeting:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """What is about to be sent: names, dtypes as torch spells them, shapes."""
+    """The description of tensors that are about to be sent: names, dtypes as torch spells them, shapes."""
 
     names: list[str]
     dtypes: list[str]
@@ -52,23 +52,23 @@ class Bucket:
 
 
 class Sender:
-    """The trainer's side: the group's first rank."""
+    """The trainer's side, which is the group's first rank."""
 
     def __init__(self, towards: tuple[str, int], tag: str):
-        """towards: host and port of the server, to find out by which address it reaches this machine"""
+        """Open a store at the address by which the server reaches this machine. towards: host and port of the server"""
         host = _own_address(*towards)
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         self.meeting = Meeting(host=host, port=self._store.port, tag=tag)
         self._group: Any = None
 
     def join(self, num_workers: int, device: torch.device) -> None:
-        """Form the group; the workers do so at the same time."""
+        """Form the group; the workers call `Receiver` at the same time."""
         self._group = _group(self._store, self.meeting.host, rank=0, size=1 + num_workers, device=device)
 
     def send(self, tensors: Iterable[Tensor], stop_when: Callable[[], bool]) -> None:
-        """Broadcast. Returns early as soon as `stop_when` says that nobody receives any more.
+        """Broadcast tensors; return early once `stop_when` says that the receivers have failed.
 
-        Raises RuntimeError when a worker dies, or takes more than TIMEOUT.
+        Raises RuntimeError if a worker dies, or takes longer than TIMEOUT.
         """
         for tensor in tensors:
             work = _broadcast(self._group, tensor.contiguous())
@@ -80,10 +80,13 @@ class Sender:
 
 
 class Receiver:
-    """A worker's side."""
+    """The side of a worker of the server."""
 
     def __init__(self, meeting: Meeting, *, worker: int, num_workers: int, device: torch.device):
-        """worker: number among the server's `num_workers`. Raises RuntimeError when nobody is there."""
+        """Connect to the trainer and form the group. Raises RuntimeError if no trainer answers.
+
+        worker: the number of this worker among the server's `num_workers`
+        """
         self.tag = meeting.tag
         self._device = device
         self._store = dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=TIMEOUT)
@@ -91,9 +94,9 @@ class Receiver:
         self._group = _group(self._store, own, rank=1 + worker, size=1 + num_workers, device=device)
 
     def receive(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
-        """All tensors of a bucket. Raises RuntimeError when the trainer dies, or another one sends."""
+        """Return all tensors of a bucket. Raises RuntimeError if the trainer dies, or another one sends."""
         if bucket.tag != self.tag:
-            raise RuntimeError(f"this server's weights come from {self.tag} now, not from {bucket.tag}")
+            raise RuntimeError(f"this server now gets its weights from {self.tag}, not from {bucket.tag}")
         received = []
         for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
@@ -114,7 +117,7 @@ def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = TIMEOUT
         return dist.ProcessGroupNCCL(named, rank, size, nccl)
-    # Left to itself gloo takes the address that the host's name stands for, which other hosts may not reach.
+    # By default gloo takes the address of the host's name, which other hosts may not reach.
     backend: Any = dist.ProcessGroupGloo
     gloo = backend._Options()
     gloo._devices = [backend.create_device(hostname=host)]
@@ -124,7 +127,7 @@ def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.
 
 
 def _own_address(host: str, port: int) -> str:
-    """The address of this machine by which `host` reaches it. Nothing is sent."""
+    """Return the address of this machine by which `host` reaches it; nothing is sent."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)

@@ -241,7 +241,7 @@ def test_a_foreign_push_is_noticed(folder: Path, servers: list[Server], fresh: d
         "compare": lambda: theirs.compare(a.items()),
     }
     message = failure(calls[use])
-    assert f"{servers[0].url}: holds weights 'ours version 1', this run pushed 'theirs version 1'" in message
+    assert f"{servers[0].url}: holds weights 'ours version 1', must hold 'theirs version 1'" in message
     assert sampled(ours) == fresh["a"]
 
 
@@ -250,7 +250,7 @@ def test_the_trainer_that_connected_last_is_the_one_that_pushes(
 ) -> None:
     first, last = (connect(folder, servers[0], tag=tag) for tag in ("first", "last"))
     message = failure(lambda: first.update(weights(folder / "a").items(), 1), within=20)
-    assert "this server's weights come from last now, not from first" in message
+    assert "this server now gets its weights from last, not from first" in message
     last.update(weights(folder / "b").items(), 1)
     assert sampled(last) == fresh["b"]
 
@@ -310,20 +310,20 @@ def test_refusals(folder: Path, servers: list[Server], tmp_path: Path) -> None:
         assert "was refused (404)" in one(problems(folder, [foreign]))
         other.shutdown()
     alias = urls[0].replace("127.0.0.1", "localhost")
-    assert "are one server" in one(problems(folder, [urls[0], alias]))
+    assert "must be different servers" in one(problems(folder, [urls[0], alias]))
     assert "is there twice" in one(problems(folder, [urls[0], urls[0]]))
     assert "has a port above 65535" in one(problems(folder, ["http://127.0.0.1:70000"]))
     for bad in ("127.0.0.1:8000", "http://127.0.0.1", "https://127.0.0.1:1", "http://u@h:1"):
         assert f"engine.servers[0] = {bad!r}" in one(problems(folder, [bad]))
-    assert "has dtype float32, this run needs bfloat16" in one(problems(folder, urls[:1], "--model.dtype", "bf16"))
+    assert "has dtype = float32, must have bfloat16" in one(problems(folder, urls[:1], "--model.dtype", "bf16"))
     longer = ["--rollout.max_response_tokens", "5"]
-    assert "has max_model_len 204, this run needs 205" in one(problems(folder, urls[:1], *longer))
+    assert "has max_model_len = 204, must have 205" in one(problems(folder, urls[:1], *longer))
     split = problems(folder, urls[:1], "--engine.tensor_parallel", "2")
     assert [line.split(" has ")[1].split(";")[0] for line in split] == [
-        f"{name} 1, this run needs 2" for name in ("tensor_parallel", "workers")
+        f"{name} = 1, must have 2" for name in ("tensor_parallel", "workers")
     ]
     tiny_run.save_chat_model(tmp_path, experts=True, trained=False)
-    assert any("has model family llama, this run needs qwen3_moe" in line for line in problems(tmp_path, urls[:1]))
+    assert any("has model family = llama, must have qwen3_moe" in line for line in problems(tmp_path, urls[:1]))
 
 
 def test_a_server_that_could_not_serve_is_not_started(
