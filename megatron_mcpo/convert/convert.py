@@ -109,14 +109,7 @@ def hf_to_megatron(
     """
     with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
         with together_on_files(team):
-            if is_sharded(source):
-                fix = "it is a Megatron checkpoint, which `mcpo convert to-hf` converts"
-                raise ConfigError([f"{source}: must be a Hugging Face folder; {fix}"])
-            model = from_folder(source)
-            folder = HfFolder(source, model)
-            problems = layout_problems(model, layout, 1)
-            if problems:
-                raise ConfigError(problems)
+            model, folder = _hf_source(source, layout)
             dtype = _dtype(folder, dtype)
         job = {"from": _fingerprint(source), "layout": asdict(layout), "dtype": str(dtype)}
         staging = _open_staging(source, final, job, sum(nbytes(folder, name, dtype) for name in folder.names), team)
@@ -217,6 +210,19 @@ def assets_of(checkpoint: Path) -> Path:
             return path
     rule = "must hold config.json, or belong to a run whose model.path holds it"
     raise ConfigError([f"{checkpoint}: {rule}; give --hf FOLDER"])
+
+
+def _hf_source(source: Path, layout: Layout) -> tuple[ModelConfig, HfFolder]:
+    """Open a Hugging Face folder. Raises ConfigError if it is none, or `layout` can't divide its model."""
+    if is_sharded(source):
+        fix = "it is a Megatron checkpoint, which `mcpo convert to-hf` converts"
+        raise ConfigError([f"{source}: must be a Hugging Face folder; {fix}"])
+    model = from_folder(source)
+    folder = HfFolder(source, model)
+    problems = layout_problems(model, layout, 1)
+    if problems:
+        raise ConfigError(problems)
+    return model, folder
 
 
 def _write_parts(
