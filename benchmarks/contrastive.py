@@ -1,4 +1,4 @@
-"""What the contrastive terms cost by themselves, against the plain N x N form: seconds and memory.
+"""Measure seconds and memory of the contrastive terms against the plain N x N form.
 
 `.venv/bin/python -m benchmarks.contrastive [--large] [--json] [--out benchmarks/results/NAME.json]`
 """
@@ -23,7 +23,7 @@ from tests.support import reference
 DIM = 512
 SIZES, LARGE = (512, 2048, 8192), (32768, 65536)
 TRANSFERS = ("top_k", "all")
-"""The default, and one that sorts nothing: the plain form's sorting must not flatter the comparison."""
+"""The default, and one that sorts nothing, so that the plain form's sorting does not distort the comparison."""
 DOMAINS, SAMPLES = 5, 8
 LONG_ENOUGH = 20.0
 """Seconds after which a measurement is not repeated."""
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def contrastive_rows(*, large: bool) -> Iterator[dict[str, Any]]:
-    """A row an implementation and size, each measured in a process of its own: so memory is that of one call."""
+    """Yield a row per implementation and size, each measured in its own process, so that memory is that of one call."""
     for transfer in TRANSFERS:
         for n in (*SIZES, *(LARGE if large and transfer == "top_k" else ())):
             naive = None
@@ -55,7 +55,7 @@ def contrastive_rows(*, large: bool) -> Iterator[dict[str, Any]]:
 
 
 def cost(impl: str, n: int, transfer: Any) -> dict[str, Any]:
-    """Seconds of both terms with their gradient, and the memory they take beside z at the highest."""
+    """Measure seconds of both terms with their gradient, and their peak memory beside z."""
     settings = ContrastiveConfig(transfer=transfer)
     z_MD, labels = rollouts(n)
     run: dict[str, Callable[[Tensor, RolloutLabels], object]] = {
@@ -83,7 +83,7 @@ def cost(impl: str, n: int, transfer: Any) -> dict[str, Any]:
 
 
 def floor(z_MD: Tensor, num_anchors: int) -> float:
-    """Seconds of what can't be saved: the similarities of all anchors, and both products that make their gradient."""
+    """Measure the lower bound: the similarities of all anchors, and the two products of their gradient."""
     rows = min(num_anchors, TILE_ELEMENTS // len(z_MD))
     z_AD, tile_AM = z_MD[:rows], torch.rand(rows, len(z_MD))
     products = [lambda: z_AD @ z_MD.T, lambda: tile_AM @ z_MD, lambda: tile_AM.T @ z_AD]

@@ -1,4 +1,4 @@
-"""What a conversion costs beside copying the same files: seconds, and peak memory. Needs 28 GB of disk.
+"""Measure seconds and peak memory of a conversion beside copying the same files. Needs 28 GB of disk.
 
 `.venv/bin/python -m benchmarks.convert [--small] [--json] [--out benchmarks/results/NAME.json]`
 """
@@ -26,7 +26,7 @@ SMALL = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 _WORK = ROOT / ".cache"
 LAYOUT = ("--tp", "4", "--pp", "2")
 MAX_FILE_BYTES = 2 * 10**9
-# Between this process and the tool: a process begins with the peak of the one that started it, and this one's is large.
+# A process between this one and the command: a process inherits the peak of its parent, and this one's is large.
 _PEAK_OF = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
@@ -61,15 +61,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows(*, small_only: bool) -> Iterator[dict[str, Any]]:
-    """Both directions of the quick start's model (where it was made) and of one with the shapes of a 32B model.
+    """Yield both directions for the quick start's model (if it was made) and for one with the shapes of a 32B model.
 
-    Only what a conversion always does is measured, not the comparison of logits. Needs four times the model on disk.
+    The comparison of logits is left out. Needs four times the model on disk.
     """
     _WORK.mkdir(exist_ok=True)
     if SMALL.is_dir():
         yield from _both_ways("135M", SMALL)
     else:
-        print(f"without {SMALL} (make model) the 135M model is left out", file=sys.stderr)
+        print(f"{SMALL}: no such folder, so the 135M model is left out; make it with `make model`", file=sys.stderr)
     if small_only:
         return
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=_WORK) as name:
@@ -79,7 +79,7 @@ def rows(*, small_only: bool) -> Iterator[dict[str, Any]]:
 
 
 def make_large(folder: Path, **changes: Any) -> None:
-    """A folder of random numbers, written without ever holding more than a tensor."""
+    """Write a model folder of random numbers, one tensor at a time."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SHAPES_OF_32B | changes))
     shapes = hf_shapes(from_folder(folder, with_weights=False))
@@ -93,7 +93,7 @@ def make_large(folder: Path, **changes: Any) -> None:
 
 
 def _noise(shape: tuple[int, ...]) -> Tensor:
-    """Fast, and different everywhere: a random row, shifted."""
+    """Return numbers that are different everywhere, fast: a random row, shifted."""
     values = torch.empty(shape, dtype=torch.bfloat16)
     row = torch.randn(1 << 20).bfloat16()
     flat = values.view(-1)
@@ -125,7 +125,7 @@ def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
 
 
 def measure(direction: str, given: Path, made: Path, *options: str, processes: int = 1) -> tuple[float, int]:
-    """Seconds of a tool, started and ended, and the highest resident memory of any of its processes."""
+    """Return the seconds of a conversion's command, and the highest resident memory of any of its processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
     command = [sys.executable, *launcher, "-m", "megatron_mcpo", "convert", direction, str(given), str(made), *options]
     command.append("--no-verify-forward")
@@ -137,7 +137,7 @@ def measure(direction: str, given: Path, made: Path, *options: str, processes: i
 
 
 def _copy(source: Path, target: Path) -> float:
-    """cp -r and onto the disk, as the tools do."""
+    """Return the seconds of cp -r, with the files synced to the disk, as a conversion does."""
     start = time.perf_counter()
     subprocess.run(["cp", "-rL", str(source), str(target)], check=True)
     for path in target.iterdir():

@@ -1,8 +1,8 @@
-"""Is the gradient exact? Every parameter's, of the whole objective, in every parallel layout, on real gloo ranks.
+"""Check the gradient of every parameter, of the whole objective, in every parallel layout, on real gloo ranks.
 
 `.venv/bin/python -m benchmarks.gradient_table [--json] [--layouts tp2 dp2 ...]`
 The reference is autograd in float64 through a Hugging Face model in one process (tests/support/reference.py). An error
-is the largest of a parameter's gradient, relative to its largest entry. Exit code 1: one exceeds the bound.
+is the largest in a parameter's gradient, relative to its largest entry. Exit code 1: an error exceeds the bound.
 """
 
 import argparse
@@ -70,15 +70,15 @@ MODELS: dict[str, tuple[tuple[tiny_models.Kind, ...], dict[str, int]]] = {
     "thirds": (("tied", "untied"), {"num_layers": 3, "num_heads": 9, "num_kv_heads": 3}),
     "experts": (("experts",), _EVEN),
 }
-"""Models whose layers and heads can be divided by 2, by 3, and one with experts."""
+"""Models whose layers and heads can be divided by 2 or by 3, and one with experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to configure and to pack a step.
+    """A way to configure and pack a step.
 
-    shortest_prompt: more than half of what a micro-batch holds keeps any two rollouts apart
-    uneven: groups of different sizes, and right answers whose rewards are less than 1
+    shortest_prompt: if it exceeds half of a micro-batch, no two rollouts share one
+    uneven: groups of different sizes, and correct answers whose rewards are less than 1
     """
 
     name: str
@@ -90,7 +90,7 @@ class Variant:
 
 VARIANTS = [
     Variant(
-        name="a rollout a micro-batch",
+        name="one rollout per micro-batch",
         sections={"batch": {"micro_batch_tokens": 32}},
         share_prompts=False,
         shortest_prompt=17,
@@ -136,7 +136,7 @@ VARIANTS = [
         share_prompts=False,
     ),
     Variant(
-        name="a ratio a rollout, uneven groups with penalties",
+        name="one ratio per rollout, uneven groups with penalties",
         sections={"batch": {"micro_batch_tokens": 64}, "algorithm": {"clip": "gspo"}},
         share_prompts=True,
         uneven=True,
@@ -146,7 +146,7 @@ VARIANTS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, a configuration, rollouts, and the gradient of every parameter that the reference finds."""
+    """A model, a configuration, rollouts, and the gradient of every parameter as the reference computes it."""
 
     name: str
     config: Config
@@ -155,18 +155,18 @@ class Case:
     expected: dict[str, Tensor]
 
     def in_bf16(self) -> Self:
-        """The same rollouts for a policy that computes in bf16."""
+        """Return the same case for a policy that computes in bf16."""
         model = self.config.model.model_copy(update={"dtype": "bf16"})
         return replace(self, config=self.config.model_copy(update={"model": model}))
 
 
 def cases_for(layout: Layout, cases: Sequence[Case]) -> list[Case]:
-    """Context parallelism divides the tokens of a rollout, so that its cases leave out the ratio of a whole rollout."""
+    """Return the cases for a layout; context parallelism divides rollouts, so that it can't have GSPO's ratios."""
     return [case for case in cases if layout.context == 1 or case.config.algorithm.clip != "gspo"]
 
 
 def models_for(layout: Layout) -> list[str]:
-    """The keys of MODELS that a layout is tried with."""
+    """Return the keys of MODELS that a layout is tried with."""
     if layout.expert > 1:
         return ["experts"]
     if layout in (Layout(), Layout(tensor=2, sequence=True)):
@@ -175,9 +175,9 @@ def models_for(layout: Layout) -> list[str]:
 
 
 def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:
-    """Every variant with the models of one key of MODELS; their files are put into `folder`.
+    """Return every variant with the models of one key of MODELS, whose files are written into `folder`.
 
-    sure: no experts, positives or tokens to clip are chosen by figures that rounding to bf16 could turn around
+    sure: no choice of experts, positives or clipped tokens could change by rounding to bf16
     """
     kinds, shape = MODELS[model]
     cases = []
@@ -200,13 +200,13 @@ def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:
 
 
 def _without_choices(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The same without bounds on the ratio, and with every candidate as a positive."""
+    """Return the sections without bounds on the ratio, and with every candidate as a positive."""
     unclipped = {**sections.get("algorithm", {}), "clip_low": 1.0, "clip_high": 1e6}
     return {**sections, "algorithm": unclipped, "contrastive": {**sections.get("contrastive", {}), "transfer": "all"}}
 
 
 def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:
-    """All terms weigh enough that an error in any of them shows."""
+    """Return a configuration in which all terms weigh enough that an error in any of them shows."""
     algorithm = {"kl_weight": 0.05, **sections.get("algorithm", {})}
     contrastive = {"cross_domain_weight": 0.5, "in_domain_weight": 0.3, "temperature": 0.2, "top_k": 2}
     contrastive |= sections.get("contrastive", {})
@@ -214,7 +214,7 @@ def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:
 
 
 def expected_gradients(model: PreTrainedModel, groups: Sequence[RolloutGroup], config: Config) -> dict[str, Tensor]:
-    """What the reference finds, in float64."""
+    """Return the gradients of the reference in float64."""
     spec = HeadSpec.of(config.contrastive, hidden_size=tiny_models.HIDDEN, seed=config.run.seed)
     head: dict[str, Tensor] = {}
     if spec is not None:
@@ -225,7 +225,7 @@ def expected_gradients(model: PreTrainedModel, groups: Sequence[RolloutGroup], c
 
 
 def score(policy: Policy, config: Config, groups: Sequence[RolloutGroup], share_prompts: bool) -> Scored:
-    """The rollouts with made-up log-probs of older weights and of a reference; z has to be made anew."""
+    """Return the rollouts with made-up log-probs of older weights and of a reference; z has to be computed again."""
     ranks = policy.groups
     batch = make_batch(
         groups,
@@ -242,7 +242,7 @@ def score(policy: Policy, config: Config, groups: Sequence[RolloutGroup], share_
 
 
 def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) -> dict[str, Tensor]:
-    """The same on ranks, as a step of the trainer makes it."""
+    """Return the gradients on ranks, as a step of the trainer computes them."""
     policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
     objective = objective_type(case.config, policy, ranks)
     scored = score(policy, case.config, case.groups, case.share_prompts)
@@ -251,11 +251,11 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
 
 
 def export_gradients(policy: Policy) -> dict[str, Tensor]:
-    """Gradients under the names of the reference: they take the parameters' place and are exported."""
+    """Return the gradients under the names of the reference: they replace the parameters and are exported."""
     head = {}
     for buffer in policy.gradient_buffers:
         group = buffer.data_parallel_group
-        for bucket in buffer.buckets:  # the distributed optimizer leaves each rank its own shard of the sum
+        for bucket in buffer.buckets:  # with the distributed optimizer each rank has its own shard of the sum
             shards = bucket.grad_data.chunk(group.size())
             gathered = [torch.empty_like(shard) for shard in shards]
             dist.all_gather(gathered, shards[group.rank()].contiguous(), group=group)
@@ -271,7 +271,7 @@ def export_gradients(policy: Policy) -> dict[str, Tensor]:
 def errors_on_this_rank(
     layout: Layout, cases: Sequence[Case], objective_type: type[Objective]
 ) -> list[dict[str, float]]:
-    """Of each case the relative error of every parameter that this rank knows of."""
+    """Return for each case the relative error of every parameter that this rank has."""
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     errors = []
     for case in cases:
@@ -281,7 +281,7 @@ def errors_on_this_rank(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Infinite where it is not a number."""
+    """Return the largest error relative to the largest entry; infinite if it is not a number."""
     error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
     return error if math.isfinite(error) else math.inf
 
@@ -289,7 +289,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def check(
     layout: Layout, cases: Sequence[Case], objective_type: type[Objective] = Objective
 ) -> dict[tuple[str, str], float]:
-    """The error of every parameter in every case, the worst of all ranks: (case, parameter) to error."""
+    """Return the worst error of all ranks by (case, parameter)."""
     cases = cases_for(layout, cases)
     reports = run_ranks(layout.world_size, errors_on_this_rank, layout, cases, objective_type, timeout=540)
     worst: dict[tuple[str, str], float] = {}
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all of them")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # a pool of threads doesn't survive the fork of a rank
+    torch.set_num_threads(1)  # a thread pool doesn't survive the fork of a rank
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as name:
         folder = Path(name)

@@ -15,20 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes."""
+    """Return the seconds that `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def memory(field: str) -> int:
-    """Bytes that this process holds (VmRSS), or has held at the highest (VmHWM)."""
+    """Return the bytes that this process holds (VmRSS), or held at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def forget_peak() -> None:
-    """From here on VmHWM is the peak of what follows."""
+    """Reset VmHWM, so that it becomes the peak of what follows."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -36,7 +36,9 @@ def options(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one object per row")
-    parser.add_argument("--out", type=_file, help="also keep the rows in this file, beside those of other benchmarks")
+    parser.add_argument(
+        "--out", type=_file, help="also write the rows into this file, beside those of other benchmarks"
+    )
     return parser
 
 
@@ -56,7 +58,9 @@ def write_rows(name: str, rows: Iterable[dict[str, Any]], known: argparse.Namesp
 def _file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}; make it first")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must lie in a folder that exists ({str(path.parent)!r} does not); make it first"
+        )
     return path
 
 

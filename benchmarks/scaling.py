@@ -1,9 +1,9 @@
-"""What a rank receives in a step as a run grows: more replicas, layers, rollouts, domains.
+"""Count what a rank receives in a step as a run grows: more replicas, layers, rollouts, domains.
 
 `.venv/bin/python -m benchmarks.scaling [--json] [--out benchmarks/results/NAME.json]`
-A rank of the trainer takes a real step in a run whose other ranks are not there (torch's fake process group): its
-messages are those it would exchange, their content is not. The rollouts, which travel as pickled objects, are counted
-without a group. tests/distributed/test_bench_scaling.py holds all of it against real ranks.
+A rank of the trainer takes a real step in a run whose other ranks do not exist (torch's fake process group): its
+messages are those that it would exchange, their content is not. The rollouts, which travel as pickled objects, are
+counted without a group. tests/distributed/test_bench_scaling.py compares all of it with real ranks.
 """
 
 import pickle
@@ -37,7 +37,7 @@ GROWTH: dict[str, tuple[int, ...]] = {
     "rollouts": (256, 1024, 4096),
     "domains": (1, 3, 30),
 }
-"""What grows, alone; the others stay at two replicas, 2 layers, 1,024 rollouts and 3 domains."""
+"""The quantities that grow, one at a time; the others stay at 2 replicas, 2 layers, 1,024 rollouts and 3 domains."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def scaling_rows() -> Iterator[dict[str, Any]]:
-    """A row a run: bytes and messages that one rank receives in a step, and in the push that follows, by group."""
+    """Yield a row per run: bytes and messages that one rank receives in a step and its weight sync, by group."""
     for name, values in GROWTH.items():
         for value in values:
             sizes = {"replicas": 2, "layers": LAYERS, "rollouts": SAMPLES * PROMPTS, "domains": DOMAINS, name: value}
@@ -61,7 +61,7 @@ def _pretended(*, replicas: int, layers: int, rollouts: int, domains: int) -> di
 
 
 def sampled(rollouts: int, domains: int) -> list[RolloutGroup]:
-    """Random rollouts, in turn of every domain."""
+    """Return random rollouts, of every domain in turn."""
     groups = tiny_models.rollout_groups(num_prompts=rollouts // SAMPLES, num_samples=SAMPLES)
     return [
         RolloutGroup(
@@ -81,7 +81,7 @@ def sampled(rollouts: int, domains: int) -> list[RolloutGroup]:
 
 
 def rollout_bytes(sampled: list[RolloutGroup], *, num_engines: int, num_ranks: int) -> int:
-    """What a rank receives for every rank to know all rollouts (collect.Collector): a size and a share of each other.
+    """Count what a rank receives so that every rank knows all rollouts: a size and a share of each other rank.
 
     Engines complete the prompts in turn, one rank of each sends them, and all shares are padded to the largest.
     """
@@ -90,13 +90,13 @@ def rollout_bytes(sampled: list[RolloutGroup], *, num_engines: int, num_ranks: i
 
 
 def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-    """That asks for the gradients of everything."""
+    """Return a loss that needs all gradients."""
     assert x.z_nD is not None
     return x.logp_r.sum() * 1e-6 + x.z_nD.sum() * 1e-6, {}
 
 
 def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[str, Any]:
-    """A step of policy and reference: rollouts of an engine a rank, scores, representations, update; then the push."""
+    """Count what a rank receives in a step: rollouts, scores, representations, update; then the weight sync."""
     config = tiny_models.config(folder, batch={"prompts": len(sampled), "micro_batch_tokens": 4096})
     model = from_folder(folder)
     policy, reference = Policy(config, model, ranks), Reference(config, model, ranks)

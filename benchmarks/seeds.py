@@ -1,4 +1,4 @@
-"""Runs a configuration with several seeds, one after the other, and writes what they reached as JSON.
+"""Run a configuration with several seeds, one after the other, and write what they reached as JSON.
 
 `.venv/bin/python -m benchmarks.seeds CONFIG --seeds 0 1 2 --out benchmarks/results/NAME.json [--section.key VALUE ...]`
 Each run is the whole program in processes of its own, as a user starts it; run it on an otherwise idle machine.
@@ -20,7 +20,7 @@ import psutil
 from benchmarks.measure import machine
 
 WINDOW = 5
-"""Steps at the beginning and at the end whose rewards are compared."""
+"""The number of steps at the beginning and at the end whose rewards are compared."""
 PHASES = ("rollout", "score", "update", "step")
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         runs = [run(known.config, seed, overrides) for seed in known.seeds]
     except subprocess.CalledProcessError as error:
-        return int(error.returncode)  # the run has said why
+        return int(error.returncode)  # the run has printed why
     report = {"config": str(known.config), "overrides": overrides, "machine": machine(), "runs": runs}
     known.out.parent.mkdir(exist_ok=True)
     known.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(config: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """One run of the program in a fresh folder; raises CalledProcessError when it fails."""
+    """Run the program in a fresh folder. Raises CalledProcessError if it fails."""
     with tempfile.TemporaryDirectory(prefix="seeds-") as folder:
         command = [sys.executable, "-m", "megatron_mcpo", "train", str(config), "--run.seed", str(seed)]
         command += ["--run.dir", folder, *overrides]
@@ -58,7 +58,7 @@ def run(config: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes that the process and all it started hold; a page that n of them share counts 1/n for each."""
+    """Return the bytes of a process and all that it started; a page that n of them share counts 1/n for each."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
         try:

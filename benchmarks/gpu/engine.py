@@ -1,4 +1,4 @@
-"""Checks of what stands around the model: vLLM fed with weights, checkpoints beside training, the whole program."""
+"""Check what surrounds the model: weight syncs to vLLM, checkpoints during training, the whole program."""
 
 import json
 import os
@@ -29,22 +29,22 @@ from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choos
 from tests.support.engine_server import Server
 
 BF16_APART, FP8_APART = (0.0, 0.02), (0.04, TOLERANCE["fp8_per_block"])
-"""Least and most mean difference of log-probs. On a CPU the one was 0.016, the other 0.126."""
+"""Least and greatest mean difference of log-probs. On a CPU they were 0.016 in bf16 and 0.126 in FP8."""
 _GIGA = 1e9
 
 
 def engine() -> Outcome:
-    """Pushes to an engine in this process: its weights bit for bit, its log-probs, seconds, memory while it sleeps."""
+    """Check an engine in this process: its weights bit by bit, its log-probs, seconds, memory while it sleeps."""
     return _in_process("none", BF16_APART)
 
 
 def engine_fp8() -> Outcome:
-    """The same with an engine that rounds its layers to FP8. Log-probs as near as bf16's mean that it didn't."""
+    """Check an engine that rounds its layers to FP8. Log-probs as close as in bf16 mean that it did not round."""
     return _in_process("fp8_per_block", FP8_APART)
 
 
 def _in_process(quantization: Literal["none", "fp8_per_block"], apart: tuple[float, float]) -> Outcome:
-    """apart: least and most mean difference of log-probs"""
+    """Check an engine in this process. apart: least and greatest mean difference of log-probs"""
     low, high = apart
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
     with TemporaryDirectory() as name:
@@ -87,10 +87,10 @@ def _in_process(quantization: Literal["none", "fp8_per_block"], apart: tuple[flo
 
 
 def servers() -> Outcome:
-    """Pushes to a server, a process of its own on the same GPU, through the group that servers are fed by.
+    """Check weight syncs to a server, which is a process of its own on the same GPU.
 
-    NCCL refuses two ranks of one host on one GPU: either side says that it is a host of its own, and they talk
-    through sockets. Between GPUs it is faster.
+    NCCL refuses two ranks of one host on one GPU. Both sides therefore claim to be different hosts and communicate
+    through sockets, which is slower than between GPUs.
     """
     os.environ["NCCL_HOSTID"] = "trainer"
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
@@ -100,7 +100,7 @@ def servers() -> Outcome:
         config = models.settings(folder, engine={"gpu_memory_utilization": 0.3, "kv_cache_gib": 1.0})
         (folder / "config.toml").write_text(dump(config))
         learner = models.policy(config, groups)
-        # Not earlier: vLLM measures the GPU's memory when it starts, and may not see others take or free some.
+        # Start it last: vLLM measures the GPU's memory at its start and requires that no one else changes it meanwhile.
         server = Server(folder / "config.toml", folder / "log", {"NCCL_HOSTID": "server"})
         stack.callback(server.kill)
         server.wait_ready()
@@ -127,14 +127,14 @@ def servers() -> Outcome:
 
 
 def _speed(weight_sync: WeightSync, learner: Policy) -> dict[str, float | str]:
-    """Of pushes after the first."""
+    """Measure weight syncs after the first."""
     seconds = seconds_of(lambda: weight_sync.sync(0), repeats=5, warm_up=1)
     size = sum(tensor.nbytes for _, tensor in learner.weights())
     return {"seconds_push": seconds, "gigabytes_a_second": size / seconds / _GIGA}
 
 
 def _same_weights(learner: Policy, sampler: Engine) -> tuple[Band, Band]:
-    """None differs, and every one could be compared."""
+    """Return the bands that hold if no tensor differs and every one could be compared."""
     compared = sampler.compare(learner.weights())
     return (
         Band(name="tensors that differ", value=len(compared.different), low=0, high=0),
@@ -143,7 +143,7 @@ def _same_weights(learner: Policy, sampler: Engine) -> tuple[Band, Band]:
 
 
 def _apart(learner: Policy, sampler: Engine) -> float:
-    """Mean difference of log-probs between engine and trainer, on what the engine samples."""
+    """Return the mean difference of log-probs between engine and trainer on what the engine samples."""
     asked = models.rollouts(MEDIUM.vocab, prompts=8, samples=1, prompt=(20, 60), response=(1, 1))
     requests = [
         SamplingRequest(
@@ -170,7 +170,7 @@ def _apart(learner: Policy, sampler: Engine) -> float:
 
 
 def checkpoint() -> Outcome:
-    """A checkpoint that is written while training goes on: what comes back is the state of the call."""
+    """Check that a checkpoint written while training continues holds the state at the time of the call."""
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
     with TemporaryDirectory() as name:
         folder = Path(name, "model")
@@ -214,7 +214,7 @@ def _checkpoints(learner: Policy, folder: Path) -> Checkpoints:
 
 
 def conversion() -> Outcome:
-    """To Megatron's format and back with the tool, whatever layers the trainer has on this machine."""
+    """Check the conversion to Megatron's format and back, with the layers that the trainer has on this machine."""
     with TemporaryDirectory() as name:
         models.save_model(Path(name), SMALL, dtype=torch.bfloat16)
         command = [sys.executable, "-m", "megatron_mcpo", "convert", "check", name, "--layouts", "tp2pp2", "--json"]
@@ -229,11 +229,11 @@ def conversion() -> Outcome:
 
 
 def program() -> Outcome:
-    """The quick start's first steps as a user starts them, every push verified."""
+    """Run the quick start's first steps as a user starts them, with every weight sync verified."""
     config = ROOT / "examples" / "quickstart" / "config.toml"
     model = ROOT / load(config).model.path
     if not model.exists():
-        return Outcome(skipped=f"{model} is not there; make it with `python tools/embedded_model.py {model}`")
+        return Outcome(skipped=f"{model}: no such folder; make it with `python tools/embedded_model.py {model}`")
     with TemporaryDirectory() as name:
         arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
         finished = subprocess.run(

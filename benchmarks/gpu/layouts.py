@@ -1,7 +1,7 @@
-"""Gradients of the whole objective in bf16, in one process and in parallel layouts, against autograd in float64.
+"""Compare gradients of the whole objective in bf16 with autograd in float64, in one process and in parallel layouts.
 
-NCCL refuses two ranks of one host on one GPU. Here every rank says that it is a host of its own (NCCL_HOSTID): they
-share the GPU and talk through sockets. That shows what they compute, and nothing about their speed.
+NCCL refuses two ranks of one host on one GPU. Here every rank claims to be a host of its own (NCCL_HOSTID), so that
+they share the GPU and communicate through sockets. This shows what they compute, but nothing about their speed.
 """
 
 import json
@@ -33,31 +33,31 @@ _RANKS = 2
 _TIMEOUT_SECONDS = 240
 
 Nearness = dict[str, float]
-"""Of the gradients of all parameters in several cases: the least cosine, the least and the largest ratio of norms."""
+"""The least cosine and the least and largest ratio of norms, over the gradients of all parameters in several cases."""
 
 
 def gradients() -> Outcome:
-    """All terms of the objective on one rank."""
+    """Check all terms of the objective on one rank."""
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
     with TemporaryDirectory() as name:
         return _outcome({"": _nearness(_cases(Path(name), "halves"), groups)})
 
 
 def layouts() -> Outcome:
-    """The same on two ranks: tensor with sequence, pipeline, interleaved pipeline, context and data parallelism."""
+    """Check two ranks: tensor with sequence, pipeline, interleaved pipeline, context and data parallelism."""
     return _on_two_ranks("halves", LAYOUTS_TRIED)
 
 
 def experts() -> Outcome:
-    """A mixture of experts: every expert on both ranks, and half of them on either."""
+    """Check a mixture of experts: every expert on both ranks, and half of them on either."""
     return _on_two_ranks("experts", ("dp2", "ep2"))
 
 
 def _cases(folder: Path, model: str) -> list[Case]:
-    """Untied ones: the tied model's heads of 18 are no multiple of 8. Nothing in them is chosen by a hair's breadth.
+    """Return the cases of untied models, since the tied model's heads of 18 are not a multiple of 8.
 
-    A token that float64 sends to another expert than bf16 does, or that one of them clips, changes gradients by more
-    than any bound for rounding could allow.
+    No choice in them depends on rounding: a token that float64 sends to another expert than bf16 does, or that only one
+    of them clips, changes gradients by more than any bound for rounding could allow.
     """
     cases = gradient_table.make_cases(folder, model, sure=True)
     return [case.in_bf16() for case in cases if not case.name.startswith("tied")]
@@ -82,7 +82,7 @@ def _outcome(found: dict[str, Nearness]) -> Outcome:
 
 
 def _nearness(cases: Sequence[Case], groups: Groups) -> Nearness:
-    """On this rank: of all parameters, but for the contrastive head, which the last stage alone knows."""
+    """Compare all parameters on this rank; only the last stage has the contrastive head."""
     cosines, ratios = [], []
     for case in gradient_table.cases_for(groups.layout, cases):
         found = gradient_table.found_gradients(case, groups, Objective)
@@ -99,13 +99,13 @@ def _worst(of_ranks: Sequence[Nearness]) -> Nearness:
 
 
 def _ends(cosines: Sequence[float], least: Sequence[float], largest: Sequence[float]) -> Nearness:
-    """By torch, whose minimum of a NaN and anything is NaN."""
+    """Return the extremes, computed by torch, whose minimum of a NaN and anything is NaN."""
     found = (torch.tensor(cosines).min(), torch.tensor(least).min(), torch.tensor(largest).max())
     return {name: value.item() for name, value in zip(_BANDS, found, strict=True)}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """A rank, started by torchrun: the nearness in every layout; rank 0 writes down the worst of all ranks."""
+    """Run a rank that torchrun started in every layout; rank 0 writes the worst result of all ranks."""
     folder, layouts = Path(arguments[0]), arguments[1:]
     rank = int(os.environ["RANK"])
     os.environ["NCCL_HOSTID"] = f"rank-{rank}"

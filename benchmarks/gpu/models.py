@@ -1,4 +1,4 @@
-"""Random models of real shapes, rollouts for them and policies of them, for checks on whatever device there is."""
+"""Make random models of real shapes, with rollouts and policies, for checks on the device of this machine."""
 
 import statistics
 import time
@@ -24,7 +24,7 @@ from tests.support import tiny_models
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of a dense Qwen3 model."""
+    """The sizes of a dense Qwen3 model."""
 
     hidden: int
     ffn: int
@@ -38,14 +38,14 @@ class Shape:
 
 SMALL = Shape(hidden=256, ffn=512, layers=4, heads=4, kv_heads=2, head_dim=64, vocab=1000)
 MEDIUM = Shape(hidden=2048, ffn=6144, layers=8, heads=16, kv_heads=8, head_dim=128, vocab=8192)
-"""Layers of Qwen3-1.7B."""
+"""Eight layers of Qwen3-1.7B's shapes, with a small vocabulary."""
 QWEN3_1_7B = Shape(hidden=2048, ffn=6144, layers=28, heads=16, kv_heads=8, head_dim=128, vocab=151_936, tied=True)
 QWEN3_8B_LAYERS = Shape(hidden=4096, ffn=12288, layers=8, heads=32, kv_heads=8, head_dim=128, vocab=8192)
-"""A quarter of Qwen3-8B's layers and a small vocabulary: with its optimizer the whole of it would not fit one GPU."""
+"""Eight layers of Qwen3-8B's shapes and a small vocabulary: the whole model and its optimizer would not fit one GPU."""
 
 
 def save_model(folder: Path, shape: Shape, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A random model, also written into `folder`."""
+    """Make a random model and write it into `folder`."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=shape.vocab,
@@ -76,7 +76,10 @@ def settings(
     model: dict[str, str] | None = None,
     engine: dict[str, float] | None = None,
 ) -> Config:
-    """tokens: most in a micro-batch; prompt, response: the longest; model, engine: keys of those sections"""
+    """Return a configuration for a model folder.
+
+    tokens: the most in a micro-batch; prompt, response: the longest; model, engine: keys of these sections
+    """
     return tiny_models.config(
         folder,
         model={"dtype": "bf16", **(model or {})},
@@ -93,7 +96,7 @@ def policy(config: Config, groups: Groups) -> Policy:
 def rollouts(
     vocab: int, *, prompts: int, samples: int, prompt: tuple[int, int], response: tuple[int, int]
 ) -> list[RolloutGroup]:
-    """Random tokens; prompt, response: shortest and longest."""
+    """Return groups of random tokens. prompt, response: shortest and longest"""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(shortest: int, longest: int) -> tuple[int, ...]:
@@ -119,7 +122,7 @@ def batch_of(groups: Sequence[RolloutGroup], learner: Policy) -> TrainBatch:
 
 
 def signed_loss(batch: TrainBatch) -> LossFunction:
-    """Mean over response tokens of -(+1 or -1 by rollout) log-prob."""
+    """Return a loss: the mean over response tokens of -(+1 or -1 by rollout) log-prob."""
     sign_R = (1.0 - 2.0 * (torch.arange(len(batch)) % 2))[batch.rollout_R].to(device())
 
     def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,7 +133,7 @@ def signed_loss(batch: TrainBatch) -> LossFunction:
 
 
 def exact_logprobs(folder: Path, groups: Sequence[RolloutGroup]) -> Tensor:
-    """Of all response tokens, by transformers in float64."""
+    """Return the log-probs of all response tokens, computed by transformers in float64."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model.to(device()).eval()
     found = []
@@ -154,7 +157,7 @@ def norm(values: Tensor) -> float:
 
 
 def fp8_problem() -> str:
-    """Why layers can't compute in FP8 here; empty: they can."""
+    """Return why layers can't compute in FP8 here; an empty text if they can."""
     try:
         for recipe in ("blockwise", "tensorwise"):
             check_fp8(recipe)
@@ -164,13 +167,13 @@ def fp8_problem() -> str:
 
 
 def wait() -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_of(work: Callable[[], object], *, repeats: int = 10, warm_up: int = 3) -> float:
-    """Median seconds of a call, with the device's work in it."""
+    """Return the median seconds of a call, including the device's work."""
     for _ in range(warm_up):
         work()
     taken = []

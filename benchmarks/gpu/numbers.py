@@ -1,4 +1,4 @@
-"""Checks of numbers: what the trainer computes on this device against float64, or against itself computed otherwise."""
+"""Compare what the trainer computes on this device with float64, or with another way of computing it."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ def _alone() -> Groups:
 
 
 def logprobs() -> Outcome:
-    """Scores in bf16 against transformers in float64; packed together and one by one."""
+    """Compare scores in bf16 with transformers in float64, packed together and one by one."""
     groups = _alone()
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -45,7 +45,7 @@ def logprobs() -> Outcome:
 
 
 def recompute() -> Outcome:
-    """The gradient where layers are computed again, wholly or in parts, against the one where nothing is."""
+    """Compare gradients with full and selective recompute to those without."""
     groups = _alone()
     found = {kind: _learn(groups, SMALL, {"recompute": kind})[2] for kind in ("none", "selective", "full")}
     return Outcome(
@@ -62,7 +62,7 @@ def recompute() -> Outcome:
 
 
 def fp8() -> Outcome:
-    """Log-probs, loss and gradient with FP8 layers against bf16; too near means that FP8 is not on."""
+    """Compare log-probs, loss and gradient of FP8 layers with bf16; too close means that FP8 is not on."""
     if problem := models.fp8_problem():
         return Outcome(skipped=problem)
     groups = _alone()
@@ -91,7 +91,7 @@ def fp8() -> Outcome:
 
 
 def fp8_products() -> Outcome:
-    """All three products of a linear layer with each recipe, relative to fp32 in the Frobenius norm."""
+    """Compare all three products of a linear layer with fp32, for each recipe, in the Frobenius norm."""
     if problem := models.fp8_problem():
         return Outcome(skipped=problem)
     import transformer_engine.pytorch as te
@@ -122,7 +122,7 @@ def fp8_products() -> Outcome:
 
 
 def _learn(groups: Groups, shape: Shape, model: dict[str, str]) -> tuple[float, Tensor, Tensor]:
-    """(loss, log-probs, gradient of all weights but the head's) of random rollouts."""
+    """Return loss, log-probs, and the gradient of all weights but the head's, of random rollouts."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         models.save_model(folder, shape, dtype=torch.bfloat16)

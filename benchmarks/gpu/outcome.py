@@ -1,4 +1,4 @@
-"""What a check on a GPU finds: figures, and bands that some of them must lie in."""
+"""Describe what a check on a GPU finds: figures, and bands that some of them must lie in."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """A figure and where it must lie. A lower end above 0 catches what is not switched on at all."""
+    """A figure and where it must lie. A lower end above 0 detects what is not switched on at all."""
 
     name: str
     value: float
@@ -18,15 +18,16 @@ class Band:
 
     @property
     def holds(self) -> bool:
-        """False for NaN."""
+        """Whether the figure lies in the band; False for NaN."""
         return self.low <= self.value <= self.high
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """figures: what was measured, for the table and the file; rates: numbers of planner.hardware.Gpu.
+    """The result of a check.
 
-    skipped: why nothing was
+    figures: what was measured, for the table and the file; rates: numbers of planner.hardware.Gpu
+    skipped: why nothing was measured
     """
 
     bands: tuple[Band, ...] = ()
@@ -36,7 +37,7 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """A sentence for every band that doesn't hold."""
+        """A sentence for every band that does not hold."""
         return [
             f"{band.name} = {band.value:.4g}, must lie in {band.low:.4g} .. {band.high:.4g}"
             for band in self.bands
@@ -44,7 +45,7 @@ class Outcome:
         ]
 
     def to_json(self) -> str:
-        """One line; infinities and NaN as text, which JSON has no numbers for."""
+        """Return one line of JSON, with infinities and NaN as text, since JSON has no numbers for them."""
         values: dict[str, Any] = {
             "figures": {name: _plain(value) for name, value in self.figures.items()},
             "bands": {band.name: [_plain(band.value), band.low, band.high] for band in self.bands},
@@ -57,7 +58,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A check, run in a process of its own: one that crashes or hangs doesn't take the others along.
+    """A check that is run in a process of its own, so that a crash or a hang does not affect the others.
 
     needs: modules without which it is skipped; seconds: after which it is killed
     """

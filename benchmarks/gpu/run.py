@@ -1,9 +1,9 @@
-"""What only a GPU can show: numbers in their bands, speed and memory beside the device's own, vLLM fed with weights.
+"""Check on one GPU what a CPU can't show: numbers against bands, speed and memory, weight syncs to vLLM.
 
-`tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes)
-Every row is a process of its own. Ends with one table; figures go to FOLDER/gpu-DEVICE.json, the measured rates to
-FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes. Exit code 1: a figure lies outside its band, or a row
-crashed. A row whose modules are missing, or for which no time is left, is skipped, and says so.
+`tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes; see docs/gpu.md)
+Every row is a process of its own. At the end it prints a table and writes the figures to FOLDER/gpu-DEVICE.json and the
+measured rates to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes. Exit code 1: a figure lies outside its band,
+or a row crashed. A row whose modules are missing, or for which no time is left, is skipped with the reason.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from benchmarks.measure import ROOT
 from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
 
 SECONDS = 20 * 60
-"""For all rows together."""
+"""The time limit of all rows together."""
 _KEPT_LOG = 4000
-"""Characters of a failed row's standard error that go into the file."""
+"""How many characters of a failed row's standard error are kept in the file."""
 ENGINE, PROGRAM = ("vllm",), ("vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard")
 
 
 def environment() -> Outcome:
-    """Device, driver, and the version of everything that computes on it."""
+    """Report the device and the versions of everything that computes on it."""
     figures: dict[str, float | str] = {"python": sys.version.split()[0], "torch": torch.__version__}
     if uses_gpu():
         properties = torch.cuda.get_device_properties(0)
@@ -58,7 +58,7 @@ def environment() -> Outcome:
 
 
 def _of(module: str, name: str) -> Outcome:
-    """Run a check; its module imports Megatron-Core, which takes seconds."""
+    """Run a check. Its module is imported late, because it imports Megatron-Core, which takes seconds."""
     check: Callable[[], Outcome] = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
     return check()
 
@@ -97,12 +97,12 @@ ROWS = {
 
 
 def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) -> dict[str, Any]:
-    """Run a row's command, one of whose lines is an outcome; what became of it."""
+    """Run a row's command, which prints an outcome as a line; return state, reason, figures and log."""
     missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if missing:
         return {"state": "skipped", "why": f"{', '.join(missing)} not installed"}
     if seconds_left < 1:
-        return {"state": "skipped", "why": f"the rows before took all {SECONDS // 60} minutes; run it with --rows"}
+        return {"state": "skipped", "why": f"the previous rows took all {SECONDS // 60} minutes; run it with --rows"}
     limit, left = row.seconds, ""
     if seconds_left < limit:
         limit, left = int(seconds_left), " (all that was left)"
@@ -126,7 +126,7 @@ def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) ->
 
 
 def _kill(process: psutil.Process) -> None:
-    """With the ranks and servers that it started: they would hold the GPU's memory, and our pipes."""
+    """Kill a process with the ranks and servers that it started, which would hold the GPU's memory and our pipes."""
     for each in [*process.children(recursive=True), process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
@@ -137,7 +137,7 @@ def _log(errors: str) -> dict[str, str]:
 
 
 def _outcome(output: str) -> dict[str, Any] | None:
-    """The last line that is one: libraries write to standard output too, also when they are taken down."""
+    """Return the last line that is an outcome: libraries write to standard output, too, even at exit."""
     for line in reversed(output.splitlines()):
         with contextlib.suppress(json.JSONDecodeError):
             found = json.loads(line)
@@ -159,7 +159,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list[Path]:
-    """The figures, and the rates if they were measured."""
+    """Write the figures, and the rates if they were measured; return the paths."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / f"gpu-{name}.json": {"device": device, "rows": results}}

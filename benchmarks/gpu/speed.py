@@ -1,4 +1,4 @@
-"""Checks of speed and memory on one GPU: kernels beside what can't be saved, steps beside the device's own rates."""
+"""Measure speed and memory on one GPU: kernels against their lower bound, steps against the device's own rates."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +24,13 @@ from megatron_mcpo.types import RolloutLabels
 
 _TERA, _GIGA = 1e12, 1e9
 _LENGTH, _TOKENS = 4096, 8192
-"""Tokens of a rollout of the steps, prompt and response in equal parts, and of a micro-batch."""
+"""Tokens of a rollout in the steps, half of them prompt, and of a micro-batch."""
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 by data sheet, for the model FLOPs utilisation."""
+"""Dense bf16 TFLOP/s of the data sheets, for the model FLOPs utilisation."""
 
 
 def ceilings() -> Outcome:
-    """The device's own rates, which the planner takes: products of a layer, causal attention, a large copy."""
+    """Measure the device's rates for the planner: products of a layer, causal attention, a large copy."""
     products = {}
     for name, (inner, outer) in {"8192": (8192, 8192), "layer": (4096, 12288)}.items():
         left, right = (_random(_TOKENS, inner), _random(inner, outer))
@@ -55,7 +55,7 @@ def ceilings() -> Outcome:
 
 
 def logprob() -> Outcome:
-    """8,192 tokens of 151,936 words, forward and back: beside its four products, its memory, and float64."""
+    """Measure log-probs of 8,192 tokens of 151,936 words, forward and backward, against four products and float64."""
     rows, vocab, hidden = 8192, 151_936, 2048
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
     hidden_RH = _random(rows, hidden).requires_grad_()
@@ -91,7 +91,7 @@ def logprob() -> Outcome:
 
 
 def contrastive_terms() -> Outcome:
-    """Loss and gradient of N rollouts of five domains, beside the products of anchors and all."""
+    """Measure loss and gradient of N rollouts of five domains, against the products of anchors with all rollouts."""
     figures: dict[str, float | str] = {}
     bands = []
     for n in (4096, 8192, 65536):
@@ -110,17 +110,17 @@ def contrastive_terms() -> Outcome:
 
 
 def step_1_7b() -> Outcome:
-    """An update of all of Qwen3-1.7B's shapes."""
+    """Measure an update of a model with Qwen3-1.7B's shapes."""
     return _step(QWEN3_1_7B, {})
 
 
 def step_8b() -> Outcome:
-    """An update of eight layers of Qwen3-8B's shapes."""
+    """Measure an update of eight layers of Qwen3-8B's shapes."""
     return _step(QWEN3_8B_LAYERS, {})
 
 
 def fp8_speed() -> Outcome:
-    """How much faster six of eight layers of Qwen3-8B's shapes learn in FP8 than in bf16."""
+    """Measure how much faster an update is if six of eight layers of Qwen3-8B's shapes are in FP8."""
     if problem := models.fp8_problem():
         return Outcome(skipped=problem)
     seconds = {
@@ -137,7 +137,7 @@ def fp8_speed() -> Outcome:
 
 
 def export() -> Outcome:
-    """All full tensors under their Hugging Face names: equal in every bit to what was loaded, and how fast."""
+    """Check that all exported tensors equal the loaded ones in every bit, and measure the export."""
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -157,8 +157,10 @@ def export() -> Outcome:
 
 
 def _step(shape: Shape, model_keys: dict[str, str]) -> Outcome:
-    """Seconds of an update over four micro-batches, and the share of the device's bf16 rate that the model's own
-    products are: layers, causal attention, logits of response tokens; three times forward, none for recomputing."""
+    """Measure an update over four micro-batches, and the share of the device's bf16 rate in the model's own products.
+
+    These are layers, causal attention and logits of response tokens, three times forward, none for recomputing.
+    """
     parallel.destroy()
     groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
     half = _LENGTH // 2
@@ -169,7 +171,7 @@ def _step(shape: Shape, model_keys: dict[str, str]) -> Outcome:
         model = from_folder(folder)
         learner = models.policy(config, groups)
     sampled = models.rollouts(shape.vocab, prompts=4, samples=2, prompt=(half, half), response=(half, half))
-    # Every rollout with its own copy of the prompt, as `training_flops` counts them.
+    # Every rollout has its own copy of the prompt, as `training_flops` counts them.
     batch = make_batch(sampled, num_data_ranks=1, data_rank=0, share_prompts=False)
     loss = signed_loss(batch)
     torch.cuda.reset_peak_memory_stats()
@@ -188,7 +190,7 @@ def _step(shape: Shape, model_keys: dict[str, str]) -> Outcome:
 
 
 def training_flops(model: ModelConfig, *, rollouts: int, length: int, response: int) -> float:
-    """Of one forward and one backward pass, which is twice as much."""
+    """Count the FLOPs of one forward and one backward pass, which is twice as much."""
     layers = length * model.num_layers * (layer_flops(model) + attention_flops(model, length))
     return 3.0 * rollouts * (layers + 2.0 * response * model.hidden_size * model.vocab_size)
 

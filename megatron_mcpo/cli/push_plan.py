@@ -19,8 +19,12 @@ BYTES = {"bf16": 2, "fp32": 4}
 def main(arguments: Sequence[str]) -> int:
     parser = options.parser("push-plan", __doc__, example="examples/qwen3_32b/h100_32.toml --ranks 32")
     parser.add_argument("config", type=Path)
-    parser.add_argument("--ranks", type=int, help="of the run; else as many as the configuration needs at least")
-    parser.add_argument("--expert-parallel", action="store_true", help="as to engines whose ranks hold whole experts")
+    parser.add_argument(
+        "--ranks", type=int, help="number of ranks of the run (default: the fewest that the configuration needs)"
+    )
+    parser.add_argument(
+        "--expert-parallel", action="store_true", help="plan for engines whose ranks hold whole experts"
+    )
     parser.add_argument("--messages", action="store_true", help="print every slice of every message")
     known, overrides = parser.parse_known_args(arguments)
     try:
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summary(plan: SyncPlan, itemsize: int) -> Iterator[str]:
-    """Yield lines by kind of parameter and by rank."""
+    """Write messages and bytes by kind of parameter, and bytes by rank."""
     num_engines = plan.layout.world_size // plan.engine_ranks
     yield f"from     {plan.layout}"
     yield f"to       {num_engines} engine(s) on {plan.engine_ranks} rank(s) each, {itemsize} bytes an element"
@@ -64,7 +68,7 @@ def summary(plan: SyncPlan, itemsize: int) -> Iterator[str]:
 
 
 def messages(plan: SyncPlan) -> Iterator[str]:
-    """Yield a line for each slice of each message."""
+    """Write a line for every slice of every parameter: where it comes from and where it goes."""
     for step in plan.steps():
         name, expert = plan.engine_name(step.parameter)
         for message in step.messages:

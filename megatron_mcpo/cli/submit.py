@@ -1,9 +1,9 @@
 """Check a configuration for the nodes that a job will have, then queue it (examples/launch/train.sbatch).
 
 `mcpo submit [[--gpu h100] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]`, from the root of the checkout.
-Errors would otherwise show when the job starts. --gpu, as `mcpo plan` takes it, also refuses what does not fit into
-the memory of these GPUs. The nodes and their GPUs are read from --nodes and --gpus-per-node, or --gres. Exit code 1:
-it does not fit.
+Without this check, errors would show only when the job starts. --gpu, as `mcpo plan` takes it, also refuses what does
+not fit into the memory of these GPUs. The nodes and their GPUs are read from --nodes and --gpus-per-node, or --gres.
+Exit code 1: it does not fit.
 """
 
 import argparse
@@ -27,8 +27,9 @@ NOT_QUEUED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """gpu: a name for the plan, None: no plan; gpus_per_node: None where no option says it
+    """The parsed command line.
 
+    gpu: a name for the plan, None: no plan; gpus_per_node: None if no option gives it
     options: of sbatch, as they were given; run: the configuration and its overrides
     """
 
@@ -40,9 +41,9 @@ class Request:
 
 
 def parse(arguments: Sequence[str], script: str) -> Request:
-    """script: text of the job script, whose #SBATCH lines hold where no option replaces them.
+    """Parse the command line. Ends the program, as argparse does, if the number of ranks remains open.
 
-    Ends the program, as argparse does, where the options leave open how many ranks there will be.
+    script: text of the job script, whose #SBATCH lines hold unless an option replaces them
     """
     ours = argparse.ArgumentParser(
         prog="mcpo submit",
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str], script: str) -> Request:
     if end == len(arguments):
         run, options = options, []
     if not run or run[0].startswith("-"):
-        ours.error("no CONFIG: it comes first, after the options of sbatch and --")
+        ours.error("CONFIG is missing; give it first, after the options of sbatch and --")
     written = [word for line in re.findall(r"^#SBATCH\s+(.*)", script, re.MULTILINE) for word in shlex.split(line)]
     read, _ = _sbatch().parse_known_args([*written, *options])
     return Request(
@@ -71,7 +72,7 @@ def parse(arguments: Sequence[str], script: str) -> Request:
 
 
 def _sbatch() -> argparse.ArgumentParser:
-    """What of sbatch's options says how many ranks there will be, in all forms that sbatch takes."""
+    """Return a parser for those options of sbatch, in all their forms, that determine the number of ranks."""
     parser = argparse.ArgumentParser(prog="mcpo submit", usage=argparse.SUPPRESS, add_help=False)
     parser.add_argument("-N", "--nodes", type=_number_of_nodes, default=1)
     parser.add_argument("--gpus-per-node", type=_gpus)
@@ -87,21 +88,21 @@ def _sbatch() -> argparse.ArgumentParser:
 def _number_of_nodes(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: the ranks are divided before the job starts; give one number of nodes, such as --nodes=4"
+            f"{text!r}: must be one number (ranks are divided before the job starts); give one, such as --nodes=4"
         )
     return int(text)
 
 
 def _gpus(text: str) -> int:
-    """[TYPE:]NUMBER"""
+    """Return the number of GPUs in [TYPE:]NUMBER."""
     number = text.rpartition(":")[2]
     if "," in text or not number.isdecimal() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give one number of GPUs, such as --gpus-per-node=8")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be one number of GPUs; give one, such as --gpus-per-node=8")
     return int(number)
 
 
 def _gres(text: str) -> int | None:
-    """GPUs in gpu[:TYPE][:NUMBER], among other resources; None: no GPUs are asked for."""
+    """Return the number of GPUs in gpu[:TYPE][:NUMBER], among other resources; None if no GPUs are asked for."""
     asked = [each.partition("(")[0] for each in text.split(",") if each.split(":")[0] == "gpu"]
     if not asked:
         return None
@@ -110,11 +111,13 @@ def _gres(text: str) -> int | None:
 
 
 def _not_by_node(text: str) -> int:
-    raise argparse.ArgumentTypeError(f"{text!r}: every node has equally many ranks; say --gpus-per-node=N instead")
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: every node must have equally many ranks; give --gpus-per-node=N instead"
+    )
 
 
 def check(request: Request) -> int:
-    """Everything that can be known before the job is queued, said on stderr; returns the exit code, 0: queue it."""
+    """Check everything that can be known before the job is queued, on stderr; return the exit code, 0 to queue it."""
     gpus = request.gpus_per_node
     try:
         if gpus is None and request.gpu is not None:
@@ -127,13 +130,13 @@ def check(request: Request) -> int:
         if refused:
             return refused
         if gpus is None:
-            print("For how many ranks is not known: say --gpus-per-node=N. The fewest that do were checked.")
+            print("The number of ranks is not known, so the fewest possible were checked; give --gpus-per-node=N.")
         if request.gpu is None:
-            print("Whether it fits into the GPUs' memory is not checked: name them with --gpu.")
+            print("The memory of the GPUs was not checked; name them with --gpu.")
             return 0
         where = ["--gpu", request.gpu, "--nodes", str(request.nodes), "--gpus-per-node", str(gpus)]
         if plan.main([*request.run, *where]):
-            print(f"Not queued: on {request.nodes} node(s) it does not fit, or the plan can't be made; see above.")
+            print(f"Not queued: it does not fit on {request.nodes} node(s), or the plan is impossible; see above.")
             return NOT_QUEUED
     return 0
 

@@ -1,10 +1,10 @@
-"""Bytes that a micro-batch leaves for the backward pass, tensor by tensor.
+"""Count the bytes that a micro-batch keeps for the backward pass, tensor by tensor.
 
-A refinement of https://arxiv.org/abs/2205.05198 (section 4) for gated MLPs, grouped queries and packed sequences. With
-`PLAIN` kernels it is checked against what autograd keeps in a real model on a CPU (test_planner_memory.py). The figures
-of Transformer Engine's kernels come from reading its code: a norm keeps its input instead of two fp32 tensors,
+This refines https://arxiv.org/abs/2205.05198 (section 4) for gated MLPs, grouped queries and packed sequences. With
+`PLAIN` kernels it is compared against what autograd keeps in a real model on a CPU (test_planner_memory.py). The
+figures of Transformer Engine's kernels come from reading its code: a norm keeps its input instead of two fp32 tensors,
 attention keeps one output.
-Names: t tokens of a rank in a micro-batch, r response tokens among them, e bytes an element.
+Names: t tokens of a rank in a micro-batch, r response tokens among them, e bytes per element.
 """
 
 from dataclasses import dataclass
@@ -21,24 +21,28 @@ _FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """norm_bytes: kept by a norm for an element of its input; attention_outputs: copies of attention's output kept"""
+    """What a kind of kernels keeps for the backward pass.
+
+    norm_bytes: of a norm, per element of its input; attention_outputs: copies of attention's output
+    """
 
     norm_bytes: int
     attention_outputs: int
 
 
 PLAIN = Kernels(norm_bytes=8, attention_outputs=2)
-"""Of mcore/spec.py and mcore/attention.py in bf16 on a CPU, for sequences longer than a few hundred tokens."""
+"""The kernels of mcore/spec.py and mcore/attention.py in bf16 on a CPU, for sequences of several hundred tokens."""
 TRANSFORMER_ENGINE = Kernels(norm_bytes=2, attention_outputs=1)
-"""In bf16. FlashAttention and the fused norm keep a row statistic besides, as the plain ones do."""
+"""Those of Transformer Engine in bf16. FlashAttention and the fused norm also keep a row statistic, as PLAIN does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes. layer: of one layer; layer_selective, layer_input: what selective and full recompute keep of it
+    """Bytes that one micro-batch keeps.
 
-    ends: of the last chunk behind its layers; of logits nothing is kept
-    logits_working: while logits are made or differentiated; working: largest temporary tensors of a layer
+    layer: of one layer; layer_selective, layer_input: what selective and full recompute keep of it
+    ends: of the last chunk behind its layers; nothing is kept of logits
+    logits_working: while logits are computed or differentiated; working: largest temporary tensors of a layer
     """
 
     layer: float
@@ -59,7 +63,7 @@ def activations(
     head: HeadSpec | None,
     kernels: Kernels,
 ) -> Activations:
-    """Of one micro-batch of `tokens` tokens on a rank, `response` of which have logits."""
+    """Count what one micro-batch of `tokens` tokens keeps on a rank, `response` of which have logits."""
     t, e, tp, hidden = tokens, itemsize, layout.tensor, model.hidden_size
     sp = tp if layout.sequence else 1
     q = model.num_heads // tp * model.head_dim
@@ -93,10 +97,10 @@ def _ffn(model: ModelConfig, tp: int) -> float:
 
 
 def _mlp_bytes(model: ModelConfig, layout: Layout, e: int) -> float:
-    """Bytes a token: gate and up together, silu(gate), up + offset, their product.
+    """Count bytes per token of an MLP: gate and up together, silu(gate), up + offset, their product.
 
-    Of experts also the product times the router's weight. Every pick counts, and the copy of the token that was sent to
-    it. All experts are taken to get equally much: a rank whose experts get twice their share needs twice this.
+    For experts also the product times the router's weight, for every expert that a token is sent to, with the copy of
+    the token. Experts are assumed to get equally many tokens: a rank whose experts get twice as many needs twice this.
     """
     if model.experts is None:
         return 5 * e * _ffn(model, layout.tensor)
@@ -106,7 +110,7 @@ def _mlp_bytes(model: ModelConfig, layout: Layout, e: int) -> float:
 
 
 def chunks_in_flight(layout: Layout, *, stage: int, micros: int) -> int:
-    """Forward passes of one chunk that wait for their backward pass at the same time, at most.
+    """Return how many forward passes of one chunk wait for their backward pass at the same time, at most.
 
     1F1B: https://arxiv.org/abs/2104.04473 (section 2.2); Megatron-Core's schedules.get_pp_rank_microbatches.
     """

@@ -1,7 +1,7 @@
-"""What a kind of GPU can hold and do: a table with sources, which a measurement can replace (see `load`).
+"""List what each kind of GPU can hold and do, with sources; a measurement can replace a figure (see `load`).
 
-Only the h100's first two rates have been measured by us. Where a rate is called assumed it is a guess that has yet to
-be measured; it is written down here so that nothing is hidden in a formula.
+Only the h100's first two rates have been measured. A rate that is called assumed is a guess that has yet to be
+measured; it is written down here so that nothing is hidden in a formula.
 """
 
 import json
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind of GPU in nodes of `per_node`. Rates are those that programs reach, not those of data sheets.
+    """One kind of GPU, in nodes of `per_node`. Rates are those that programs reach, not those of data sheets.
 
     memory_gib: what torch calls the device's total memory
     gemm_tflops: bf16 products of a layer; attention_forward_tflops, attention_backward_tflops: causal flash attention,
@@ -24,7 +24,7 @@ class Gpu:
     copy_tbs: TB/s, bytes read plus bytes written, of a large copy; decode_share: the part of it that decoding reaches
     nvlink_gbs, network_gbs: GB/s that one GPU receives in a large collective, within a node and between nodes
     host_gbs: GB/s of a large copy between pinned host memory and the GPU, either way
-    message_us: what any message costs on top; engine_step_ms: what a decoding step costs on top, on the host
+    message_us: what every message costs besides; engine_step_ms: what a decoding step costs besides, on the host
     busy: share of a training step's time that is spent in kernels; the rest is launches and gaps
     sources: one sentence for every number above
     """
@@ -80,7 +80,7 @@ H100 = Gpu(
 
 
 def _scaled(name: str, *, memory_gib: float, tflops: float, tbs: float, nvlink: float, network: float) -> Gpu:
-    """A GPU nobody measured for us, from its data sheet: dense bf16 TFLOP/s, TB/s of memory, GB/s a direction."""
+    """Return a GPU by its data sheet, not measured: dense bf16 TFLOP/s, TB/s of memory, GB/s per direction."""
     compute, memory = tflops / 989, tbs / 3.35
     return replace(
         H100,
@@ -112,10 +112,10 @@ GPUS = {
 
 
 def load(name: str) -> Gpu:
-    """A GPU of the table, or of a JSON file: {"base": a name of the table, and any of Gpu's numbers to replace}.
+    """Return a GPU of the table, or of a JSON file: {"base": a name of the table, and any of Gpu's numbers to replace}.
 
-    Such a file is what a measurement on the machine writes; it must have "sources", a list of sentences. Raises
-    ConfigError for an unknown name, an unreadable file, an unknown key or a number that isn't one.
+    A measurement on the machine writes such a file (see docs/gpu.md); it must have "sources", a list of sentences.
+    Raises ConfigError for an unknown name, an unreadable file, an unknown key or a value that is not a positive number.
     """
     if name in GPUS:
         return GPUS[name]
@@ -143,5 +143,5 @@ def load(name: str) -> Gpu:
 
 
 def _said(error: Exception) -> str:
-    """What is wrong with a file, without Python's names."""
+    """Describe what is wrong with a file, without Python's names."""
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,8 +1,8 @@
-"""Bytes on every rank: what is always there, what each phase adds, and what a phase's peak is.
+"""Count bytes on every rank: what is always there, what each phase adds, and the peak of each phase.
 
-Mirrors mcore/policy.py (DDP with fp32 gradients, Megatron-Core's distributed optimizer), mcore/schedule.py and
-mcore/logprob.py (logits), weights/sync.py (the push), trainer.py (the engine sleeps outside of the rollout: its weights
-and key-value cache are gone, it wakes its weights for the push and the cache after it).
+This mirrors mcore/policy.py (DDP with fp32 gradients, Megatron-Core's distributed optimizer), mcore/schedule.py and
+mcore/logprob.py (logits), weights/full_sync.py (the weight sync), and trainer/trainer.py (outside of the rollout the
+engine sleeps without weights and key-value cache; its weights return for the weight sync, the cache after it).
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,18 @@ CONTEXT_BYTES = 6 * GIB
 """Driver context, NCCL's buffers, kernels, CUDA graphs: vLLM's documentation of sleep mode reports that 5.8 GiB stayed
 on a GPU whose engine of a large model slept."""
 CONTEXT_WITHOUT_ENGINE_BYTES = 3 * GIB
-"""Of these, what is the trainer's own: all there is where the engines are servers; assumed."""
+"""The trainer's own share of these, which is all if the engines are servers; assumed."""
 FRAGMENTATION = 0.05
-"""Of everything a phase allocates and frees again; assumed."""
+"""The share lost of everything that a phase allocates and frees again; assumed."""
 ENGINE_WORKING_BYTES = 2.5 * GIB
 """Activations of a prefill of 8,192 tokens and CUDA graphs, taken out of the engine's share of the GPU; assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes of one rank. parts: what is held, by name; phases: the most that is held at a time, by phase
+    """The predicted bytes of one rank.
 
+    parts: what is held, by name; phases: the most that is held at a time, by phase
     host: of host memory, for what is offloaded
     """
 
@@ -60,11 +61,12 @@ class RankMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
-    """Of one rank of an engine. weights, budget: bytes; cache_tokens: tokens whose keys and values fit
+    """The predicted memory of one rank of an engine.
 
     engines: how many there are; in_ranks: they share the trainer's GPUs, else they have GPUs of their own
-    expert_share: of the bytes of weights, those that belong to routed experts
-    sequences: decoded together, at most
+    weights, cache, budget: bytes; cache_tokens: tokens whose keys and values fit
+    expert_share: the share of the bytes of weights that belongs to routed experts
+    sequences: the most that are decoded together
     """
 
     engines: int
@@ -77,12 +79,12 @@ class EngineMemory:
     sequences: int
 
     def on_a_rank(self, size: float) -> float:
-        """What of `size` is on a GPU of the trainer."""
+        """Return the part of `size` that is on a GPU of the trainer."""
         return size if self.in_ranks else 0.0
 
 
 def buffer_elements(sizes: Sizes, num_ranks: int) -> int:
-    """Length of Megatron-Core's buffer for parameters of these sizes (core/optimizer/param_layout.py, 0.19.2).
+    """Return the length of Megatron-Core's buffer for such parameters (core/optimizer/param_layout.py, 0.19.2).
 
     Every parameter begins at a multiple of 64, the end is padded so that `num_ranks` shards of whole 128s fit.
     """
@@ -92,12 +94,12 @@ def buffer_elements(sizes: Sizes, num_ranks: int) -> int:
 
 
 def shard_ranks(layout: Layout) -> tuple[int, int]:
-    """Ranks that share the optimizer of a dense parameter, and of an expert (weights that are alike)."""
+    """Return how many ranks share the optimizer of a dense parameter, and of an expert."""
     return layout.data * layout.context, layout.world_size // (layout.pipeline * layout.expert)
 
 
 def buffers(chunk: Chunk, layout: Layout) -> tuple[int, int]:
-    """(elements of a chunk's buffers, elements of this rank's shard of them, padding included)."""
+    """Return the elements of a chunk's buffers and of this rank's shard of them, padding included."""
     elements, shards = 0, 0
     for sizes, ranks in zip((chunk.dense, chunk.expert), shard_ranks(layout), strict=True):
         length = buffer_elements(sizes, ranks)
@@ -107,7 +109,7 @@ def buffers(chunk: Chunk, layout: Layout) -> tuple[int, int]:
 
 
 def trained_bytes(size: RankSize, layout: Layout, itemsize: int) -> dict[str, float]:
-    """Weights, gradients (fp32) and optimizer of a rank: an fp32 copy where weights are bf16, and two moments."""
+    """Count weights, gradients (fp32) and optimizer of a rank: two moments, and an fp32 copy of bf16 weights."""
     elements, shards = (sum(each) for each in zip(*(buffers(chunk, layout) for chunk in size.chunks), strict=True))
     master = _FP32 if itemsize < _FP32 else 0
     return {
@@ -118,12 +120,12 @@ def trained_bytes(size: RankSize, layout: Layout, itemsize: int) -> dict[str, fl
 
 
 def reference_bytes(config: Config, size: RankSize, itemsize: int) -> float:
-    """Weights of the reference; 0 where there is none."""
+    """Count the weights of the reference; 0 without one."""
     return float(itemsize * (size.params - size.head)) if config.algorithm.kl_weight > 0 else 0.0
 
 
 def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape) -> EngineMemory:
-    """vLLM's arithmetic: its share of the GPU, less weights and what it works with, is cache."""
+    """Do vLLM's arithmetic: its share of the GPU, less weights and working memory, is cache."""
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
     of_experts, of_others = _engine_bytes(model, ranks, e, config.engine.quantization != "none")
     weights = of_experts + of_others
@@ -146,9 +148,9 @@ def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, 
 
 @cache
 def _engine_bytes(model: ModelConfig, ranks: int, itemsize: int, quantized: bool) -> tuple[float, float]:
-    """Weights of an engine rank: routed experts, and everything else.
+    """Count the weights of an engine rank: routed experts, and everything else.
 
-    quantized: the layers' matrices are FP8, with an fp32 scale a block (sections.EngineConfig, rollout/blockwise.py)
+    quantized: the layers' matrices are FP8, with an fp32 scale per block (rollout/blockwise.py)
     """
     experts = others = 0.0
     for name, shape in engine_shapes(model, ranks).items():
@@ -172,7 +174,7 @@ def rank_memory(
     engine: EngineMemory,
     kernels: Kernels,
 ) -> RankMemory:
-    """Everything of one rank; its peak in a phase is what is held, what the phase adds, and the allowances."""
+    """Count everything of one rank; its peak in a phase is what is held, what the phase adds, and the allowances."""
     e = ITEMSIZE[config.model.dtype]
     last = size.stage == layout.pipeline - 1
     kept = activations(
@@ -221,7 +223,7 @@ def rank_memory(
 def _phases(
     config: Config, trained: dict[str, float], reference: float, added: dict[str, float], allowance: float
 ) -> dict[str, float]:
-    """What each phase holds: what it adds, and of the rest what does not wait in host memory (mcore/offload.py)."""
+    """Count what each phase holds: what it adds, and all else that is not in host memory (mcore/offload.py)."""
     held = dict.fromkeys(added, trained["weights"] + allowance)
     for phase in held:
         if phase == "score" or not config.model.offload_reference:
@@ -230,7 +232,7 @@ def _phases(
             held[phase] += trained["gradients"] + trained["optimizer"]
     phases = {phase: held[phase] + added[phase] for phase in added}
     if config.optimizer.offload:
-        # The backward pass is over when the optimizer's state comes.
+        # The backward pass is over when the optimizer's state arrives.
         phases["update"] = held["update"] + trained["gradients"] + max(added["update"], trained["optimizer"])
     return phases
 
@@ -238,14 +240,14 @@ def _phases(
 def _saved_bytes(
     config: Config, model: ModelConfig, layout: Layout, *, kept: Activations, stage: int, micros: int
 ) -> float:
-    """The most that autograd keeps on a rank of `stage` at a time."""
+    """Count the most that autograd keeps on a rank of `stage` at a time."""
     layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
     flying = chunks_in_flight(layout, stage=stage, micros=micros)
-    # Megatron-Core keeps a chunk's output until its gradient has come.
+    # Megatron-Core keeps a chunk's output until its gradient arrives.
     outputs = 0.0 if layout.pipeline == 1 else kept.layer_input
     behind = kept.ends if stage == layout.pipeline - 1 else 0.0
     if config.model.recompute == "full":
-        # What is behind the layers is gone when the first of them is computed again.
+        # What is behind the layers is freed when the first of them is computed again.
         return flying * (layers * kept.layer_input + outputs) + max(kept.layer, behind)
     if config.model.recompute == "selective":
         return flying * (layers * kept.layer_selective + outputs) + max(kept.layer - kept.layer_selective, behind)
@@ -253,9 +255,9 @@ def _saved_bytes(
 
 
 def contrast_bytes(shape: StepShape, head: HeadSpec | None) -> float:
-    """Representations of all rollouts of an optimizer step, their gradient, and a few tiles (algo/contrastive.py).
+    """Count the representations of an optimizer step's rollouts, their gradient, and a few tiles (algo/contrastive.py).
 
-    It works in blocks of rows: memory grows with the number of rollouts, not with its square.
+    The terms work in blocks of rows: memory grows with the number of rollouts, not with its square.
     """
     if head is None:
         return 0.0

@@ -21,12 +21,12 @@ from megatron_mcpo.weights.shards import shard_shape
 
 
 def is_resharded(config: Config, model: ModelConfig) -> bool:
-    """Return whether engines are written into; else every rank assembles every full tensor."""
+    """Return whether engines get the slices that they lack; else every rank puts together every full tensor."""
     return not config.engine.servers and why_full_tensors(model, packed=config.engine.quantization != "none") is None
 
 
 def received_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize: int) -> tuple[int, ...]:
-    """Return the bytes of each rank; experts in full tensors on average over the ranks that they are divided over."""
+    """Count the bytes that each rank receives; for gathered experts the average over the ranks that divide them."""
     if is_resharded(config, model):
         return tuple(itemsize * each for each in resharded_elements(model, layout, config.engine.tensor_parallel))
     stages = (full_tensor_bytes(model, layout, stage, itemsize) for stage in range(layout.pipeline))
@@ -46,7 +46,7 @@ def staged_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize: i
 
 @cache
 def resharded_elements(model: ModelConfig, layout: Layout, engine_ranks: int) -> tuple[int, ...]:
-    """Return what Totals.received of a SyncPlan says, without asking who sends."""
+    """Return what weights/reshard_plan.py's Totals.received says, without working out who sends."""
     last = layout.pipeline - 1
     layers = model.num_layers // layout.pipeline
     found = []
@@ -64,7 +64,7 @@ def resharded_elements(model: ModelConfig, layout: Layout, engine_ranks: int) ->
 def _shares(
     model: ModelConfig, tensor: int, tensor_rank: int, engine_ranks: int, engine_rank: int
 ) -> dict[Place, tuple[int, int]]:
-    """Return, by place, the elements that an engine rank holds, and how many of them a trainer's shard has."""
+    """Count, for a layer and either end, the elements of an engine rank, and how many a trainer's shard has of them."""
     found = dict.fromkeys(Place, (0, 0))
     for mapping in registry(model):
         assert not mapping.expert, "is_resharded() excludes experts"

@@ -1,7 +1,7 @@
-"""What a rank of every pipeline stage holds: counted from the table of weights, and from the model itself.
+"""Count what a rank of every pipeline stage holds: from the mapping table of weights, and from the model itself.
 
 Ranks of a stage hold equally much: Megatron-Core pads the vocabulary, cuts everything else evenly and gives all expert
-ranks as many experts.
+ranks the same number of experts.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Parameter sizes of one chunk of a stage, as its gradient buffers hold them.
+    """The parameter sizes of one chunk of a stage, as its gradient buffers hold them.
 
     dense, expert: (elements, how many such parameters) of what is reduced over data x context ranks, and of what is
     reduced over the ranks that hold the same experts
@@ -37,7 +37,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSize:
-    """Parameters of a rank of a pipeline stage. rank: the stage's first; head: elements of the contrastive head"""
+    """The parameters of a rank of a pipeline stage. rank: the stage's first; head: elements of the contrastive head"""
 
     stage: int
     rank: int
@@ -50,7 +50,7 @@ class RankSize:
 
 
 def head_size(model: ModelConfig, head: HeadSpec | None) -> tuple[int, ...]:
-    """Elements of each of the contrastive head's parameters (mcore/head.py)."""
+    """Return the number of elements of each parameter of the contrastive head (mcore/head.py)."""
     if head is None:
         return ()
     hidden = model.hidden_size
@@ -59,7 +59,7 @@ def head_size(model: ModelConfig, head: HeadSpec | None) -> tuple[int, ...]:
 
 @cache
 def rank_size(model: ModelConfig, layout: Layout, head: HeadSpec | None, stage: int) -> RankSize:
-    """From the table that weights are loaded by."""
+    """Count one rank's parameters from the mapping table that weights are loaded by."""
     num_chunks = layout.virtual_pipeline
     layers = model.num_layers // (layout.pipeline * num_chunks)
     experts = model.experts.count // layout.expert if model.experts else 0
@@ -90,10 +90,10 @@ def rank_size(model: ModelConfig, layout: Layout, head: HeadSpec | None, stage: 
 def built_size(
     model: ModelConfig, layout: Layout, head: HeadSpec | None, size: RankSize, *, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Parameters of that rank's chunks as Megatron-Core builds them, without memory, in a world of all its ranks.
+    """Count the parameters of a rank's chunks as Megatron-Core builds them, without memory, in a world of all ranks.
 
     The layers are those of plain torch: Transformer Engine's have the same parameters under other names, in the same
-    shapes (weights/mapping.py lists both). Asserts that they are the table's, each in the shape that the table says.
+    shapes (weights/mapping.py lists both). Asserts that parameters and shapes are those of the table.
     """
     with parallel.pretend(layout, rank=size.rank) as groups, only_shapes():
         chunks = build_chunks(model, groups, dtype=dtype, head=head)
@@ -102,5 +102,5 @@ def built_size(
 
 
 def total_params(model: ModelConfig) -> int:
-    """Of the whole model, as Hugging Face counts them: tied embeddings once, no contrastive head."""
+    """Count the parameters of the whole model as Hugging Face does: tied embeddings once, no contrastive head."""
     return sum(map(prod, hf_shapes(model).values()))

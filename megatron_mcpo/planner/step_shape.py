@@ -1,6 +1,6 @@
-"""What a step computes, if every rollout is as long as it may be: the longest that the configuration allows.
+"""Work out what a step computes if every rollout has the greatest length that the configuration allows.
 
-Shorter rollouts cost less than planned. How lengths are distributed is the model's and the task's: no guess is made.
+Shorter rollouts cost less than planned. Their lengths depend on model and task; no guess is made.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from megatron_mcpo.config.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """prompt, response: tokens of a rollout; rollouts: of a step, over all ranks; updates: optimizer steps of a step
+    """The sizes of a step.
 
+    prompt, response: tokens of a rollout; rollouts: of a step, over all ranks; updates: optimizer steps of a step
     replica_rollouts: of one optimizer step and one data-parallel replica, the largest share
     micros: micro-batches of these; sequences: rollouts in one of them
     micro_tokens: tokens that ONE rank computes of a micro-batch (its share, where context parallelism divides them)
@@ -33,12 +34,12 @@ class StepShape:
 
     @property
     def response_tokens(self) -> int:
-        """Of a micro-batch on one rank: positions that logits are made for."""
+        """Positions of a micro-batch on one rank for which logits are computed."""
         return -(-self.micro_tokens * self.response // self.length)
 
 
 def step_shape(config: Config, layout: Layout) -> StepShape:
-    """As mcore/packing.py packs equally long rollouts; Transformer Engine's attention shares no prompts."""
+    """Return the sizes of a step, packed as mcore/packing.py packs rollouts of equal length without shared prompts."""
     batch, rollout = config.batch, config.rollout
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
     aligned = -(-length // layout.sequence_alignment) * layout.sequence_alignment

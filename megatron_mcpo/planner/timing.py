@@ -1,8 +1,8 @@
-"""Seconds of a step's phases, from kernel rates: no figure here is fitted to a measured step.
+"""Predict the seconds of a step's phases from kernel rates; no figure here is fitted to a measured step.
 
-Training: products at a layer's rate, attention and what is bound by memory at theirs, collectives that nothing hides,
-the pipeline's bubble, the gaps between kernels. Rollout: decoding reads all weights and the cache for every token, and
-is bound by memory; reading prompts is compute. Rewards, data and checkpoints are not in it: they are the task's.
+Training: products at a layer's rate, attention and memory-bound work at theirs, collectives that nothing hides, the
+pipeline's bubble, the gaps between kernels. Rollout: decoding reads all weights and the cache for every token and is
+memory-bound; reading prompts is compute-bound. Rewards, data and checkpoints are left out: they depend on the task.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from megatron_mcpo.planner.wire import (
 
 _TERA, _GIGA = 1e12, 1e9
 _OPTIMIZER_BYTES = 30
-"""A parameter's share of Adam: gradient, master copy and two moments are read, three of them and the weight written."""
+"""Bytes of Adam per parameter: read gradient, master copy and two moments; write weight, master copy and moments."""
 _GRADIENT_BYTES = 16
-"""Gradients are zeroed, looked through for what isn't finite, for their norm, and reduced."""
+"""Bytes per gradient: it is zeroed, checked for infinities, used for the norm, and reduced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Seconds of one micro-batch on a middle stage: forward and backward; last: what the last stage does on top."""
+    """The seconds of one micro-batch on a middle stage, forward and backward; last: what the last stage adds."""
 
     forward: float
     backward: float
@@ -43,7 +43,7 @@ class Pass:
 
 
 def layer_flops(model: ModelConfig) -> float:
-    """Of the products of one layer, a token, forward: 2 for every weight that the token meets."""
+    """Count the forward FLOPs of one layer's products per token: 2 for every weight that the token meets."""
     hidden = model.hidden_size
     attention = hidden * model.qkv_rows + model.num_heads * model.head_dim * hidden
     if model.experts is None:
@@ -53,18 +53,18 @@ def layer_flops(model: ModelConfig) -> float:
 
 
 def mlp_share(model: ModelConfig) -> float:
-    """Of a layer's products, those of its MLP or experts: what selective recompute does again."""
+    """Return the share of a layer's products in its MLP or experts, which selective recompute does again."""
     attention = model.hidden_size * model.qkv_rows + model.num_heads * model.head_dim * model.hidden_size
     return 1 - 2.0 * attention / layer_flops(model)
 
 
 def attention_flops(model: ModelConfig, length: int) -> float:
-    """Of scores and weighted values of one layer, a token of a sequence of `length`, forward, causal."""
+    """Count the forward FLOPs of one layer's causal attention per token of a sequence of `length`."""
     return 2.0 * length * model.num_heads * model.head_dim
 
 
 def memory_bound_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> float:
-    """Read and written by what isn't a product, one layer, a token, forward: norms, residuals, rotations, the gate."""
+    """Count a layer's bytes read and written per token outside of products: norms, residuals, rotations, the gate."""
     sp = layout.tensor if layout.sequence else 1
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tensor
     if model.experts is None:
@@ -75,11 +75,12 @@ def memory_bound_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> flo
 
 
 def link(gpu: Gpu, *, first: int, ranks: int) -> float:
-    """Bytes a second that a rank receives in a group of `ranks` ranks whose neighbours are `first` ranks apart."""
+    """Return the bytes per second that a rank receives in a group of `ranks` ranks, `first` ranks apart."""
     return _GIGA * (gpu.nvlink_gbs if first * ranks <= gpu.per_node else gpu.network_gbs)
 
 
 def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape) -> Pass:
+    """Predict the seconds of one micro-batch on a stage."""
     e, tokens = ITEMSIZE[config.model.dtype], shape.micro_tokens
     layers = model.num_layers / layout.pipeline
     products = layers * tokens * layer_flops(model) / layout.tensor / (gpu.gemm_tflops * _TERA)
@@ -102,13 +103,13 @@ def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, sha
         backward += mlp_share(model) * products / gpu.busy + (experts if model.experts else messages / 2)
     logits = shape.response_tokens * model.vocab_size / layout.tensor
     last = 2 * logits * model.hidden_size / (gpu.gemm_tflops * _TERA)
-    # Over the logits and their fp32 copies, mcore/logprob.py goes some nine times, and as often on the way back.
+    # mcore/logprob.py passes over the logits and their fp32 copies some nine times, and again in the backward pass.
     over = (6 * 4 + 3 * e) * logits / (gpu.copy_tbs * _TERA)
     return Pass(
         forward=forward,
         backward=backward,
         last_forward=(last + over) / gpu.busy,
-        # Logits are made a second time, and then multiplied by each of their operands.
+        # Logits are computed a second time, and then multiplied by each of their operands.
         last_backward=(3 * last + over) / gpu.busy,
     )
 
@@ -116,7 +117,7 @@ def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, sha
 def _message_seconds(
     config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape
 ) -> tuple[float, float, float, float]:
-    """Of one micro-batch's forward pass on a stage: over tensor, expert and context ranks, and on to the next stage."""
+    """Return seconds of messages in a micro-batch's forward pass: tensor, expert, context ranks, and the next stage."""
     e = ITEMSIZE[config.model.dtype]
     hidden, layers = e * shape.micro_tokens * model.hidden_size, model.num_layers / layout.pipeline
     tensor = experts = hand_on = 0.0
@@ -137,7 +138,7 @@ def _message_seconds(
 
 
 def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) -> float:
-    """All stages move at the pace of the slowest, which is the last; the first micro-batch and the last wait for all.
+    """Return the seconds of a pipeline whose stages all take as long as the slowest, which is the last.
 
     The bubble is (p - 1) / (v m) of the work: https://arxiv.org/abs/2104.04473 (section 2.2).
     """
@@ -146,7 +147,10 @@ def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) ->
 
 
 def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, shape: StepShape, engine: EngineMemory) -> float:
-    """All engines at once; a prompt is read once for all its samples (prefix caching), a wave decodes to its end."""
+    """Predict the seconds of a rollout on all engines.
+
+    A prompt is read once for all its samples (prefix caching); a wave of sequences decodes to its end.
+    """
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
     if engine.sequences == 0:
         return float("inf")
@@ -170,7 +174,7 @@ def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, shape: StepSha
 
 
 def _weights_read(model: ModelConfig, engine: EngineMemory, sequences: int) -> float:
-    """Bytes of weights that a decoding step reads: of the experts those that some sequence is sent to."""
+    """Count the bytes of weights that a decoding step reads: only those experts that some sequence is sent to."""
     if model.experts is None:
         return engine.weights
     met = 1 - (1 - model.experts.per_token / model.experts.count) ** sequences
@@ -178,7 +182,7 @@ def _weights_read(model: ModelConfig, engine: EngineMemory, sequences: int) -> f
 
 
 def sync_seconds(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, engine: EngineMemory) -> float:
-    """What the rank that receives most receives, a server's workers besides, and the engine's loading."""
+    """Predict a weight sync: the largest receive of a rank, those of a server's workers, and the engine's loading."""
     e = ITEMSIZE[config.model.dtype]
     across = link(gpu, first=1, ranks=layout.tensor)
     if is_resharded(config, model):
@@ -188,7 +192,7 @@ def sync_seconds(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, e
     seconds = max(received_bytes(config, model, layout, e)) / across + 4 * engine.weights / (gpu.copy_tbs * _TERA)
     if engine.in_ranks:
         return seconds
-    # A rank sends every full tensor to each of its servers, over the network.
+    # A rank sends every full tensor to each of its servers over the network.
     mine = -(-engine.engines // layout.world_size)
     return seconds + mine * e * total_params(model) / (gpu.network_gbs * _GIGA)
 
@@ -204,7 +208,7 @@ def step_seconds(
     shape: StepShape,
     engine: EngineMemory,
 ) -> dict[str, float]:
-    """rollout, score, update, sync, and step: their sum."""
+    """Predict the seconds of rollout, score, update and sync, and of step, their sum."""
     e = ITEMSIZE[config.model.dtype]
     once = micro_pass(config, model, layout, gpu, shape)
     scores, _ = passes(config)

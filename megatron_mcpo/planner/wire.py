@@ -1,8 +1,8 @@
-"""Bytes that all ranks together receive from other ranks in a step, by what the ranks have in common.
+"""Count the bytes that all ranks together receive from other ranks in a step, by group.
 
 Formulas of https://arxiv.org/abs/2205.05198 (section 4.2: tensor and sequence parallelism, an all-gather or a
-reduce-scatter is a `unit`), https://arxiv.org/abs/1910.02054 (distributed optimizer) and of the code they mirror. Left
-out: scalars, sizes, objects; the sums of norms' gradients.
+reduce-scatter is a `unit`), https://arxiv.org/abs/1910.02054 (distributed optimizer) and of the code that they mirror.
+Scalars, sizes, objects and the sums of norms' gradients are left out.
 """
 
 from megatron_mcpo.config.config import Config
@@ -19,16 +19,16 @@ _FP32 = 4
 
 
 def passes(config: Config) -> tuple[int, int]:
-    """Forward-only passes over the step's rollouts (policy, reference), and passes forward and back."""
+    """Return the number of forward-only passes over a step's rollouts (policy, reference), and of training passes."""
     return (2 if config.algorithm.kl_weight > 0 else 1), 1
 
 
 def tensor_units(model: ModelConfig, layout: Layout, *, recompute: Recompute) -> tuple[int, int]:
-    """All-gathers and reduce-scatters of [tokens, hidden] of a layer: (forward, forward and backward together).
+    """Count a layer's all-gathers and reduce-scatters of [tokens, hidden]: (forward, forward and backward together).
 
     With sequence parallelism a column-parallel layer gathers its input, and once more for its weight's gradient, whose
-    own is scattered. Without it, each all-reduce counts as two units. Experts are not cut: only attention is.
-    Selective recompute does the MLP's again.
+    own is scattered. Without it, each all-reduce counts as two units. Experts are not cut, only attention is.
+    Selective recompute repeats those of the MLP.
     """
     blocks = 1 if model.experts else 2
     forward = 2 * blocks
@@ -46,7 +46,7 @@ def wire_bytes(
     head: HeadSpec | None,
     shape: StepShape,
 ) -> dict[str, float]:
-    """By group: tensor, pipeline, data, context, expert, sync (weights to the engines), contrastive (the gather)."""
+    """Count the bytes of a step: tensor, pipeline, data, context, expert, sync (to the engines), contrastive."""
     e = ITEMSIZE[config.model.dtype]
     scores, updates = passes(config)
     micros = shape.micros * shape.updates  # of a replica, in a step
@@ -75,7 +75,7 @@ def wire_bytes(
 
 
 def data_bytes(size: RankSize, layout: Layout, itemsize: int) -> float:
-    """Of one rank and optimizer step: fp32 gradients are scattered, new weights gathered."""
+    """Count one rank's bytes in an optimizer step: fp32 gradients are scattered, new weights gathered."""
     total = 0.0
     for chunk in size.chunks:
         for elements, ranks in zip((chunk.dense, chunk.expert), shard_ranks(layout), strict=True):
@@ -84,7 +84,7 @@ def data_bytes(size: RankSize, layout: Layout, itemsize: int) -> float:
 
 
 def context_bytes(model: ModelConfig, layout: Layout, shape: StepShape, itemsize: int) -> float:
-    """Of one rank, micro-batch and forward pass: the others' keys and values. Backward: again, and their gradients."""
+    """Count one rank's bytes of keys and values per micro-batch and forward pass; backward also their gradients."""
     if layout.context == 1:
         return 0.0
     kv = max(1, model.num_kv_heads // layout.tensor) * model.head_dim
@@ -93,7 +93,7 @@ def context_bytes(model: ModelConfig, layout: Layout, shape: StepShape, itemsize
 
 
 def expert_bytes(config: Config, model: ModelConfig, layout: Layout, shape: StepShape) -> float:
-    """Of one rank and micro-batch: every pick of a token travels to its expert and back, forward and backward."""
+    """Count one rank's bytes per micro-batch: each token travels to its experts and back, forward and backward."""
     if model.experts is None or layout.expert == 1:
         return 0.0
     scores, updates = passes(config)
@@ -104,7 +104,7 @@ def expert_bytes(config: Config, model: ModelConfig, layout: Layout, shape: Step
 
 
 def gather_bytes(layout: Layout, shape: StepShape, head: HeadSpec | None) -> float:
-    """Of one rank in a step: representations of the other replicas' rollouts (gather.py)."""
+    """Count one rank's bytes in a step: representations of the other replicas' rollouts (distributed/gather.py)."""
     if head is None:
         return 0.0
     return shape.updates * (layout.data - 1) * shape.replica_rollouts * head.dim * _FP32

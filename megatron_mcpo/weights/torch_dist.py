@@ -1,8 +1,9 @@
 """Read any part of any tensor of a sharded torch checkpoint, and write such a checkpoint in parts.
 
 Such a folder holds global tensors in chunks: .metadata says which chunk of which tensor stands where in which file.
-Unlike torch.distributed.checkpoint, nothing here needs more memory than a chunk and what is asked for, and a folder
-can be written file by file. Nothing but tensors and the table of contents is read, and neither can run code.
+Why no library does this: torch.distributed.checkpoint runs code in the table of contents, loads whole tensors, and
+writes a folder in one call. Here nothing needs more memory than a chunk and what is asked for, and a folder can be
+written file by file. Only tensors and the table of contents are read, and neither can run code.
 """
 
 import hashlib

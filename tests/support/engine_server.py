@@ -1,4 +1,4 @@
-"""An engine server of our own, for tests and checks."""
+"""Start an engine server for tests and checks."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ START_SECONDS = 400
 
 
 class Server:
-    """Starts at once, on a free port of this host; ask for it when it is ready."""
+    """A server that starts at once on a free port of this host; `wait_ready` waits for it."""
 
     def __init__(self, config: Path, log: Path, environment: dict[str, str] | None = None):
-        """environment: variables beside this process's"""
+        """Start the server. environment: variables besides those of this process"""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
@@ -31,7 +31,7 @@ class Server:
             )
 
     def wait_ready(self) -> None:
-        """Raises RuntimeError with the end of its log when it dies or takes more than START_SECONDS."""
+        """Wait until the server answers. Raises RuntimeError with the end of its log if it dies or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -42,7 +42,7 @@ class Server:
                 time.sleep(0.5)
 
     def kill(self) -> None:
-        """All its processes, as a host that fails would."""
+        """Kill all its processes, as a failure of its host would."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

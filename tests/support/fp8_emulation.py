@@ -1,7 +1,7 @@
-"""An EMULATION of FP8 products, for tests on a CPU: values are rounded to FP8 and back, the products are in fp32.
+"""Emulate FP8 products for tests on a CPU: values are rounded to FP8 and back, the products are in fp32.
 
-It shows what rounding does to losses and gradients, on the grids of Transformer Engine's recipes; it is slower than no
-FP8 at all. Nothing in the package imports it and no configuration reaches it.
+This shows what rounding does to losses and gradients, on the grids of Transformer Engine's recipes; it is slower than
+without FP8. Nothing in the package imports it and no configuration reaches it.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ _BLOCK = 128
 
 
 def emulate(chunks: Sequence[nn.Module], recipe: Recipe) -> int:
-    """Round the operands of all matrix products of all layers but the first and the last; returns how many modules.
+    """Round the operands of all products of all layers but the first and the last; return the number of modules.
 
-    One rank of a model made of plain torch modules; there is no way back.
+    For one rank of a model made of plain torch modules. It can't be undone.
     """
     found = linears(chunks)
     for module in found:
@@ -36,12 +36,12 @@ def linears(chunks: Sequence[nn.Module]) -> list[Any]:
 
 
 def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
-    """x [T, K] times weight [N, K] transposed; all three products (forward, for x, for the weight) are emulated."""
+    """Multiply x [T, K] by weight [N, K] transposed; the products forward, for x and for the weight are emulated."""
     return _Linear.apply(x, weight, recipe)
 
 
 def rounded(values: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """A matrix in fp32 after a visit to `dtype`. block: rows, columns that share a scale; None: the whole matrix.
+    """Round a matrix to `dtype` and back to fp32. block: rows, columns that share a scale; None: the whole matrix.
 
     The largest entry of a block becomes the largest number of `dtype`.
     """
@@ -54,7 +54,7 @@ def rounded(values: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -
 
 
 class _Forward:
-    """In the place of a Megatron linear's `_forward_impl`."""
+    """The replacement of a Megatron linear's `_forward_impl`."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
         square = (_BLOCK, _BLOCK) if recipe == "blockwise" else None
         weight_q = rounded(weight, square, torch.float8_e4m3fn)
         grad_x = _gradient(grad, recipe) @ weight_q
-        # The sum of this product runs over tokens, and so do the strips that share a scale.
+        # This product sums over tokens, and so do the strips that share a scale.
         grad_weight = _gradient(grad.T, recipe) @ _activation(x.T, recipe).T
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 

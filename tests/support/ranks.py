@@ -1,4 +1,4 @@
-"""Real ranks for checks and tests: torch and Megatron-Core are imported once, every rank is a fork of this process."""
+"""Run real ranks for checks and tests: every rank is a fork of this process, which has imported torch already."""
 
 import faulthandler
 import gc
@@ -20,16 +20,16 @@ from megatron_mcpo.distributed import parallel
 
 GRACE_SECONDS = 12.0
 STACK_SECONDS = 10.0
-"""For a rank that hung to write its stack, on a crowded machine."""
+"""How long a rank that hung may take to write its stack on a busy machine."""
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 540) -> list[Any]:
-    """`function(*args)` on `num_ranks` ranks with torchrun's environment; their results in order of rank.
+    """Run `function(*args)` on `num_ranks` ranks with torchrun's environment; return their results in order of rank.
 
     Results are pickled, the function and its arguments are not (ranks are forks). This process must never have had a
-    process group: Megatron-Core keeps some, and a fork that drops one waits for ever for threads that it doesn't have.
-    Groups left over by the function are destroyed. When a rank fails, the others get a few seconds more; at the
-    deadline all are killed.
+    process group: Megatron-Core keeps some, and a fork that drops one waits forever for threads that it doesn't have.
+    Groups that the function leaves are destroyed. When a rank fails, the others get a few seconds more; at the deadline
+    all are killed.
     Raises RuntimeError with the traceback of every rank that failed and the stack of every rank that hung.
     """
     assert not dist.is_initialized(), "a process with a process group can't fork ranks; destroy it first"
@@ -53,11 +53,11 @@ def _fork(
     code = 1
     port = server.getsockname()[1]
     try:
-        # The parent's garbage may own threads; a fork that collects it waits for them for ever.
+        # The parent's garbage may own threads; a fork that collects it waits for them forever.
         gc.freeze()
-        # A fork makes torch's thread pool anew when it is first asked for, and two of gloo's threads at once break it.
+        # A fork creates torch's thread pool again at first use, and two of gloo's threads at once break it.
         torch.set_num_threads(torch.get_num_threads())
-        # The ranks meet at a store that listens already: a port found free might be taken when rank 0 binds it.
+        # The ranks meet at a store that listens already: a free port might be taken before rank 0 binds it.
         if rank == 0:
             store = dist.TCPStore(
                 "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(server.fileno())
@@ -88,7 +88,7 @@ def _save(path: Path, value: Any) -> None:
 
 
 def _wait(pids: list[int], timeout: float, folder: Path) -> None:
-    """Until every rank has ended, by itself or killed at the deadline; a failed rank moves the deadline closer."""
+    """Wait until every rank has ended or was killed at the deadline, which a failed rank moves closer."""
     deadline, running = time.monotonic() + timeout, set(pids)
     while running and time.monotonic() < deadline:
         for pid in list(running):
@@ -111,7 +111,7 @@ def _wait(pids: list[int], timeout: float, folder: Path) -> None:
 
 
 def _report(folder: Path, rank: int) -> tuple[bool, Any]:
-    """(failed, result or what is known of the failure)."""
+    """Return whether a rank failed, and its result or what is known of the failure."""
     error, stack, result = (folder / f"{rank}.{kind}" for kind in ("error", "stack", "result"))
     if error.exists():
         return True, error.read_text()

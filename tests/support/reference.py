@@ -1,6 +1,6 @@
-"""The objective once more, plainly: dense matrices, autograd, one process. What the trainer is held against.
+"""Compute the objective plainly, with dense matrices and autograd in one process, to compare the trainer with.
 
-Shares no line with megatron_mcpo.algo. Memory is O(M^2). Shape legend: see megatron_mcpo.types.
+It shares no line with megatron_mcpo.algo. Memory is O(M^2). Shape legend: see megatron_mcpo.types.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ def gradients(
     ref_logp: Sequence[Tensor],
     config: Config,
 ) -> dict[str, Tensor]:
-    """Gradient of the whole objective with respect to every parameter: autograd in float64, a rollout at a time.
+    """Return the gradient of the whole objective for every parameter: autograd in float64, one rollout at a time.
 
     model: a Hugging Face causal model; it is left in float64
-    head: `weight` [D, H] and, of an mlp, `hidden_weight` [H, H]; empty where there is no contrastive term
+    head: `weight` [D, H] and, for an mlp, `hidden_weight` [H, H]; empty without a contrastive term
     old_logp, ref_logp: log-probs of every rollout's tokens
     Returns the gradients under the names of the model's parameters, those of the head as contrastive_head.NAME.
     """
@@ -66,9 +66,9 @@ def policy_term(
     *,
     longest: int,
 ) -> Tensor:
-    """Clipped ratio with importance weights, plus the KL estimate to the reference; a tensor a rollout.
+    """Return the clipped ratio with importance weights, plus the KL estimate to the reference; a tensor per rollout.
 
-    longest: most tokens that a response may have, the denominator of `dr_grpo`.
+    longest: the most tokens that a response may have, the denominator of `dr_grpo`
     """
     assert settings.importance != "off"
     sums, means = [], []
@@ -98,31 +98,31 @@ def policy_term(
 
 
 def contrastive_loss(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """cross_domain_weight * L_cross_domain + in_domain_weight * L_in_domain, with a graph to z."""
+    """Return cross_domain_weight * L_share + in_domain_weight * L_cons, with a graph to z."""
     cross_domain, _ = cross_domain_term(z_MD, labels, settings)
     in_domain, _ = in_domain_term(z_MD, labels, settings)
     return settings.cross_domain_weight * cross_domain + settings.in_domain_weight * in_domain
 
 
 def reward_penalty(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """Return max(-(cross_domain_weight * L_cross_domain(i) + in_domain_weight * L_in_domain(i)), -0.5) [M]."""
+    """Return max(-(cross_domain_weight * L_share(i) + in_domain_weight * L_cons(i)), -0.5) [M], without a graph."""
     cross_domain_M, _ = _cross_domain_costs(z_MD.detach(), labels, settings)
     in_domain_M, _ = _in_domain_costs(z_MD.detach(), labels, settings)
     return (-settings.cross_domain_weight * cross_domain_M - settings.in_domain_weight * in_domain_M).clamp(min=-0.5)
 
 
 def cross_domain_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """L_cross_domain, and which rollouts are its anchors."""
+    """Return L_share, and which rollouts are its anchors."""
     return _mean(*_cross_domain_costs(z_MD, labels, settings))
 
 
 def in_domain_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """L_in_domain, and which rollouts are its anchors."""
+    """Return L_cons, and which rollouts are its anchors."""
     return _mean(*_in_domain_costs(z_MD, labels, settings))
 
 
 def cross_domain_positives(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """C(i) as rows of a matrix [M, M]."""
+    """Return C(i) as rows of a matrix [M, M]."""
     candidates = _correct_pairs(labels) & ~_same(labels.domain_M)
     similarity = (z_MD @ z_MD.T).detach()
     if settings.transfer == "all":
@@ -138,12 +138,12 @@ def cross_domain_positives(z_MD: Tensor, labels: RolloutLabels, settings: Contra
 
 
 def negatives(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """M(i) as rows of a matrix [M, M]."""
+    """Return M(i) as rows of a matrix [M, M]."""
     return _scope(labels, settings) & ~labels.correct_M
 
 
 def rivals(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """Whom the positives of i compete with, as rows of a matrix [M, M]."""
+    """Return the rollouts that the positives of i compete with, as rows of a matrix [M, M]."""
     if settings.denominator == "negatives":
         return negatives(labels, settings)
     return _scope(labels, settings).fill_diagonal_(False)
@@ -173,7 +173,7 @@ def _in_domain_costs(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveC
 def _info_nce(
     z_MD: Tensor, positives: Tensor, candidates: Tensor, labels: RolloutLabels, settings: ContrastiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """What every anchor costs [M], 0 for all others, and which rollouts are anchors.
+    """Return the term of every anchor [M], 0 for all others, and which rollouts are anchors.
 
     candidates: the pairs that the positives were chosen from; an anchor needs a rival besides them
     """
@@ -204,7 +204,7 @@ def _correct_pairs(labels: RolloutLabels) -> Tensor:
 def _evaluate(
     model: nn.Module, head: Mapping[str, Tensor], prompt: Sequence[int], response: Sequence[int], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of a response's tokens and, with a head, its representation [D]."""
+    """Return log-probs of a response's tokens and, with a head, its representation [D]."""
     ids, start = torch.tensor([[*prompt, *response]]), len(prompt)
     output = model(ids, output_hidden_states=True)
     log_probs = (output.logits[0, start - 1 : -1] / config.rollout.temperature).log_softmax(-1)
@@ -231,7 +231,7 @@ def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:
 
 
 def advantages(rewards: Sequence[Tensor], domains: Sequence[int], kind: AdvantageKind) -> list[float]:
-    """Return the advantages of all rollouts by their definitions; 0 where a prompt's rewards are all equal."""
+    """Return reward minus the prompt's mean, divided as `settings.advantage` says; 0 if all rewards are equal."""
     centred = [r - r.mean() if len(set(r.tolist())) > 1 else torch.zeros_like(r) for r in rewards]
     found = []
     for r, own, domain in zip(rewards, centred, domains, strict=True):

