@@ -26,7 +26,7 @@ LENGTHS = (16, 8, 24, 16)
 
 
 def _direct(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The definition, in double precision."""
+    """Compute attention by its definition, in double precision."""
     share = query.shape[1] // key.shape[1]
     q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
     k, v = (x.repeat_interleave(share, 0) for x in (k, v))
@@ -95,7 +95,7 @@ def _sequences() -> list[Tensor]:
 
 
 def _mine(x: Tensor, groups: parallel.Groups) -> Tensor:
-    """This context rank's tokens of one sequence."""
+    """Return this context rank's tokens of one sequence."""
     if groups.layout.context == 1:
         return x
     chunks = x.chunk(2 * groups.layout.context)
@@ -118,7 +118,7 @@ def _logits(model: GPTModel, sequences: list[Tensor], groups: parallel.Groups, *
 
 
 def _objective(logits: Tensor, sequences: list[Tensor], groups: parallel.Groups) -> Tensor:
-    """A sum over tokens whose weights differ by sequence, position and vocabulary entry."""
+    """Return a sum over tokens whose weights differ by sequence, position and vocabulary entry."""
     place = torch.cat([_mine(torch.sin(torch.arange(len(s)) + 7.0 * i), groups) for i, s in enumerate(sequences)])
     entry = torch.cos(torch.arange(VOCAB) * 1.7).chunk(groups.layout.tensor)[groups.tensor_rank]
     return (logits * place[:, None] * entry).sum()

@@ -42,7 +42,7 @@ CHANGES = [
 
 
 def whole(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What all ranks say together: rank 0's export, and the head of one that has it."""
+    """Combine what the ranks return: rank 0's export, and the head of a rank that has it."""
     return {**results[0], HEAD: next(result[HEAD] for result in results if HEAD in result)}
 
 

@@ -24,7 +24,7 @@ TWO = Layout(tensor=2, sequence=True)
 
 @contextmanager
 def disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of `size` bytes."""
+    """Mount a file system of `size` bytes."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode:

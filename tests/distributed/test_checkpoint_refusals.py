@@ -42,14 +42,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with the checkpoints of two steps, written by two ranks."""
+    """Return the folder of a run with the checkpoints of two steps, written by two ranks."""
     folder = tmp_path_factory.mktemp("written")
     run_ranks(2, save_steps, config, folder, range(1, 3))
     return folder
 
 
 def save_steps(config: Config, folder: Path, steps: range) -> None:
-    """An update and a checkpoint a step."""
+    """Make an update and a checkpoint per step."""
     policy = build(config, TWO)
     for step in steps:
         learn(policy, step)
@@ -57,7 +57,7 @@ def save_steps(config: Config, folder: Path, steps: range) -> None:
 
 
 def load_each(config: Config, folders: list[Path]) -> list[str]:
-    """What one policy says of checkpoints that it should not load: the error, or the step of what it loaded."""
+    """Return what one policy says of checkpoints that it must not load: the error, or the step of what it loaded."""
     policy = build(config, TWO)
     said = []
     for folder in folders:
@@ -118,7 +118,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def said_by_two(config: Config, folders: list[Path]) -> list[str]:
-    """What two ranks say, which must be the same."""
+    """Return what two ranks say, which must be the same."""
     first, second = run_ranks(2, load_each, config, folders)
     assert first == second
     return first
@@ -155,7 +155,7 @@ def write_evil_contents(path: Path) -> None:
 
 
 def write_evil_object(path: Path, key: str) -> None:
-    """An object that is no tensor, as Megatron stores them, which the table of contents points to."""
+    """Write an object that runs code where the table of contents points to one of Megatron's objects."""
     contents = safe_unpickler.read_metadata(path)
     stored = io.BytesIO()
     torch.save([Evil(marker_of(path))], stored)

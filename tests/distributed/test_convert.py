@@ -112,7 +112,7 @@ def test_megatron_loads_what_was_converted(tmp_path: Path, family: str, written:
 
 
 def start_from(folder: Path, layout: Layout) -> dict[str, Tensor]:
-    """What ranks hold that begin with a folder."""
+    """Return what ranks hold that start from a folder."""
     groups = parallel.init(layout, seed=0, timeout_seconds=240)
     model = from_folder(folder)
     chunks = build_chunks(model, groups, dtype=torch.bfloat16, head=None)
@@ -166,7 +166,7 @@ def test_what_ranks_have_saved_is_exported_with_its_head(tmp_path: Path, family:
 
 
 def train_and_save(config: Config, layout: Layout, folder: Path) -> dict[str, Tensor]:
-    """The weights after an update, saved with optimizer, schedule and all."""
+    """Return the weights after an update, and save them with optimizer and schedule."""
     groups = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(config, from_folder(Path(config.model.path)), groups)
     batch = make_batch(

@@ -147,7 +147,7 @@ def test_configuration_and_tokenizer_are_whole_after_a_kill_in_the_middle_of_one
 
 
 def convert(kind: str, given: Path, final: Path, *, dies_at: int | None = None) -> list[str]:
-    """The parts that this process has made. It kills itself (rank 1) at the end of one of them."""
+    """Return the parts that this process has written; rank 1 kills itself at the end of one of them."""
     finish, made = StagingFolder.finish, []
 
     def count(self: StagingFolder, part: str, files: Sequence[str], record: Any) -> None:
@@ -197,7 +197,7 @@ def test_several_processes_make_what_one_makes(source: Path, megatron: Path, tmp
 
 
 def run_tool(given: Path, final: Path) -> tuple[int, str]:
-    """The exit code, and what it says. Rank 1 can't write files of more than 10,000 bytes."""
+    """Return exit code and output, with a rank 1 that can't write files of more than 10,000 bytes."""
     megatron_write.PART_BYTES = 30_000
     if os.environ["RANK"] == "1":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -215,7 +215,7 @@ def test_what_one_process_cannot_write_ends_all_and_is_said_once(source: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
+def test_a_staging_folder_of_another_job_is_emptied(tmp_path: Path) -> None:
     staging = StagingFolder.begin(tmp_path / "out", {"from": 1})
     (staging.path / "a").write_text("x")
     staging.finish("0", ["a"], None)
@@ -232,7 +232,7 @@ def test_a_draft_of_something_else_is_thrown_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_a_draft_is_made_where_the_file_system_has_no_locks(
+def test_a_staging_folder_is_made_where_the_file_system_has_no_locks(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With one warning, however many processes make it."""
@@ -250,7 +250,7 @@ def test_a_draft_is_made_where_the_file_system_has_no_locks(
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES], ids=errno.errorcode.get)
-def test_a_draft_that_another_host_holds_is_refused(
+def test_a_staging_folder_that_another_host_holds_is_refused(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever way a network file system says that the lock is taken."""

@@ -61,7 +61,7 @@ class Case:
         return ContrastiveConfig(**{"cross_domain_weight": 0.7, "in_domain_weight": 0.3, "top_k": 2, **self.options})
 
     def share(self, rank: int, num_ranks: int) -> TrainBatch:
-        """What of a batch the gathering looks at: which rows are whose."""
+        """Return the part of a batch that gathering reads: which rows belong to which rank."""
         rank_rows = tuple(
             tuple(row for row, owner in enumerate(self.owners) if owner == other) for other in range(num_ranks)
         )
@@ -134,7 +134,7 @@ def two_passes(case: Case, groups: Groups) -> tuple[Tensor, list[Tensor]]:
 
 
 def on_ranks(cases: Sequence[Case], num_ranks: int, way: Any) -> list[list[tuple[Tensor, list[Tensor]]]]:
-    """What `way` finds, by rank and case."""
+    """Return what `way` finds, by rank and case."""
 
     def rank_main() -> list[tuple[Tensor, list[Tensor]]]:
         groups = parallel.init(Layout(data=num_ranks), seed=0, timeout_seconds=SECONDS)

@@ -95,7 +95,7 @@ def test_a_data_rank_without_a_rollout_takes_part(tmp_path: Path) -> None:
 
 
 def without_responses(groups: list[RolloutGroup], empty: set[tuple[int, int]]) -> list[RolloutGroup]:
-    """The responses at these places (group, sample) have no token."""
+    """Return the groups with empty responses at these places (group, sample)."""
     return [
         replace(
             group,

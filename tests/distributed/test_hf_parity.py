@@ -265,7 +265,7 @@ def write_folder(case: Case, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def loading_error(case: Case, folder: Path, num_ranks: int) -> str:
-    """What load_hf says on `num_ranks` pipeline stages, having changed nothing; '' when it loads.
+    """Return why load_hf refuses on `num_ranks` pipeline stages, having changed nothing; '' if it loads.
 
     The model is described by the intact folder: what is wrong with the files is for load_hf to find.
     """

@@ -57,7 +57,7 @@ def _bounds(dtype: torch.dtype) -> list[Tensor]:
 
 
 def _worst(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> list[float]:
-    """The largest part of its bound that an error takes, of each result."""
+    """Return the largest error of each result as a share of its bound."""
     return [
         ((mine.double() - exact).abs() / bound).max().item()
         for mine, exact, bound in zip(found, expected, _bounds(dtype), strict=True)
@@ -113,7 +113,7 @@ def test_bf16_sums_in_fp32() -> None:
 
 
 def _peak_extra_bytes() -> int:
-    """What a pass forward and back over a big vocabulary takes beside its inputs and their gradients."""
+    """Measure what a forward and backward pass over a big vocabulary takes beside its inputs and gradients."""
     groups = parallel.init(Layout(), seed=0, timeout_seconds=60)
     rows, vocab, hidden = 8192, 151_936, 32
     hidden_RH = torch.randn(rows, hidden, requires_grad=True)

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def closed_form(schedule: str, update: int, *, warmup: int, updates: int) -> float:
-    """The rate of an update (from 1), at most 1e-3; a decay reaches 1e-4 in update number updates + 1."""
+    """Return the rate of an update (from 1), at most 1e-3; a decay reaches 1e-4 in update number updates + 1."""
     if update <= warmup:
         return 1e-3 * update / warmup
     progress = (update - warmup) / (updates + 1 - warmup)

@@ -23,7 +23,7 @@ SAID = "This machine has a GPU, but this environment is the CPU one"
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root folder of a machine with NVIDIA's driver and two GPUs, none of them hidden yet."""
+    """Return the root folder of a machine with NVIDIA's driver and two GPUs, none of them hidden yet."""
     (tmp_path / "dev").mkdir()
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / "dev" / name).touch()

@@ -1,6 +1,6 @@
 """The optimizer against torch.optim.AdamW, and the layout of its state that Megatron-Core's checkpoints rely on.
 
-Not covered: parameters on a GPU; saving and loading through Megatron-Core (test_platform.py saves).
+Not covered: parameters on a GPU; saving and loading through Megatron-Core (test_cpu_backend.py saves).
 """
 
 import pytest

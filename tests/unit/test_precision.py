@@ -19,7 +19,7 @@ from megatron_mcpo.mcore.precision import check_fp8, transformer_engine_problem
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What was found out about Transformer Engine, before and after; no test leaves modules of its own."""
+    """Forget what is known of Transformer Engine before and after each test, and remove modules that a test adds."""
     transformer_engine_problem.cache_clear()
     yield
     monkeypatch.undo()

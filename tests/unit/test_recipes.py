@@ -59,7 +59,7 @@ def test_a_recipe_fits_as_its_plan_says(
 
 
 def save_empty_weights(folder: Path, model: ModelConfig) -> None:
-    """A file that has every tensor of the model and takes no room: a header, and a hole for the values."""
+    """Write a sparse file with every tensor of the model: a header, and a hole for the values."""
     header, size = {}, 0
     for name, shape in hf_shapes(model).items():
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, size + 2 * prod(shape)]}
@@ -136,7 +136,7 @@ Piece = tuple[int, int, int]
 
 
 def held(model: ModelConfig, layout: Layout, head: HeadSpec | None, rank: int) -> Iterator[tuple[str, Piece]]:
-    """What a rank has of each Hugging Face tensor, read from the model that Megatron-Core builds for it."""
+    """Yield what a rank has of each Hugging Face tensor, read from the model that Megatron-Core builds for it."""
     with parallel.pretend(layout, rank=rank) as groups, only_shapes():
         chunks = build_chunks(model, groups, dtype=DTYPES["bf16"], head=head)
         for parameter, mine in match_parameters(chunks, model, groups):

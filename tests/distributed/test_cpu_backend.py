@@ -1,4 +1,4 @@
-"""Megatron-Core trains and saves without CUDA, through every interception that the platform declares.
+"""Megatron-Core trains and saves without CUDA, through every interception of distributed/cpu_backend.py.
 
 An interception that nothing here calls fails the test: a newer Megatron-Core may not need it any more.
 Not covered: a GPU (only that nothing is touched there), MoE, fp16.
