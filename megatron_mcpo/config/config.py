@@ -1,9 +1,10 @@
-"""The configuration: typed, frozen, from a TOML file and dotted overrides. Imports no torch, so that it fails fast.
+"""Load the configuration, typed and frozen, from TOML files and overrides. Imports no torch, so that it fails fast.
 
 `load` returns a Config or raises ConfigError with ALL problems: the key, the value, the rule and the fix.
-What each key means: sections.py, which is the only list of keys.
+The keys and their meanings are in schema.py and domain_schema.py.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
@@ -13,7 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_mcpo.config import domain_rules
 from megatron_mcpo.config.domain_schema import DataConfig, DomainConfig, EvaluationConfig, RewardsConfig
+from megatron_mcpo.config.explain import explain
 from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.overrides import apply_overrides
 from megatron_mcpo.config.schema import (
     AlgorithmConfig,
     BatchConfig,
@@ -26,16 +29,16 @@ from megatron_mcpo.config.schema import (
     RunConfig,
     Section,
 )
-from megatron_mcpo.config.toml_io import apply_overrides, explain, read_toml, to_toml
+from megatron_mcpo.config.toml_io import Layers, read_layers, to_toml
 
-# What other keys of metrics.jsonl, eval.jsonl and the folder of runs are called.
+# Names that have another meaning in metrics.jsonl, in eval.jsonl and in the folder of the runs.
 RESERVED_DOMAINS = ("mean", "worst", "step")
 RESERVED_RUN = "latest"
 _LAST_PORT = 65535
 
 
 class ConfigError(ValueError):
-    """One or more problems of a configuration; `problems` holds a line each."""
+    """One or more problems of a configuration; `problems` has one line per problem."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
@@ -61,22 +64,23 @@ class Config(Section):
 
     @property
     def domain_names(self) -> list[str]:
+        """Names of the domains, in the order of the file."""
         return [d.name for d in self.domain]
 
     @property
     def group_sizes(self) -> list[int]:
-        """Rollouts a prompt, of each domain."""
+        """Number of rollouts per prompt, for each domain."""
         return [d.samples or self.batch.samples for d in self.domain]
 
     @property
     def response_limits(self) -> list[int]:
-        """Most response tokens, of each domain."""
+        """Maximum number of response tokens, for each domain."""
         return [d.max_response_tokens or self.rollout.max_response_tokens for d in self.domain]
 
     def layout(self, world_size: int | None) -> Layout:
-        """The layout on `world_size` ranks, or, for None, on the fewest that the sizes of the configuration divide.
+        """Return the layout on `world_size` ranks, or, for None, on the fewest ranks that all sizes divide.
 
-        Raises ConfigError when they don't divide.
+        Raises ConfigError if they do not divide.
         """
         p = self.parallel
         replica = p.tensor * p.pipeline * p.context
@@ -96,25 +100,25 @@ class Config(Section):
         if world_size is not None and layout.world_size != world_size:
             wanted = f"{layout.world_size}" if p.data else f"a multiple of {replica}"
             problems.append(
-                f"parallel: {layout} needs {wanted} ranks, there are {world_size}; start that many or change "
-                "the sizes under [parallel]"
+                f"parallel: {layout} needs {wanted} ranks, there are {world_size}. Start that many, or change the "
+                "sizes in [parallel]."
             )
         if not self.engine.servers and layout.world_size % self.engine.tensor_parallel:
             problems.append(
                 f"engine.tensor_parallel = {self.engine.tensor_parallel}: must divide the number of ranks, "
-                f"{layout.world_size} ({layout}); set it to one of its divisors"
+                f"{layout.world_size} ({layout}). Set it to one of its divisors."
             )
         if self.batch.prompts < layout.data:
             problems.append(
-                f"batch.prompts = {self.batch.prompts}: at least one for each of {layout.data} data-parallel replicas; "
-                "raise it or lower parallel.data"
+                f"batch.prompts = {self.batch.prompts}: must be at least {layout.data} (one for each of {layout.data} "
+                "data-parallel replicas). Raise it or lower parallel.data."
             )
         align = layout.sequence_alignment
         longest = -(-(self.rollout.max_prompt_tokens + self.rollout.max_response_tokens) // align) * align
         if self.batch.micro_batch_tokens < longest:
             problems.append(
-                f"batch.micro_batch_tokens = {self.batch.micro_batch_tokens}: must hold the longest rollout, which "
-                f"{layout} pads to {longest} tokens; raise it"
+                f"batch.micro_batch_tokens = {self.batch.micro_batch_tokens}: must be at least {longest} (the longest "
+                f"rollout must fit; {layout} pads it to that). Raise it."
             )
         if problems:
             raise ConfigError(problems)
@@ -122,34 +126,46 @@ class Config(Section):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply overrides (`--section.key value` or `--section.key=value`).
+    """Read a TOML file with its bases (`extends`) and apply overrides (`--section.key value` or `--section.key=value`).
 
     Raises ConfigError with every problem at once: syntax, unknown keys (with the nearest known one), types, ranges,
-    and what can be said of the combination without opening the model.
+    and what can be said of the combination without opening the model. With bases, each says which file is meant.
     """
-    values, unreadable = read_toml(path)
-    problems = unreadable + apply_overrides(values, overrides, Config)
+    layers, unreadable = read_layers(path)
+    problems = apply_overrides(layers, overrides, Config)
     if unreadable:
-        raise ConfigError(problems)
+        raise ConfigError(unreadable + problems)
+    wrong: list[str] = []
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(layers.values)
     except ValidationError as error:
-        problems += [explain(detail, Config) for detail in error.errors()]
+        wrong = [explain(detail, Config) for detail in error.errors()]
         broken = {str(detail["loc"][0]) for detail in error.errors()}
-        raise ConfigError(problems + _combination_problems(_valid_part(values, broken), broken)) from None
-    problems += _combination_problems(config, set())
+        wrong += _combination_problems(_valid_part(layers.values, broken), broken)
+    else:
+        wrong = _combination_problems(config, set())
+    problems += [_with_origin(problem, layers) for problem in wrong]
     if problems:
         raise ConfigError(problems)
     return config
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as TOML, which `load` reads back to an equal Config."""
+    """Return the resolved configuration as TOML, which `load` reads back to an equal Config."""
     return to_toml(config.model_dump())
 
 
+def _with_origin(problem: str, layers: Layers) -> str:
+    """Return a problem with the file that the value comes from, where there are several; it begins with its key."""
+    key = re.match(r"([^\W\d]\w*)(?:\.(\w+))?", problem)
+    if key is None or len(layers.files) < 2:
+        return problem
+    origin = layers.origin(key[1], key[2] or "")
+    return f"{problem} [{origin}]" if origin else problem
+
+
 def _valid_part(values: dict[str, Any], broken: set[str]) -> Config:
-    """A Config that lacks the broken sections, for rules that don't ask for them."""
+    """Return a Config without the broken sections, for the rules that do not read them."""
     sections = {}
     for name, field in Config.model_fields.items():
         if name not in broken:
@@ -159,23 +175,23 @@ def _valid_part(values: dict[str, Any], broken: set[str]) -> Config:
 
 
 def _combination_problems(config: Config, broken: set[str]) -> list[str]:
-    """Rules that involve more than one key and need neither the model nor the world size."""
+    """Return what breaks the rules between keys, of those that need neither the model nor the world size."""
     return [problem for sections, rule in _RULES if not broken.intersection(sections) for problem in rule(config)]
 
 
 def _names(config: Config) -> list[str]:
     names = config.domain_names
     twice = sorted({name for name in names if names.count(name) > 1})
-    problems = [f"domain.name = {name!r}: used twice; names must differ, rename one" for name in twice]
+    problems = [f"domain.name = {name!r}: must be unique (two domains have it). Rename one." for name in twice]
     for name in sorted(set(names).intersection(RESERVED_DOMAINS)):
-        problems.append(f"domain.name = {name!r}: the metrics use this name for something else; choose another")
+        problems.append(f"domain.name = {name!r}: must be another name (the metrics use this one). Rename it.")
     return problems
 
 
 def _run_name(config: Config) -> list[str]:
     if config.run.name != RESERVED_RUN:
         return []
-    return [f"run.name = {RESERVED_RUN!r}: is the link to the newest run; choose another name"]
+    return [f"run.name = {RESERVED_RUN!r}: must be another name (this is the link to the newest run). Rename it."]
 
 
 def _kept_checkpoints(config: Config) -> list[str]:
@@ -183,8 +199,8 @@ def _kept_checkpoints(config: Config) -> list[str]:
     if r.keep_every % r.checkpoint_every == 0:
         return []
     return [
-        f"run.keep_every = {r.keep_every}: must be a multiple of run.checkpoint_every = {r.checkpoint_every}, other "
-        "steps have no checkpoint to keep; change one of them"
+        f"run.keep_every = {r.keep_every}: must be a multiple of run.checkpoint_every = {r.checkpoint_every} "
+        "(other steps have no checkpoint). Change one of them."
     ]
 
 
@@ -192,16 +208,17 @@ def _fp8(config: Config) -> list[str]:
     if config.model.fp8 == "off" or config.model.dtype == "bf16":
         return []
     return [
-        f"model.fp8 = {config.model.fp8!r}: is a way to compute in bf16; set model.dtype to 'bf16', or this to 'off'"
+        f"model.fp8 = {config.model.fp8!r}: requires model.dtype = 'bf16' (it is {config.model.dtype!r}). Set that, or "
+        "fp8 to 'off'."
     ]
 
 
 def _servers(config: Config) -> list[str]:
     servers = config.engine.servers
     twice = sorted({url for url in servers if servers.count(url) > 1})
-    problems = [f"engine.servers: {url} is there twice; leave one of them out" for url in twice]
+    problems = [f"engine.servers: {url}: must be listed once (it is there twice). Remove one." for url in twice]
     return problems + [
-        f"engine.servers: {url} has a port above {_LAST_PORT}; correct it"
+        f"engine.servers: {url}: the port must be at most {_LAST_PORT}. Correct it."
         for url in servers
         if int(url.rpartition(":")[2]) > _LAST_PORT
     ]
@@ -212,8 +229,8 @@ def _virtual_pipeline(config: Config) -> list[str]:
     if p.virtual_pipeline == 1 or p.pipeline > 1:
         return []
     return [
-        f"parallel.virtual_pipeline = {p.virtual_pipeline}: needs at least 2 pipeline stages; set parallel.pipeline, "
-        "or this to 1"
+        f"parallel.virtual_pipeline = {p.virtual_pipeline}: requires parallel.pipeline >= 2 (the schedule interleaves "
+        "stages). Raise that, or set this to 1."
     ]
 
 
@@ -222,8 +239,8 @@ def _longest_rollout(config: Config) -> list[str]:
     if config.batch.micro_batch_tokens >= longest:
         return []
     return [
-        f"batch.micro_batch_tokens = {config.batch.micro_batch_tokens}: must hold the longest rollout, "
-        f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it or lower those"
+        f"batch.micro_batch_tokens = {config.batch.micro_batch_tokens}: must be at least {longest} (the longest "
+        "rollout must fit: rollout.max_prompt_tokens + rollout.max_response_tokens). Raise it or lower those."
     ]
 
 
@@ -231,15 +248,15 @@ def _minibatches(config: Config) -> list[str]:
     batch = config.batch
     if batch.minibatches > batch.prompts:
         return [
-            f"batch.minibatches = {batch.minibatches}: at most batch.prompts = {batch.prompts}, because a group is not "
-            "divided; lower it"
+            f"batch.minibatches = {batch.minibatches}: must be at most batch.prompts = {batch.prompts} (the rollouts "
+            "of a prompt are not divided). Lower it."
         ]
     shares = config.contrastive.cross_domain_weight > 0 and len(config.domain) > 1
     if shares and batch.prompts < 2 * batch.minibatches:
         return [
-            f"batch.minibatches = {batch.minibatches}: at most half of batch.prompts = {batch.prompts}, because "
-            "each optimizer step needs at least 2 prompts for the cross-domain loss; lower it, or set "
-            "contrastive.cross_domain_weight to 0"
+            f"batch.minibatches = {batch.minibatches}: must be at most half of batch.prompts = {batch.prompts} (each "
+            "optimizer step needs at least 2 prompts for the cross-domain loss). Lower it, or set "
+            "contrastive.cross_domain_weight to 0."
         ]
     return []
 
@@ -247,7 +264,10 @@ def _minibatches(config: Config) -> list[str]:
 def _rewarding(config: Config) -> list[str]:
     if config.contrastive.mode == "loss" or config.contrastive.enabled:
         return []
-    return ["contrastive.mode = 'reward': both weights are 0, so there is no term to reward; raise one of them"]
+    return [
+        "contrastive.mode = 'reward': requires a contrastive term (cross_domain_weight and in_domain_weight are 0). "
+        "Raise one of them."
+    ]
 
 
 def _diagnosis(config: Config) -> list[str]:
@@ -255,9 +275,8 @@ def _diagnosis(config: Config) -> list[str]:
     if c.diagnose_every == 0 or (c.enabled and c.mode == "loss"):
         return []
     return [
-        f"contrastive.diagnose_every = {c.diagnose_every}: no contrastive term reaches the model's weights (mode "
-        f"{c.mode!r}, weights {c.cross_domain_weight} and {c.in_domain_weight}), so there is nothing to compare; "
-        "set it to 0"
+        f"contrastive.diagnose_every = {c.diagnose_every}: requires a contrastive term that reaches the model's "
+        f"weights (mode is {c.mode!r}, the weights are {c.cross_domain_weight} and {c.in_domain_weight}). Set it to 0."
     ]
 
 
@@ -266,8 +285,8 @@ def _importance(config: Config) -> list[str]:
     if a.importance != "mask" or a.importance_floor < a.importance_cap:
         return []
     return [
-        f"algorithm.importance_floor = {a.importance_floor}: must be below importance_cap = {a.importance_cap}, or "
-        "every token is masked; lower it"
+        f"algorithm.importance_floor = {a.importance_floor}: must be below algorithm.importance_cap = "
+        f"{a.importance_cap} (else every token is masked). Lower it."
     ]
 
 
@@ -275,8 +294,8 @@ def _quantized_dtype(config: Config) -> list[str]:
     if config.engine.quantization == "none" or config.model.dtype == "bf16":
         return []
     return [
-        f"model.dtype = {config.model.dtype!r}: vLLM computes in bf16 with engine.quantization = "
-        f"{config.engine.quantization!r}; set it to 'bf16', or the quantization to 'none'"
+        f"model.dtype = {config.model.dtype!r}: must be 'bf16' (vLLM computes in it with engine.quantization = "
+        f"{config.engine.quantization!r}). Set it, or the quantization to 'none'."
     ]
 
 
@@ -284,9 +303,9 @@ def _quantized_importance(config: Config) -> list[str]:
     if config.engine.quantization == "none" or config.algorithm.importance != "off":
         return []
     return [
-        "algorithm.importance = 'off': a quantized engine samples from another distribution than the one that is "
-        "trained, which the importance weight makes up for; set it to 'truncate' or 'mask', or engine.quantization "
-        "to 'none'"
+        "algorithm.importance = 'off': must be 'truncate' or 'mask' (a quantized engine samples from another "
+        "distribution than the trained one, which the importance weight corrects). Set it to one of them, or "
+        "engine.quantization to 'none'."
     ]
 
 
@@ -294,8 +313,8 @@ def _sequence_ratio(config: Config) -> list[str]:
     if config.algorithm.clip != "gspo" or config.parallel.context == 1:
         return []
     return [
-        f"algorithm.clip = 'gspo': needs a rollout's tokens on one rank, parallel.context = {config.parallel.context} "
-        "divides them; set it to 1 or use another clip"
+        "algorithm.clip = 'gspo': requires parallel.context = 1 (its ratio needs all tokens of a rollout on one rank; "
+        f"context is {config.parallel.context}). Set that, or use another clip."
     ]
 
 
@@ -303,7 +322,7 @@ def _learning_rates(config: Config) -> list[str]:
     rates = config.optimizer
     if rates.min_lr <= rates.lr:
         return []
-    return [f"optimizer.min_lr = {rates.min_lr}: must not exceed optimizer.lr = {rates.lr}; lower it"]
+    return [f"optimizer.min_lr = {rates.min_lr}: must be at most optimizer.lr = {rates.lr}. Lower it."]
 
 
 def _greedy_samples(config: Config) -> list[str]:
@@ -311,12 +330,12 @@ def _greedy_samples(config: Config) -> list[str]:
     if e.temperature > 0 or e.samples == 1:
         return []
     return [
-        f"evaluation.samples = {e.samples}: greedy responses (evaluation.temperature = 0) are all the same; set "
-        "samples to 1, or the temperature to that of the rollouts"
+        f"evaluation.samples = {e.samples}: must be 1 with evaluation.temperature = 0 (greedy responses are all the "
+        "same). Set it to 1, or raise the temperature to that of the rollouts."
     ]
 
 
-# Each with the sections it reads: where one of them is broken already, the rule would judge a value nobody wrote.
+# Each rule with the sections that it reads: if one of them is broken, the rule would judge a value that nobody wrote.
 _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("run",), _run_name),
     (("run",), _kept_checkpoints),

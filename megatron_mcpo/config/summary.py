@@ -1,4 +1,4 @@
-"""The arithmetic of a run, printed before anything starts."""
+"""Describe a run in numbers before it starts: layout, sizes of a step, warnings."""
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.layout import Layout
@@ -6,28 +6,27 @@ from megatron_mcpo.config.model import ModelConfig, fast_dtype
 
 
 def empty_terms(config: Config) -> list[str]:
-    """Terms of the objective that this configuration leaves without a pair: a line each."""
+    """Return one line for each term of the objective that cannot have pairs with this configuration."""
     if config.contrastive.cross_domain_weight == 0 or len(config.domain) > 1:
         return []
     return [
-        f"contrastive.cross_domain_weight = {config.contrastive.cross_domain_weight}: "
-        "cross-domain sharing needs at least two domains; with one "
-        "the term is 0"
+        f"contrastive.cross_domain_weight = {config.contrastive.cross_domain_weight}: cross-domain sharing needs at "
+        "least two domains; with one the term is 0"
     ]
 
 
 def slow_arithmetic(config: Config) -> list[str]:
-    """A warning where this machine is slow in what the configuration asks for."""
+    """Return a warning if this machine is slow in the data type of the configuration."""
     if config.model.dtype in (fast_dtype(), "fp32"):
         return []
     return [
         f"WARNING: model.dtype = {config.model.dtype!r}: this CPU has no AVX-512 and is many times slower in bf16 than "
-        "in fp32; set it to 'auto' or 'fp32'"
+        "in fp32. Set it to 'auto' or 'fp32'."
     ]
 
 
 def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
-    """Lines for people: the layout, what a step consists of, where rollouts are made."""
+    """Return lines for people to read: the model, the layout, the engines, the sizes of a step, the method."""
     batch = config.batch
     fewest, most = min(config.group_sizes), max(config.group_sizes)
     rollouts = batch.prompts * most
@@ -37,7 +36,7 @@ def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
         engines, where = len(engine.servers), "worker(s) in a server of its own"
     samples, bound = (f"{most} samples", "") if fewest == most else (f"{fewest} to {most} samples", "up to ")
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    mixture = f"{model.experts.per_token} of {model.experts.count} experts a token, " if model.experts else ""
+    mixture = f"{model.experts.per_token} of {model.experts.count} experts per token, " if model.experts else ""
     method = "MCPO" if config.contrastive.enabled else "GRPO (both contrastive weights are 0)"
     return "\n".join(
         [

@@ -133,7 +133,7 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
         ["--checkpoint", "RUN/checkpoints/step_000006", "--evaluation.items", "9"],
         ["evaluation.items = 9", "kept 8 items a domain apart", "divisors, letters", "held_out_file"],
     ),
-    "unknown key": (["--evaluation.sample", "4"], ["evaluation.sample", "did you mean 'samples'?"]),
+    "unknown key": (["--evaluation.sample", "4"], ["evaluation.sample", "Did you mean 'samples'?"]),
 }
 
 

@@ -311,8 +311,8 @@ def test_refusals(folder: Path, servers: list[Server], tmp_path: Path) -> None:
         other.shutdown()
     alias = urls[0].replace("127.0.0.1", "localhost")
     assert "must be different servers" in one(problems(folder, [urls[0], alias]))
-    assert "is there twice" in one(problems(folder, [urls[0], urls[0]]))
-    assert "has a port above 65535" in one(problems(folder, ["http://127.0.0.1:70000"]))
+    assert "must be listed once (it is there twice)" in one(problems(folder, [urls[0], urls[0]]))
+    assert "the port must be at most 65535" in one(problems(folder, ["http://127.0.0.1:70000"]))
     for bad in ("127.0.0.1:8000", "http://127.0.0.1", "https://127.0.0.1:1", "http://u@h:1"):
         assert f"engine.servers[0] = {bad!r}" in one(problems(folder, [bad]))
     assert "has dtype = float32, must have bfloat16" in one(problems(folder, urls[:1], "--model.dtype", "bf16"))
@@ -333,8 +333,8 @@ def test_a_server_that_could_not_serve_is_not_started(
     assert serve.main([str(config), "--engine.tensor_parallel", "3", "--rollout.max_prompt_tokens", "300"]) == 2
     errors = capfd.readouterr().err
     assert "engine.tensor_parallel = 3: must divide the 2 attention heads" in errors
-    assert "possible: 1, 2" in errors
-    assert "must not exceed the model's max_position_embeddings = 256" in errors
+    assert "Possible: 1, 2." in errors
+    assert "must be at most the model's max_position_embeddings = 256" in errors
 
 
 class _Other(BaseHTTPRequestHandler):

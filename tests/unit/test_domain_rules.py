@@ -56,19 +56,34 @@ def test_sources_that_are_in_order(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("weight = 1.0", ": needs exactly one of generator, file and dataset, has none of them"),
-        ('generator = "g"\nfile = "a.jsonl"', "has generator and file; leave one"),
-        ('file = "a.jsonl"\noptions = {a = 1}', ".options = {'a': 1}: only generators have options; remove it"),
-        ('file = "a.jsonl"\nsplit = "test"', ".split = 'test': only datasets have splits"),
-        ('generator = "g"\nsubset = "main"', ".subset = 'main': only datasets have subsets"),
-        ('file = "a.jsonl"\nheld_out_split = "test"', ".held_out_split = 'test': only datasets have splits"),
+        ("weight = 1.0", ": must have exactly one of generator, file and dataset (it has none of them). Keep one."),
+        ('generator = "g"\nfile = "a.jsonl"', "dataset (it has generator and file). Keep one."),
+        (
+            'file = "a.jsonl"\noptions = {a = 1}',
+            ".options = {'a': 1}: must be left out (only generators have options). Remove it.",
+        ),
+        ('file = "a.jsonl"\nsplit = "test"', ".split = 'test': must be left out (only datasets have splits)"),
+        ('generator = "g"\nsubset = "main"', ".subset = 'main': must be left out (only datasets have subsets)"),
+        (
+            'file = "a.jsonl"\nheld_out_split = "test"',
+            ".held_out_split = 'test': must be left out (only datasets have splits)",
+        ),
         (
             'generator = "g"\nheld_out_file = "b.jsonl"',
-            ".held_out_file = 'b.jsonl': a generator makes its held-out items",
+            ".held_out_file = 'b.jsonl': must be left out (a generator makes its held-out items)",
         ),
-        ('dataset = "a"\nheld_out_split = "t"\nheld_out_file = "b.jsonl"', "there is a held_out_split too"),
-        ('dataset = "a"\nheld_out_split = "train"', "is the split that is trained on"),
-        ('file = "a.jsonl"\nheld_out_file = "a.jsonl"', "is the file that is trained on"),
+        (
+            'dataset = "a"\nheld_out_split = "t"\nheld_out_file = "b.jsonl"',
+            ".held_out_file = 'b.jsonl': must be left out where held_out_split is given",
+        ),
+        (
+            'dataset = "a"\nheld_out_split = "train"',
+            ".held_out_split = 'train': must differ from split, which is trained on",
+        ),
+        (
+            'file = "a.jsonl"\nheld_out_file = "a.jsonl"',
+            ".held_out_file = 'a.jsonl': must differ from file, which is trained on",
+        ),
         ('file = "a.csv"', ".file = 'a.csv': must end in .jsonl or .parquet"),
         ('file = "a.jsonl"\nheld_out_file = "b.json"', ".held_out_file = 'b.json': must end in"),
     ],
@@ -82,7 +97,7 @@ def test_a_domains_response_limit_is_at_most_the_runs(tmp_path: Path) -> None:
     source = GOOD_SOURCES[0]
     assert problems(tmp_path, source, domain="max_response_tokens = 32\nsamples = 9") == []
     [problem] = problems(tmp_path, source, domain="max_response_tokens = 33")
-    assert problem.startswith("domain 'd': max_response_tokens = 33: at most rollout.max_response_tokens = 32")
+    assert problem.startswith("domain 'd': max_response_tokens = 33: must be at most rollout.max_response_tokens = 32")
     [problem] = problems(tmp_path, source, domain="samples = 1")
     assert "samples" in problem and "greater than 1" in problem
 
@@ -95,13 +110,13 @@ def test_a_domains_response_limit_is_at_most_the_runs(tmp_path: Path) -> None:
         ('mixing = "curriculum"\nwindow = 3\nitem_curriculum = true\nresample = 2', None),
         (
             "mixing_temperature = 2.0",
-            "data.mixing_temperature = 2.0: is for data.mixing = 'temperature', which is 'weights'",
+            "data.mixing_temperature = 2.0: requires data.mixing = 'temperature' (it is 'weights'). Remove it.",
         ),
         (
             'mixing = "curriculum"\nworst_temperature = 1.0',
-            "data.worst_temperature = 1.0: is for data.mixing = 'worst'",
+            "data.worst_temperature = 1.0: requires data.mixing = 'worst' (",
         ),
-        ('mixing = "temperature"\nwindow = 3', "data.window = 3: is for data.mixing = 'curriculum' or 'worst'"),
+        ('mixing = "temperature"\nwindow = 3', "data.window = 3: requires data.mixing = 'curriculum' or 'worst' ("),
     ],
 )
 def test_keys_of_mixing_that_do_not_apply(data: str, expected: str | None, tmp_path: Path) -> None:
@@ -111,7 +126,7 @@ def test_keys_of_mixing_that_do_not_apply(data: str, expected: str | None, tmp_p
 
 def test_one_domain_is_not_mixed(tmp_path: Path) -> None:
     [problem] = problems(tmp_path, GOOD_SOURCES[0], data='mixing = "worst"', second="")
-    assert problem == "data.mixing = 'worst': there is one domain, nothing to mix; set it to 'weights'"
+    assert problem == "data.mixing = 'worst': requires at least two domains. Set it to 'weights'."
     assert problems(tmp_path, GOOD_SOURCES[0], second="") == []
 
 
@@ -134,6 +149,8 @@ def test_files_that_are_not_there_are_found_before_the_run(tmp_path: Path) -> No
         }
     )
     first, second = missing_files(config)
-    assert first.startswith(f"domain 'd': sources[0].held_out_file = '{tmp_path / 'gone.parquet'}': no such file")
+    assert first.startswith(
+        f"domain 'd': sources[0].held_out_file = '{tmp_path / 'gone.parquet'}': must be a file (no such file)"
+    )
     assert second.startswith("domain 'd': sources[1].file")
     assert allowlist.problems(config) == [], "files and datasets have no generator to judge"

@@ -56,7 +56,9 @@ def test_every_tensor_that_is_not_where_the_index_says_is_named(tmp_path: Path) 
     save_file({"c": np.zeros(3)}, tmp_path / "2.safetensors")
     write_index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors", "d": "2.safetensors", "c": "2.safetensors"})
     for name, problem in zip("bd", problems_of(tmp_path), strict=True):
-        assert problem.startswith(f"{tmp_path / '2.safetensors'}: has no {name}, which model.safetensors.index.json")
+        assert problem.startswith(
+            f"{tmp_path / '2.safetensors'}: must have {name} (model.safetensors.index.json says so)"
+        )
 
 
 @pytest.mark.parametrize("listed", [{}, {"b": "1.safetensors"}, {"b": "2.safetensors"}])
@@ -65,7 +67,9 @@ def test_a_tensor_in_two_files_is_refused_whichever_the_index_names(tmp_path: Pa
     save_file({"b": np.ones(3), "c": np.ones(3)}, tmp_path / "2.safetensors")
     write_index(tmp_path, {"a": "1.safetensors", "c": "2.safetensors", **listed})
     [problem] = problems_of(tmp_path)
-    assert problem.startswith(f"{tmp_path / '1.safetensors'}: b is also in {tmp_path / '2.safetensors'}")
+    assert problem.startswith(
+        f"{tmp_path / '1.safetensors'}: b must be in one file (it is also in {tmp_path / '2.safetensors'})"
+    )
 
 
 def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
@@ -85,11 +89,11 @@ def test_an_index_without_a_tensor_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ({}, "has no tokenizer (tokenizer.json); download it, too"),
-        ({"tokenizer.json": "{"}, "not readable as JSON"),
-        ({"tokenizer.json": "{}"}, "has no chat template; use an instruction-tuned model"),
+        ({}, "must have a tokenizer (tokenizer.json). Download it, too."),
+        ({"tokenizer.json": "{"}, "must be JSON ("),
+        ({"tokenizer.json": "{}"}, "must have a chat template. Use an instruction-tuned model."),
         ({"tokenizer.json": "{}", "tokenizer_config.json": "[]"}, "must be a JSON object"),
-        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": null}'}, "has no chat template"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": null}'}, "must have a chat template"),
         ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": "x"}'}, None),
         ({"tokenizer.json": "{}", "chat_template.jinja": "x"}, None),
         ({"tokenizer.model": "", "chat_template.json": "{}"}, None),

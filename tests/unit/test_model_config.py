@@ -344,7 +344,7 @@ def test_missing_folder_config_and_weights(tmp_path: Path) -> None:
     assert "no such folder" in problems_of(tmp_path / "nowhere")[0]
     assert "config.json" in problems_of(tmp_path)[0]
     (tmp_path / "config.json").write_text("{")
-    assert "not readable as JSON" in problems_of(tmp_path)[0]
+    assert "must be JSON (" in problems_of(tmp_path)[0]
     (tmp_path / "config.json").write_text(json.dumps(QWEN25))
     assert "safetensors" in problems_of(tmp_path)[0]
 
@@ -360,7 +360,7 @@ def test_every_weight_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -
     (tmp_path / names[3]).write_bytes((tmp_path / names[3]).read_bytes()[:-1])
     problems = problems_of(tmp_path)
     assert [name for name in names if any(name in problem for problem in problems)] == names[1:]
-    assert sum("download it again" in problem for problem in problems) == 3
+    assert sum("Download it again." in problem for problem in problems) == 3
     for table in ([], {"weight_map": ["a"]}, {"weight_map": {"a": 1}}):
         index.write_text(json.dumps(table))
         assert len(problems_of(tmp_path)) == 1
@@ -393,13 +393,13 @@ MODEL = ModelConfig(
         (Layout(), 1, []),
         (Layout(tensor=4, sequence=True), 4, []),  # more ranks than key-value heads, an odd vocabulary
         (Layout(pipeline=2, virtual_pipeline=3, tensor=2), 2, []),
-        (Layout(tensor=3), 1, ["parallel.tensor = 3: must divide the 8 attention heads", "possible: 1, 2, 4, 8"]),
+        (Layout(tensor=3), 1, ["parallel.tensor = 3: must divide the 8 attention heads", "Possible: 1, 2, 4, 8."]),
         (Layout(tensor=3), 1, ["2 key-value heads"]),
         (Layout(tensor=16), 1, ["8 attention heads"]),
-        (Layout(pipeline=5), 1, ["must divide the 12 layers", "1, 2, 3, 4, 6, 12"]),
+        (Layout(pipeline=5), 1, ["must divide the 12 layers", "Possible products: 1, 2, 3, 4, 6, 12."]),
         (Layout(pipeline=4, virtual_pipeline=2), 1, ["4 x 2"]),
-        (Layout(virtual_pipeline=2), 1, ["needs parallel.pipeline >= 2"]),
-        (Layout(tensor=2, data=3), 4, ["engine.tensor_parallel = 4: must divide the 6 ranks", "possible: 1, 2"]),
+        (Layout(virtual_pipeline=2), 1, ["requires parallel.pipeline >= 2"]),
+        (Layout(tensor=2, data=3), 4, ["engine.tensor_parallel = 4: must divide the 6 ranks", "Possible: 1, 2."]),
         (Layout(data=3), 3, ["engine.tensor_parallel = 3: must divide the 8 attention heads"]),
     ],
 )
@@ -421,7 +421,7 @@ WITH_EXPERTS = replace(
         (Layout(data=6, expert=3), 1, []),
         (Layout(tensor=2, sequence=True, expert=2), 1, []),
         (Layout(pipeline=2, data=2, expert=2), 1, []),
-        (Layout(data=4, expert=4), 1, ["must divide the 6 experts and the 4 ranks", "possible: 1, 2"]),
+        (Layout(data=4, expert=4), 1, ["must divide the 6 experts and the 4 ranks", "Possible: 1, 2."]),
         (Layout(pipeline=2, data=2, expert=6), 1, ["the 2 ranks of a pipeline stage"]),
         (Layout(tensor=2, sequence=True), 1, []),
         (Layout(tensor=2, expert=2), 1, ["parallel.sequence = false"]),
@@ -436,7 +436,7 @@ def test_layouts_of_experts(layout: Layout, engine: int, found: list[str]) -> No
 
 def test_dense_models_have_no_experts_to_divide() -> None:
     (problem,) = layout_problems(MODEL, Layout(data=2, expert=2), 1)
-    assert "parallel.expert = 2" in problem and "set it to 1" in problem
+    assert "parallel.expert = 2" in problem and "must be 1" in problem
 
 
 def test_rules_of_the_mlp_and_the_fused_matrix() -> None:
@@ -448,7 +448,7 @@ def test_rules_of_the_mlp_and_the_fused_matrix() -> None:
 def test_rollouts_must_fit_the_models_positions() -> None:
     assert engine_problems(MODEL, max_prompt_tokens=60, max_response_tokens=4, on_cpu=False) == []
     (problem,) = engine_problems(MODEL, max_prompt_tokens=60, max_response_tokens=5, on_cpu=False)
-    assert "60 + 5" in problem and "max_position_embeddings = 64" in problem and "lower" in problem
+    assert "60 + 5" in problem and "max_position_embeddings = 64" in problem and "Lower" in problem
 
 
 def test_head_sizes_are_limited_on_a_cpu_only() -> None:
@@ -473,9 +473,15 @@ def test_what_fp8_kernels_do_not_take_is_refused() -> None:
     assert quantization_problems(good, 2, in_servers=False, on_cpu=False) == []
     assert quantization_problems(replace(good, hidden_size=576), 1, in_servers=False, on_cpu=True) == []
     (problem,) = quantization_problems(replace(good, hidden_size=576), 1, in_servers=False, on_cpu=False)
-    assert "fp8_per_block" in problem and "multiple of 128, an engine rank has 576 hidden size" in problem
+    assert (
+        "fp8_per_block" in problem
+        and "multiple of 128 for vLLM's kernels, an engine rank has 576 hidden size" in problem
+    )
     found = quantization_problems(good, 8, in_servers=False, on_cpu=False)
     assert [problem.split(" has ")[1][:4] for problem in found] == ["32 q", "96 q", "64 M"]
     assert quantization_problems(good, 8, in_servers=False, on_cpu=True) == []
     (problem,) = quantization_problems(good, 1, in_servers=True, on_cpu=True)
-    assert problem.endswith("not in a server on a CPU; leave engine.servers empty, or set it to 'none'")
+    assert problem.endswith(
+        "must be 'none' for a server on a CPU (vLLM lacks the kernels). Leave engine.servers empty, "
+        "or set it to 'none'."
+    )

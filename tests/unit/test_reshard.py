@@ -243,7 +243,7 @@ def test_engines_that_vllm_could_not_divide_the_vocabulary_over_are_refused(engi
     model = replace(MODEL, num_heads=6, num_kv_heads=6, ffn_hidden_size=12, vocab_size=100)
     problems = layout_problems(model, Layout(data=6), engine)
     assert bool(problems) == refused
-    assert not refused or ("128 padded rows" in problems[0] and problems[0].endswith("possible: 1, 2"))
+    assert not refused or ("128 padded rows" in problems[0] and problems[0].endswith("Possible: 1, 2."))
 
 
 def test_the_plan_of_a_configuration_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
