@@ -22,6 +22,24 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "m
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of the configuration.
+
+    name: such as `run` or `domain.sources`
+    repeated: whether there may be several, written in double brackets
+    """
+
+    name: str
+    repeated: bool
+    meaning: str
+
+    @property
+    def heading(self) -> str:
+        """The name as TOML writes it, such as `[run]` or `[[domain]]`."""
+        return f"[[{self.name}]]" if self.repeated else f"[{self.name}]"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Key:
     """One key of the configuration, in words.
 
@@ -38,15 +56,10 @@ class Key:
     range: str
     meaning: str
 
-    @property
-    def dotted(self) -> str:
-        """The name with that of its section, as an override on the command line spells it."""
-        return f"{self.section}.{self.name}" if self.section else self.name
 
-
-def sections() -> dict[str, str]:
-    """Return the meaning of every table by its name, in the order of the schema; a list of tables has one entry."""
-    return {name: inspect.cleandoc(model.__doc__ or "") for name, model in _section_models("", Config).items()}
+def tables() -> list[Table]:
+    """Return every table of the configuration in the order of the schema, each followed by the tables within it."""
+    return [table for table, _ in _tables_in("", Config)]
 
 
 def keys() -> list[Key]:
@@ -56,22 +69,25 @@ def keys() -> list[Key]:
     first: it belongs to the file, and the resolved configuration does not have it.
     """
     found = [Key(section="", name=EXTENDS, type="text", default=UNSET, range="not empty", meaning=EXTENDS_MEANING)]
-    for section, model in _section_models("", Config).items():
+    for table, model in _tables_in("", Config):
         schema = model.model_json_schema()
         found += [
-            _key(section, name, about, required=name in schema.get("required", ()))
+            _key(table.name, name, about, required=name in schema.get("required", ()))
             for name, about in schema["properties"].items()
         ]
     return found
 
 
-def _section_models(prefix: str, model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Return the tables within a model by their dotted names, each followed by its own."""
-    found: dict[str, type[BaseModel]] = {}
+def _tables_in(prefix: str, model: type[BaseModel]) -> list[tuple[Table, type[BaseModel]]]:
+    """Return the tables within a model, each followed by its own, with the models of their keys."""
+    found: list[tuple[Table, type[BaseModel]]] = []
     for name, field in model.model_fields.items():
         if inner := section_in(field.annotation):
-            found[f"{prefix}{name}"] = inner
-            found |= _section_models(f"{prefix}{name}.", inner)
+            meaning = inspect.cleandoc(inner.__doc__ or "")
+            found.append(
+                (Table(name=f"{prefix}{name}", repeated=inner is not field.annotation, meaning=meaning), inner)
+            )
+            found += _tables_in(f"{prefix}{name}.", inner)
     return found
 
 
