@@ -1,4 +1,4 @@
-"""Train a model: `mcpo train CONFIG [--dry-run [--ranks N]] [--section.key VALUE ...]`.
+"""Train a model: `mcpo train CONFIG [--verbose] [--dry-run [--ranks N]] [--section.key VALUE ...]`.
 
 Started by itself it checks the configuration and runs torchrun with as many ranks as the layout needs; started by
 torchrun (or srun torchrun) it is one of these ranks.
@@ -17,16 +17,17 @@ from megatron_mcpo.distributed.preemption import hold_signals
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Train with command-line arguments; return the exit code."""
     parser = options.parser("train", __doc__, example="examples/quickstart/config.toml --run.steps 5")
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
+    parser.add_argument("--verbose", action="store_true", help="print every metric of a step and of each domain")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
     parser.add_argument(
         "--ranks",
         type=int,
         metavar="N",
-        help="with --dry-run: the ranks that the job will have, nodes x GPUs a node; else the fewest that all sizes "
-        "divide",
+        help="with --dry-run: number of ranks of the job (nodes x GPUs per node); by default the fewest that all sizes "
+        "of the layout divide",
     )
     known, overrides = parser.parse_known_args(arguments)
     if known.ranks is not None and not known.dry_run:
@@ -51,6 +52,6 @@ def main(arguments: Sequence[str]) -> int:
     def train() -> None:
         from megatron_mcpo.trainer.setup import run
 
-        run(config, layout, model)
+        run(config, layout, model, verbose=known.verbose)
 
     return on_rank(train)

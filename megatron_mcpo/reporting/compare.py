@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.reporting.accuracy import Transfer, backward_transfer
-from megatron_mcpo.reporting.console import summary_window
 from megatron_mcpo.reporting.plots import Curve, smoothed, smoothing_window, write_curves
+from megatron_mcpo.reporting.summary import summary_window
 from megatron_mcpo.storage.files import read_jsonl
 from megatron_mcpo.storage.run_folder import CONFIG, EVALUATIONS, METRICS
 from megatron_mcpo.storage.run_settings import differences, settings

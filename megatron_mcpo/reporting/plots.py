@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_mcpo.reporting.console import summary_window
+from megatron_mcpo.reporting.summary import summary_window
 from megatron_mcpo.storage.files import read_jsonl, step_files, write_atomically
 from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS
 

@@ -1,4 +1,4 @@
-"""Everything a run says, on the one rank that speaks: console, metrics files, trackers, dumps, plots, the report."""
+"""Log a run on the one rank that has its folder: console, metrics files, trackers, dumps, plots, the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_mcpo.storage.run_folder import RunFolder
 
 
 class RunLogger:
-    """Speaks on the rank that has the run folder; on all others (folder None) every call does nothing."""
+    """The log of a run on the rank that has its folder; on all other ranks (folder None) every call does nothing."""
 
     def __init__(
         self,
@@ -26,10 +26,17 @@ class RunLogger:
         *,
         first_step: int,
         evaluated: bool,
+        verbose: bool,
     ):
-        """first_step: the last step that is done already, 0 for a new run; evaluated: whether its evaluation is on file
+        """Open the files and the trackers. Raises ConfigError if a tracker cannot be started.
 
-        Raises ConfigError where a tracker can't be started.
+        Args:
+            config: of the run
+            folder: of the run, on the rank that logs; None on the others
+            tokenizer: decodes the prompts of the rollout dump
+            first_step: the last step that is done already, 0 for a new run
+            evaluated: whether the evaluation of that step is on file
+            verbose: print every metric in every step
         """
         self._config = config
         self._folder = folder
@@ -38,32 +45,33 @@ class RunLogger:
         self._step = first_step
         if folder is not None:
             self._log = MetricsLog(folder.path, config.run.trackers)
-            self._console = Console(config, config.run.steps, first_step + 1)
+            self._console = Console(config, config.run.steps, first_step + 1, verbose=verbose)
 
     def note(self, text: str) -> None:
-        """Say something that is no figure, and keep it with the step it follows."""
+        """Print a message, and keep it with the step that it follows."""
         if self._folder is not None:
             self._console.note(text)
             self._log.log_note(self._step, text)
 
-    def step(self, step: int, figures: Mapping[str, float], learned: Sequence[BatchReport]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], learned: Sequence[BatchReport]) -> None:
         """Log a training step and dump its rollouts and representations."""
         if self._folder is None:
             return
         self._step = step
-        self._log.log(step, dict(figures))
-        self._console.step(step, dict(figures))
+        self._log.log(step, metrics)
+        self._console.step(step, metrics)
         self._dump(self._folder.path, step, learned)
 
     def has_evaluation(self, step: int) -> bool:
+        """Return whether the evaluation of a step is on file since before this process started."""
         return step in self._evaluated
 
-    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log a held-out evaluation."""
         if self._folder is None:
             return
-        self._log.log_eval(step, figures)
-        self._console.evaluation(step, {name: figures[name] for name in self._config.domain_names})
+        self._log.log_eval(step, metrics)
+        self._console.evaluation(step, {name: metrics[name] for name in self._config.domain_names})
 
     def finish(self) -> None:
         """Draw the plots, mark the run as complete, write the report and print the summary."""
@@ -74,15 +82,17 @@ class RunLogger:
         self._folder.finish()
         try:
             write_report(self._folder.path, self._config)
-        except Exception as error:  # a page that can't be written is no reason for a finished run to fail
-            self.note(f"WARNING: no report.html ({type(error).__name__}: {error}); mcpo report tries again")
+        except Exception as error:  # a finished run must not fail for want of its report
+            self.note(
+                f"WARNING: no report.html ({type(error).__name__}: {error}); run `mcpo report {self._folder.path}`"
+            )
         self._console.summary(self._folder.path)
 
     def stop(self, step: int) -> None:
-        """Mark the run as preempted after `step`: it is to be started again."""
+        """Mark the run as preempted after `step`, so that it is started again."""
         if self._folder is not None:
             self._folder.mark_preempted()
-            self.note(f"asked to stop: ended after step {step}; the same command goes on from there")
+            self.note(f"asked to stop: ended after step {step}; run the same command again to resume")
 
     def close(self) -> None:
         """Leave the terminal as it was and end the trackers' runs, also after a failure."""

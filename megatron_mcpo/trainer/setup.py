@@ -26,7 +26,7 @@ from megatron_mcpo.trainer.trainer import Trainer
 from megatron_mcpo.weights.hf_write import read_assets
 
 
-def run(config: Config, layout: Layout, model: ModelConfig) -> None:
+def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) -> None:
     """Train as the configuration says. Raises ConfigError for errors that only show when files are opened."""
     inputs = load_inputs(config, layout)
     groups = inputs.groups
@@ -42,7 +42,7 @@ def run(config: Config, layout: Layout, model: ModelConfig) -> None:
         if loaded is not None:
             stream.load_state_dict(loaded.state["stream"])
         resumed = loaded.step if loaded else None
-        run_logger = _open_run_logger(config, folder, inputs.tokenizer, groups, resumed=resumed)
+        run_logger = _open_run_logger(config, folder, inputs.tokenizer, groups, resumed=resumed, verbose=verbose)
         closing.callback(run_logger.close)
         for note in [
             *(_loading_notes(loaded, layout) if loaded else ()),
@@ -153,6 +153,7 @@ def _open_run_logger(
     groups: Groups,
     *,
     resumed: int | None,
+    verbose: bool,
 ) -> RunLogger:
     """Open the logger and drop what was logged later than `resumed`, the step of the checkpoint to resume from."""
     first_step = resumed or 0
@@ -162,7 +163,7 @@ def _open_run_logger(
         evaluated = folder.evaluated(first_step)
     evaluated = agree(evaluated, groups)
     with parallel.together(groups):
-        run_logger = RunLogger(config, folder, tokenizer, first_step=first_step, evaluated=evaluated)
+        run_logger = RunLogger(config, folder, tokenizer, first_step=first_step, evaluated=evaluated, verbose=verbose)
     for note in folder.notes if folder else ():
         run_logger.note(note)
     if resumed is not None:

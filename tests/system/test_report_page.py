@@ -139,7 +139,7 @@ def test_every_section_shows_what_it_is_for(page: Page) -> None:
 
 
 def test_the_table_is_the_one_that_the_run_printed(page: Page, run: MadeRun) -> None:
-    from megatron_mcpo.reporting.console import summary_rows
+    from megatron_mcpo.reporting.summary import summary_rows
     from megatron_mcpo.storage.files import read_jsonl
 
     _, rows = summary_rows(read_jsonl(run.path / "metrics.jsonl"), read_jsonl(run.path / "eval.jsonl"), NAMES)

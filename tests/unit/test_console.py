@@ -1,4 +1,4 @@
-"""What is printed: plain lines into a file, a bar on a (pseudo) terminal, the table at the end.
+"""What a run prints: plain lines into a file, a bar on a (pseudo) terminal, the table at the end, with --verbose more.
 
 Not covered: how the bar looks, and terminals other than xterm.
 """
@@ -16,16 +16,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mcpo.config.config import Config
-from megatron_mcpo.reporting.console import (
-    Console,
-    domain_lines,
-    duration,
-    eta_seconds,
-    places,
-    printable,
-    step_line,
-    summary_rows,
-)
+from megatron_mcpo.reporting.console import Console, eta_seconds
+from megatron_mcpo.reporting.numbers import duration, printable, short
+from megatron_mcpo.reporting.step_table import WIDTH, StepTable, step_warnings
+from megatron_mcpo.reporting.summary import last_lines, summary_rows
+from megatron_mcpo.reporting.verbose_lines import domain_lines, step_line
 
 CONFIG = {
     "run": {"steps": 12},
@@ -76,16 +71,16 @@ def config() -> Config:
     return Config.model_validate(CONFIG)
 
 
-def test_the_step_line_has_every_figure() -> None:
+def test_the_verbose_line_has_every_metric() -> None:
     assert step_line(3, 12, VALUES) == (
-        "step  3/12  reward 0.412  signal 62%  "
-        "loss policy -0.0123 kl 0.0001 share 4.1 (12 anchors, 4.5 positives each) consolidate nan  grad norm 1.25  "
-        "lr 1e-05  engine diff 0.03 max 0.4  tokens 14,123  groups left out 1  "
+        "step  3/12  reward 0.412  nonzero advantage 62%  "
+        "loss policy -0.0123 kl 0.0001 cross_domain 4.1 (12 anchors, 4.5 positives each) in_domain nan  "
+        "grad norm 1.25  lr 1e-05  mismatch 0.03 max 0.4  tokens 14,123  groups skipped 1  "
         "22.9 s (rollout 9.3 score 4.5 update 8.2 sync 0.4)  memory 4.21 GiB"
     )
 
 
-def test_figures_of_pairs_and_gradients_are_for_the_files_alone() -> None:
+def test_metrics_of_pairs_and_gradients_are_for_the_files_alone() -> None:
     pairs = {
         "contrast/negatives": 9.0,
         "contrast/alignment": 0.5,
@@ -97,45 +92,116 @@ def test_figures_of_pairs_and_gradients_are_for_the_files_alone() -> None:
     assert domain_lines(["arithmetic", "logic"], VALUES | pairs) == domain_lines(["arithmetic", "logic"], VALUES)
 
 
-def test_the_share_with_signal_is_that_of_all_groups_where_it_is_known() -> None:
-    assert "signal 60%" in step_line(1, 1, VALUES | {"nonzero_advantage": 0.6})
+def test_the_nonzero_advantage_is_that_of_all_groups_where_it_is_known() -> None:
+    assert "nonzero advantage 60%" in step_line(1, 1, VALUES | {"nonzero_advantage": 0.6})
 
 
-def test_the_step_line_says_when_nothing_was_learned() -> None:
+def test_the_verbose_line_says_when_an_update_was_skipped() -> None:
     lost = step_line(1, 9, VALUES | {"grad_norm": math.nan, "update/applied": 0.0})
-    assert "grad norm nan  UPDATE NOT APPLIED (gradient not finite)  lr" in lost
+    assert "grad norm nan  UPDATE SKIPPED (gradient not finite)  lr" in lost
     part = step_line(1, 9, VALUES | {"update/applied": 0.75})
-    assert "25% OF THE UPDATES NOT APPLIED" in part
-    assert "APPLIED" not in step_line(1, 9, VALUES | {"update/applied": 1.0})
+    assert "25% OF THE UPDATES SKIPPED" in part
+    assert "SKIPPED" not in step_line(1, 9, VALUES | {"update/applied": 1.0})
 
 
-def test_a_step_without_figures_is_still_a_line() -> None:
+def test_a_step_without_metrics_is_still_a_line() -> None:
     assert step_line(1, 1, {}) == "step 1/1"
+    table = StepTable(["arithmetic", "logic"], 1, ascii_only=False)
+    assert table.line(1, {}, "0:00").split() == [*("1/1", "-", "--"), *["-"] * 9, "0:00"]
 
 
 def test_domain_lines_are_columns_without_those_that_nobody_has() -> None:
     assert domain_lines(["arithmetic", "logic"], VALUES) == [
-        "  arithmetic  reward 0.250  signal 50%  length  3.2  anchors 12  positives 4.5  groups left out 1",
-        "  logic       reward 0.575  signal 75%  length 12.5  anchors  -  positives   -",
+        "  arithmetic  reward 0.250  nonzero advantage 50%  length  3.2  anchors 12  positives 4.5  groups skipped 1",
+        "  logic       reward 0.575  nonzero advantage 75%  length 12.5  anchors  -  positives   -",
     ]
 
 
+def test_a_step_is_one_line_below_its_headings() -> None:
+    table = StepTable(["arithmetic", "logic"], 12, ascii_only=False)
+    assert table.header() == (
+        " step  reward  domains  policy      kl  cross-dom  in-dom    grad  mismatch    tok/s     sec     GiB       ETA"
+    )
+    assert table.line(3, VALUES, "3:12") == (
+        " 3/12   0.412  ▃▅       -0.012   1e-04       4.10     nan    1.25     0.030      617    22.9     4.2      3:12"
+    )
+
+
+@pytest.mark.parametrize(("num_domains", "num_steps"), [(1, 1), (5, 24), (12, 1000), (12, 100_000), (60, 100_000)])
+def test_no_line_of_a_step_is_longer_than_120_characters(num_domains: int, num_steps: int) -> None:
+    names = [f"domain{number}" for number in range(num_domains)]
+    large = {key: -1.234e-5 for key in VALUES} | {f"reward/{name}": 0.5 for name in names}
+    large |= {"tokens/trained": 1e9, "time/step": 9999.9, "memory/peak_gib": 9999.9, "grad_norm": math.inf}
+    table = StepTable(names, num_steps, ascii_only=False)
+    line = table.line(num_steps, large, "99:59:59")
+    assert len(line) <= WIDTH and len(line) == len(table.header())
+    shown = line.split()[2]
+    assert shown == "▅" * num_domains or (shown.endswith("…") and num_steps == 100_000)
+
+
+def test_the_strip_shows_rewards_from_0_to_1() -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    rewards = {"a": -0.5, "b": 0.0, "c": 0.124, "d": 0.5, "e": 1.5}
+    values = {f"reward/{name}": reward for name, reward in rewards.items()}
+    assert StepTable(names, 9, ascii_only=False).strip(values).split() == ["▁▁▁▅█-"]
+    assert StepTable(names, 9, ascii_only=True).strip(values | {"reward/f": math.nan}).split() == ["00159-"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(0.0, "0"), (-1e-5, "-1e-05"), (0.00099, "0.001"), (-0.0475, "-0.048"), (0.9996, "1.00"), (9.996, "10.0")],
+        *[(99.96, "100"), (999.7, "1e+03"), (-123456.0, "-1e+05"), (math.nan, "nan"), (None, "-")],
+    ],
+)
+def test_short_numbers(value: float | None, text: str) -> None:
+    assert short(value) == text
+    assert len(text) <= 6
+
+
+def test_a_step_warns_of_skipped_updates_and_failed_verifiers() -> None:
+    names = ["arithmetic", "logic"]
+    assert step_warnings(3, names, {"update/applied": 1.0, "groups/errors": 0.0}) == []
+    assert step_warnings(3, names, VALUES | {"update/applied": 0.75}) == [
+        "WARNING: step 3: 25% of the updates were skipped: the gradient was not finite",
+        "WARNING: step 3: the verifier failed in 1 groups, which are skipped (arithmetic 1)",
+    ]
+    assert "the update was skipped" in step_warnings(3, names, {"update/applied": 0.0})[0]
+
+
 def test_a_log_file_gets_plain_lines_with_the_eta(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every five steps the domains, whose table is followed by the headings."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
-    with Console(config, 12, 1, stream) as console:
+    with Console(config, 12, 1, stream=stream) as console:
         console.note("weights pushed\n\x1b[31mred\x1b[0m")
         console.evaluation(0, {"arithmetic": 0.125, "logic": 0.5})
-        console.step(1, VALUES)
-        console.step(2, VALUES)
+        for step in range(1, 7):
+            console.step(step, VALUES)
     text = stream.getvalue()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     lines = text.splitlines()
     assert lines[0] == "weights pushed"
     assert lines[1] == r"\x1b[31mred\x1b[0m"
     assert lines[2] == "held-out accuracy before step 1: mean 0.312  arithmetic 0.125  logic 0.500"
-    assert len(lines) == 3 + 2 * 3
-    assert re.search(r"^step  1/12 .* ETA \d+:\d\d$", lines[3])
+    kinds = ["step", *["1/12", "WARNING:", "2/12", "WARNING:", "3/12", "WARNING:", "4/12", "WARNING:", "5/12"]]
+    kinds += ["WARNING:", "domain", "arithmetic", "logic", "step", "6/12", "WARNING:"]
+    assert [line.split()[0] for line in lines[3:]] == kinds
+    assert re.search(r" \d+:\d\d$", lines[4])
+    assert lines[14].split()[:5] == ["domain", "reward", "nonzero", "adv.", "tokens"]
+    assert lines[15].split() == ["arithmetic", "0.250", "50%", "3.2", "12", "4.5"]
+    assert lines[16].split() == ["logic", "0.575", "75%", "12.5", "-", "-"]
+
+
+def test_a_verbose_log_has_the_domains_of_every_step(config: Config) -> None:
+    stream = io.StringIO()
+    with Console(config, 12, 1, verbose=True, stream=stream) as console:
+        console.step(1, VALUES)
+        console.step(2, VALUES)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 * 3
+    assert re.search(r"^step  1/12 .* ETA \d+:\d\d$", lines[0])
+    assert lines[1:3] == domain_lines(["arithmetic", "logic"], VALUES)
 
 
 def test_the_eta_is_steps_to_go_at_the_pace_of_the_last_ones() -> None:
@@ -188,10 +254,10 @@ def test_a_terminal_gets_a_bar_with_eta_and_its_cursor_back(tmp_path: Path, mode
     text = run_on_terminal(tmp_path, mode)
     assert "\x1b[" in text
     assert "━" in text
-    assert "ETA 0:00" in text
-    assert "2/2" in text
+    assert "0:00" in next(line for line in text.splitlines() if "2/2" in line and "0.412" in line)
+    assert re.search(r"━.* 2/2", text), "the bar"
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0, "the cursor stays hidden"
-    assert "ETA" not in next(line for line in text.splitlines() if "reward 0.412" in line)
+    assert "ETA" in next(line for line in text.splitlines() if "cross-dom" in line)
 
 
 def write_run(folder: Path, num_steps: int) -> None:
@@ -216,13 +282,15 @@ def test_a_short_run_compares_its_first_and_last_third(num_steps: int, window: i
     assert rows[1] == ["mean", f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}", f"{last / first:.2f}"]
 
 
-def test_the_summary_is_a_table_and_where_everything_lies(tmp_path: Path, config: Config) -> None:
-    write_run(tmp_path, 15)
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "reward_by_domain.png").touch()
-    (tmp_path / "trackers").mkdir()
+def test_the_summary_is_a_table_and_three_lines(tmp_path: Path, config: Config) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    write_run(folder, 15)
+    (folder / "report.html").touch()
+    for step in (8, 12):
+        (folder / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     stream = io.StringIO()
-    Console(config, 15, 1, stream).summary(tmp_path)
+    Console(config, 15, 1, stream=stream).summary(folder)
     text = stream.getvalue()
     cells = [re.split(r"\s*[│|]\s*", line.strip(" │|")) for line in text.splitlines() if "│" in line or "|" in line]
     assert ["arithmetic", "0.060", "0.260", "+0.200", "4.33", "0.100", "0.400", "+0.300"] in cells
@@ -230,16 +298,21 @@ def test_the_summary_is_a_table_and_where_everything_lies(tmp_path: Path, config
     assert ["mean", "0.030", "0.130", "+0.100", "4.33", "0.200", "-", "-"] in cells
     assert "first 5 steps" in text
     assert "\x1b" not in text
-    listed = places(tmp_path)
-    assert any(str(tmp_path / "plots" / "reward_by_domain.png") in line for line in listed)
-    assert any(str(tmp_path / "metrics.jsonl") in line for line in listed)
-    assert not any("trackers" in line for line in listed), "an empty folder is not worth a line"
-    assert all(line in text for line in listed)
+    checkpoint = folder / "checkpoints" / "step_000012"
+    assert text.splitlines()[-3:] == [
+        f"report      {folder / 'report.html'}",
+        f"checkpoint  {checkpoint}",
+        f"next        mcpo evaluate '{folder / 'config.toml'}' --checkpoint '{checkpoint}'",
+    ]
+
+
+def test_the_summary_names_what_is_there(tmp_path: Path) -> None:
+    assert last_lines(tmp_path) == []
 
 
 def test_the_summary_of_a_run_without_steps(tmp_path: Path, config: Config) -> None:
     stream = io.StringIO()
-    Console(config, 15, 1, stream).summary(tmp_path)
+    Console(config, 15, 1, stream=stream).summary(tmp_path)
     assert "no training step was logged" in stream.getvalue()
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from megatron_mcpo import __version__
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.schema import Section
-from megatron_mcpo.reporting.console import SUMMARY_WINDOW
 from megatron_mcpo.reporting.html.rollout_sample import coarse_to_fine, sample_rollouts, shortened
 from megatron_mcpo.reporting.plots import load_representations, principal_plane
+from megatron_mcpo.reporting.summary import SUMMARY_WINDOW
 from megatron_mcpo.storage.files import iterate_jsonl, step_files, write_atomically
 from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS, NOTES, PREEMPTED
 
