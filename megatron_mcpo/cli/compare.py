@@ -1,8 +1,8 @@
 """Compare runs: `mcpo compare runs/A runs/B ... [--out DIR] [--json]`.
 
-Prints, for every domain, their mean and the worst, the reward of the last steps, held-out accuracy, and its change to
-the first run; and draws the curves of both. Runs of the same settings but for run.seed, names and layouts are one
-method, shown as mean and band.
+Print the reward of the last steps, the held-out accuracy and its change from the first run, for every domain, their
+mean and the worst, and draw the curves of both. Runs that differ only in run.seed, name and layout are one method,
+shown as mean and band; methods are named by the settings in which they differ.
 """
 
 import json
@@ -17,12 +17,14 @@ from rich.table import Table
 
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.reporting.change import Change
 from megatron_mcpo.reporting.compare import Band, Comparison, Method, compare
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Compare with command-line arguments; return the exit code."""
     parser = options.parser("compare", __doc__, example="runs/grpo runs/mcpo")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; the first is what others are held against")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; the others are compared with the first")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the plots")
     parser.add_argument("--json", action="store_true", help="print an object instead of a table")
     known = parser.parse_args(arguments)
@@ -45,11 +47,11 @@ def _write_plots(comparison: Comparison, folder: Path) -> list[Path]:
     try:
         return comparison.write_plots(folder)
     except OSError as error:
-        raise ConfigError([f"--out = {str(folder)!r}: can't be written ({error.strerror}); give another"]) from error
+        raise ConfigError([f"--out = {str(folder)!r}: must be writable ({error.strerror}). Give another."]) from error
 
 
 def report(comparison: Comparison) -> dict[str, Any]:
-    """What the table says, as plain values; null where a figure is not known."""
+    """Return the contents of the table as plain values; null where a value is not known."""
     return {
         "window": comparison.window,
         "notes": comparison.notes(),
@@ -64,6 +66,7 @@ def _method(comparison: Comparison, method: Method) -> dict[str, Any]:
             "reward": _plain(method.reward(name, comparison.window)),
             "accuracy": _plain(method.accuracy(name)),
             "change": transfer.change.get(name),
+            "change_interval": _interval(comparison.change(method, name)),
         }
         for name in comparison.domains
     }
@@ -77,51 +80,74 @@ def _method(comparison: Comparison, method: Method) -> dict[str, Any]:
         "mean": _plain(method.accuracy("mean")),
         "worst": _plain(method.accuracy("worst")),
         "backward_transfer": _known(transfer.mean),
+        "backward_transfer_interval": _interval(comparison.change(method, "mean")),
         "forgetting": _known(transfer.forgetting),
         "fell": list(transfer.fell),
     }
 
 
 def table(comparison: Comparison) -> Table:
-    """A section a domain, then their mean and the worst; a row a method."""
+    """Return the table: a section per domain, then their mean and the worst, with one row per method."""
     window = comparison.window
     steps = "last step" if window == 1 else f"last {window} steps"
     made = Table(title="training reward, and last accuracy on held-out items")
     for column in ("domain", "method", "runs"):
         made.add_column(column)
-    for column in (f"reward, {steps}", "lowest .. highest", "held-out", "bounds", "change"):
+    for column in (f"reward, {steps}", "lowest .. highest", "held-out", "bounds", "change", "95 % interval"):
         made.add_column(column, justify="right")
     for name in [*comparison.domains, "mean", "worst"]:
         for number, method in enumerate(comparison.methods):
             reward, accuracy = method.reward(name, window), method.accuracy(name)
-            transfer = comparison.transfer(method)
-            change = transfer.mean if name == "mean" else transfer.change.get(name, math.nan)
             cells = ["", ""] if name == "worst" else _cells(reward, of_one=len(method.runs) == 1)
             cells += _cells(accuracy, of_one=False)
-            changed = "" if number == 0 or name == "worst" else _cell(change, "+.3f")
-            made.add_row("" if number else name, method.name, str(len(method.runs)), *cells, changed)
+            cells += ["", ""] if number == 0 or name == "worst" else _change_cells(comparison.change(method, name))
+            made.add_row("" if number else name, method.name, str(len(method.runs)), *cells)
         made.add_section()
     return made
 
 
 def lines(comparison: Comparison) -> list[str]:
-    """What stands below the table: whose bounds these are, what the methods are, what to beware of."""
-    said = ["bounds: 95 % interval over items for one run, lowest and highest run for several"]
+    """Return the lines below the table: how bounds and intervals were made, what each method is, warnings."""
+    first = comparison.methods[0]
+    said = ["bounds: the 95 % interval over items for one run, the lowest and the highest run for several"]
     for method in comparison.methods:
-        what = f"{method.name}: seeds {', '.join(map(str, method.seeds))}"
-        if method is not comparison.methods[0]:
-            transfer = comparison.transfer(method)
-            what += (
-                f"; against {comparison.methods[0].name}: {', '.join(comparison.differences(method))}; "
-                f"backward transfer {_cell(transfer.mean, '+.3f')}, forgetting {_cell(transfer.forgetting)}, "
-                f"fell: {', '.join(transfer.fell) or 'no domain'}"
-            )
-        said.append(what)
+        runs = [f"{run.folder} (seed {run.config.run.seed})" for run in method.runs]
+        said.append(f"{method.name}: {', '.join(runs)}")
+        if method is not first:
+            said += [f"  {line}" for line in _against_first(comparison, method)]
     return [*said, *(f"WARNING: {note}" for note in comparison.notes())]
 
 
+def _against_first(comparison: Comparison, method: Method) -> list[str]:
+    transfer, first = comparison.transfer(method), comparison.methods[0].name
+    changes = {name: comparison.change(method, name) for name in transfer.change}
+    fell = [name + (" (0 is in its interval)" if changes[name].contains_zero else "") for name in transfer.fell]
+    lines = [
+        f"against {first}: {', '.join(comparison.differences(method))}",
+        f"backward transfer {_cell(transfer.mean, '+.3f')}, forgetting {_cell(transfer.forgetting)}, "
+        f"fell: {', '.join(fell) or 'no domain'}",
+    ]
+    bases = {found.basis for found in changes.values()}
+    if "seeds" in bases:
+        lines.append("intervals of changes: over seeds (Welch)")
+    if "items" in bases:
+        lines.append("intervals of changes: over held-out items; they do not include how much seeds differ")
+    return lines
+
+
+def _change_cells(found: Change) -> list[str]:
+    if found.basis == "unknown":
+        return [_cell(found.value, "+.3f"), ""]
+    remark = ", has 0" if found.contains_zero else ""
+    return [_cell(found.value, "+.3f"), f"{found.low:+.3f} .. {found.high:+.3f}{remark}"]
+
+
+def _interval(found: Change) -> dict[str, Any]:
+    return {"low": _known(found.low), "high": _known(found.high), "over": found.basis}
+
+
 def _cells(band: Band, *, of_one: bool) -> list[str]:
-    """Mean and bounds; a training reward of one run has none."""
+    """Return the cells of mean and bounds; a training reward of one run has no bounds."""
     bounded = not of_one and not math.isnan(band.low)
     return [_cell(band.mean), f"{_cell(band.low)} .. {_cell(band.high)}" if bounded else ""]
 

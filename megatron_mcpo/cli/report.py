@@ -1,6 +1,5 @@
-"""Write report.html of a run again, also of one that is not finished: a page that any browser opens."""
+"""Write report.html of runs again, finished or not: one page for any browser."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,18 +10,19 @@ from megatron_mcpo.storage.run_folder import CONFIG
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Write the reports of the runs that the arguments name; return the exit code."""
     parser = options.parser("report", __doc__, example="runs/latest")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, such as runs/latest")
     for folder in parser.parse_args(arguments).runs:
         if not (folder / CONFIG).is_file():
-            print(f"{folder}: is no run's folder; give one, such as runs/latest", file=sys.stderr)
-            return 2
+            problem = f"{folder}: must be the folder of a run ({CONFIG} missing). Give one, such as runs/latest."
+            return options.refuse(ConfigError([problem]))
         try:
             path = write_report(folder.resolve(), load(folder / CONFIG))
         except ConfigError as error:
             return options.refuse(error)
         except OSError as error:
-            print(f"{folder}: no report can be written ({error}); is it the folder of a run?", file=sys.stderr)
-            return 2
+            problem = f"{folder}: must take the report ({error}). Free space or set permissions."
+            return options.refuse(ConfigError([problem]))
         print(path)
     return 0

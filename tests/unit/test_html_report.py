@@ -191,7 +191,11 @@ def test_the_tool_makes_the_page_anew_and_refuses_what_is_no_run(tmp_path: Path)
     assert (made.returncode, made.stdout.strip()) == (0, str(run.path / "report.html")), made.stderr
     assert data_of(run.path / "report.html")["status"] == "not finished"
     refused = subprocess.run([*command, tmp_path / "nothing"], **options)
-    assert refused.returncode == 2 and "is no run's folder" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "must be the folder of a run" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 # Sampling.
