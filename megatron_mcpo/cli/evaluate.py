@@ -1,7 +1,7 @@
 """Measure held-out accuracy: `mcpo evaluate CONFIG [--checkpoint DIR | --hf DIR] [--baseline FILE] [--out FILE]`.
 
-It is measured as a run does, of the configuration's model, of a checkpoint of a run, or of a Hugging Face folder. It
-starts its ranks as `mcpo train` does.
+The model is that of the configuration, a checkpoint of a run, or a Hugging Face folder, and is measured as in a run.
+The ranks are started as by `mcpo train`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _STATE = "state.json"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Evaluate with command-line arguments; return the exit code."""
     known, overrides = _parser().parse_known_args(arguments)
     world_size = started_ranks()
     try:
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str]) -> int:
     def evaluate() -> None:
         from megatron_mcpo.trainer.setup import measure
 
-        figures = measure(config, layout, model, _note)
+        metrics = measure(config, layout, model, _note)
         if os.environ["RANK"] != "0":
             return
-        row = _row(config, step, figures, baseline)
+        row = _row(config, step, metrics, baseline)
         line = json.dumps(row, allow_nan=False)
         if known.json:
             print(line)
@@ -65,22 +65,22 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_baseline(path: Path, domain_names: Sequence[str]) -> dict[str, Any]:
-    """The last evaluation in an eval.jsonl, or the one in a file written with --out.
+    """Return the last evaluation in an eval.jsonl, or the one in a file written with --out.
 
-    Raises ConfigError where there is none, or none of these domains is in it.
+    Raises ConfigError if there is none, or if it has none of these domains.
     """
-    wanted = "give an eval.jsonl of a run, or a file written with --out"
+    wanted = "Give an eval.jsonl of a run, or a file written with --out"
     try:
         rows = read_jsonl(path) if path.exists() else None
     except OSError as error:
-        raise ConfigError([f"--baseline = {str(path)!r}: can't be read ({error.strerror}); {wanted}"]) from error
+        raise ConfigError([f"--baseline = {str(path)!r}: must be readable ({error.strerror}). {wanted}."]) from error
     if not rows:
-        what = "no such file" if rows is None else "holds no evaluation"
-        raise ConfigError([f"--baseline = {str(path)!r}: {what}; {wanted}"])
+        reason = "no such file" if rows is None else "it is empty"
+        raise ConfigError([f"--baseline = {str(path)!r}: must hold an evaluation ({reason}). {wanted}."])
     theirs = [key for key in rows[-1] if "/" not in key]
     if not set(theirs).intersection(domain_names):
         raise ConfigError(
-            [f"--baseline = {str(path)!r}: has none of the domains {', '.join(domain_names)}; {wanted} of such domains"]
+            [f"--baseline = {str(path)!r}: must have a domain of {', '.join(domain_names)}. {wanted} of such domains."]
         )
     return rows[-1]
 
@@ -94,35 +94,36 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--checkpoint", type=Path, help="of a run: runs/NAME/checkpoints/step_NNNNNN")
     weights.add_argument("--hf", type=Path, help="Hugging Face folder; without either, the configuration's model.path")
     parser.add_argument("--baseline", type=Path, help="eval.jsonl, or what --out wrote, to compare with")
-    parser.add_argument("--out", type=Path, help="file for the figures, as one line of an eval.jsonl")
+    parser.add_argument("--out", type=Path, help="file for the metrics, as one line of an eval.jsonl")
     parser.add_argument("--json", action="store_true", help="print that line instead of a table")
     return parser
 
 
 def _weights(checkpoint: Path | None, hf: Path | None) -> tuple[int, list[str]]:
-    """The step that the weights are of, 0 for a model that no run made, and the override that names their folder."""
+    """Return the step of the weights, 0 for a model that is not of a run, and the override that names their folder."""
     if hf is not None:
         if is_sharded(hf):
-            raise ConfigError([f"--hf = {str(hf)!r}: is a sharded checkpoint; give it with --checkpoint"])
+            raise ConfigError([f"--hf = {str(hf)!r}: must not be a sharded checkpoint. Give it with --checkpoint."])
         return 0, ["--model.path", str(hf)]
     if checkpoint is None:
         return 0, []
     if not is_sharded(checkpoint) or not (checkpoint / _STATE).is_file():
         raise ConfigError(
             [
-                f"--checkpoint = {str(checkpoint)!r}: is no checkpoint of a run; give runs/NAME/checkpoints/"
-                "step_NNNNNN, or a Hugging Face folder with --hf"
+                f"--checkpoint = {str(checkpoint)!r}: must be a checkpoint of a run. Give runs/NAME/checkpoints/"
+                "step_NNNNNN, or a Hugging Face folder with --hf."
             ]
         )
     problems: list[str] = []
     step = (read_json(checkpoint / _STATE, problems) or {}).get("step")
     if not isinstance(step, int):
-        raise ConfigError(problems or [f"{checkpoint / _STATE}: step = {step!r}: no number; copy the checkpoint again"])
+        problem = f"{checkpoint / _STATE}: step = {step!r}: must be an integer. Copy the checkpoint again."
+        raise ConfigError(problems or [problem])
     return step, ["--model.path", str(checkpoint)]
 
 
 def _check_items(config: Config, checkpoint: Path | None) -> None:
-    """More held-out items than the run kept apart would be some of those that it trained on."""
+    """Refuse more held-out items than the run kept apart: the others are items that it trained on."""
     run = None if checkpoint is None else checkpoint.resolve().parent.parent / CONFIG
     own = [d.name for d in config.domain if any(not s.held_out_file and not s.held_out_split for s in d.sources)]
     if run is None or not run.is_file() or not own:
@@ -131,16 +132,16 @@ def _check_items(config: Config, checkpoint: Path | None) -> None:
     if asked > kept:
         raise ConfigError(
             [
-                f"evaluation.items = {asked}: the run of this checkpoint kept {kept} items a domain apart ({run}) and "
-                f"trained on the others, of {', '.join(own)} at least; lower it to {kept}, or give every source a "
-                "held_out_file or held_out_split"
+                f"evaluation.items = {asked}: must be at most {kept} (its run kept {kept} items per domain apart, "
+                f"{run}, and trained on the others, at least of {', '.join(own)}). Lower it to {kept}, or give every "
+                "source a held_out_file or held_out_split."
             ]
         )
 
 
 def _check_out(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ConfigError([f"--out = {str(path)!r}: can't be written; give a file in a folder that exists"])
+        raise ConfigError([f"--out = {str(path)!r}: must be writable. Give a file in a folder that exists."])
 
 
 def _note(text: str) -> None:
@@ -148,11 +149,11 @@ def _note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _row(config: Config, step: int, figures: Mapping[str, float], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A line of an eval.jsonl, with what it was measured on, and how it differs from the baseline."""
-    row: dict[str, Any] = {"step": step, **figures}
+def _row(config: Config, step: int, metrics: Mapping[str, float], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a line of an eval.jsonl, with what it was measured on, and how it differs from the baseline."""
+    row: dict[str, Any] = {"step": step, **metrics}
     if baseline is not None:
-        transfer = backward_transfer(_accuracies(figures, config), _accuracies(baseline, config))
+        transfer = backward_transfer(_accuracies(metrics, config), _accuracies(baseline, config))
         row |= {f"transfer/{name}": change for name, change in transfer.change.items()}
         row |= {"transfer/mean": transfer.mean, "forgetting/mean": transfer.forgetting}
     row = {key: value if math.isfinite(value) else None for key, value in row.items()}
@@ -175,7 +176,7 @@ def _print_table(row: Mapping[str, Any], config: Config, baseline: Mapping[str, 
     columns = ["domain", "items", f"avg@{k}", "95 % interval"]
     columns += [f"pass@{k}", f"maj@{k}"] if k > 1 else []
     columns += ["to baseline"] if baseline is not None else []
-    console.print(f"held-out accuracy of {weights}: {how}, {k} a prompt", soft_wrap=True)
+    console.print(f"held-out accuracy of {weights}: {how}, {k} per prompt", soft_wrap=True)
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -196,7 +197,7 @@ def _print_table(row: Mapping[str, Any], config: Config, baseline: Mapping[str, 
 
 
 def _about_baseline(row: Mapping[str, Any], config: Config, baseline: Mapping[str, Any]) -> list[str]:
-    """The lines below the table."""
+    """Return the lines below the table."""
     fell = [name for name in config.domain_names if (row.get(f"transfer/{name}") or 0) < 0]
     lines = [
         f"backward transfer {_cell(row['transfer/mean'], '+.3f')}, forgetting {_cell(row['forgetting/mean'])}; fell: "
@@ -204,13 +205,13 @@ def _about_baseline(row: Mapping[str, Any], config: Config, baseline: Mapping[st
     ]
     counts = {name: (row[key], baseline[key]) for name in config.domain_names if (key := f"items/{name}") in baseline}
     lines += [
-        f"WARNING: {name}: {theirs:.0f} items in the baseline, {ours:.0f} here; they are other questions"
+        f"WARNING: {name}: {theirs:.0f} items in the baseline, {ours:.0f} here; the questions differ"
         for name, (ours, theirs) in counts.items()
         if ours != theirs
     ]
     theirs, ours = ({key.partition("/")[0] for key in found if key.startswith("maj_at_")} for found in (baseline, row))
     if theirs != ours:
-        lines.append("WARNING: the baseline has another number of responses an item (evaluation.samples)")
+        lines.append("WARNING: the baseline has another number of responses per item (evaluation.samples)")
     return lines
 
 

@@ -1,7 +1,8 @@
-"""What the programs that run on ranks have in common: exit codes, and torchrun in this process. Imports no torch.
+"""Start the ranks of a subcommand with torchrun in this process, and do a rank's work. Imports no torch.
 
-Started by itself such a program is torchrun for as many ranks as the layout needs; started by torchrun (or srun
-torchrun) it is one of these ranks."""
+Started by itself such a subcommand becomes torchrun for as many ranks as the layout needs; started by torchrun (or srun
+torchrun) it is one of these ranks.
+"""
 
 import logging
 import os
@@ -21,13 +22,13 @@ _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def started_ranks() -> int | None:
-    """How many ranks torchrun started, of which this process is one; None where it started none."""
+    """Return how many ranks torchrun started, of which this process is one; None if it did not start this process."""
     size = os.environ.get("WORLD_SIZE")
     return int(size) if size else None
 
 
 def on_rank(work: Callable[[], None]) -> int:
-    """Do a rank's work; returns the exit code."""
+    """Do a rank's work; return the exit code."""
     try:
         work()
     except ConfigError as error:

@@ -1,6 +1,6 @@
 """The command `mcpo`: find the subcommand, import its module, run it. Imports no torch, so that help is immediate.
 
-Exit codes of all subcommands: 0 done; 1 a check failed, or a run did; 2 bad input, which is explained on stderr.
+Exit codes of all subcommands: 0: done; 1: a check or a run failed; 2: bad input, which is explained on stderr.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""What the parsers of several subcommands share."""
+"""Make the parsers of subcommands, and report bad input."""
 
 import argparse
 import os

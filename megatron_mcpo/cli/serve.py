@@ -1,7 +1,7 @@
 """Serve an engine: `mcpo serve CONFIG [--host HOST] [--port PORT] [--section.key VALUE ...]`.
 
-The process becomes vLLM's OpenAI server, with the options that a run with the same configuration needs of its
-`engine.servers`, and prints the command that it runs. It has no weights until a run sends some.
+The process prints the command of vLLM's OpenAI server, with the options that a run of the same configuration needs of
+its `engine.servers`, and becomes that server. It has no weights until a run sends some.
 """
 
 import os
@@ -29,7 +29,7 @@ _ON_CPU = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Become the server; returns the exit code of a refusal, and never when there is nothing to refuse."""
+    """Become the server. Returns only the exit code of bad input."""
     parser = options.parser("serve", __doc__, example="examples/quickstart/config.toml --port 8001")
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, str], list[str]]:
-    """Environment variables, which a user's own take the place of, and command line of the server."""
+    """Return environment variables, which a user's own replace, and the command line of the server."""
     options = engine_options(
         Path(config.model.path).resolve(),
         dtype=config.model.dtype,
@@ -75,7 +75,7 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
 
 
 def _check(config: Config) -> None:
-    """Raises ConfigError with all problems."""
+    """Check that vLLM can serve the model. Raises ConfigError with all problems."""
     model = from_folder(Path(config.model.path), with_weights=False)
     problems = layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
     problems += engine_problems(

@@ -1,15 +1,6 @@
-"""Held-out accuracy from verified responses: avg@k, pass@k, maj@k, their uncertainty, and transfer between runs.
+"""Measure held-out accuracy from verified responses: avg@k, pass@k, maj@k, intervals, and transfer between runs.
 
-Shapes: I items of a domain, B resamples of a bootstrap. Figures are mappings with these keys, as in eval.jsonl:
-  <domain>                 avg@k: mean over items of the share of their k responses that are correct
-  mean, worst              of the domains' avg@k, each counting the same; NaN when one is
-  accuracy_low/<domain>, accuracy_high/<domain>   bounds of the 95 % interval of avg@k
-  items/<domain>           items whose responses were verified; a domain without any has NaN
-  pass_at_K/<domain>       chance that one of K responses is correct, for K = 2, 4, 8, ... below k, and K = k
-  maj_at_k/<domain>        share of items whose most frequent answer is correct
-  pass_at_K_low/<domain>, pass_at_K_high/<domain>, maj_at_k_low/<domain>, maj_at_k_high/<domain>   as of avg@k
-pass_at and maj_at are there for k > 1 alone: of one response they are its accuracy. Those of <domain> = mean are of
-the mean over domains. Imports no torch.
+metric_table.EVALUATION describes the metrics. Shapes: I items of a domain, B resamples. Imports no torch.
 """
 
 import math
@@ -59,12 +50,12 @@ def accuracy_metrics(items: Mapping[str, Sequence[Item]]) -> dict[str, float]:
 
 
 def share(correct: Sequence[bool]) -> float:
-    """avg@k of one item."""
+    """Return avg@k of one item."""
     return sum(correct) / len(correct)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that at least one of k responses is correct, unbiased: 1 - C(n - c, k) / C(n, k).
+    """Return the unbiased chance that at least one of k responses is correct: 1 - C(n - c, k) / C(n, k).
 
     Of the n responses to an item c are correct; 1 <= k <= n (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """
@@ -73,10 +64,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def majority_is_correct(item: Item) -> bool:
-    """maj@k of one item: whether the answer that most responses give is correct (Wang et al. 2022, arXiv 2203.11171).
+    """Return maj@k of one item: whether its most frequent answer is correct (Wang et al. 2022, arXiv 2203.11171).
 
-    Responses without an answer don't vote; where none votes the item is wrong. Of answers with as many votes the one
-    that was sampled first wins. Where a verifier judges equal answers differently, the first of them counts.
+    Responses without an answer do not vote; without any vote the item is incorrect. A tie goes to the answer that was
+    sampled first. If a verifier judges equal answers differently, the first of them counts.
     """
     votes = Counter(answer for answer in item.answers if answer)
     if not votes:
@@ -87,10 +78,10 @@ def majority_is_correct(item: Item) -> bool:
 
 
 def bootstrap_means(values_I: Sequence[float], seed: Iterable[int]) -> np.ndarray:
-    """Means of NUM_RESAMPLES resamples of the items, drawn with replacement (Efron 1979): [B] float64.
+    """Return the means of NUM_RESAMPLES resamples of the items, drawn with replacement (Efron 1979): [B] float64.
 
-    Items of the same value are alike: how often a resample has each VALUE is multinomial, so that no array of
-    B x I is needed. NaN without items.
+    The number of times that a resample has each VALUE is multinomial, so no array of B x I is needed. NaN without
+    items.
     """
     if not len(values_I):
         return np.full(NUM_RESAMPLES, np.nan)
@@ -102,16 +93,16 @@ def bootstrap_means(values_I: Sequence[float], seed: Iterable[int]) -> np.ndarra
 
 
 def interval(means_B: np.ndarray) -> tuple[float, float]:
-    """The percentile interval at LEVEL; NaN where a mean is.
+    """Return the percentile interval at LEVEL; NaN if a mean is NaN.
 
-    Of items that are all right or all wrong it has no width, and says nothing: the data hold no other value.
+    If all items are correct, or all incorrect, the interval has no width and means nothing.
     """
     low, high = np.quantile(means_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def mean_and_worst(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Mean over domains, each counting the same, and the lowest; NaN when one is."""
+    """Return the mean over domains, each counting the same, and the lowest; NaN if one of them is NaN."""
     values = list(accuracies.values())
     worst = math.nan if any(math.isnan(value) for value in values) else min(values)
     return {"mean": _mean(values), "worst": worst}
@@ -119,7 +110,7 @@ def mean_and_worst(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """How accuracies changed against a baseline, over the domains that both know.
+    """The changes of accuracy from a baseline, over the domains that both know.
 
     change: by domain, now - baseline
     mean: backward transfer, the mean of these: R_T,i - R_i,i of Lopez-Paz & Ranzato (2017, arXiv 1706.08840, equation
@@ -135,7 +126,7 @@ class Transfer:
 
 
 def backward_transfer(now: Mapping[str, float], baseline: Mapping[str, float]) -> Transfer:
-    """Both by domain; NaN counts as not known. Without a domain that both know, the means are NaN."""
+    """Compare accuracies by domain, NaN if not known. Without a domain that both know, the means are NaN."""
     change = {name: now[name] - baseline[name] for name in now if name in baseline}
     change = {name: value for name, value in change.items() if not math.isnan(value)}
     return Transfer(
@@ -147,7 +138,7 @@ def backward_transfer(now: Mapping[str, float], baseline: Mapping[str, float]) -
 
 
 def domain_accuracies(row: Mapping[str, Any]) -> dict[str, float]:
-    """avg@k by domain of a line of eval.jsonl, where null is NaN."""
+    """Return avg@k by domain from a line of eval.jsonl, where null is NaN."""
     return {
         key: math.nan if value is None else float(value)
         for key, value in row.items()
@@ -156,12 +147,12 @@ def domain_accuracies(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _fewer(k: int) -> list[int]:
-    """The K of pass_at_K: powers of two below k, and k."""
+    """Return the K of pass_at_K: powers of two below k, and k."""
     return [2**power for power in range(1, k.bit_length()) if 2**power < k] + ([k] if k > 1 else [])
 
 
 def _with_bounds(measure: str, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """A measure by domain, and their mean, with the bounds of its interval; accuracy itself is there already."""
+    """Return a measure by domain, and their mean, with interval bounds; accuracy itself is computed before."""
     # A domain's bounds depend on its own items alone, not on what other domains there are.
     resampled = {name: bootstrap_means(of_domain, seed=name.encode()) for name, of_domain in values.items()}
     means = {name: _mean(of_domain) for name, of_domain in values.items()}

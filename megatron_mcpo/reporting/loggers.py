@@ -1,7 +1,7 @@
-"""What a run leaves behind for other tools: its figures (files, TensorBoard, trackers), rollouts, representations.
+"""Write a run's metrics (files, TensorBoard, trackers), rollouts and representations.
 
-Telemetry never ends a training run. Where the disk or a tracker fails, a warning says so the first time, `failures`
-counts every time, and lines of the .jsonl files wait in memory until the disk takes them again.
+Logging never ends a training run. If the disk or a tracker fails, a warning says so the first time, `failures` counts
+every time, and lines of the .jsonl files wait in memory until the disk takes them again.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """The figures of one run, in every place that was asked for. Used by one rank.
+    """The log of one run's metrics in every place that was asked for; used by one rank.
 
     `failures` counts writes that did not succeed at once.
     """
@@ -38,7 +38,7 @@ class MetricsLog:
     def __init__(self, folder: Path, trackers: Sequence[str]):
         """Open the sinks. A resumed run calls RunFolder.truncate_after first: what metrics.jsonl holds then is kept.
 
-        Raises ConfigError when a tracker can't be started.
+        Raises ConfigError if a tracker cannot be started.
         """
         self.failures = 0
         self._steps = _JsonLines(folder / METRICS)
@@ -52,17 +52,17 @@ class MetricsLog:
             self._sinks[name] = _start_tracker(name, folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the figures of one training step; figures that are not finite become null."""
+        """Write the metrics of one training step; values that are not finite become null."""
         self._write(METRICS, self._steps, step, values, order=sorted(values))
         self._to_sinks(step, values)
 
     def log_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the figures of one held-out evaluation, which megatron_mcpo.reporting.accuracy describes."""
+        """Write the metrics of one held-out evaluation, which metric_table.EVALUATION describes."""
         self._write(EVALUATIONS, self._evaluations, step, values, order=list(values))
         self._to_sinks(step, {f"eval/{name}": value for name, value in values.items()})
 
     def log_note(self, step: int, text: str) -> None:
-        """Keep something that is no figure, said after `step`."""
+        """Write a message that was printed after `step`."""
         self._guard(NOTES, lambda: self._notes.append({"step": step, "text": text}))
 
     def close(self) -> None:
@@ -93,28 +93,29 @@ class MetricsLog:
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "%s: could not be written (%s); training goes on, further failures are counted", name, error
+                    "%s: could not be written (%s); training continues, further failures are counted", name, error
                 )
 
 
 class Sink(Protocol):
-    """Somewhere else that figures go. `close` ends it for good."""
+    """A further destination of metrics; closed once."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the finite figures of a step; a step may come twice (training and evaluation)."""
+        """Take the finite metrics of a step; a step may come twice (training and evaluation)."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the destination's run."""
 
 
 def check_trackers(config: Config) -> list[str]:
-    """A problem for each tracker of run.trackers whose package is missing; imports none of them."""
+    """Return a problem for each tracker of run.trackers whose package is missing; import none of them."""
     return [problem for name in config.run.trackers if (problem := _missing(name))]
 
 
 def write_rollouts(folder: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Write rollouts/step_NNNNNN.jsonl, a row an object; pure ASCII, whatever the model wrote.
+    """Write rollouts/step_NNNNNN.jsonl, one object per row; pure ASCII, whatever the model wrote.
 
-    Returns False, after a warning, when the disk does not take it.
+    Returns False, after a warning, if the disk does not take it.
     """
     lines = [json.dumps({"step": step, **row}, allow_nan=False, default=_plain) + "\n" for row in map(_no_nan, rows)]
     return _write_step(step_file(folder, "rollouts", step, ".jsonl"), "".join(lines).encode())
@@ -124,7 +125,7 @@ def write_representations(folder: Path, step: int, *, z: np.ndarray, domain: np.
     """Write representations/step_NNNNNN.npz.
 
     z: [M, D] float16 or float32; domain: [M] index into the configuration's domains; correct: [M] bool
-    Returns False, after a warning, when the disk does not take it.
+    Returns False, after a warning, if the disk does not take it.
     """
     assert z.ndim == 2 and domain.shape == correct.shape == z.shape[:1], (z.shape, domain.shape, correct.shape)
     content = io.BytesIO()
@@ -136,7 +137,7 @@ def _write_step(path: Path, content: bytes) -> bool:
     try:
         write_atomically(path, content)
     except OSError as error:
-        log.warning("%s: could not be written (%s); training goes on", path, error.strerror)
+        log.warning("%s: could not be written (%s); training continues", path, error.strerror)
         return False
     return True
 
@@ -146,7 +147,7 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def _no_nan(value: Any) -> Any:
-    """The same value with floats that JSON can't say as None."""
+    """Return the same value with None for every float that JSON does not have."""
     if isinstance(value, float):
         return _finite_or_none(value)
     if isinstance(value, Mapping):
@@ -157,21 +158,21 @@ def _no_nan(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's."""
+    """Convert a number of numpy or torch to Python's."""
     if hasattr(value, "item"):
         return _no_nan(value.item())
-    raise TypeError(f"{type(value).__name__} has no place in a JSON file")
+    raise TypeError(f"{type(value).__name__} cannot be written to a JSON file")
 
 
 class _JsonLines:
-    """Appends whole lines: a line that the disk takes only half of is cut off again and tried with the next one."""
+    """A file of whole lines; a line that the disk takes only in part is cut off and tried again with the next one."""
 
     def __init__(self, path: Path):
         self._path = path
         self._waiting = b""
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Raises OSError when the line has to wait."""
+        """Append a record as a line. Raises OSError if it has to wait."""
         self._waiting += json.dumps(record, allow_nan=False, default=_plain).encode() + b"\n"
         with self._path.open("ab", buffering=0) as file:
             whole = file.seek(0, os.SEEK_END)
@@ -186,7 +187,7 @@ class _JsonLines:
 
 
 class _TensorBoard:
-    """Event files. After a failed write its writer is unusable, so the figures of later steps are not sent to it."""
+    """Event files. After a failed write the writer is unusable, so later steps are not sent to it."""
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -223,7 +224,7 @@ class _Wandb:
             dir=str(folder / TRACKER_FOLDER),
             config=settings,
         )
-        # wandb's own counter only goes up, and drops the steps that a resumed run logs again; ours is a figure.
+        # wandb's own counter only goes up, and drops the steps that a resumed run logs again; ours is a metric.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -283,13 +284,12 @@ def _start_tracker(name: str, folder: Path) -> Sink:
         sink: Sink = _TRACKERS[name](folder, settings)
     except Exception as error:  # not logged in, no network, a server of another version
         text = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            [f"run.trackers: {name} does not start ({text}); set it up, or take it off the list"]
-        ) from error
+        raise ConfigError([f"run.trackers: {name} must start ({text}). Set it up, or take it off the list."]) from error
     return sink
 
 
 def _missing(name: str) -> str | None:
+    """Return the problem of a tracker that is not installed, None if it is."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -297,11 +297,11 @@ def _missing(name: str) -> str | None:
     # A folder that merely has the name (wandb/ and mlruns/ lie about where they were used) has no origin.
     if spec is not None and spec.origin is not None:
         return None
-    return f"run.trackers: {name} is not installed; run `pip install {name}`, or take it off the list"
+    return f"run.trackers: {name} must be installed. Run `pip install {name}`, or take it off the list."
 
 
 def _kept_id(folder: Path, tracker: str, new: str) -> str:
-    """The name under which a tracker knows this run: the first one it was given, also after a resume."""
+    """Return the name by which a tracker knows this run: the first one it was given, also after a resume."""
     path = folder / TRACKER_FOLDER / f"{tracker}_run_id"
     if not path.exists():
         write_atomically(path, new.encode())

@@ -1,4 +1,4 @@
-"""Pictures of a run, made from the files of its folder and from nothing else, so that they can be made again.
+"""Draw a run from the files of its folder and from nothing else, so that plots can be drawn again.
 
 Domains differ in colour and in marker: the colours are Okabe and Ito's, which colour-blind readers tell apart
 (https://jfly.uni-koeln.de/color/).
@@ -31,7 +31,7 @@ DOTS_PER_INCH = 150
 
 @dataclass(frozen=True, kw_only=True)
 class Plots:
-    """What `write_plots` wrote, and why it left something out."""
+    """The files that `write_plots` wrote, and notes on those that it did not write."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -61,7 +61,7 @@ class _Map:
 def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
     """Write reward_by_domain.png, held_out_by_domain.png, representations.png and similarity.png under folder/plots.
 
-    A plot that has no data is not written; a note says why. Raises OSError when the folder can't be written.
+    A plot that has no data is not written; a note says why. Raises OSError if the folder cannot be written.
     """
     steps = read_jsonl(folder / METRICS)
     evaluations = read_jsonl(folder / EVALUATIONS)
@@ -75,12 +75,12 @@ def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
         (
             "representations",
             _draw_maps(maps, shares, domain_names),
-            "there are no representations (they are written where a contrastive term is on)",
+            "there are no representations (they need a contrastive term)",
         ),
         (
             "similarity",
             _draw_similarity(steps, domain_names),
-            "metrics.jsonl holds no similarities of domains (they are there where a contrastive term is on)",
+            "metrics.jsonl holds no similarities of domains (they need a contrastive term)",
         ),
     ):
         if figure is None:
@@ -116,10 +116,10 @@ def write_curves(path: Path, panels: Mapping[str, Sequence[Curve]], *, title: st
 
 
 def principal_plane(z_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The plane through the mean along which the rows vary most (principal component analysis).
+    """Return the plane through the mean along which the rows vary most (principal component analysis).
 
-    Returns the mean [D], two unit axes [2, D], and each axis' share of the variance [2]. Signs are fixed by making
-    the largest entry of an axis positive. Axes that the rows can't give (one row, D = 1) are zero.
+    The result is the mean [D], two unit axes [2, D], and each axis' share of the variance [2]. Signs are fixed by
+    making the largest entry of an axis positive. Axes that the rows do not determine (one row, D = 1) are zero.
     """
     mean_D = z_MD.mean(axis=0)
     _, sizes, axes = np.linalg.svd(z_MD - mean_D, full_matrices=False)
@@ -134,7 +134,7 @@ def principal_plane(z_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean of the `window` (odd) values around each one, fewer at the ends; NaN counts as absent."""
+    """Return the mean of the `window` (odd) values around each one, fewer at the ends; NaN counts as absent."""
     series = np.asarray(values, dtype=float)
     result = np.full(len(series), np.nan)
     for i in range(len(series)):
@@ -145,7 +145,7 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def similarity_matrix(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> np.ndarray:
-    """Mean over the rows' contrast/similarity/<a>/<b>, for all pairs of names: [K, K], symmetric, NaN without any."""
+    """Return the mean contrast/similarity/<a>/<b> of the rows for all pairs of names: [K, K], NaN if never measured."""
     matrix = np.full((len(names), len(names)), np.nan)
     for a, name in enumerate(names):
         for b in range(a, len(names)):
@@ -156,12 +156,12 @@ def similarity_matrix(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> n
 
 
 def smoothing_window(num_steps: int) -> int:
-    """Steps that a curve is smoothed over, odd: 1 of a handful, 5 in the usual short run, a twentieth of a long one."""
+    """Return the steps that a curve is smoothed over, odd: 1 for less than 6, 5 in a short run, 1/20 of a long one."""
     return 1 if num_steps < 6 else 3 if num_steps < 12 else 2 * max(2, num_steps // 40) + 1
 
 
 def _style(domain: int) -> tuple[str, str]:
-    """Colour and marker; with seven colours and nine markers, 63 domains differ."""
+    """Return colour and marker; with seven colours and nine markers, 63 domains differ."""
     return COLOURS[domain % len(COLOURS)], MARKERS[domain % len(MARKERS)]
 
 
@@ -253,7 +253,7 @@ def _finish_axes(axes: "Axes", ylabel: str) -> None:
 
 
 def _project(folder: Path, num_domains: int) -> tuple[list[_Map], np.ndarray]:
-    """The first and the last step on one plane, fitted on both together: what moved in it has really moved."""
+    """Project the first and the last step on one plane, fitted on both, so that movement in it is real."""
     files = step_files(folder)
     parts = []
     for step, path in dict([files[0], files[-1]]).items() if files else ():
@@ -271,9 +271,9 @@ def _project(folder: Path, num_domains: int) -> tuple[list[_Map], np.ndarray]:
 
 
 def load_representations(path: Path, num_domains: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Row numbers in the file, representations as float64, domains, correctness of the rows that are finite.
+    """Load row numbers in the file, representations as float64, domains and correctness of the rows that are finite.
 
-    None where there is none, and for a damaged file.
+    None without such a row, and for a damaged file.
     """
     try:
         with np.load(path, allow_pickle=False) as data:
@@ -341,7 +341,7 @@ def _map_legend(figure: "Figure", domains: Sequence[tuple[int, str]]) -> None:
 
 
 def _draw_similarity(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> "Figure | None":
-    """The first steps beside the last ones, or, where one step has figures, that one."""
+    """Draw the similarities of the first steps beside those of the last ones, or those of the only step."""
     steps = [row for row in rows if np.isfinite(similarity_matrix([row], names)).any()]
     if not steps:
         return None

@@ -120,18 +120,24 @@ def test_the_configured_model_is_the_run_before_its_first_step(
 
 
 REFUSALS: dict[str, tuple[list[str], list[str]]] = {
-    "no checkpoint": (["--checkpoint", "RUN"], ["--checkpoint", "is no checkpoint of a run", "step_NNNNNN"]),
+    "no checkpoint": (["--checkpoint", "RUN"], ["--checkpoint", "must be a checkpoint of a run", "step_NNNNNN"]),
     "no folder": (["--hf", "nowhere"], ["nowhere", "no such folder"]),
-    "sharded": (["--hf", "RUN/checkpoints/step_000006"], ["is a sharded checkpoint", "--checkpoint"]),
+    "sharded": (["--hf", "RUN/checkpoints/step_000006"], ["must not be a sharded checkpoint", "--checkpoint"]),
     "no baseline": (["--baseline", "nowhere"], ["--baseline = 'nowhere'", "no such file"]),
-    "empty baseline": (["--baseline", "RUN/config.toml"], ["holds no evaluation", "eval.jsonl"]),
-    "baseline of steps": (["--baseline", "RUN/metrics.jsonl"], ["none of the domains divisors, letters"]),
-    "baseline folder": (["--baseline", "RUN"], ["--baseline", "can't be read"]),
+    "empty baseline": (["--baseline", "RUN/config.toml"], ["must hold an evaluation", "eval.jsonl"]),
+    "baseline of steps": (["--baseline", "RUN/metrics.jsonl"], ["must have a domain of divisors, letters"]),
+    "baseline folder": (["--baseline", "RUN"], ["--baseline", "must be readable"]),
     "out": (["--out", "nowhere/figures.json"], ["--out = 'nowhere/figures.json'", "folder that exists"]),
     "greedy": (["--evaluation.samples", "4"], ["evaluation.samples = 4", "evaluation.temperature"]),
     "items that were trained on": (
         ["--checkpoint", "RUN/checkpoints/step_000006", "--evaluation.items", "9"],
-        ["evaluation.items = 9", "kept 8 items a domain apart", "divisors, letters", "held_out_file"],
+        [
+            "evaluation.items = 9",
+            "must be at most 8",
+            "kept 8 items per domain apart",
+            "divisors, letters",
+            "held_out_file",
+        ],
     ),
     "unknown key": (["--evaluation.sample", "4"], ["evaluation.sample", "Did you mean 'samples'?"]),
 }

@@ -122,7 +122,7 @@ def anchor_of(page: Page, step: int) -> dict[str, Any]:
 def test_every_section_shows_what_it_is_for(page: Page) -> None:
     expected = {
         "overview": ["finished", "step 8 of 8", *NAMES, "WARNING: something to know"],
-        "curves": ["Reward", "Held-out accuracy", "Entropy", "Gradient norm", "Any figure"],
+        "curves": ["Reward", "Held-out accuracy", "Entropy", "Gradient norm", "Any metric"],
         "similarity": ["Mean cosine", "step 8", "arithmetic / logic"],
         "map": ["24 rollouts", "step 8", "one plane for all steps".capitalize()],
         "rollouts": ["192 rollouts", "step 1"],
@@ -166,7 +166,7 @@ def test_curves_hide_domains_and_follow_the_keys(page: Page) -> None:
 
 def test_the_matrix_has_the_figures_of_its_step(page: Page) -> None:
     page.go("similarity")
-    column = page.data["figures"]["columns"]["contrast/similarity/arithmetic/cognition"]
+    column = page.data["metrics"]["columns"]["contrast/similarity/arithmetic/cognition"]
     slider = page.find("#section-similarity input[type=range]")[0]
     for place, keys in ((7, Keys.END), (0, Keys.HOME), (1, Keys.ARROW_RIGHT)):
         slider.send_keys(keys)
@@ -342,7 +342,7 @@ def test_a_run_of_figures_that_are_no_numbers_or_do_not_move(driver: webdriver.C
     page.go("curves")
     paths = " ".join(str(path.get_attribute("d")) for path in page.find(".charts path"))
     assert "NaN" not in paths and "Infinity" not in paths
-    select = Select(page.find("#figure")[0])
+    select = Select(page.find("#metric")[0])
     for name in ("grad_norm", "contrast/uniformity", "contrast/alignment", "lr", "loss/kl"):
         select.select_by_value(name)
         assert page.text("#section-curves section figcaption") == name

@@ -69,10 +69,10 @@ def test_a_run_s_figures_notes_and_settings(tmp_path: Path) -> None:
     run.run_logger.note("WARNING: <b>something</b>\nover two lines")
     data = data_of(run.finish())
     assert data["status"] == "finished" and data["domains"] == NAMES and data["planned"] == 4
-    assert data["figures"]["steps"] == [1, 2, 3, 4]
+    assert data["metrics"]["steps"] == [1, 2, 3, 4]
     rows = read_jsonl(run.path / "metrics.jsonl")
     for name in ("reward/mean", "reward/logic", "time/step", "contrast/negatives/logic/logic"):
-        assert data["figures"]["columns"][name] == pytest.approx([row.get(name) for row in rows], rel=1e-4), name
+        assert data["metrics"]["columns"][name] == pytest.approx([row.get(name) for row in rows], rel=1e-4), name
     assert data["evaluations"]["columns"]["logic"] == [0.2, 0.2] and data["evaluations"]["steps"] == [0, 4]
     assert data["notes"]["notes"] == [{"step": 4, "text": "WARNING: <b>something</b>\nover two lines"}]
     assert [section["name"] for section in data["settings"]][-3:] == [f"domain {name}" for name in NAMES]
@@ -152,7 +152,7 @@ def test_an_empty_run_and_one_without_contrast(tmp_path: Path) -> None:
     empty = MadeRun(config_of(tmp_path, name="empty"))
     data = data_of(write_report(empty.path, empty.config))
     assert data["status"] == "not finished"
-    assert data["figures"] == {"total": 0, "steps": [], "columns": {}}
+    assert data["metrics"] == {"total": 0, "steps": [], "columns": {}}
     assert data["rollouts"] == {"steps": [], "num_steps": 0, "unreadable": []}
     assert data["map"]["steps"] == [] and data["notes"]["total"] == 0
     off = data_of(made_run(tmp_path, name="off", num_steps=2, **OFF).finish())
@@ -171,7 +171,7 @@ def test_damaged_files_are_left_out_and_said(tmp_path: Path) -> None:
     assert [entry["step"] for entry in data["rollouts"]["steps"]] == [1, 3, 4]
     assert data["rollouts"]["unreadable"] == [2]
     assert [entry["step"] for entry in data["map"]["steps"]] == [1, 2, 4]
-    assert data["figures"]["steps"] == [1, 2, 3, 4]
+    assert data["metrics"]["steps"] == [1, 2, 3, 4]
 
 
 def test_a_page_that_can_t_be_written_does_not_fail_a_finished_run(tmp_path: Path, capsys: Any) -> None:
@@ -279,7 +279,7 @@ def test_a_thousand_steps_of_512_rollouts_fit_twenty_megabytes(tmp_path: Path) -
     assert rollouts > 500e6 and int(kibibytes) * 1024 <= rollouts / 2, f"{kibibytes} KiB for {rollouts / 1e6:.0f} MB"
     data = data_of(Path(path))
     assert len(data["rollouts"]["steps"]) >= 24 and data["rollouts"]["num_steps"] == 1000
-    assert data["figures"]["total"] == 1000 and len(data["map"]["steps"]) >= 100
+    assert data["metrics"]["total"] == 1000 and len(data["map"]["steps"]) >= 100
     sizes = {name: len(json.dumps(part)) for name, part in data.items()}
     assert sum(sizes.values()) > 0.8 * size
     run.finish()

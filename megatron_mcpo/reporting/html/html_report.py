@@ -1,7 +1,7 @@
-"""A run as one HTML file: no network, no server, nothing beside it. Made from the files of the run's folder alone.
+"""Write a run as one HTML file that needs no network and no server, from the files of the run's folder alone.
 
-What a model wrote can't act in the page: it travels as JSON in which every "<" is escaped, the page makes text nodes of
-it, and its Content-Security-Policy lets nothing run but the one script whose hash it names, and nothing be fetched.
+Text that a model wrote cannot act in the page: it is embedded as JSON in which every "<" is escaped, the page makes
+text nodes of it, and the Content-Security-Policy runs only the one script whose hash it names, and fetches nothing.
 """
 
 import base64
@@ -28,7 +28,7 @@ from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS, NOTES, PREEMP
 
 REPORT = "report.html"
 
-# What bounds the size of the file, with MOST_BYTES of rollouts: 20 MB together.
+# With MOST_BYTES of rollouts, these bound the size of the file to 20 MB.
 MOST_NUMBERS = 400_000
 MOST_POINTS = 150_000
 MOST_POINTS_A_STEP = 1024
@@ -46,14 +46,14 @@ SCRIPTS = (
 
 
 def write_report(folder: Path, config: Config) -> Path:
-    """Write report.html into a run's folder, finished or not. Raises OSError when it can't be written."""
+    """Write report.html into a run's folder, finished or not. Raises OSError if it cannot be written."""
     path = folder / REPORT
     write_atomically(path, page(folder.name, collect(folder, config)))
     return path
 
 
 def collect(folder: Path, config: Config) -> dict[str, Any]:
-    """What the page shows, as plain values without NaN. Files that are missing or damaged count as empty."""
+    """Collect the contents of the page as plain values without NaN. Missing or damaged files count as empty."""
     return {
         "name": folder.name,
         "version": __version__,
@@ -66,7 +66,7 @@ def collect(folder: Path, config: Config) -> dict[str, Any]:
         "window": SUMMARY_WINDOW,
         "settings": _settings(config),
         "notes": _notes(folder / NOTES),
-        "figures": columns(folder / METRICS),
+        "metrics": columns(folder / METRICS),
         "evaluations": columns(folder / EVALUATIONS),
         "map": _map(folder / "representations", len(config.domain_names)),
         "rollouts": vars(sample_rollouts(folder, config)),
@@ -74,7 +74,7 @@ def collect(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def page(title: str, data: dict[str, Any]) -> bytes:
-    """The HTML file, pure ASCII but for the page's own text."""
+    """Return the HTML file; the data in it are ASCII."""
     files = importlib.resources.files("megatron_mcpo.reporting.html") / "page"
     texts = {name: (files / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", *SCRIPTS)}
     script = '(() => {\n"use strict";\n' + "\n".join(texts[name] for name in SCRIPTS) + "})();\n"
@@ -94,7 +94,7 @@ def page(title: str, data: dict[str, Any]) -> bytes:
 
 
 def embeddable(data: Any) -> str:
-    """JSON for a <script> element: ASCII (so U+2028 is escaped), and without a "<" that could end it or open a comment.
+    """Return JSON for a <script> element: ASCII, and without a "<" that could end it or open a comment.
 
     Raises ValueError for NaN, which JSON does not have.
     """
@@ -102,9 +102,10 @@ def embeddable(data: Any) -> str:
 
 
 def columns(path: Path, *, most_numbers: int = MOST_NUMBERS) -> dict[str, Any]:
-    """The figures of a file of lines with a step: steps, a column a figure (None where a line lacks it), total lines.
+    """Read the metrics of a file of lines with a step: steps, one column per metric (None if missing), number of lines.
 
-    Read twice, a line at a time. Of more lines than fit, the first and the last ones and some evenly spread are kept.
+    The file is read twice, line by line. Of more lines than fit, the first, the last and some evenly spread
+    ones are kept.
     """
     names: dict[str, None] = {}
     total = 0
@@ -122,7 +123,7 @@ def columns(path: Path, *, most_numbers: int = MOST_NUMBERS) -> dict[str, Any]:
 
 
 def _evenly(total: int, most: int) -> Iterator[int]:
-    """At most so many of 0 .. total - 1 (but at least the ends of the summary), ascending, evenly spread."""
+    """Yield at most `most` of 0 .. total - 1 (at least the ends of the summary), ascending, evenly spread."""
     if total <= most:
         yield from range(total)
         return
@@ -134,7 +135,7 @@ def _evenly(total: int, most: int) -> Iterator[int]:
 
 
 def _number(value: Any) -> float | int | None:
-    """Five digits; None for what is no finite number."""
+    """Round to five digits; None for anything but a finite number."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     rounded = float(f"{value:.5g}")
@@ -148,7 +149,7 @@ def _status(folder: Path) -> str:
 
 
 def _settings(config: Config) -> list[dict[str, Any]]:
-    """A table a section: name, meaning, and its keys with values, meanings and whether they are the default."""
+    """Return one table per section: name, meaning, and keys with value, meaning and whether it is the default."""
     tables = []
     for name, value in config:
         parts = [(name, value)] if isinstance(value, Section) else [(f"{name} {part.name}", part) for part in value]
@@ -171,7 +172,7 @@ def _keys(section: Section) -> Iterator[dict[str, Any]]:
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """The first and the last notes; `left_out` between them. Of a long one beginning and end."""
+    """Return the first and the last notes, and how many there are; of a long note its beginning and end."""
     total = sum(1 for _ in iterate_jsonl(path))
     kept = []
     for number, row in enumerate(iterate_jsonl(path)):
@@ -181,10 +182,10 @@ def _notes(path: Path) -> dict[str, Any]:
 
 
 def _map(folder: Path, num_domains: int) -> dict[str, Any]:
-    """Representations of the dumped steps on one plane, so that what moves in it has really moved.
+    """Project the representations of the dumped steps on one plane, so that movement in it is real.
 
-    points: for each rollout its place in the step's file, x and y (in thousandths of the largest coordinate), and
-    2 * domain + right; shares: of the variance that each axis has; total: dumped steps
+    points: per rollout its place in the step's file, x and y (in thousandths of the largest coordinate), and
+    2 * domain + correct; shares: of the variance, per axis; total: dumped steps
     """
     files = step_files(folder)
     order = [files[place] for place in coarse_to_fine(len(files))]
@@ -220,7 +221,7 @@ def _map(folder: Path, num_domains: int) -> dict[str, Any]:
 
 
 def _loaded(files: Sequence[tuple[int, Path]], num_domains: int) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-    """Step and representations of every file that has some, one file at a time."""
+    """Yield step and representations of every file that has some, one file at a time."""
     for step, path in files:
         loaded = load_representations(path, num_domains)
         if loaded is not None:

@@ -1,6 +1,6 @@
-"""Which rollouts the report of a run carries: all of a short run, of a long one whole steps spread over it.
+"""Choose the rollouts that the report of a run embeds: all of a short run, whole steps spread over a long one.
 
-One step's file is in memory at a time, and a file that is not taken is not read. The same files give the same sample.
+One step's file is in memory at a time, and a file that is not chosen is not read. The same files give the same sample.
 """
 
 import json
@@ -28,7 +28,10 @@ PARTNERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSample:
-    """steps: as `_Step.entry` says, ascending; num_steps: that were dumped; unreadable: steps whose file is damaged"""
+    """The rollouts of a report.
+
+    steps: as returned by `_Step.entry`, ascending; num_steps: that were dumped; unreadable: steps whose file is damaged
+    """
 
     steps: list[dict[str, Any]]
     num_steps: int
@@ -36,14 +39,14 @@ class RolloutSample:
 
 
 def coarse_to_fine(count: int) -> list[int]:
-    """0 .. count - 1 in an order of which every beginning is spread over the whole: the ends, then bits reversed."""
+    """Order 0 .. count - 1 so that every beginning is spread over the whole: the ends, then bits reversed."""
     bits = max(1, (count - 1).bit_length())
     inner = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
     return list(dict.fromkeys([*[0, count - 1][:count], *(number for number in inner if number < count)]))
 
 
 def sample_rollouts(folder: Path, config: Config, *, most_bytes: int = MOST_BYTES) -> RolloutSample:
-    """The rollouts that the report of a run folder embeds; steps are taken coarse to fine until the bytes are used."""
+    """Return the rollouts of a run folder; steps are taken coarse to fine until the bytes are used."""
     files = step_files(folder / "rollouts")
     step_bytes = most_bytes // max(1, min(len(files), LEAST_STEPS))
     taken: list[dict[str, Any]] = []
@@ -65,7 +68,7 @@ def sample_rollouts(folder: Path, config: Config, *, most_bytes: int = MOST_BYTE
 
 
 def shortened(text: str, most: int = TEXT_CHARACTERS) -> tuple[str, int]:
-    """The text, or its beginning and end with a remark between them; and how many characters are left out."""
+    """Return the text, or its beginning and end with a remark between them, and how many characters are left out."""
     if len(text) <= most:
         return text, 0
     tail = most // 4
@@ -76,12 +79,12 @@ def shortened(text: str, most: int = TEXT_CHARACTERS) -> tuple[str, int]:
 class _Step:
     """The rollouts of one step: `groups` by (minibatch, group), `rollouts` in the order of the file.
 
-    Two rollouts are of one class where the rule of a setting makes them partners: an anchor's negatives are the wrong
-    rollouts of its class "against", what it is consolidated with are the right ones of its class "with".
+    Two rollouts are of one class if a setting makes them partners: an anchor's negatives are the incorrect rollouts of
+    its class "against", its in-domain positives are the correct ones of its class "with".
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], config: Config):
-        """Raises KeyError, TypeError or ValueError where the rows are not a rollout dump of this configuration."""
+        """Read the rows. Raises KeyError, TypeError or ValueError if they are not a dump of this configuration."""
         self.groups: dict[tuple[int, int], dict[str, Any]] = {}
         self.rollouts: list[dict[str, Any]] = []
         self.domains: list[int] = []
@@ -105,7 +108,7 @@ class _Step:
             rollout["positives"] = [places[positive] for positive in positives]
 
     def entry(self, step: int, most_bytes: int) -> dict[str, Any]:
-        """What the page gets of the step, with as many rollouts as the bytes allow.
+        """Return the step as the page gets it, with as many rollouts as the bytes allow.
 
         groups: prompts; rollouts: each with its `place` in the file and its `group`'s number; positives are places
         """
@@ -120,7 +123,7 @@ class _Step:
         }
 
     def _kept(self, most_bytes: int) -> set[int]:
-        """All, or rollouts each with some partners until the bytes are used; at least the first such set."""
+        """Return all places, or those of rollouts with some partners until the bytes are used; at least one set."""
         sizes = [_size(rollout) for rollout in self.rollouts]
         group_sizes = {group: _size(entry) for group, entry in self.groups.items()}
         if sum(sizes) + sum(group_sizes.values()) <= most_bytes:
@@ -139,7 +142,7 @@ class _Step:
         return kept
 
     def _bundles(self) -> Iterator[list[int]]:
-        """Rollouts with some of their partners: by turns a right one and a wrong one of every domain."""
+        """Yield rollouts with some of their partners: by turns a correct and an incorrect one of every domain."""
         right: dict[int, list[int]] = {}
         wrong: dict[int, list[int]] = {}
         kinds: dict[tuple[int, bool], list[int]] = {}

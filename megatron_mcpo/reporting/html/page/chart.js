@@ -9,7 +9,7 @@ const CHART = { width: 420, height: 190, left: 50, right: 20, top: 8, bottom: 24
 function lineChart({ title, about = "", steps, series, smoothing = 1, share = false }) {
   const heading = el("figcaption", {}, el("strong", {}, title), about ? el("span", { class: "about" }, about) : null);
   const drawn = series.filter((one) => one.values.some((value) => Number.isFinite(value) && value !== null));
-  if (!drawn.length) return el("figure", { class: "chart" }, heading, absent("No step has this figure."));
+  if (!drawn.length) return el("figure", { class: "chart" }, heading, absent("No step has this metric."));
   const scale = chartScale(steps, drawn, share);
   const readout = el("output", { class: "readout" });
   const cursor = svg("line", { class: "cursor", y1: CHART.top, y2: CHART.height - CHART.bottom, visibility: "hidden" });

@@ -20,13 +20,13 @@ function domainTag(domain) {
   return el("span", { class: "domain" }, mark, RUN.domains[domain]);
 }
 
-/** A column of the figures; nulls where there is none. */
-function figure(name) {
-  return RUN.figures.columns[name] || RUN.figures.steps.map(() => null);
+/** A column of the metrics; nulls where there is none. */
+function metric(name) {
+  return RUN.metrics.columns[name] || RUN.metrics.steps.map(() => null);
 }
 
-function hasFigure(name) {
-  return (RUN.figures.columns[name] || []).some((value) => value !== null);
+function hasMetric(name) {
+  return (RUN.metrics.columns[name] || []).some((value) => value !== null);
 }
 
 /** Held-out accuracy of a domain, or "mean", by evaluation; nulls where there is none. */
@@ -46,12 +46,12 @@ function lastOf(values) {
 
 /** How many steps the beginning and the end of the run are: as in the table that the run printed. */
 function summaryWindow() {
-  return Math.min(RUN.window, Math.max(1, Math.floor(RUN.figures.total / 3)));
+  return Math.min(RUN.window, Math.max(1, Math.floor(RUN.metrics.total / 3)));
 }
 
-/** A figure's mean over the first and over the last steps. */
+/** A metric's mean over the first and over the last steps. */
 function ends(name) {
-  const values = figure(name);
+  const values = metric(name);
   const window = summaryWindow();
   return [meanOf(values, 0, window), meanOf(values, values.length - window, values.length)];
 }

@@ -9,7 +9,7 @@ const PAIR_FIGURES = [
 function matrixSection() {
   if (!RUN.contrastive) return absent(WITHOUT_CONTRAST);
   const kinds = PAIR_FIGURES.map((kind) => ({ ...kind, places: placesOf(kind) })).filter((kind) => kind.places.length);
-  if (!kinds.length) return absent("No step has figures of pairs of domains yet.");
+  if (!kinds.length) return absent("No step has metrics of pairs of domains yet.");
   const body = el("div", {});
   const open = (kind) => body.replaceChildren(matrixOf(kind));
   const pick = el("select", { change: (event) => open(kinds[Number(event.target.value)]) }, kinds.map((kind, i) => el("option", { value: i }, kind.name)));
@@ -19,13 +19,13 @@ function matrixSection() {
 
 function pairColumn(kind, a, b) {
   const [first, second] = kind.symmetric && a > b ? [b, a] : [a, b];
-  return figure(`${kind.key}/${RUN.domains[first]}/${RUN.domains[second]}`);
+  return metric(`${kind.key}/${RUN.domains[first]}/${RUN.domains[second]}`);
 }
 
 /** Positions of the steps that have a value for some pair. */
 function placesOf(kind) {
   const known = RUN.domains.flatMap((_, a) => RUN.domains.map((__, b) => pairColumn(kind, a, b)));
-  return RUN.figures.steps.map((_, i) => i).filter((i) => known.some((values) => values[i] !== null));
+  return RUN.metrics.steps.map((_, i) => i).filter((i) => known.some((values) => values[i] !== null));
 }
 
 function matrixOf(kind) {
@@ -35,14 +35,14 @@ function matrixOf(kind) {
   const track = (a, b) => {
     const names = `${RUN.domains[a]} / ${RUN.domains[b]}`;
     const series = [{ name: names, ...domainStyle(a), values: pairs[a][b] }];
-    chart.replaceChildren(lineChart({ title: names, about: kind.name, steps: RUN.figures.steps, series }));
+    chart.replaceChildren(lineChart({ title: names, about: kind.name, steps: RUN.metrics.steps, series }));
   };
   const cells = pairs.map((row, a) => row.map((_, b) => el("button", { type: "button", class: "cell", click: () => track(a, b) })));
   const show = (place) => {
     cells.forEach((row, a) => row.forEach((cell, b) => paint(cell, pairs[a][b][kind.places[place]], kind, most, a, b)));
   };
   const slider = stepSlider({
-    label: "Step of the matrix", steps: kind.places.map((i) => RUN.figures.steps[i]), start: kind.places.length - 1, change: show,
+    label: "Step of the matrix", steps: kind.places.map((i) => RUN.metrics.steps[i]), start: kind.places.length - 1, change: show,
   });
   const grid = table(["", ...RUN.domains], cells.map((row, a) => [domainTag(a), ...row]));
   grid.classList.add("matrix");

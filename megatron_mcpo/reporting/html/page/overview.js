@@ -1,8 +1,8 @@
 // The first page: how far the run is, what it reached, and what it said besides.
 
 function overviewSection() {
-  const steps = lastOf(RUN.figures.steps) || 0;
-  const seconds = figure("time/step");
+  const steps = lastOf(RUN.metrics.steps) || 0;
+  const seconds = metric("time/step");
   const pace = meanOf(seconds, 0, seconds.length);
   const [first, last] = ends("reward/mean");
   const accuracy = accuracyOf("mean");
@@ -10,15 +10,15 @@ function overviewSection() {
     tile("Status", RUN.status, `step ${steps} of ${RUN.planned}`),
     tile("Mean reward", `${fixed(first)} → ${fixed(last)}`, `first and last ${count(summaryWindow(), "step")}`),
     tile("Held-out accuracy", `${fixed(accuracy[0])} → ${fixed(lastOf(accuracy))}`, "first and last evaluation"),
-    tile("Time", pace === null ? "-" : duration(pace * RUN.figures.total), pace === null ? "" : `${duration(pace)} a step on average`),
+    tile("Time", pace === null ? "-" : duration(pace * RUN.metrics.total), pace === null ? "" : `${duration(pace)} per step on average`),
   ];
   return el(
     "div",
     {},
     el("div", { class: "tiles" }, tiles),
-    RUN.figures.total ? overviewTable() : absent("No training step is on file yet."),
-    RUN.figures.total > RUN.figures.steps.length
-      ? el("p", { class: "remark" }, `Curves show ${RUN.figures.steps.length} of ${RUN.figures.total.toLocaleString("en")} steps: ` +
+    RUN.metrics.total ? overviewTable() : absent("No training step is on file yet."),
+    RUN.metrics.total > RUN.metrics.steps.length
+      ? el("p", { class: "remark" }, `Curves show ${RUN.metrics.steps.length} of ${RUN.metrics.total.toLocaleString("en")} steps: ` +
           "the first, the last and some evenly between. Everything is in metrics.jsonl.")
       : null,
     sampledRemark(RUN.rollouts.steps.length, RUN.rollouts.num_steps, "rollouts"),

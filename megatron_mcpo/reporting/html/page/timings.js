@@ -4,21 +4,21 @@ const PHASES = [
   { name: "time/rollout", label: "rollout and rewards", colour: "#2a7fc1" },
   { name: "time/score", label: "scores", colour: "#56b4e9" },
   { name: "time/update", label: "update", colour: "#d55e00" },
-  { name: "sync/seconds", label: "push of weights", colour: "#009e73" },
-  { name: "time/verify", label: "check of the push", colour: "#cc79a7" },
+  { name: "sync/seconds", label: "weight sync", colour: "#009e73" },
+  { name: "time/verify", label: "check of the weight sync", colour: "#cc79a7" },
   { name: "time/diagnose", label: "gradients by term", colour: "#e69f00" },
 ];
 const MOST_BARS = 120;
 
 function timingsSection() {
-  if (!hasFigure("time/step")) return absent("No step has timings yet.");
-  const phases = PHASES.filter((phase) => hasFigure(phase.name));
+  if (!hasMetric("time/step")) return absent("No step has timings yet.");
+  const phases = PHASES.filter((phase) => hasMetric(phase.name));
   const rest = { name: "rest", label: "the rest", colour: "#8a8a8a" };
-  const seconds = phases.map((phase) => figure(phase.name));
-  const whole = figure("time/step");
+  const seconds = phases.map((phase) => metric(phase.name));
+  const whole = metric("time/step");
   const others = whole.map((value, i) => (value === null ? null : Math.max(0, value - seconds.reduce((sum, column) => sum + (column[i] || 0), 0))));
   const parts = [...phases, rest].map((phase, i) => ({ ...phase, values: i < phases.length ? seconds[i] : others }));
-  const steps = RUN.figures.steps;
+  const steps = RUN.metrics.steps;
   return el(
     "div",
     {},
@@ -28,15 +28,15 @@ function timingsSection() {
     el(
       "div",
       { class: "charts" },
-      lineChart({ title: "Seconds a step", steps, series: [{ name: "time/step", ...domainStyle(0), values: whole }] }),
-      lineChart({ title: "Tokens a second", about: "trained tokens over the step's time", steps, series: [{ name: "tokens a second", ...domainStyle(1), values: pace(whole) }] }),
-      lineChart({ title: "Peak memory", about: "GiB", steps, series: [{ name: "memory/peak_gib", ...domainStyle(2), values: figure("memory/peak_gib") }] }),
+      lineChart({ title: "Seconds per step", steps, series: [{ name: "time/step", ...domainStyle(0), values: whole }] }),
+      lineChart({ title: "Tokens per second", about: "trained tokens over the step's time", steps, series: [{ name: "tokens per second", ...domainStyle(1), values: pace(whole) }] }),
+      lineChart({ title: "Peak memory", about: "GiB", steps, series: [{ name: "memory/peak_gib", ...domainStyle(2), values: metric("memory/peak_gib") }] }),
     ),
   );
 }
 
 function pace(whole) {
-  return figure("tokens/trained").map((tokens, i) => (tokens === null || !whole[i] ? null : tokens / whole[i]));
+  return metric("tokens/trained").map((tokens, i) => (tokens === null || !whole[i] ? null : tokens / whole[i]));
 }
 
 /** A bar a step; of many steps, a bar for each of MOST_BARS spans, with their means. */
