@@ -48,7 +48,7 @@ def checkpoints_of(policy: Policy, folder: Path, *, in_background: bool = False)
 
 
 def learn(policy: Policy, seed: int) -> Update:
-    """An update of everything, the head too, on a batch that depends on the seed and not on the layout."""
+    """Update everything, the head too, on a batch that depends on the seed and not on the layout."""
     layout = policy.groups.layout
     batch = make_batch(
         tiny_models.rollout_groups(num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, seed=seed),
@@ -70,7 +70,7 @@ def learn(policy: Policy, seed: int) -> Update:
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:
-    """Exported weights, and the head's where this rank has it."""
+    """Return the exported weights, and those of the head on ranks that hold it."""
     found = {name: tensor.clone() for name, tensor in policy.weights()}
     head = getattr(unwrap(policy.chunks[-1]), HEAD, None)
     return found if head is None else {**found, HEAD: head.weight.detach().clone()}
@@ -94,7 +94,7 @@ def train_save_train(config: Config, layout: Layout, folder: Path) -> tuple[dict
 
 
 def load_train(config: Config, layout: Layout, folder: Path) -> tuple[dict, dict, float, list[Tensor]]:
-    """The same, after loading; no update before it."""
+    """Load a checkpoint, then train as `train_save_train` does after its save."""
     policy = build(config, layout)
     found = checkpoints_of(policy, folder).load()
     assert found is not None
@@ -116,7 +116,7 @@ def settings(model: Path, dtype: str) -> Config:
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest error relative to a tensor's largest entry, and the tensor that has it."""
+    """Return the largest error relative to the largest entry of its tensor, and the name of that tensor."""
     assert set(found) == set(expected)
     errors = {name: (found[name] - expected[name]).abs().max() / expected[name].abs().max() for name in expected}
     return max((error.nan_to_num(nan=torch.inf).item(), name) for name, error in errors.items())

@@ -133,7 +133,7 @@ class MadeRun:
         self.run_logger.step(step, values, self.reports[step])
 
     def repeat(self, steps: range, like: int) -> None:
-        """Steps with the figures and dumps of the first `like` by turns; files are shared, or the disk would fill."""
+        """Add steps that repeat the metrics and dumps of the first `like` steps; files are shared to save disk space."""
         rows = read_jsonl(self.path / "metrics.jsonl")
         with (self.path / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps({**rows[step % like], "step": step}) + "\n" for step in steps)
@@ -143,7 +143,7 @@ class MadeRun:
                 os.link(shared, step_file(self.path, kind, step, suffix))
 
     def finish(self) -> Path:
-        """The report."""
+        """Write the report; return its path."""
         self.run_logger.finish()
         self.run_logger.close()
         self.folder.close()
@@ -151,7 +151,7 @@ class MadeRun:
 
 
 def made_run(runs: Path, *, num_steps: int = 6, text: Texts = plain_text, name: str = "run", **options: Any) -> MadeRun:
-    """A run of so many steps with an evaluation before and after, not finished; options: of [contrastive]."""
+    """Make a run of `num_steps` steps with an evaluation before and after; options: keys of [contrastive]."""
     run = MadeRun(config_of(runs, name=name, num_steps=max(1, num_steps), **options))
     if num_steps:
         run.evaluate(0)
@@ -194,7 +194,7 @@ def data_of(path: Path) -> dict[str, Any]:
 
 
 def partners(entry: dict[str, Any], rollout: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
-    """What the page takes for its positives, what it is consolidated with, and its negatives: places."""
+    """Return the places of the cross-domain positives, the in-domain positives and the negatives on the page."""
     rollouts = entry["rollouts"]
     _, num_in_domain, num_negatives = rollout["partners"]
     together = [

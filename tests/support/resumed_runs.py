@@ -21,7 +21,7 @@ Figures = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]
 
 
 def figures(run: Path) -> Figures:
-    """What two equal runs agree on: metrics, held-out accuracies, every rollout."""
+    """Return what two equal runs agree on: metrics, held-out accuracies, every rollout."""
     evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     rollouts = {path.name: path.read_text() for path in (run / "rollouts").iterdir()}
     return lasting(metrics(run)), evaluations, rollouts

@@ -6,7 +6,7 @@ from megatron_mcpo.rewards.sandbox.levels import Level, available_level
 
 
 def allowed(level: Level) -> Level:
-    """The level; skips the test where this machine doesn't allow it."""
+    """Return the level; skip the test if this machine does not allow it."""
     try:
         return available_level(level)
     except ValueError as error:

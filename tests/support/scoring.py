@@ -54,7 +54,7 @@ HOSTILE = [
 
 
 def config_of(domains: Sequence[Mapping[str, Any]], **sections: Mapping[str, Any]) -> Config:
-    """A configuration with these domains, called d0, d1, ..."""
+    """Return a configuration with these domains, called d0, d1, ..."""
     values = {
         "run": {"steps": 1},
         "model": {"path": "x"},
@@ -66,7 +66,7 @@ def config_of(domains: Sequence[Mapping[str, Any]], **sections: Mapping[str, Any
 
 
 def scorer_of(*verifiers: Mapping[str, Any], **rewards: Any) -> Scorer:
-    """A scorer for one domain with these verifiers; rewards: keys of [rewards]."""
+    """Return a scorer of one domain with these verifiers; rewards: keys of [rewards]."""
     return Scorer(config_of([{"verifiers": list(verifiers)}], rewards=rewards))
 
 

@@ -78,13 +78,13 @@ class Cluster:
         return {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str) -> str:
-        """What a command of Slurm prints."""
+        """Run a command of Slurm; return what it prints."""
         finished = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
         assert finished.returncode == 0, f"{command}: {finished.stdout}{finished.stderr}"
         return finished.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job, by its own names: JobState, NodeList, Restarts, ..."""
+        """Return what Slurm says of a job, by its own names: JobState, NodeList, Restarts, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", number)))
 
     def num_idle(self) -> int:
@@ -94,7 +94,7 @@ class Cluster:
         return found.stdout.split().count("idle")
 
     def break_node(self, name: str) -> None:
-        """The node loses its power: its daemon and all that its jobs run die at once."""
+        """Kill a node as a power cut does: its daemon and all processes of its jobs die at once."""
         steps = [process.parent() for process in _with_environment("SLURMD_NODENAME", name)]
         of_steps = [process for process in steps if process is not None and process.name() == "slurmstepd"]
         doomed = {self.daemons[name], *(child for step in of_steps for child in step.children(recursive=True))}
@@ -173,7 +173,7 @@ def _stop(cluster: Cluster) -> None:
 
 
 def _with_environment(name: str, value: str) -> list[psutil.Process]:
-    """Processes that have a variable in their environment, without this one and the daemons that it started."""
+    """Return processes with a variable in their environment, except this one and the daemons that it started."""
     ours = {os.getpid(), *(child.pid for child in psutil.Process().children())}
     found = []
     for process in psutil.process_iter():

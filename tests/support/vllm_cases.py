@@ -135,7 +135,7 @@ def sampled(engine: VllmEngine, **changes: Any) -> list[tuple[Any, Any]]:
 
 
 def failure(function: Callable[[], Any]) -> str:
-    """The message of the EngineError that the call must raise."""
+    """Return the message of the EngineError that the call must raise."""
     try:
         function()
     except EngineError as error:
@@ -311,7 +311,7 @@ def _check_refused_requests(engine: VllmEngine) -> None:
 
 
 def logprobs_for(folder: Path, temperature: float) -> list[tuple[Any, Any]]:
-    """Samples of a model whose generation_config.json asks for something else, and whose end token is common."""
+    """Sample from a model whose generation_config.json asks for something else and whose end token is common."""
     engine = build(folder / "untied_a")
     engine.update(weights(folder / "untied_a").items(), 1)
     return sampled(engine, temperature=temperature, max_tokens=12)
@@ -388,7 +388,7 @@ def shares_block(name: str, quantization: str) -> list[str]:
 
 
 def on_ranks(folder: Path, family: str, tensor_parallel: int) -> dict[str, Any]:
-    """A few steps on every rank, with generators that differ between ranks."""
+    """Take a few steps on every rank, with generators that differ between ranks."""
     torch.manual_seed(1000 + dist.get_rank())
     a, b = weights(folder / f"{family}_a"), weights(folder / f"{family}_b")
     engine = build(folder / f"{family}_a", tensor_parallel=tensor_parallel)
