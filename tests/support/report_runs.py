@@ -133,7 +133,7 @@ class MadeRun:
         self.run_logger.step(step, values, self.reports[step])
 
     def repeat(self, steps: range, like: int) -> None:
-        """Add steps that repeat the metrics and dumps of the first `like` steps; files are shared to save disk space."""
+        """Add steps that repeat metrics and dumps of the first `like` steps; files are shared to save disk space."""
         rows = read_jsonl(self.path / "metrics.jsonl")
         with (self.path / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps({**rows[step % like], "step": step}) + "\n" for step in steps)
