@@ -31,6 +31,6 @@ def _head_problems(config: Config, model: ModelConfig) -> list[str]:
     if dim is None or dim <= model.hidden_size:
         return []
     return [
-        f"contrastive.dim = {dim}: must be at most the model's hidden size, {model.hidden_size}; lower it, or leave it "
-        "out"
+        f"contrastive.dim = {dim}: must be at most the model's hidden size, {model.hidden_size}. Lower it, or leave it "
+        "out."
     ]

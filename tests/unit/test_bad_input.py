@@ -87,7 +87,7 @@ def refuse(config: str, folder: Path, *overrides: str) -> str:
             ["rollout.max_prompt_tokens", "250 + 7", "max_position_embeddings = 256", "Lower"],
         ),
         (["--run.trackers", '["wandb"]'], ["wandb", "pip install"]),
-        (["--contrastive.dim", "65"], ["contrastive.dim = 65", "hidden size, 64", "lower it"]),
+        (["--contrastive.dim", "65"], ["contrastive.dim = 65", "hidden size, 64", "Lower it"]),
         (["--contrastive.temperature", "0"], ["contrastive.temperature = 0", "greater than 0", "tau"]),
         (["--contrastive.top_k", "0"], ["contrastive.top_k = 0", "greater than 0"]),
         (

@@ -139,7 +139,7 @@ def test_a_base_that_cannot_be_read_is_named_with_the_file_that_wants_it(
     assert second.startswith("--bad: not an override")
 
 
-@pytest.mark.parametrize("value", ["3", '["base.toml"]', "true", "{ file = 1 }"])
+@pytest.mark.parametrize("value", ["3", '["base.toml"]', "true", "false", "{ file = 1 }"])
 def test_extends_is_one_text(tmp_path: Path, value: str) -> None:
     path = write(tmp_path, child=f"extends = {value}\n")
     [problem] = problems_of(path)
