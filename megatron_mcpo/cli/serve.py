@@ -18,6 +18,11 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import engine_problems, layout_problems, quantization_problems
 from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_flags, engine_options
 
+_QUIET = {
+    # As in the trainer's process (vllm_cpu_fixes): vLLM announces and warns of what our options ask for. Uvicorn still
+    # says where it listens; VLLM_LOGGING_LEVEL=INFO brings all of it back.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 _ON_CPU = {
     # As for this process (environment.hide_gpu): the command that is printed must work by itself.
     "CUDA_VISIBLE_DEVICES": "",
@@ -25,6 +30,8 @@ _ON_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # As in the trainer's process: helpers that vLLM would compile on first use run as they are.
     "TORCH_COMPILE_DISABLE": "1",
+    # That no CUDA runtime is found, which a CPU does not need.
+    "TORCH_LOGS": "-torch.utils.cpp_extension",
 }
 
 
@@ -70,8 +77,10 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
         "host": host,
         "port": port,
     }
-    environment = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", **(_ON_CPU if vllm_on_cpu() else {})}
-    return environment, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *as_flags(options)]
+    environment = {**ENVIRONMENT, **_QUIET, "VLLM_SERVER_DEV_MODE": "1", **(_ON_CPU if vllm_on_cpu() else {})}
+    model = options.pop("model")
+    # The module of the command `vllm serve`, which wants the model as a word of its own.
+    return environment, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *as_flags(options)]
 
 
 def _check(config: Config) -> None:
