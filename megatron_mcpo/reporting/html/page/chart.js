@@ -1,4 +1,10 @@
 // A line chart as SVG: faint marks for single steps, lines for their running mean, a cursor for pointer and keys.
+//
+// Ours and not a library's. uPlot 1.6.32 was measured against it: 51 kB (and 2 kB of CSS) in every report, where this
+// file and ticks.js have 9 kB and the whole page 62 kB. It would draw axes and lines, less than half of this file. The
+// cursor for keys and its readout, the legend, the running mean and the axis of values from -1e308 to 1e308, which uPlot
+// leaves empty, would stay ours. It draws on a canvas: the theme's colours would have to be read and every chart drawn
+// again at each change of theme or width, and the labels of axes would not be text that a browser can zoom and print.
 
 const CHART = { width: 420, height: 190, left: 50, right: 20, top: 8, bottom: 24 };
 
