@@ -175,7 +175,7 @@ class _Builder:
     def _tell_sizes(self, pools: SourcePools, share: int, *, num_shots: int, num_usable: int, num_held: int) -> None:
         where, items = pools.train.row_statistics.where, self._most_items(pools.train)
         if pools.num_seen and pools.train.origin:
-            self._notes.append(f"{where}: skipping {pools.num_seen} questions of an earlier source or held out")
+            self._notes.append(f"{where}: skipping {pools.num_seen} questions in an earlier source or held out")
         own_held = num_held if pools.held_out is None else 0
         num_train = min(num_usable - own_held, items)
         requested = self._domain.shots + share + items

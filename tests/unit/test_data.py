@@ -237,7 +237,7 @@ def test_held_out_questions_of_a_file_are_trained_on_nowhere(
     assert len(two.held_out) == 10 and all(p.entry["question"] in tested for p in two.held_out)
     # 30 - 20 tested are left to the first domain; of the second's 40, 5 more are tested and 5 are the first's.
     assert len(one.sources[0].train) + len(one.held_out) == 9 and len(two.sources[0].train) == 40 - 10 - 1
-    assert "20 questions are in an earlier source or held out" in one.notes[0]
+    assert "skipping 20 questions in an earlier source or held out" in one.notes[0]
 
 
 def test_rows_are_taken_in_a_fixed_shuffle_and_the_surplus_is_told(
