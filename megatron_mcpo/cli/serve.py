@@ -20,7 +20,7 @@ from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_fl
 
 _QUIET = {
     # As in the trainer's process (vllm_cpu_fixes): vLLM announces and warns of what our options ask for. Uvicorn still
-    # says where it listens; VLLM_LOGGING_LEVEL=INFO brings all of it back.
+    # says when the server is ready; VLLM_LOGGING_LEVEL=INFO brings all of it back.
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _ON_CPU = {
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         return options.refuse(error)
     environment, command = server_command(config, host=known.host, port=known.port)
     settings = [f"{key}={value}" for key, value in environment.items()]
-    print(shlex.join(["env", *settings, *command]), flush=True)
+    print(shlex.join(["env", *settings, *command]))
+    print(f"http://{known.host}:{known.port} answers after the line `Application startup complete`", flush=True)
     os.execve(command[0], command, {**environment, **os.environ})
 
 
@@ -78,9 +79,10 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
         "port": port,
     }
     environment = {**ENVIRONMENT, **_QUIET, "VLLM_SERVER_DEV_MODE": "1", **(_ON_CPU if vllm_on_cpu() else {})}
-    model = options.pop("model")
-    # The module of the command `vllm serve`, which wants the model as a word of its own.
-    return environment, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *as_flags(options)]
+    # The module says that it is deprecated in favour of `vllm serve`, which does not start where the package is called
+    # vllm-cpu (vllm 0.30.0).
+    module = ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
+    return environment, [sys.executable, *module, *as_flags(options)]
 
 
 def _check(config: Config) -> None:

@@ -6,6 +6,7 @@ whose rounding depends on what else is in a batch.
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +114,14 @@ def failure(call: Callable[[], Any], *, within: float = 60) -> str:
         call()
     assert time.monotonic() - begin < within
     return str(caught.value)
+
+
+def test_a_server_starts_without_warnings_that_nobody_can_act_on(servers: list[Server]) -> None:
+    """Before other tests provoke errors. Of the command that it prints only the lines below are looked at."""
+    for server in servers:
+        log = server.log.read_text()
+        assert f"{server.url} answers after" in log and "Application startup complete" in log
+        assert not re.search("warn|Traceback", log.partition("answers after")[2], flags=re.IGNORECASE), log
 
 
 def test_two_ranks_feed_two_servers(folder: Path, servers: list[Server], fresh: dict[str, Any]) -> None:
