@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_mcpo.weights import convert, megatron_write
+from megatron_mcpo.convert import convert, megatron_write
 from megatron_mcpo.convert.staging import StagingFolder
 source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 megatron_write.PART_BYTES = 100_000
@@ -63,7 +63,7 @@ else:
 
 
 @pytest.mark.parametrize("kind", ["megatron", "hf"])
-def test_a_killed_conversion_goes_on_where_it_stopped(
+def test_a_killed_conversion_continues_where_it_was_interrupted(
     source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(megatron_write, "PART_BYTES", 100_000)
@@ -96,7 +96,7 @@ KILLED_AT = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from megatron_mcpo.weights import convert
+from megatron_mcpo.convert import convert
 source, final, kind, function, limit = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
 wanted = getattr(convert, function)
 def cut(*arguments):
