@@ -219,4 +219,4 @@ def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
             rest = {key: figure for key, figure in found.items() if key not in expected}
             on_representations = on_representations or rest
             assert rest == pytest.approx(on_representations, rel=BOUND), name
-    assert set(on_representations) == {"gradient/z_share", "gradient/z_consolidate"}
+    assert set(on_representations) == {"gradient/z_cross_domain", "gradient/z_in_domain"}

@@ -98,26 +98,26 @@ def policy_term(
 
 
 def contrastive_loss(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """Return cross_domain_weight * L_share + in_domain_weight * L_cons, with a graph to z."""
+    """Return cross_domain_weight * L_cross_domain + in_domain_weight * L_in_domain, with a graph to z."""
     cross_domain, _ = cross_domain_term(z_MD, labels, settings)
     in_domain, _ = in_domain_term(z_MD, labels, settings)
     return settings.cross_domain_weight * cross_domain + settings.in_domain_weight * in_domain
 
 
 def reward_penalty(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
-    """Return max(-(cross_domain_weight * L_share(i) + in_domain_weight * L_cons(i)), -0.5) [M], without a graph."""
+    """Return max(-(cross_domain_weight * L_cross_domain(i) + in_domain_weight * L_in_domain(i)), -0.5) [M]."""
     cross_domain_M, _ = _cross_domain_costs(z_MD.detach(), labels, settings)
     in_domain_M, _ = _in_domain_costs(z_MD.detach(), labels, settings)
     return (-settings.cross_domain_weight * cross_domain_M - settings.in_domain_weight * in_domain_M).clamp(min=-0.5)
 
 
 def cross_domain_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """Return L_share, and which rollouts are its anchors."""
+    """Return L_cross_domain, and which rollouts are its anchors."""
     return _mean(*_cross_domain_costs(z_MD, labels, settings))
 
 
 def in_domain_term(z_MD: Tensor, labels: RolloutLabels, settings: ContrastiveConfig) -> tuple[Tensor, Tensor]:
-    """Return L_cons, and which rollouts are its anchors."""
+    """Return L_in_domain, and which rollouts are its anchors."""
     return _mean(*_in_domain_costs(z_MD, labels, settings))
 
 
