@@ -1,0 +1,185 @@
+"""Write the tables of measured figures from benchmarks/results/*.json. Each function takes that folder."""
+
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from docs.generator.figures import byte_text, significant
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with a line end behind its last row."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(_without_pipes, line))} |\n" for line in lines)
+
+
+def _without_pipes(cell: str) -> str:
+    """Return a cell in which no `|` ends the cell early; an entity is not read within backticks."""
+    code = re.sub(r"`([^`]*[|][^`]*)`", lambda span: f"<code>{escape(span[1], quote=False)}</code>", cell)
+    return code.replace("|", "&#124;")
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((results / name).read_text(encoding="utf-8"))
+    return content
+
+
+def machine(content: dict[str, Any]) -> str:
+    """Return what a result file says of the machine that it was measured on, as a sentence."""
+    m = content["machine"]
+    return f"Measured on {m['cores']} cores of an {m['cpu']}, {m['memory_gib']} GiB of memory, Python {m['python']}."
+
+
+def _with_machine(content: dict[str, Any], text: str) -> str:
+    return f"{machine(content)}\n\n{text}"
+
+
+def _console_lines(results: Path) -> list[str]:
+    """Return what a whole run of the quick start printed."""
+    return (results / "quickstart_console.txt").read_text(encoding="utf-8").splitlines()
+
+
+def console(results: Path) -> str:
+    """Return eight lines that the quick start printed: the heading, its first and last three steps, the accuracy."""
+    lines = _console_lines(results)
+    steps = [line for line in lines if re.match(r" *\d+/\d+ ", line)]
+    heading = lines[lines.index(steps[0]) - 1]
+    accuracy = [line for line in lines if line.startswith("held-out accuracy")]
+    return _fenced([heading, *steps[:3], *steps[-3:], accuracy[-1]])
+
+
+def console_end(results: Path) -> str:
+    """Return what the quick start printed last: the table of the run, and where to look."""
+    lines = _console_lines(results)
+    accuracy = [number for number, line in enumerate(lines) if line.startswith("held-out accuracy")]
+    return _fenced(lines[accuracy[-1] + 1 :])
+
+
+def _fenced(lines: Sequence[str]) -> str:
+    return "\n".join(["```text", *(line.rstrip() for line in lines), "```\n"])
+
+
+_LAYOUT_WORDS = {
+    "dp": "data",
+    "tp": "tensor",
+    "pp": "pipeline",
+    "vpp": "pipeline 2, virtual pipeline",
+    "cp": "context",
+    "ep": "experts over",
+}
+
+
+def gradients(results: Path) -> str:
+    """Return the largest error of a gradient in every parallel layout, three layouts in a row."""
+    content = _read(results, "gradient_table.json")
+    cells = [(_layout(name), f"{row['max_rel_err']:.1e}") for name, row in content["layouts"].items()]
+    cells += [("", "")] * (-len(cells) % 3)
+    rows = [[text for cell in cells[start : start + 3] for text in cell] for start in range(0, len(cells), 3)]
+    return _with_machine(content, table(("layout", "error") * 3, rows))
+
+
+def _layout(name: str) -> str:
+    """Spell out a layout's short name: tp2_pp2 is tensor 2, pipeline 2."""
+    parts = [(part.rstrip("0123456789"), part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in name.split("_")]
+    return ", ".join(
+        "sequence parallel" if short == "sp" else f"{_LAYOUT_WORDS[short]} {size}" for short, size in parts
+    )
+
+
+def quickstart(results: Path) -> str:
+    """Return the quick start's rewards and held-out accuracy by seed."""
+    content = _read(results, "quickstart_cpu.json")
+    rows = [
+        [
+            str(run["seed"]),
+            f"{run['reward_first_5']:.3f}",
+            f"{run['reward_last_5']:.3f}",
+            f"{run['factor']:.2f}",
+            f"{run['held_out'][0]['mean']:.3f}",
+            f"{run['held_out'][-1]['mean']:.3f}",
+            f"{run['seconds']:.0f} s",
+            f"{run['peak_memory_gib']:.1f} GiB",
+        ]
+        for run in content["runs"]
+    ]
+    columns = ("seed", "reward, first 5 steps", "last 5 steps", "factor", "held-out accuracy before", "after")
+    return _with_machine(content, table((*columns, "whole program", "peak memory"), rows))
+
+
+def contrastive(results: Path) -> str:
+    """Return seconds and memory of the contrastive terms: the plain N x N form and ours."""
+    content = _read(results, "contrastive_cpu.json")
+    by_case = {(row["n"], row["transfer"], row["impl"]): row for row in content["contrastive"]}
+    rows = []
+    for n in sorted({case[0] for case in by_case}):
+        plain, tiled, top_k = (
+            by_case.get((n, *case)) for case in (("all", "naive"), ("all", "tiled"), ("top_k", "tiled"))
+        )
+        ours = tiled or top_k
+        assert ours is not None
+        rows.append(
+            [
+                f"{n:,}",
+                *(f"{significant(row['seconds'])} s" if row else "not measured" for row in (plain, tiled, top_k)),
+                *(byte_text(row["peak_extra_bytes"]) if row else "not measured" for row in (plain, ours)),
+                significant(ours["ratio_to_floor"]),
+            ]
+        )
+    columns = ("rollouts", "plain, all pairs", "tiled, all pairs", "tiled, top 4 per domain", "extra memory, plain")
+    return _with_machine(content, table((*columns, "extra memory, tiled", "time over floor, tiled"), rows))
+
+
+def convert(results: Path) -> str:
+    """Return seconds and memory of conversions."""
+    content = _read(results, "convert_cpu.json")
+    rows = [
+        [
+            f"{row['case']} ({byte_text(row['bytes'])})",
+            row["direction"],
+            f"{significant(row['seconds'])} s",
+            f"{significant(row['seconds_cp'])} s",
+            byte_text(row["peak_rss_bytes"]),
+            byte_text(row["largest_tensor_bytes"]),
+        ]
+        for row in content["convert"]
+    ]
+    columns = ("model", "direction", "seconds", "`cp` and fsync", "highest memory", "largest tensor")
+    return _with_machine(content, table(columns, rows))
+
+
+def push(results: Path) -> str:
+    """Return seconds, bytes and memory of weight syncs."""
+    content = _read(results, "push_cpu.json")
+    rows = [
+        [
+            row["case"],
+            row["weight_sync"],
+            f"{significant(row['seconds'])} s",
+            significant(row["ratio_to_memcpy"]),
+            byte_text(row["bytes_moved"]),
+            f"{row['ratio_to_lower_bound']:.2f}" if row["ratio_to_lower_bound"] else "nothing has to move",
+            byte_text(row["peak_extra_bytes"]),
+        ]
+        for row in content["push"]
+    ]
+    columns = ("model, trainer to engines", "how", "seconds", "times a copy in memory", "bytes between ranks")
+    return _with_machine(content, table((*columns, "times the least possible", "extra memory"), rows))
+
+
+def scaling(results: Path) -> str:
+    """Return the bytes that one rank receives in a step as the number of replicas grows."""
+    content = _read(results, "scaling.json")
+    rows = [
+        [
+            str(row["replicas"]),
+            *(byte_text(row["bytes"].get(kind, 0)) for kind in ("data", "contrastive", "rollouts")),
+            str(sum(row["messages"].values())),
+        ]
+        for row in content["scaling"]
+        if row["grows"] == "replicas"
+    ]
+    columns = ("replicas", "gradients and weights", "representations", "rollouts (pickled)", "messages")
+    return _with_machine(content, table(columns, rows))
