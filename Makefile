@@ -2,6 +2,7 @@
 # make test           checks, unit and distributed tests, and one run from end to end; WORKERS=4 for more processes
 # make test-system    the other tests: vLLM, whole programs, Slurm, the sandbox under attack, a browser
 # make test-all       both
+# make docs           the documentation's site, in build/docs
 # make env | model    only the environment | only the embedded model
 # make lock           resolve the requirements again
 # make clean          everything made here, except runs/
@@ -11,7 +12,7 @@ WORKERS ?= 2
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test test-system test-all env model lock clean
+.PHONY: train test test-system test-all docs env model lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
@@ -33,6 +34,11 @@ test-system: model
 	$(PYTEST) --dist loadfile tests/system
 
 test-all: test test-system
+
+# Generated pages are written again first: a test holds the committed ones against them.
+docs: env
+	$(PYTHON) -m docs.generator
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 env:
 	@tools/make_env.sh
