@@ -6,6 +6,7 @@ Exit codes of all subcommands: 0: done; 1: a check or a run failed; 2: bad input
 import difflib
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,13 +63,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for num_words in (1, 2):
         name = " ".join(given[:num_words])
         if len(given) >= num_words and name in COMMANDS:
-            return _function(COMMANDS[name])(given[num_words:])
+            return _run(COMMANDS[name], given[num_words:])
     group = {name: command for name, command in COMMANDS.items() if given and name.startswith(f"{given[0]} ")}
     if group and given[1:2] in (["-h"], ["--help"]):
         print(_overview(group))
         return 0
     print(_refusal(given, group), file=sys.stderr)
     return REFUSED
+
+
+def _run(command: Command, arguments: Sequence[str]) -> int:
+    """Run a subcommand. That the reader of its output closes it, as `head` does, is not an error."""
+    try:
+        code = _function(command)(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _output_is_closed() -> bool:
+    """Return whether nobody reads stdout any more; another pipe may be the broken one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _function(command: Command) -> Callable[[Sequence[str]], int]:

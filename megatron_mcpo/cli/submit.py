@@ -16,8 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mcpo.cli import plan, train
-from megatron_mcpo.cli.options import refuse
+from megatron_mcpo.cli import options, plan, train
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.planner import hardware
 
@@ -45,28 +44,23 @@ def parse(arguments: Sequence[str], script: str) -> Request:
 
     script: text of the job script, whose #SBATCH lines hold unless an option replaces them
     """
-    ours = argparse.ArgumentParser(
-        prog="mcpo submit",
-        usage="%(prog)s [[--gpu GPU] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    ours = options.parser("submit", __doc__, example="--gpu h100 --nodes=4 -- examples/qwen3_32b/h100_32.toml")
+    ours.usage = "%(prog)s [[--gpu GPU] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]"
     ours.add_argument("--gpu", help="h100, h200, a100, b200, or a JSON file of measured rates")
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    known, options = ours.parse_known_args(arguments[:end])
+    known, slurm = ours.parse_known_args(arguments[:end])
     run = list(arguments[end + 1 :])
     if end == len(arguments):
-        run, options = options, []
+        run, slurm = slurm, []
     if not run or run[0].startswith("-"):
         ours.error("CONFIG is missing; give it first, after the options of sbatch and --")
     written = [word for line in re.findall(r"^#SBATCH\s+(.*)", script, re.MULTILINE) for word in shlex.split(line)]
-    read, _ = _sbatch().parse_known_args([*written, *options])
+    read, _ = _sbatch().parse_known_args([*written, *slurm])
     return Request(
         gpu=known.gpu,
         nodes=read.nodes,
         gpus_per_node=read.gpus_per_node if read.gpus_per_node is not None else read.gres,
-        options=options,
+        options=slurm,
         run=run,
     )
 
@@ -123,7 +117,7 @@ def check(request: Request) -> int:
         if gpus is None and request.gpu is not None:
             gpus = hardware.load(request.gpu).per_node
     except ConfigError as error:
-        return refuse(error)
+        return options.refuse(error)
     ranks = [] if gpus is None else ["--ranks", str(request.nodes * gpus)]
     with redirect_stdout(sys.stderr):
         refused = train.main([*request.run, "--dry-run", *ranks])
@@ -142,7 +136,11 @@ def check(request: Request) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    request = parse(arguments, Path(SCRIPT).read_text(encoding="utf-8"))
+    script = Path(SCRIPT)
+    request = parse(arguments, script.read_text(encoding="utf-8") if script.exists() else "")
+    if not script.exists():
+        print(f"{SCRIPT}: must exist in the current folder; submit from the root of the checkout", file=sys.stderr)
+        return options.REFUSED
     refused = check(request)
     if refused:
         return refused

@@ -1,0 +1,86 @@
+"""The command `mcpo` as a shell sees it: help, exit codes, closed pipes.
+
+Not covered here: what the subcommands do.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mcpo import __version__
+from megatron_mcpo.cli import main as cli
+from tests.support.paths import ROOT
+
+HEAVY = ("torch", "megatron", "vllm", "pydantic", "rich")
+
+
+def mcpo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_mcpo", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_help_lists_every_subcommand_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from megatron_mcpo.cli.main import main; main(['--help']);"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert answer.stdout.splitlines()[-1] == "[]", answer.stderr
+    assert all(f"  {name} " in answer.stdout for name in cli.COMMANDS)
+
+
+def test_every_module_of_a_subcommand_is_there_and_no_other() -> None:
+    shared = {"main", "options", "launch", "preflight", "converting"}
+    modules = {path.stem for path in (ROOT / "megatron_mcpo" / "cli").glob("*.py")} - {"__init__"}
+    assert {command.module for command in cli.COMMANDS.values()} == modules - shared
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_subcommand_names_it_and_gives_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*name.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"usage: mcpo {name}" in printed and f"example: mcpo {name}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "usage: mcpo SUBCOMMAND"),
+        (["trian"], "did you mean `mcpo train`?"),
+        (["7"], "`mcpo --help` lists them."),
+        (["convert"], "needs one of: to-megatron, to-hf, check"),
+        (["data", "chek"], "needs one of: check, prepare"),
+    ],
+)
+def test_an_unknown_subcommand_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_group_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "convert to-hf" in printed and "sandbox check" not in printed
+
+
+def test_the_module_and_the_tools_are_the_same_command() -> None:
+    assert mcpo("--version").stdout == f"{__version__}\n"
+    for name, subcommand in (("hf_to_megatron", "to-megatron"), ("megatron_to_hf", "to-hf")):
+        command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert answer.returncode == 0 and f"usage: mcpo convert {subcommand}" in answer.stdout, answer.stderr
+
+
+def test_bad_input_has_exit_code_2(tmp_path: Path) -> None:
+    answer = mcpo("train", str(tmp_path / "none.toml"))
+    assert answer.returncode == 2 and "none.toml" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} -m megatron_mcpo config keys | true"
+    answer = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (answer.returncode, answer.stderr) == (0, ""), answer.stderr
