@@ -32,6 +32,8 @@ _ON_CPU = {
     "TORCH_COMPILE_DISABLE": "1",
     # That no CUDA runtime is found, which a CPU does not need.
     "TORCH_LOGS": "-torch.utils.cpp_extension",
+    # That vLLM binds memory to the one NUMA node.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 
