@@ -132,7 +132,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command(folder: Pat
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
     (problem,) = check_trackers(config_with([name]))
-    assert problem.startswith(f"run.trackers: {name} is not installed")
+    assert problem.startswith(f"run.trackers: {name} must be installed")
     assert f"pip install {name}" in problem
     with pytest.raises(ConfigError, match=f"pip install {name}"):
         MetricsLog(folder, [name])
