@@ -34,6 +34,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_conversion_needs_the_memory_of_a_few_tensors(source: Path, tmp_path: Path, processes: int) -> None:
     """In every process, as torchrun starts them."""
     options = ("--tp", "2", "--pp", "2")
-    _, there = convert.measure("hf_to_megatron", source, tmp_path / "megatron", *options, processes=processes)
-    _, back = convert.measure("megatron_to_hf", tmp_path / "megatron", tmp_path / "back", processes=processes)
+    _, there = convert.measure("to-megatron", source, tmp_path / "megatron", *options, processes=processes)
+    _, back = convert.measure("to-hf", tmp_path / "megatron", tmp_path / "back", processes=processes)
     assert max(there, back) <= LIMIT

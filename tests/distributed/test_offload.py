@@ -5,7 +5,6 @@ comes back is a copy. Not covered: pinned memory, a GPU's allocator, Transformer
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.storage import checkpoint_files
-from tests.support import tiny_models, tiny_run
+from tests.support import tiny_models
 from tests.support.checkpoints import (
     UPDATES,
     build,
@@ -29,7 +28,6 @@ from tests.support.checkpoints import (
     weights,
 )
 from tests.support.policies import maximise, start
-from tests.support.program import lasting, metrics, train_forked, write_config
 from tests.support.ranks import run_ranks
 
 LAYOUTS: list[tuple[str, str, Layout]] = [
@@ -216,20 +214,3 @@ def test_the_reference_says_the_same_and_waits_in_host_memory(
     ):
         assert all(torch.equal(a, b) for a, b in zip(mine[0], theirs[0], strict=True))
         assert len(mine[1]) == 1 < len(theirs[1]) and mine[2]
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_ends_with_the_same_figures(tmp_path: Path, ranks: int) -> None:
-    """The whole program, with a resumed half: settings that change no figure may change between its starts."""
-    folders: dict[str, Any] = {name: tmp_path / name for name in ("model", "plain", "offloaded")}
-    for folder in folders.values():
-        folder.mkdir()
-    tiny_run.save_chat_model(folders["model"])
-    on = ("--optimizer.offload", "true", "--model.offload_reference", "true")
-    common = ("--model.dtype", "bf16", "--batch.minibatches", "2", "--contrastive.diagnose_every", "2")
-    for name, overrides in (("plain", ()), ("offloaded", on)):
-        config = write_config(folders["model"], folders[name])
-        finished = train_forked(config, *common, *overrides, ranks=ranks)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    plain, moved = (metrics(folders[name] / "runs" / "tiny") for name in ("plain", "offloaded"))
-    assert len(plain) == 6 and lasting(plain) == lasting(moved)

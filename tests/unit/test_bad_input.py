@@ -235,4 +235,6 @@ def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) ->
 def test_one_domain_has_nobody_to_share_with_which_is_no_error(model: Path, tmp_path: Path) -> None:
     alone = CONFIG.replace("MODEL", str(model))
     alone = alone[: alone.rindex("[[domain]]")]
-    assert "contrastive.cross_domain_weight = 0.1: with one domain" in dry_run(alone, tmp_path)
+    assert "contrastive.cross_domain_weight = 0.1: cross-domain sharing needs at least two domains" in dry_run(
+        alone, tmp_path
+    )

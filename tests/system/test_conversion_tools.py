@@ -101,8 +101,8 @@ def test_what_is_left_behind_or_unchecked_is_said(
     given = save_folder(source, tmp_path / "given", tensors(source))
     (given / "additional_chat_templates").mkdir()
     hf_to_megatron(given, tmp_path / "megatron", sizes(), verify_forward=False, say=quiet)
-    assert "additional_chat_templates: is not taken along" in caplog.text
+    assert "additional_chat_templates: is not copied" in caplog.text
     for name in ("manifest.json", "conversion.json"):
         (tmp_path / "megatron" / name).unlink()
     megatron_to_hf(tmp_path / "megatron", tmp_path / "out", verify_forward=False, say=quiet)
-    assert "has no manifest.json: whether its files are whole is not checked" in caplog.text
+    assert "has no manifest.json, so its files are not checked for damage" in caplog.text
