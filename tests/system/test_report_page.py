@@ -127,7 +127,7 @@ def test_every_section_shows_what_it_is_for(page: Page) -> None:
         "map": ["24 rollouts", "step 8", "one plane for all steps".capitalize()],
         "rollouts": ["192 rollouts", "step 1"],
         "timings": ["Phases of a step", "rollout and rewards", "Peak memory"],
-        "settings": ["checkpoint_every", "lambda of cross-domain knowledge sharing", "domain logic"],
+        "settings": ["checkpoint_every", "weight lambda of the cross-domain term", "domain logic"],
     }
     for section in SECTIONS:
         page.go(section)

@@ -42,7 +42,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Figures:
 def submit(slurm: Cluster, config: Path, *options: str, settings: tuple[str, ...] = SETTINGS) -> Finished:
     variables = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LOGS": str(config.parent / "logs")}
     return subprocess.run(
-        ["examples/launch/submit.sh", *options, "--", config, *settings],
+        [sys.executable, "-m", "megatron_mcpo", "submit", *options, "--", config, *settings],
         cwd=ROOT,
         env=slurm.environment | variables,
         capture_output=True,

@@ -75,7 +75,7 @@ def save_empty_weights(folder: Path, model: ModelConfig) -> None:
 def test_a_recipe_passes_the_dry_run(
     path: Path, ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where its data and its model are, also as examples/launch/submit.sh calls it."""
+    """Where its data and its model are, also as `mcpo submit` does."""
     config, folder = load(path), tmp_path / "model"
     original = ROOT / config.model.path
     shutil.copytree(original, folder)
