@@ -107,10 +107,10 @@ VARIANTS = [
         share_prompts=True,
     ),
     Variant(
-        name="all rollouts in one micro-batch, per_domain, k1, all rivals of the domain",
+        name="all rollouts in one micro-batch, per_domain, k2, all rivals of the domain",
         sections={
             "batch": {"micro_batch_tokens": 4096},
-            "algorithm": {"advantage": "per_domain", "kl_estimator": "k1"},
+            "algorithm": {"advantage": "per_domain", "kl_estimator": "k2"},
             "contrastive": {"negatives": "domain", "denominator": "all"},
         },
         share_prompts=True,

@@ -125,17 +125,15 @@ def policy_loss(
     )
 
 
-def kl_estimate(logp_R: Tensor, ref_logp_R: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
+def kl_estimate(logp_R: Tensor, ref_logp_R: Tensor, kind: Literal["k2", "k3"] = "k3") -> Tensor:
     """Return each token's estimate of KL(policy || reference) in nats (Schulman, "Approximating KL divergence").
 
-    With d = reference - policy log-prob: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d. In expectation over the policy's
-    tokens the gradient of k1 is zero (it only adds noise to a loss), that of k2 is the gradient of KL(policy ||
-    reference), that of k3 the gradient of KL(reference || policy).
+    With d = reference - policy log-prob: k2 = d^2 / 2, k3 = e^d - 1 - d. In expectation over the policy's tokens the
+    gradient of k2 is that of KL(policy || reference), and the gradient of k3 that of KL(reference || policy). The
+    estimator k1 = -d is not offered: the expectation of its gradient is zero, so it would only add noise to a loss.
     """
     difference_R = (ref_logp_R.detach() - logp_R).clamp(max=_MAX_LOG_RATIO)
     match kind:
-        case "k1":
-            return -difference_R
         case "k2":
             return difference_R.square() / 2
         case "k3":

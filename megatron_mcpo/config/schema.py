@@ -218,7 +218,7 @@ class AlgorithmConfig(Section):
     kl_weight: NonNegativeFloat = Field(
         0.001, description="weight beta of the KL term; 0: there is no KL term, and no reference model is built"
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of KL(policy || reference), per token")
+    kl_estimator: Literal["k2", "k3"] = Field("k3", description="estimator of KL(policy || reference), per token")
     importance: Literal["truncate", "mask", "off"] = Field(
         "truncate",
         description="importance weight of a token, exp(trainer's log-prob - engine's log-prob), which corrects the "

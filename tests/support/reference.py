@@ -85,7 +85,7 @@ def policy_term(
             weight = weight * ((weight >= settings.importance_floor) & (weight <= settings.importance_cap))
         weight = weight.clamp(max=settings.importance_cap)
         towards = ref.double() - new
-        kl = {"k1": -towards, "k2": towards.square() / 2, "k3": towards.exp() - 1 - towards}[settings.kl_estimator]
+        kl = {"k2": towards.square() / 2, "k3": towards.exp() - 1 - towards}[settings.kl_estimator]
         token = -weight * gain + settings.kl_weight * kl
         sums.append(token.sum())
         means.append(token.sum() / max(1, len(new)))

@@ -184,7 +184,7 @@ def test_bad_overrides(tmp_path, overrides, expected):
             "must be greater than 0. Meaning: largest importance weight. Default: 2.0.",
         ),
         ("algorithm", 'clip = "trpo"', "algorithm.clip = 'trpo': must be 'ppo', 'gspo' or 'cispo'"),
-        ("algorithm", 'kl_estimator = "k4"', "algorithm.kl_estimator = 'k4': must be 'k1', 'k2' or 'k3'"),
+        ("algorithm", 'kl_estimator = "k4"', "algorithm.kl_estimator = 'k4': must be 'k2' or 'k3'"),
         ("algorithm", "clip_low = 1.5", "algorithm.clip_low = 1.5: must be less than or equal to 1"),
         (
             "contrastive",
