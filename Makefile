@@ -1,5 +1,6 @@
 # make train          the quick start; CONFIG=other.toml and ARGS="--run.steps 5" as you like
-# make test           checks, unit and distributed tests, and one run from end to end; WORKERS=4 for more processes
+# make test           checks, unit and distributed tests, and one run from end to end; WORKERS=4 for more processes,
+#                     PYTEST_OPTIONS="--durations 20" for pytest
 # make test-system    the other tests: vLLM, whole programs, Slurm, the sandbox under attack, a browser
 # make test-all       both
 # make docs           the documentation's site, in build/docs
@@ -21,7 +22,7 @@ train: model
 # Offline: after `make model` nothing may be fetched.
 test test-system: export OMP_NUM_THREADS := 1
 test test-system: export HF_HUB_OFFLINE := 1
-PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS)
+PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS) $(PYTEST_OPTIONS)
 TESTS := tests/unit tests/distributed tests/gpu tests/system/test_end_to_end.py::test_it_learns_and_leaves_what_it_promises
 
 test: model

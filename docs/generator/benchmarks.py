@@ -183,3 +183,15 @@ def scaling(results: Path) -> str:
     ]
     columns = ("replicas", "gradients and weights", "representations", "rollouts (pickled)", "messages")
     return _with_machine(content, table(columns, rows))
+
+
+def tiers(results: Path) -> str:
+    """Return what each tier of the tests costs, and its slowest files."""
+    content = _read(results, "tiers.json")
+    lines = []
+    for tier in ("unit", "distributed", "system"):
+        files = [row for row in content["tiers"] if row["tier"] == tier]
+        slowest = ", ".join(f"`{row['file']}` {row['seconds']:.0f} s" for row in files[:4])
+        tests, seconds = (sum(row[key] for row in files) for key in ("tests", "seconds"))
+        lines.append([f"`tests/{tier}`", str(tests), f"{seconds:.0f} s", slowest])
+    return _with_machine(content, table(["tier", "tests", "seconds of all tests", "slowest files"], lines))

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "convert": benchmarks.convert,
     "push": benchmarks.push,
     "scaling": benchmarks.scaling,
+    "tiers": benchmarks.tiers,
 }
 
 PAGES: dict[str, Callable[[], str]] = {
