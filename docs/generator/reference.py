@@ -39,7 +39,8 @@ is too easy or too hard for the model, or the verifier rejects everything |
 | `loss/cross_domain`, `loss/in_domain` | below log(1 + `contrast/negatives`), which is what equal similarities give | \
 at or above chance the representations do not separate correct from incorrect rollouts; see \
 `contrast/anchors_cross_domain` for whether there are pairs at all |
-| `engine/logprob_diff_mean` | 0 up to rounding; the engine check stops a run above its tolerance | trainer and engine \
+| `engine/logprob_diff_mean` | what rounding gives (bf16: 0.02 to 0.06 in the quick start); the engine check compares \
+all weights above its tolerance and stops the run above four times that | trainer and engine \
 do not compute the same policy |
 | held-out accuracy (`eval.jsonl`) | rises with the reward; its interval says what the number of items can show | \
 reward rises and accuracy does not: the model learns the verifier or the training items |

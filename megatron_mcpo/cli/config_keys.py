@@ -21,16 +21,24 @@ _WIDEST = 120
 def main(arguments: Sequence[str]) -> int:
     """Print the keys of all sections or of one; return the exit code."""
     parser = options.parser("config keys", __doc__, example="contrastive")
-    parser.add_argument("section", nargs="?", metavar="SECTION", help="only the keys of this table")
+    parser.add_argument(
+        "section",
+        nargs="?",
+        metavar="SECTION",
+        help="only the keys of this table, or one key, such as contrastive.top_k",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per key")
     known = parser.parse_args(arguments)
     names = [table.name for table in tables()]
-    if known.section is not None and known.section not in names:
+    is_section = known.section is None or known.section in names
+    single = [] if is_section else [key for key in keys() if f"{key.section}.{key.name}" == known.section]
+    if not is_section and not single:
         near = difflib.get_close_matches(known.section, names, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         rule = f"SECTION = {known.section!r}: must be a section. {hint}Sections: {', '.join(names)}."
         return options.refuse(ConfigError([rule]))
-    chosen = [key for key in keys() if known.section is None or f"{key.section}.".startswith(f"{known.section}.")]
+    within = f"{known.section}."
+    chosen = single or [key for key in keys() if known.section is None or f"{key.section}.".startswith(within)]
     if known.json:
         print("\n".join(json.dumps(asdict(key)) for key in chosen))
     else:

@@ -54,6 +54,9 @@ _EXAMPLE = "example: mcpo train examples/quickstart/config.toml --run.steps 5"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the subcommand that the arguments name; return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # `python -m` does this; the console script does not, and a reward function often lies in the current folder.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     if given[:1] == ["--version"]:
         print(__version__)
         return 0

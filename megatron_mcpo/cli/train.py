@@ -21,7 +21,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = options.parser("train", __doc__, example="examples/quickstart/config.toml --run.steps 5")
     parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
     parser.add_argument("--verbose", action="store_true", help="print every metric of a step and of each domain")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check configuration, model and files, print the layout and stop (rows: mcpo data check)",
+    )
     parser.add_argument(
         "--ranks",
         type=int,

@@ -103,7 +103,7 @@ def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     Raises ConfigError with all problems at once: field, value, rule and fix.
     """
     if not path.is_dir():
-        fix = "Give one with config.json and safetensors"
+        fix = "Give one with config.json and safetensors. Ids of a hub are not taken: download the model first"
         raise ConfigError([f"model.path = {str(path)!r}: must be a folder (no such folder). {fix}."])
     files: list[str] = []
     values = read_json(path / "config.json", files)

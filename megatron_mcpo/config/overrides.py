@@ -27,7 +27,9 @@ def apply_overrides(layers: Layers, overrides: Sequence[str], model: type[BaseMo
         key, equals, text = flag.removeprefix("--").partition("=")
         section, dot, name = key.partition(".")
         if not (flag.startswith("--") and section and dot and name):
-            problems.append(f"{flag}: not an override. Write --section.key VALUE.")
+            meant = [f"--{table}.{key}" for table in model.model_fields if field_at([table, key], model)] if key else []
+            hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
+            problems.append(f"{flag}: not an override. Write --section.key VALUE.{hint}")
             if not equals and rest and not rest[0].startswith("--"):
                 rest.pop(0)
             continue

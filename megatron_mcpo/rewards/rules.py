@@ -86,7 +86,8 @@ def _values(verifier: VerifierConfig, where: str, *, response_limit: int) -> Ite
         )
     if verifier.function is not None and (reason := _not_found(verifier.function.partition(":")[0])):
         yield (
-            f"{where}.function = {verifier.function!r}: {reason}; correct it, or start where the module can be imported"
+            f"{where}.function = {verifier.function!r}: {reason}; correct it, start in the folder of the module, or "
+            "put that folder into PYTHONPATH"
         )
     if verifier.prompt is not None:
         text, reason = _read(verifier.prompt)

@@ -26,6 +26,9 @@ NEUTRAL_KEYS = frozenset(
 )
 
 
+_METHOD = ("contrastive.", "algorithm.")
+
+
 def settings(config: Config) -> dict[str, Any]:
     """Return values by dotted key, without neutral keys and the layout of trainer and engines; a list is one value.
 
@@ -38,7 +41,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Return the settings that differ: three of them with both values, and the number of the others."""
-    keys = [key for key in ours if theirs[key] != ours[key]]
+    """Return the settings that differ: three of them with both values, the method's first, and how many more."""
+    keys = sorted((key for key in ours if theirs[key] != ours[key]), key=lambda key: not key.startswith(_METHOD))
     shown = [key if isinstance(ours[key], list) else f"{key} {theirs[key]} there, {ours[key]} here" for key in keys[:3]]
     return [*shown, f"and {len(keys) - 3} more"] if len(keys) > 3 else shown

@@ -3,6 +3,7 @@
 Not covered here: what the subcommands do.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,17 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"set -o pipefail; {sys.executable} -m megatron_mcpo config keys | true"
     answer = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (answer.returncode, answer.stderr) == (0, ""), answer.stderr
+
+
+def test_modules_of_the_current_folder_can_be_imported_as_with_python_m(tmp_path: Path) -> None:
+    """A console script has its own folder on the path instead."""
+    (tmp_path / "my_rewards.py").write_text("found = 'here'")
+    code = (
+        "import sys; sys.path.remove(''); from megatron_mcpo.cli.main import main; main(['--version']);"
+        "import my_rewards; print(my_rewards.found)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert answer.stdout.splitlines() == [__version__, "here"], answer.stderr

@@ -122,7 +122,7 @@ def test_a_text_may_look_like_another_toml_value(tmp_path, text):
     ("overrides", "expected"),
     [
         (["run.steps", "3"], "run.steps: not an override"),
-        (["--steps", "3"], "--steps: not an override"),
+        (["--steps", "3"], "--steps: not an override. Write --section.key VALUE. Did you mean --run.steps?"),
         (["--run.steps"], "--run.steps: has no value"),
         (["--run.name", "--run.steps", "5"], "--run.name: has no value"),
         (["--domain.name", "x"], "overrides reach only the keys of single tables. Edit 'domain' in the file."),

@@ -152,3 +152,10 @@ def test_listing_needs_no_torch() -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=400, capture_output=True)
     assert b"cross_domain_weight = 0.1" in finished.stdout
+
+
+def test_one_key_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "keys", "contrastive.top_k", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["name"] == "top_k" and json.loads(line)["section"] == "contrastive"
+    assert main(["config", "keys", "contrastive.topk"]) == 2

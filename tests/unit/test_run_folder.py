@@ -20,6 +20,7 @@ import pytest
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.storage.files import read_jsonl, step_files, write_atomically
 from megatron_mcpo.storage.run_folder import FOLDERS, RunFolder
+from megatron_mcpo.storage.run_settings import differences
 
 FILE = """
 [run]
@@ -336,3 +337,9 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_module_imports_no_torch() -> None:
     code = "import sys, megatron_mcpo.storage.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0
+
+
+def test_of_the_settings_that_differ_those_of_the_method_come_first() -> None:
+    theirs = {"batch.prompts": 1, "batch.samples": 1, "optimizer.lr": 0.1, "contrastive.cross_domain_weight": 0.1}
+    found = differences(theirs, {key: 0 for key in theirs})
+    assert found[0] == "contrastive.cross_domain_weight 0.1 there, 0 here" and found[3] == "and 1 more"
