@@ -15,7 +15,8 @@ from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.config.model import engine_problems, layout_problems, quantization_problems
+from megatron_mcpo.config.model import layout_problems
+from megatron_mcpo.config.model_rules import serving_problems
 from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_flags, engine_options
 
 _QUIET = {
@@ -91,14 +92,6 @@ def _check(config: Config) -> None:
     """Check that vLLM can serve the model. Raises ConfigError with all problems."""
     model = from_folder(Path(config.model.path), with_weights=False)
     problems = layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
-    problems += engine_problems(
-        model,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_response_tokens=config.rollout.max_response_tokens,
-        on_cpu=vllm_on_cpu(),
-    )
-    if config.engine.quantization != "none":
-        tensor_parallel = config.engine.tensor_parallel
-        problems += quantization_problems(model, tensor_parallel, in_servers=True, on_cpu=vllm_on_cpu())
+    problems += serving_problems(config, model, in_servers=True, on_cpu=vllm_on_cpu())
     if problems:
         raise ConfigError(problems)

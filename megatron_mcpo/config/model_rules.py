@@ -14,15 +14,28 @@ def problems(config: Config, model: ModelConfig, *, on_cpu: bool) -> list[str]:
         model: The model in `config.model.path`.
         on_cpu: Whether the engine computes on a CPU, where vLLM has fewer kernels.
     """
+    in_servers = bool(config.engine.servers)
+    return _head_problems(config, model) + serving_problems(config, model, in_servers=in_servers, on_cpu=on_cpu)
+
+
+def serving_problems(config: Config, model: ModelConfig, *, in_servers: bool, on_cpu: bool) -> list[str]:
+    """Return why vLLM can't serve this model as the configuration says, a line per problem.
+
+    Args:
+        config: A valid configuration.
+        model: The model in `config.model.path`.
+        in_servers: Whether the engine is a process of its own, not part of the trainer's ranks.
+        on_cpu: Whether the engine computes on a CPU, where vLLM has fewer kernels.
+    """
     engine = config.engine
-    found = _head_problems(config, model) + engine_problems(
+    found = engine_problems(
         model,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         on_cpu=on_cpu,
     )
     if engine.quantization != "none":
-        found += quantization_problems(model, engine.tensor_parallel, in_servers=bool(engine.servers), on_cpu=on_cpu)
+        found += quantization_problems(model, engine.tensor_parallel, in_servers=in_servers, on_cpu=on_cpu)
     return found
 
 
