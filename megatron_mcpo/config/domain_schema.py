@@ -15,8 +15,10 @@ from megatron_mcpo.config.schema import (
     Section,
 )
 
-FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")]
-HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
+FunctionPath = Annotated[
+    str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$", examples=["my_rewards:score"])
+]
+HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s]+$", examples=["http://127.0.0.1:8000/v1"])]
 
 
 GENERATED_ITEMS = 400
@@ -175,7 +177,7 @@ class DomainConfig(Section):
 
     @property
     def scoring(self) -> list[VerifierConfig]:
-        """The verifiers that give a score, which `length` does not; if empty, rows and generators name theirs."""
+        """Return the verifiers that give a score, all but `length`; if empty, rows and generators name theirs."""
         return [verifier for verifier in self.verifiers if verifier.kind != "length"]
 
 

@@ -19,9 +19,9 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PathText = Annotated[str, Field(min_length=1)]
 # Names become folders and keys of metrics: they have no slash and no leading dot.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["math_1"])]
 
-ServerUrl = Annotated[str, Field(pattern=r"^http://[A-Za-z0-9._-]+:[0-9]{1,5}$")]
+ServerUrl = Annotated[str, Field(pattern=r"^http://[A-Za-z0-9._-]+:[0-9]{1,5}$", examples=["http://10.0.0.1:8000"])]
 
 
 class Section(BaseModel):
@@ -298,7 +298,7 @@ class ContrastiveConfig(Section):
 
     @property
     def enabled(self) -> bool:
-        """Whether one of the two terms has a weight above 0."""
+        """Return whether one of the two terms has a weight above 0."""
         return self.cross_domain_weight > 0 or self.in_domain_weight > 0
 
 
