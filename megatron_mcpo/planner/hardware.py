@@ -114,17 +114,18 @@ GPUS = {
 def load(name: str) -> Gpu:
     """Return a GPU of the table, or of a JSON file: {"base": a name of the table, and any of Gpu's numbers to replace}.
 
+    Names of the table may be in capitals, as data sheets have them.
     A measurement on the machine writes such a file (see docs/gpu.md); it must have "sources", a list of sentences.
     Raises ConfigError for an unknown name, an unreadable file, an unknown key or a value that is not a positive number.
     """
-    if name in GPUS:
-        return GPUS[name]
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
     path = Path(name)
     if not path.is_file():
         raise ConfigError([f"--gpu {name}: no such GPU and no such file; use one of {', '.join(GPUS)} or a JSON file"])
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        base = GPUS[values.pop("base")]
+        base = GPUS[values.pop("base").lower()]
         sources = tuple(map(str, values.pop("sources")))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(

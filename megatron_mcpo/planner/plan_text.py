@@ -62,8 +62,8 @@ def describe(change: Change) -> str:
     return " ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
 
 
-def remedy_lines(plan: MemoryPlan, remedies: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
-    """Write the changes that make a plan fit, each with its cost."""
+def remedy_lines(nodes: int, remedies: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
+    """Write the changes that make a plan on `nodes` nodes fit, each with its cost."""
     if not remedies:
         yield (
             "no change of layout, recompute, micro-batch, offload or engine makes it fit, and neither do 16 times the "
@@ -72,9 +72,9 @@ def remedy_lines(plan: MemoryPlan, remedies: Sequence[tuple[Change, MemoryPlan]]
         return
     yield "changes that make it fit, the simplest and fastest first (per step; peak of the fullest rank):"
     for change, found in remedies:
-        nodes = [] if found.nodes == plan.nodes else [f"--nodes {found.nodes}"]
+        more_nodes = [] if found.nodes == nodes else [f"--nodes {found.nodes}"]
         yield (
-            f"  {' '.join([*nodes, describe(change)]).strip()}  ({found.seconds['step']:,.0f} s, "
+            f"  {' '.join([*more_nodes, describe(change)]).strip()}  ({found.seconds['step']:,.0f} s, "
             f"{found.gpu_hours:,.2f} GPU-hours, {_peak(found)})"
         )
 
@@ -85,6 +85,9 @@ def _peak(plan: MemoryPlan) -> str:
 
 def search_lines(found: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
     """Write the rule that the layouts are ordered by, and the first of them, one line each."""
+    if not found:
+        yield "no layout fits on these nodes"
+        return
     yield f"{len(found)} layouts fit. Ordered by seconds per step; one that leaves less than {HEADROOM:.0%} of a GPU's"
     yield f"memory free counts as {TIGHT_COST:.0%} slower:"
     yield (
@@ -100,5 +103,4 @@ def search_lines(found: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
             f"{config.model.recompute:>9}  micro-batch {config.batch.micro_batch_tokens}, engine tensor "
             f"{config.engine.tensor_parallel}, share {config.engine.gpu_memory_utilization:g}"
         )
-    if found:
-        yield f"the first as overrides: {describe(found[0][0])}"
+    yield f"the first as overrides: {describe(found[0][0])}"

@@ -52,7 +52,7 @@ def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[t
                 found.append((change, fitting))
         if len(found) >= MOST_REMEDIES:
             return found[:MOST_REMEDIES]
-    return found + _more_nodes(config, model, gpu, nodes)
+    return found + more_nodes(config, model, gpu, nodes)
 
 
 def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[Change]:
@@ -77,7 +77,7 @@ def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) ->
     ]
 
 
-def _more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+def more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
     """Return the best layout on the fewest nodes on which one fits, the present layout before all others."""
     for factor in (2, 4, 8, 16):
         num_ranks = nodes * factor * gpu.per_node

@@ -225,6 +225,45 @@ def test_bad_configurations_are_refused(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("memory_gib", "fits"), [(79.1, True), (0.1, False)], ids=["on an h100", "on a GPU without memory"]
+)
+def test_a_search_does_not_need_nodes_for_the_layout_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], memory_gib: float, fits: bool
+) -> None:
+    """A replica of 16 ranks on 2 GPUs: what fits there is listed, and that nothing does is exit code 1."""
+    gpu = tmp_path / "gpu.json"
+    gpu.write_text(json.dumps({"base": "H100", "memory_gib": memory_gib, "sources": ["made up"]}))
+    parallel = ["--parallel.tensor", "4", "--parallel.pipeline", "4"]
+    where = ["--nodes", "1", "--gpus-per-node", "2", "--gpu", str(gpu)]
+    arguments = [write(tmp_path / "a.toml", "qwen3-0.6b"), *parallel, *where]
+    code, out, err = run_program(*arguments, capsys=capsys)
+    assert (code, out) == (2, "") and "needs a multiple of 16 ranks, there are 2" in err
+    code, out, err = run_program(*arguments, "--search", capsys=capsys)
+    assert (code, err) == (0 if fits else 1, "")
+    assert "needs a multiple of 16 ranks, there are 2" in out
+    assert ("as overrides: --parallel.tensor" in out, "no layout fits on these nodes" in out) == (fits, not fits)
+    code, out, _ = run_program(*arguments, "--search", "--json", capsys=capsys)
+    values = json.loads(out)
+    assert code == (0 if fits else 1) and values["fits"] is False
+    assert "needs a multiple of 16 ranks" in values["impossible"][0] and values["world_size"] == 2
+    assert bool(values["search"]) is fits
+    assert all(found["fits"] and found["world_size"] == 2 for found in values["search"])
+
+
+def test_a_search_refuses_what_no_layout_can_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = ["--rollout.max_response_tokens", "90000", "--batch.micro_batch_tokens", "99999"]
+    file = write(tmp_path / "a.toml", "qwen3-0.6b")
+    code, out, err = run_program(file, "--nodes", "1", "--parallel.tensor", "3", *longer, "--search", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "must be at most the model's max_position_embeddings" in err
+
+
+@pytest.mark.parametrize("name", hardware.GPUS)
+def test_a_gpu_may_be_named_in_capitals(name: str) -> None:
+    assert hardware.load(name.upper()) is hardware.load(name) is hardware.GPUS[name]
+
+
 def test_measured_rates_replace_those_of_the_table(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"base": "h100", "gemm_tflops": 340, "sources": ["measured here"]}))
