@@ -24,8 +24,12 @@ from megatron_mcpo.reporting.compare import Band, Comparison, Method, compare
 def main(arguments: Sequence[str]) -> int:
     """Compare with command-line arguments; return the exit code."""
     parser = options.parser("compare", __doc__, example="runs/grpo runs/mcpo")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; the others are compared with the first")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the plots")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs; the others are compared with the first"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison"), help="folder for the plots (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print an object instead of a table")
     known = parser.parse_args(arguments)
     try:

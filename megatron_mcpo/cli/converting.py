@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mcpo.cli import options
 from megatron_mcpo.convert.compare import Comparison
 from megatron_mcpo.convert.convert import VerificationError
 
@@ -46,7 +47,7 @@ def exit_code(work: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         if _is_first():
             print(error, file=sys.stderr)
-        return 1 if isinstance(error, VerificationError) else 2
+        return options.FAILED if isinstance(error, VerificationError) else options.REFUSED
 
 
 def report_success(known: argparse.Namespace, compared: Comparison) -> int:

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,7 @@ from megatron_mcpo.rewards import allowlist
 def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = options.parser("data check", __doc__, example="examples/five_domains/config.toml")
-    parser.add_argument("config", type=Path)
+    options.add_config(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per source instead of a table")
     known, overrides = parser.parse_known_args(arguments)
     try:

@@ -4,7 +4,6 @@ The model is that of the configuration, a checkpoint of a run, or a Hugging Face
 The ranks are started as by `mcpo train`.
 """
 
-import argparse
 import json
 import math
 import os
@@ -85,11 +84,11 @@ def read_baseline(path: Path, domain_names: Sequence[str]) -> dict[str, Any]:
     return rows[-1]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> options.Parser:
     parser = options.parser(
         "evaluate", __doc__, example="examples/quickstart/config.toml --checkpoint runs/latest/checkpoints/step_000020"
     )
-    parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
+    options.add_config(parser)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="of a run: runs/NAME/checkpoints/step_NNNNNN")
     weights.add_argument("--hf", type=Path, help="Hugging Face folder; without either, the configuration's model.path")

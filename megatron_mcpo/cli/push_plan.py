@@ -18,7 +18,7 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 def main(arguments: Sequence[str]) -> int:
     parser = options.parser("push-plan", __doc__, example="examples/qwen3_32b/h100_32.toml --ranks 32")
-    parser.add_argument("config", type=Path)
+    options.add_config(parser)
     parser.add_argument(
         "--ranks", type=int, help="number of ranks of the run (default: the fewest that the configuration needs)"
     )

@@ -6,7 +6,6 @@ run could not be started again. Exit code 2: bad configuration.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
@@ -15,7 +14,7 @@ from megatron_mcpo.storage.run_folder import restore_preempted_mark, take_preemp
 
 def main(arguments: Sequence[str]) -> int:
     parser = options.parser("requeue", __doc__, example="examples/quickstart/config.toml")
-    parser.add_argument("config", type=Path)
+    options.add_config(parser)
     parser.add_argument("--put-back", action="store_true", help="the run could not be started again")
     known, overrides = parser.parse_known_args(arguments)
     try:

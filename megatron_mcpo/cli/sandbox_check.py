@@ -15,7 +15,12 @@ from megatron_mcpo.rewards.sandbox.levels import available_level
 
 def main(arguments: Sequence[str]) -> int:
     parser = options.parser("sandbox check", __doc__, example="--level bubblewrap")
-    parser.add_argument("--level", choices=("auto", "bubblewrap", "interpreter", "insecure"), default="auto")
+    parser.add_argument(
+        "--level",
+        choices=("auto", "bubblewrap", "interpreter", "insecure"),
+        default="auto",
+        help="as rewards.sandbox (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     known = parser.parse_args(arguments)
     try:

@@ -41,9 +41,9 @@ _ON_CPU = {
 def main(arguments: Sequence[str]) -> int:
     """Become the server. Returns only the exit code of bad input."""
     parser = options.parser("serve", __doc__, example="examples/quickstart/config.toml --port 8001")
-    parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    options.add_config(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     known, overrides = parser.parse_known_args(arguments)
     if not 0 < known.port < 2**16:
         parser.error(f"--port {known.port}: must be from 1 to {2**16 - 1}")

@@ -21,7 +21,6 @@ from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.planner import hardware
 
 SCRIPT = "examples/launch/train.sbatch"
-NOT_QUEUED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ def parse(arguments: Sequence[str], script: str) -> Request:
     """
     ours = options.parser("submit", __doc__, example="--gpu h100 --nodes=4 -- examples/qwen3_32b/h100_32.toml")
     ours.usage = "%(prog)s [[--gpu GPU] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]"
-    ours.add_argument("--gpu", help="h100, h200, a100, b200, or a JSON file of measured rates")
+    ours.add_argument("--gpu", help=options.GPUS)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     known, slurm = ours.parse_known_args(arguments[:end])
     run = list(arguments[end + 1 :])
@@ -131,7 +130,7 @@ def check(request: Request) -> int:
         where = ["--gpu", request.gpu, "--nodes", str(request.nodes), "--gpus-per-node", str(gpus)]
         if plan.main([*request.run, *where]):
             print(f"Not queued: it does not fit on {request.nodes} node(s), or the plan is impossible; see above.")
-            return NOT_QUEUED
+            return options.FAILED
     return 0
 
 
@@ -149,4 +148,4 @@ def main(arguments: Sequence[str]) -> int:
         os.execvp("sbatch", ["sbatch", *request.options, SCRIPT, *request.run])
     except FileNotFoundError:
         print("sbatch: not found; submit from a host that has Slurm's commands", file=sys.stderr)
-        return NOT_QUEUED
+        return options.FAILED

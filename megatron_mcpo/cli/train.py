@@ -6,7 +6,6 @@ torchrun (or srun torchrun) it is one of these ranks.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_mcpo.cli import options
 from megatron_mcpo.cli.launch import launch, on_rank, started_ranks
@@ -19,7 +18,7 @@ from megatron_mcpo.distributed.preemption import hold_signals
 def main(arguments: Sequence[str]) -> int:
     """Train with command-line arguments; return the exit code."""
     parser = options.parser("train", __doc__, example="examples/quickstart/config.toml --run.steps 5")
-    parser.add_argument("config", type=Path, help="TOML configuration; overrides follow as --section.key VALUE")
+    options.add_config(parser)
     parser.add_argument("--verbose", action="store_true", help="print every metric of a step and of each domain")
     parser.add_argument(
         "--dry-run",

@@ -62,6 +62,41 @@ def test_an_unknown_subcommand_is_refused(arguments: list[str], says: str, capsy
     assert says in capsys.readouterr().err
 
 
+REQUIRED = {
+    **dict.fromkeys(
+        ["train", "evaluate", "serve", "push-plan", "data check", "requeue", "submit"], "CONFIG is missing"
+    ),
+    "plan": "CONFIG, --nodes are missing",
+    "convert to-megatron": "SRC, DST are missing",
+    "convert to-hf": "SRC, DST are missing",
+    "convert check": "HF_DIR is missing",
+    "report": "RUN is missing",
+    "compare": "RUN is missing",
+    "data prepare": "give a SET, its files and --out, or --list",
+}
+"""What a subcommand without arguments says."""
+
+
+def test_the_subcommands_that_run_without_arguments_are_known() -> None:
+    assert cli.COMMANDS.keys() - REQUIRED.keys() == {"config keys", "sandbox check"}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_missing_arguments_are_named_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(name.split())
+    problem, example, more = capsys.readouterr().err.splitlines()
+    assert ended.value.code == cli.REFUSED
+    assert problem.startswith(f"mcpo {name}: {REQUIRED[name]}")
+    assert example.startswith(f"example: mcpo {name} ") and more == f"help:    mcpo {name} --help"
+
+
+def test_help_of_compare_has_the_default_of_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    assert "folder for the plots (default: comparison)" in capsys.readouterr().out
+
+
 def test_a_group_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", "--help"]) == 0
     printed = capsys.readouterr().out

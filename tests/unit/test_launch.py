@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo.cli import submit
+from megatron_mcpo.cli import options, submit
 from megatron_mcpo.config.config import load
 from megatron_mcpo.storage.run_folder import RunFolder
 from tests.support import tiny_run
@@ -122,7 +122,7 @@ def test_where_there_is_no_slurm_it_is_said(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert submit.main([str(write_config(model, tmp_path))]) == submit.NOT_QUEUED
+    assert submit.main([str(write_config(model, tmp_path))]) == options.FAILED
     assert "sbatch: not found" in capsys.readouterr().err
 
 
