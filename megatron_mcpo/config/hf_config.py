@@ -95,6 +95,9 @@ _YARN_FIXED: dict[str, tuple[Any, ...]] = {
     "truncate": (None, True),
 }
 
+_LISTED = 5
+"""Names of a folder's contents that a message lists."""
+
 
 def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     """Read a Hugging Face folder: config.json, generation_config.json, and whether the weight files can be read.
@@ -105,6 +108,10 @@ def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     if not path.is_dir():
         fix = "Give one with config.json and safetensors. Ids of a hub are not taken: download the model first"
         raise ConfigError([f"model.path = {str(path)!r}: must be a folder (no such folder). {fix}."])
+    if not (path / "config.json").is_file():
+        rule = "must hold a model: config.json, a tokenizer and safetensors"
+        fix = "Get one with `hf download Qwen/Qwen3-0.6B --local-dir models/qwen3-0.6b` and name that folder"
+        raise ConfigError([f"model.path = {str(path)!r}: {rule} (it holds {_contents(path)}). {fix}."])
     files: list[str] = []
     values = read_json(path / "config.json", files)
     if values is None:
@@ -149,6 +156,13 @@ def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
         experts=experts,
         eos_token_ids=eos_token_ids,
     )
+
+
+def _contents(folder: Path) -> str:
+    """Return the first names in a folder, in words."""
+    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
+    more = [f"{len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return ", ".join([*names[:_LISTED], *more]) or "nothing"
 
 
 def _family(values: dict[str, Any], problems: list[str]) -> Family:

@@ -352,7 +352,7 @@ def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkey
         ("mixed", "must all be bfloat16 or all float32"),
         ("megatron", "it is a Megatron checkpoint, which `mcpo convert to-hf` converts"),
         ("full", "the disk has 1,000 free"),
-        ("empty", "no such file"),
+        ("empty", "must hold a model: config.json, a tokenizer and safetensors (it holds nothing)"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(

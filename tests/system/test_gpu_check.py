@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,8 +18,10 @@ from benchmarks.gpu.models import SMALL
 from benchmarks.gpu.outcome import Band, Outcome, Row
 from benchmarks.gpu.run import check, table, write
 from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.device import why_no_gpu
 from megatron_mcpo.planner import hardware
+from tests.support import families
 from tests.support.ranks import run_ranks
 
 
@@ -82,11 +85,9 @@ def test_a_step_has_the_flops_of_its_parameters() -> None:
     assert training_flops(model, rollouts=1, length=100, response=40) == pytest.approx(expected, rel=1e-6)
 
 
-def _model():  # type: ignore[no-untyped-def]
-    from megatron_mcpo.config.model import ModelConfig
-
-    return ModelConfig(
-        family="qwen3",
+def _model() -> ModelConfig:
+    return replace(
+        families.MODEL,
         num_layers=SMALL.layers,
         hidden_size=SMALL.hidden,
         ffn_hidden_size=SMALL.ffn,
@@ -94,15 +95,6 @@ def _model():  # type: ignore[no-untyped-def]
         num_kv_heads=SMALL.kv_heads,
         head_dim=SMALL.head_dim,
         vocab_size=SMALL.vocab,
-        max_positions=128,
-        norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_scaling=None,
-        tied_embeddings=False,
-        qkv_bias=False,
-        qk_norm=True,
-        experts=None,
-        eos_token_ids=(0,),
     )
 
 

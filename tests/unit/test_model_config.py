@@ -26,6 +26,7 @@ from megatron_mcpo.config.model import (
     layout_problems,
     quantization_problems,
 )
+from tests.support import families
 
 QWEN25 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -130,6 +131,24 @@ def problems_of(folder: Path) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         from_folder(folder)
     return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("names", "holds"),
+    [
+        ([], "nothing"),
+        (["README.md", "qwen3-0.6b/config.json"], "README.md, qwen3-0.6b/"),
+        ([f"{letter}.bin" for letter in "gfedcba"], "a.bin, b.bin, c.bin, d.bin, e.bin, 2 more"),
+    ],
+)
+def test_a_folder_without_a_model_is_described(tmp_path: Path, names: list[str], holds: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert problems_of(tmp_path) == [
+        f"model.path = {str(tmp_path)!r}: must hold a model: config.json, a tokenizer and safetensors (it holds "
+        f"{holds}). Get one with `hf download Qwen/Qwen3-0.6B --local-dir models/qwen3-0.6b` and name that folder."
+    ]
 
 
 def test_transformers_4_qwen2(tmp_path: Path) -> None:
@@ -366,24 +385,16 @@ def test_every_weight_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -
         assert len(problems_of(tmp_path)) == 1
 
 
-MODEL = ModelConfig(
+MODEL = replace(
+    families.MODEL,
     family="llama",
     num_layers=12,
     hidden_size=64,
     ffn_hidden_size=96,
     num_heads=8,
-    num_kv_heads=2,
     head_dim=8,
     vocab_size=101,
-    max_positions=64,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    tied_embeddings=False,
-    qkv_bias=False,
     qk_norm=False,
-    experts=None,
-    eos_token_ids=(2,),
 )
 
 
