@@ -20,7 +20,7 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.reporting.numbers import duration, number, printable
 from megatron_mcpo.reporting.step_table import StepTable, step_warnings
 from megatron_mcpo.reporting.summary import last_lines, summary_table
-from megatron_mcpo.reporting.verbose_lines import domain_lines, step_line
+from megatron_mcpo.reporting.verbose_lines import step_line
 from megatron_mcpo.storage.files import read_jsonl
 from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS
 
@@ -66,7 +66,7 @@ class Console:
             emoji=False,
         )
         self._table = StepTable(self._domains, total_steps, ascii_only=self._rich.options.ascii_only)
-        self._header_is_due = True
+        self._legend_is_due = self._header_is_due = True
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -93,21 +93,24 @@ class Console:
         eta = duration(eta_seconds(self._total - step, self._seconds))
         if self._verbose:
             self._line(f"{step_line(step, self._total, values)}  ETA {eta}", style="bold")
-            for line in domain_lines(self._domains, values):
-                self._line(line)
         else:
             self._row(step, values, eta)
-
-    def _row(self, step: int, values: Mapping[str, float], eta: str) -> None:
-        if self._header_is_due:
-            self._line(self._table.header(), style="bold")
-        self._line(self._table.line(step, values, eta))
         for line in step_warnings(step, self._domains, values):
             self._line(line, style="yellow")
-        self._header_is_due = step % DOMAINS_EVERY == 0
-        if self._header_is_due and step < self._total:
+        if self._verbose or (step % DOMAINS_EVERY == 0 and step < self._total):
             for line in self._table.domains(values):
                 self._line(line, style="dim")
+            self._header_is_due = True
+
+    def _row(self, step: int, values: Mapping[str, float], eta: str) -> None:
+        """Print the line of a step, under the headings where the table of domains came in between."""
+        if self._legend_is_due:
+            for line in self._table.legend():
+                self._line(line, style="dim")
+        if self._header_is_due:
+            self._line(self._table.header(), style="bold")
+        self._legend_is_due = self._header_is_due = False
+        self._line(self._table.line(step, values, eta))
 
     def note(self, text: str) -> None:
         """Print a message; control characters are shown as escape sequences."""

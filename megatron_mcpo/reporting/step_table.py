@@ -1,6 +1,7 @@
 """Format training steps as rows of a table, one line per step, and the latest step's domains as another table."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from megatron_mcpo.reporting.numbers import number, short
@@ -53,6 +54,12 @@ class StepTable:
         self._step_width = max(len("step"), 2 * len(str(total_steps)) + 1)
         others = [self._step_width, 6, *(width for _, width, _ in _COLUMNS), *(width for _, width in _WORK)]
         self._strip_width = min(max(len("domains"), len(domains)), WIDTH - sum(others) - 2 * len(others))
+
+    def legend(self) -> list[str]:
+        """Return which domain is which character of the strip: one line, or more where the names need them."""
+        kind = "digit for a reward in tenths" if self._levels == _DIGITS else "bar for the reward, from 0 to 1"
+        text = f"domains: one {kind}, from the left: {', '.join(self._domains)}"
+        return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
     def header(self) -> str:
         """Return the line of headings."""

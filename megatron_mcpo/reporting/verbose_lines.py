@@ -1,7 +1,7 @@
-"""Format a training step for `mcpo train --verbose`: one line with every metric of the step, and one per domain."""
+"""Format a training step for `mcpo train --verbose`: one line with every metric of the whole step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from megatron_mcpo.reporting.numbers import number
 
@@ -14,48 +14,16 @@ def step_line(step: int, total: int, values: Mapping[str, float]) -> str:
         _advantage_part(values),
         _loss_part(values),
         _metric(values, "grad norm", "grad_norm", ".3g"),
-        _skipped_part(values),
         _metric(values, "lr", "lr", ".2g"),
         _metric(values, "entropy", "entropy", ".2f"),
         _metric(values, "kl", "kl", ".2g"),
         _engine_part(values),
         _metric(values, "tokens", "tokens/trained", ",.0f"),
         _metric(values, "truncated", "truncated", ".0%"),
-        _metric(values, "groups skipped", "groups/errors", ".3g") if values.get("groups/errors") else "",
         _time_part(values),
         _metric(values, "memory", "memory/peak_gib", ".2f", unit=" GiB"),
     ]
     return "  ".join(part for part in parts if part)
-
-
-# Columns of a domain's line: label, key without the domain, format, unit.
-DOMAIN_COLUMNS = (
-    ("reward", "reward", ".3f"),
-    ("nonzero advantage", "nonzero_advantage", ".0%"),
-    ("length", "response_tokens", ".1f"),
-    ("entropy", "entropy", ".2f"),
-    ("kl", "kl", ".1e"),
-    ("mismatch", "engine/logprob_diff", ".1e"),
-    ("anchors", "contrast/anchors", ".4g"),
-    ("positives", "contrast/positives", ".4g"),
-)
-
-
-def domain_lines(domains: Sequence[str], values: Mapping[str, float]) -> list[str]:
-    """Return one line per domain, in columns; a column that no domain has is left out, a missing value is a dash."""
-    columns = []
-    for label, key, form in DOMAIN_COLUMNS:
-        cells = [number(values[f"{key}/{d}"], form) if f"{key}/{d}" in values else "-" for d in domains]
-        if any(cell != "-" for cell in cells):
-            width = max(map(len, cells))
-            columns.append([f"{label} {cell:>{width}}" for cell in cells])
-    name_width = max(map(len, domains))
-    lines = []
-    for row, domain in enumerate(domains):
-        errors = values.get(f"errors/{domain}", 0)
-        tail = [f"groups skipped {errors:.3g}"] if errors else []
-        lines.append("  ".join([f"  {domain:<{name_width}}", *(column[row] for column in columns), *tail]))
-    return lines
 
 
 def _metric(values: Mapping[str, float], label: str, key: str, form: str, unit: str = "") -> str:
@@ -86,15 +54,6 @@ def _loss_part(values: Mapping[str, float]) -> str:
         tail = f" ({', '.join(counts)})" if counts else ""
         parts.append(f"{term} {number(values[f'loss/{term}'], '.4g')}{tail}")
     return "loss " + " ".join(parts) if parts else ""
-
-
-def _skipped_part(values: Mapping[str, float]) -> str:
-    """Return how many of the step's updates were skipped; "" if none."""
-    applied = values.get("update/applied", 1.0)
-    if applied == 1.0:
-        return ""
-    share = "UPDATE" if applied == 0.0 else f"{1 - applied:.0%} OF THE UPDATES"
-    return f"{share} SKIPPED (gradient not finite)"
 
 
 def _engine_part(values: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from megatron_mcpo.reporting.console import Console, eta_seconds
 from megatron_mcpo.reporting.numbers import duration, printable, short
 from megatron_mcpo.reporting.step_table import WIDTH, StepTable, step_warnings
 from megatron_mcpo.reporting.summary import last_lines, summary_rows
-from megatron_mcpo.reporting.verbose_lines import domain_lines, step_line
+from megatron_mcpo.reporting.verbose_lines import step_line
 
 CONFIG = {
     "run": {"steps": 12},
@@ -75,7 +75,7 @@ def test_the_verbose_line_has_every_metric() -> None:
     assert step_line(3, 12, VALUES) == (
         "step  3/12  reward 0.412  nonzero advantage 62%  "
         "loss policy -0.0123 kl 0.0001 cross_domain 4.1 (12 anchors, 4.5 positives each) in_domain nan  "
-        "grad norm 1.25  lr 1e-05  mismatch 0.03 max 0.4  tokens 14,123  groups skipped 1  "
+        "grad norm 1.25  lr 1e-05  mismatch 0.03 max 0.4  tokens 14,123  "
         "22.9 s (rollout 9.3 score 4.5 update 8.2 sync 0.4)  memory 4.21 GiB"
     )
 
@@ -89,19 +89,12 @@ def test_metrics_of_pairs_and_gradients_are_for_the_files_alone() -> None:
         "gradient/cos_cross_domain": -0.5,
     }
     assert step_line(3, 12, VALUES | pairs) == step_line(3, 12, VALUES)
-    assert domain_lines(["arithmetic", "logic"], VALUES | pairs) == domain_lines(["arithmetic", "logic"], VALUES)
+    table = StepTable(["arithmetic", "logic"], 12, ascii_only=False)
+    assert table.domains(VALUES | pairs) == table.domains(VALUES)
 
 
 def test_the_nonzero_advantage_is_that_of_all_groups_where_it_is_known() -> None:
     assert "nonzero advantage 60%" in step_line(1, 1, VALUES | {"nonzero_advantage": 0.6})
-
-
-def test_the_verbose_line_says_when_an_update_was_skipped() -> None:
-    lost = step_line(1, 9, VALUES | {"grad_norm": math.nan, "update/applied": 0.0})
-    assert "grad norm nan  UPDATE SKIPPED (gradient not finite)  lr" in lost
-    part = step_line(1, 9, VALUES | {"update/applied": 0.75})
-    assert "25% OF THE UPDATES SKIPPED" in part
-    assert "SKIPPED" not in step_line(1, 9, VALUES | {"update/applied": 1.0})
 
 
 def test_a_step_without_metrics_is_still_a_line() -> None:
@@ -110,10 +103,11 @@ def test_a_step_without_metrics_is_still_a_line() -> None:
     assert table.line(1, {}, "0:00").split() == [*("1/1", "-", "--"), *["-"] * 9, "0:00"]
 
 
-def test_domain_lines_are_columns_without_those_that_nobody_has() -> None:
-    assert domain_lines(["arithmetic", "logic"], VALUES) == [
-        "  arithmetic  reward 0.250  nonzero advantage 50%  length  3.2  anchors 12  positives 4.5  groups skipped 1",
-        "  logic       reward 0.575  nonzero advantage 75%  length 12.5  anchors  -  positives   -",
+def test_domains_are_columns_without_those_that_nobody_has() -> None:
+    assert StepTable(["arithmetic", "logic"], 12, ascii_only=False).domains(VALUES) == [
+        "  domain      reward  nonzero adv.  tokens  anchors  positives",
+        "  arithmetic   0.250           50%     3.2       12        4.5",
+        "  logic        0.575           75%    12.5        -          -",
     ]
 
 
@@ -125,6 +119,19 @@ def test_a_step_is_one_line_below_its_headings() -> None:
     assert table.line(3, VALUES, "3:12") == (
         " 3/12   0.412  ▃▅       -0.012   1e-04       4.10     nan    1.25     0.030      617    22.9     4.2      3:12"
     )
+
+
+def test_the_legend_says_which_character_is_which_domain() -> None:
+    assert StepTable(["b", "a-1"], 12, ascii_only=False).legend() == [
+        "domains: one bar for the reward, from 0 to 1, from the left: b, a-1"
+    ]
+    assert StepTable(["b"], 12, ascii_only=True).legend() == [
+        "domains: one digit for a reward in tenths, from the left: b"
+    ]
+    names = [f"domain-{number}" for number in range(40)]
+    lines = StepTable(names, 12, ascii_only=False).legend()
+    assert len(lines) > 1 and max(map(len, lines)) <= WIDTH
+    assert re.findall(r"domain-[0-9]+", "".join(lines)) == names
 
 
 @pytest.mark.parametrize(("num_domains", "num_steps"), [(1, 1), (5, 24), (12, 1000), (12, 100_000), (60, 100_000)])
@@ -184,13 +191,17 @@ def test_a_log_file_gets_plain_lines_with_the_eta(config: Config, monkeypatch: p
     assert lines[0] == "weights pushed"
     assert lines[1] == r"\x1b[31mred\x1b[0m"
     assert lines[2] == "held-out accuracy before step 1: mean 0.312  arithmetic 0.125  logic 0.500"
-    kinds = ["step", *["1/12", "WARNING:", "2/12", "WARNING:", "3/12", "WARNING:", "4/12", "WARNING:", "5/12"]]
+    kinds = [
+        "domains:",
+        "step",
+        *["1/12", "WARNING:", "2/12", "WARNING:", "3/12", "WARNING:", "4/12", "WARNING:", "5/12"],
+    ]
     kinds += ["WARNING:", "domain", "arithmetic", "logic", "step", "6/12", "WARNING:"]
     assert [line.split()[0] for line in lines[3:]] == kinds
-    assert re.search(r" \d+:\d\d$", lines[4])
-    assert lines[14].split()[:5] == ["domain", "reward", "nonzero", "adv.", "tokens"]
-    assert lines[15].split() == ["arithmetic", "0.250", "50%", "3.2", "12", "4.5"]
-    assert lines[16].split() == ["logic", "0.575", "75%", "12.5", "-", "-"]
+    assert re.search(r" \d+:\d\d$", lines[5])
+    assert lines[15].split()[:5] == ["domain", "reward", "nonzero", "adv.", "tokens"]
+    assert lines[16].split() == ["arithmetic", "0.250", "50%", "3.2", "12", "4.5"]
+    assert lines[17].split() == ["logic", "0.575", "75%", "12.5", "-", "-"]
 
 
 def test_a_verbose_log_has_the_domains_of_every_step(config: Config) -> None:
@@ -199,9 +210,10 @@ def test_a_verbose_log_has_the_domains_of_every_step(config: Config) -> None:
         console.step(1, VALUES)
         console.step(2, VALUES)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 * 3
     assert re.search(r"^step  1/12 .* ETA \d+:\d\d$", lines[0])
-    assert lines[1:3] == domain_lines(["arithmetic", "logic"], VALUES)
+    table = StepTable(["arithmetic", "logic"], 12, ascii_only=False)
+    assert lines[1:5] == [*step_warnings(1, ["arithmetic", "logic"], VALUES), *table.domains(VALUES)]
+    assert lines[5].startswith("step  2/12") and len(lines) == 2 * 5
 
 
 def test_the_eta_is_steps_to_go_at_the_pace_of_the_last_ones() -> None:
