@@ -5,6 +5,7 @@ FILE: .parquet or .jsonl of the set. `--list` names the sets and where they come
 counted by reason. Exit code 2: none can be used, or a file can't be read.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -116,7 +117,8 @@ SETS = {
 }
 
 
-def main(arguments: Sequence[str]) -> int:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; end the program, as argparse does, where it cannot be carried out."""
     parser = options.parser("data prepare", __doc__, example="gsm8k train.parquet --out datasets/gsm8k.jsonl")
     parser.add_argument("set", choices=[*SETS], nargs="?", metavar="SET")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
@@ -124,14 +126,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="name the sets")
     known = parser.parse_args(arguments)
     if known.list:
-        print("\n".join(f"{name:16}{public.hub}" for name, public in SETS.items()))
-        return 0
+        return known
     if known.set is None or not known.files or known.out is None:
         parser.error("give a SET, its files and --out, or --list")
     if known.out.suffix != ".jsonl" or known.out.is_dir():
         parser.error(f"--out {known.out}: must be a file that ends in .jsonl")
     if known.out.resolve() in [file.resolve() for file in known.files]:
         parser.error(f"--out {known.out}: must not be one of the files that are read. Give another")
+    return known
+
+
+def main(arguments: Sequence[str]) -> int:
+    known = parse(arguments)
+    if known.list:
+        print("\n".join(f"{name:16}{public.hub}" for name, public in SETS.items()))
+        return 0
     skipped: Counter[str] = Counter()
     lines = []
     for file in known.files:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mcpo.cli import plan, submit, train
+from megatron_mcpo.cli import data_prepare, plan, submit, train
 from megatron_mcpo.config.config import load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -56,6 +56,33 @@ def test_a_recipe_fits_as_its_plan_says(
     assert code == 0, printed
     assert printed == (path.parent / f"plan_{gpus_of(path)}.txt").read_text(encoding="utf-8")
     assert re.search(r"^fits +yes$", printed, re.MULTILINE)
+
+
+def test_the_documentation_has_a_command_for_every_data_file_of_the_recipes() -> None:
+    """The command parses, takes a set that exists, and writes this file."""
+    needed = {
+        file
+        for path in RECIPES
+        for domain in load(path).domain
+        for source in domain.sources
+        for file in (source.file, source.held_out_file)
+        if file is not None
+    }
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+?)` \| `mcpo data prepare (.+?)` \|$", page, re.MULTILINE)
+    assert [file for file, _ in rows] == [str(data_prepare.parse(command.split()).out) for _, command in rows]
+    assert Counter(file for file, _ in rows) == Counter(needed)
+    fetched = re.findall(r"[\w-]+/[\w-]+", page.partition("for set in")[2].partition("; do")[0])
+    for _, command in rows:
+        name, source, *_ = command.split()
+        hub = "/".join(source.split("/")[1:3])
+        assert hub in fetched and hub in data_prepare.SETS[name].hub, command
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_says_where_its_data_comes_from(path: Path) -> None:
+    assert 'docs/data.md, "The recipes\' data"' in path.read_text(encoding="utf-8")
+    assert "\n### The recipes' data\n" in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def save_empty_weights(folder: Path, model: ModelConfig) -> None:
