@@ -71,7 +71,7 @@ class RolloutGroup:
 
     @property
     def has_nonzero_advantage(self) -> bool:
-        """Whether the rewards differ, so that advantages are not all 0; False where the verifier failed."""
+        """Return whether the rewards differ, so that advantages are not all 0; False where the verifier failed."""
         return self.error is None and len(set(self.rewards)) > 1
 
 
@@ -126,12 +126,12 @@ class TrainBatch:
 
     @property
     def rollout_R(self) -> Tensor:
-        """Number, among this rank's N, of the rollout that each response token belongs to: int64 [R]."""
+        """Return the number, among this rank's N, of the rollout that each response token belongs to: int64 [R]."""
         return torch.repeat_interleave(torch.arange(len(self)), self.response_lens_N)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rollouts on all ranks; a prompt counts once per rollout."""
+        """Return the number of tokens of all rollouts on all ranks; a prompt counts once per rollout."""
         return sum(self.prompt_lens_M) + sum(self.response_lens_M)
 
     def check(self) -> None:

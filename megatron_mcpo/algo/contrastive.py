@@ -58,22 +58,22 @@ class Contrast:
 
     @property
     def positives_cross_domain_M(self) -> Tensor:
-        """The number of cross-domain positives of each rollout, |C(i)|."""
+        """Return the number of cross-domain positives of each rollout, |C(i)|."""
         return self.positives_MK.sum(dim=1)
 
     @property
     def negatives_M(self) -> Tensor:
-        """The number of negatives of each rollout, |M(i)|."""
+        """Return the number of negatives of each rollout, |M(i)|."""
         return self.negatives_MK.sum(dim=1)
 
     @property
     def anchors_cross_domain(self) -> int:
-        """The number of anchors of the cross-domain term."""
+        """Return the number of anchors of the cross-domain term."""
         return int(self.valid_cross_domain_M.sum())
 
     @property
     def anchors_in_domain(self) -> int:
-        """The number of anchors of the in-domain term."""
+        """Return the number of anchors of the in-domain term."""
         return int(self.valid_in_domain_M.sum())
 
 

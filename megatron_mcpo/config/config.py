@@ -64,17 +64,17 @@ class Config(Section):
 
     @property
     def domain_names(self) -> list[str]:
-        """Names of the domains, in the order of the file."""
+        """Return the names of the domains, in the order of the file."""
         return [d.name for d in self.domain]
 
     @property
     def group_sizes(self) -> list[int]:
-        """Number of rollouts per prompt, for each domain."""
+        """Return the number of rollouts per prompt, for each domain."""
         return [d.samples or self.batch.samples for d in self.domain]
 
     @property
     def response_limits(self) -> list[int]:
-        """Maximum number of response tokens, for each domain."""
+        """Return the maximum number of response tokens, for each domain."""
         return [d.max_response_tokens or self.rollout.max_response_tokens for d in self.domain]
 
     def layout(self, world_size: int | None) -> Layout:

@@ -21,17 +21,17 @@ class Layout:
 
     @property
     def model_parallel(self) -> int:
-        """Number of ranks that together hold one copy of the model (one data-parallel replica)."""
+        """Return the number of ranks that together hold one copy of the model (one data-parallel replica)."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def world_size(self) -> int:
-        """Number of ranks of the run."""
+        """Return the number of ranks of the run."""
         return self.model_parallel * self.data
 
     @property
     def sequence_alignment(self) -> int:
-        """Number of tokens to a multiple of which every packed sequence is padded.
+        """Return the number of tokens to a multiple of which every packed sequence is padded.
 
         Context parallelism deals a sequence out in 2 * context chunks; sequence parallelism then splits a rank's
         tokens over the tensor group.

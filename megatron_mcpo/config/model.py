@@ -70,7 +70,7 @@ class ModelConfig:
 
     @property
     def qkv_rows(self) -> int:
-        """Rows of the fused query-key-value matrix, over all tensor-parallel ranks."""
+        """Return the number of rows of the fused query-key-value matrix, over all tensor-parallel ranks."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 

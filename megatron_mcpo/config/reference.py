@@ -35,7 +35,7 @@ class Table:
 
     @property
     def heading(self) -> str:
-        """The name as TOML writes it, such as `[run]` or `[[domain]]`."""
+        """Return the name as TOML writes it, such as `[run]` or `[[domain]]`."""
         return f"[[{self.name}]]" if self.repeated else f"[{self.name}]"
 
 

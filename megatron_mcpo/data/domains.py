@@ -42,7 +42,7 @@ class Domain:
 
     @property
     def verifiers_of_rows(self) -> set[str]:
-        """The verifiers that training rows name themselves."""
+        """Return the verifiers that training rows name themselves."""
         return {
             prompt.entry["verifier"] for source in self.sources for prompt in source.train if "verifier" in prompt.entry
         }

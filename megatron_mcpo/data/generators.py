@@ -36,7 +36,7 @@ class ItemRequest:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The request to the generating process, which is also the key of the cache."""
+        """Return the request to the generating process, which is also the key of the cache."""
         return {
             "generator": self.source.generator,
             "options": self.source.options,

@@ -29,17 +29,17 @@ class RowStatistics:
 
     @property
     def first(self) -> dict[str, str]:
-        """The first bad row of each reason, and what is wrong with it."""
+        """Return the first bad row of each reason, and what is wrong with it."""
         return {reason: text for reason, (_, text) in sorted(self._first.items())}
 
     @property
     def where(self) -> str:
-        """The name of the source in messages."""
+        """Return the name of the source in messages."""
         return f"domain {self.domain!r}, source {self.source!r}"
 
     @property
     def bad(self) -> int:
-        """The number of bad rows."""
+        """Return the number of bad rows."""
         return self.reasons.total()
 
     def problem(self, max_bad_rows: float) -> str | None:

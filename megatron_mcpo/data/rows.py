@@ -67,12 +67,12 @@ class Item:
 
     @property
     def answer(self) -> str | None:
-        """The item's answer; None where it has none."""
+        """Return the item's answer; None where it has none."""
         return self.entry["answer"]
 
     @property
     def key(self) -> bytes:
-        """A digest of 16 bytes, the same for equal questions, whatever the spaces at the ends of their lines."""
+        """Return a digest of 16 bytes, the same for equal questions, whatever the spaces at the ends of their lines."""
         turns = [m["content"].strip() for m in self.messages if m["role"] != "system"]
         text = "\0".join("\n".join(line.rstrip() for line in turn.splitlines()) for turn in turns)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -80,7 +80,7 @@ class Groups:
 
     @property
     def data_rank(self) -> int:
-        """The number of the replica that this rank belongs to."""
+        """Return the number of the replica that this rank belongs to."""
         return self.data.rank()
 
     @property
@@ -97,7 +97,7 @@ class Groups:
 
     @property
     def last_stage_global_rank(self) -> int:
-        """Global rank of the last stage of this rank's pipeline: a source for broadcasts over `pipeline`."""
+        """Return the global rank of the last stage of this rank's pipeline: a source for broadcasts over `pipeline`."""
         return dist.get_global_rank(self.pipeline, self.pipeline.size() - 1)
 
 

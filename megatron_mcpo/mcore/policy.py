@@ -97,7 +97,7 @@ class _Model:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether batches for this model should keep the rollouts of a prompt together."""
+        """Return whether batches for this model should keep the rollouts of a prompt together."""
         return shares_prompts(self.groups.layout)
 
     def _pack(self, batch: TrainBatch) -> list[MicroBatch]:
@@ -284,7 +284,7 @@ class Policy(_Model):
 
     @property
     def gradient_buffers(self) -> list[Any]:
-        """Megatron's gradient buffers; those of divided experts are reduced over other ranks than the rest."""
+        """Return Megatron's gradient buffers; those of divided experts are reduced over other ranks than the rest."""
         return [buffer for chunk in self.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
     def _gradients_finite(self) -> bool:

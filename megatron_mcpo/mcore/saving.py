@@ -92,7 +92,7 @@ class Saving:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's shards are on disk, or have failed."""
+        """Return whether this rank's shards are on disk, or have failed."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:

@@ -38,7 +38,7 @@ class MemoryPlan:
 
     @property
     def shortages(self) -> list[str]:
-        """What does not fit, one sentence each; empty if everything fits."""
+        """Return what does not fit, one sentence each; empty if everything fits."""
         found = [
             f"rank {rank.rank} (stage {rank.stage}): {rank.peak / GIB:.1f} GiB in the {rank.worst_phase} phase, "
             f"{rank.peak / GIB - self.gpu.memory_gib:.1f} GiB more than a GPU has"
@@ -58,22 +58,22 @@ class MemoryPlan:
 
     @property
     def peak(self) -> float:
-        """Bytes that the fullest rank holds in its worst phase."""
+        """Return the number of bytes that the fullest rank holds in its worst phase."""
         return max(rank.peak for rank in self.ranks)
 
     @property
     def free_share(self) -> float:
-        """The share of a GPU's memory that the fullest rank leaves free in its worst phase."""
+        """Return the share of a GPU's memory that the fullest rank leaves free in its worst phase."""
         return 1 - self.peak / self.gpu.memory_bytes
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours of one step."""
+        """Return the GPU-hours of one step."""
         return self.seconds["step"] * self.layout.world_size / 3600
 
     @property
     def not_modelled(self) -> list[str]:
-        """Settings of this configuration that the figures leave out."""
+        """Return the settings of this configuration that the figures leave out."""
         engine = self.config.engine
         found = {
             f"model.fp8 = {self.config.model.fp8!r} (planned as bf16)": self.config.model.fp8 != "off",
@@ -89,7 +89,7 @@ class MemoryPlan:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Prompt and response tokens of the step's rollouts; 0 if the step would never end."""
+        """Return the prompt and response tokens that a GPU handles per second; 0 if the step would never end."""
         return self.shape.rollouts * self.shape.length / self.seconds["step"] / self.layout.world_size
 
     @property

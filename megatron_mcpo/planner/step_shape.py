@@ -34,7 +34,7 @@ class StepShape:
 
     @property
     def response_tokens(self) -> int:
-        """Positions of a micro-batch on one rank for which logits are computed."""
+        """Return the number of positions of a micro-batch on one rank for which logits are computed."""
         return -(-self.micro_tokens * self.response // self.length)
 
 

@@ -44,7 +44,7 @@ class Change:
 
     @property
     def contains_zero(self) -> bool:
-        """Whether the interval contains 0, so that the data also agree with no change."""
+        """Return whether the interval contains 0, so that the data also agree with no change."""
         return self.low <= 0 <= self.high
 
 

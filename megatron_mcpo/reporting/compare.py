@@ -59,7 +59,7 @@ class Method:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the runs, in their order."""
+        """Return the seeds of the runs, in their order."""
         return [run.config.run.seed for run in self.runs]
 
     def reward(self, name: str, window: int) -> Band:

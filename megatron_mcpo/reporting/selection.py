@@ -36,12 +36,12 @@ class Selection:
 
     @property
     def scored(self) -> list[RolloutGroup]:
-        """The sampled groups whose verifier did not fail."""
+        """Return the sampled groups whose verifier did not fail."""
         return [group for group in self.sampled if group.error is None]
 
     @property
     def completions(self) -> list[Completion]:
-        """The completions of the scored groups."""
+        """Return the completions of the scored groups."""
         return [completion for group in self.scored for completion in group.completions]
 
     def token_mean(self, column: int) -> float:

@@ -123,7 +123,7 @@ class DomainRules:
 
     @property
     def functions(self) -> list[str]:
-        """The functions that workers import for this domain, as far as the configuration tells; rows may name more."""
+        """Return the functions that workers import, as far as the configuration tells; rows may name more."""
         own = VERIFIERS["reasoning_gym"].function
         by_default = [own] if own is not None and self._has_generator and not self._configured else []
         return [check.function for check in self._configured] + by_default

@@ -21,12 +21,12 @@ class Collected:
 
     @property
     def sampled(self) -> tuple[RolloutGroup, ...]:
-        """All groups that were sampled, from which pass rates and error rates are computed."""
+        """Return all groups that were sampled, from which pass rates and error rates are computed."""
         return self.groups + self.replaced
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of dynamic sampling, which reporting/metric_table.py describes."""
+        """Return the metrics of dynamic sampling, which reporting/metric_table.py describes."""
         return {
             "resample/rounds": float(self.rounds),
             "resample/replaced": float(len(self.replaced)),

@@ -53,7 +53,7 @@ class Prepared:
 
     @property
     def representation_version(self) -> int | None:
-        """Version of the weights that the gradient on the representations was taken at; None without one."""
+        """Return the version of the weights that the gradient on the representations was taken at; None without one."""
         return self.contrasted.version if self.contrasted else None
 
 

@@ -42,12 +42,12 @@ class _ShardSlice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the slice in one shard."""
+        """Return the shape of the slice in one shard."""
         return cut_shape(self.parameter.mapping, self.stop - self.start)
 
     @property
     def elements(self) -> int:
-        """Elements of the slice in all shards together."""
+        """Return the number of elements of the slice in all shards together."""
         return self.num_shards * prod(self.shape)
 
     def read(self) -> Tensor:
@@ -90,7 +90,7 @@ class _Transfer:
 
     @property
     def staged(self) -> int:
-        """Bytes that the buffers hold."""
+        """Return the number of bytes that the buffers hold."""
         return sum(buffer.whole.nbytes for buffer in self.buffers)
 
 

@@ -274,6 +274,27 @@ def test_size_rules_on_sources_that_break_them() -> None:
     assert file_problems("x = 1\n" * 400 + "def f(): pass\n", 400) == ["401 lines, at most 400"]
 
 
+def fragments(source: str) -> list[str]:
+    """Docstrings of properties that are not sentences: ruff's D401 does not look at these."""
+    return [
+        f"{node.name}: {text}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, FUNCTIONS) and {"property", "cached_property"} & set(map(ast.unparse, node.decorator_list))
+        if (text := ast.get_docstring(node)) and not text.startswith("Return ")
+    ]
+
+
+def test_docstrings_of_properties_begin_with_return() -> None:
+    found = {str(path.relative_to(ROOT)): fragments(path.read_text(encoding="utf-8")) for path in MODULES.values()}
+    assert {path: texts for path, texts in found.items() if texts} == {}
+
+
+def test_a_fragment_is_recognised() -> None:
+    source = "class A:\n @property\n def b(self):\n  '''{}'''\n def c(self):\n  '''Whether.'''\n"
+    assert fragments(source.format("Whether it is.")) == ["b: Whether it is."]
+    assert fragments(source.format("Return whether it is.")) == []
+
+
 LEFTOVERS = re.compile(r"\b(TODO|FIXME|NotImplementedError)\b|# type: ignore(?!\[)")
 
 

@@ -52,7 +52,7 @@ class PythonFiles:
 
     @property
     def folders(self) -> list[str]:
-        """The folders that the dynamic loader searches."""
+        """Return the folders that the dynamic loader searches."""
         return sorted({str(path.parent) for path in self.shared})
 
 
