@@ -99,7 +99,9 @@ fi
 mark unfinished
 # Quiet twice: pip warns of an index of the user's settings that lacks a package which another one has.
 .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
-.venv/bin/uv pip sync --quiet --python .venv/bin/python --require-hashes requirements/cpu.lock
+# Compiled here, because Python may not be able to keep what it compiles at a start (PYTHONDONTWRITEBYTECODE, as containers
+# set it; an environment that is read-only): every rank would compile thousands of files whenever it starts.
+.venv/bin/uv pip sync --quiet --python .venv/bin/python --compile-bytecode --require-hashes requirements/cpu.lock
 # The lock's setuptools builds it: an isolated build would fetch an unpinned one.
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
 mark "$digest"

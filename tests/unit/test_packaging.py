@@ -4,6 +4,7 @@ Not covered: an installation from nothing, which `make env` in an empty clone sh
 """
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -228,6 +229,19 @@ def test_our_own_environment_that_cannot_be_trusted_is_made_again(tmp_path, stam
     (tmp_path / ".venv" / ".stamp").write_text(stamp.format(folder=tmp_path))
     answer = make_env(tmp_path, python)
     assert "called with -m venv .venv" in answer.stdout and not left.exists()
+
+
+def test_the_modules_of_our_environment_are_compiled():
+    """Else every start of a rank compiles thousands of files where Python may not keep what it compiles."""
+    names = ("requirements/bootstrap.txt", "requirements/cpu.lock", "pyproject.toml", "tools/make_env.sh")
+    made_from = b"".join((ROOT / name).read_bytes() for name in names)
+    digest = subprocess.run(["cksum"], input=made_from, capture_output=True, timeout=60).stdout.decode()
+    stamp = ROOT / ".venv" / ".stamp"
+    if not stamp.exists() or stamp.read_text().splitlines()[1:] != [digest.strip()]:
+        pytest.skip("make_env.sh, as it is now, has not made the environment")
+    modules = [*(ROOT / ".venv").glob("lib/python3*/site-packages/torch/*.py")]
+    assert len(modules) > 10
+    assert [module for module in modules if not Path(importlib.util.cache_from_source(module)).exists()] == []
 
 
 def plain_python(folder: Path) -> str:
