@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from megatron_mcpo.rewards.scorer import Scorer
+from megatron_mcpo.types import RolloutGroup
 from tests.support.scoring import group, scorer_of
 
 Reply = tuple[int, str]
@@ -86,6 +88,25 @@ def prompt(tmp_path: Path) -> str:
 
 def settings(judge: Judge, prompt: str, **keys: Any) -> dict[str, Any]:
     return {"kind": "judge", "url": judge.url, "model": "m", "prompt": prompt, **keys}
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Judge, Scorer]]:
+    """A judge whose reply is the response that it judges (status and body in JSON), and a scorer that asks it."""
+    prompt = tmp_path_factory.mktemp("echo") / "judge.txt"
+    prompt.write_text("{response}")
+    judge = Judge(lambda number, asked: json.loads(asked))
+    with scorer_of(settings(judge, str(prompt), retries=1), timeout=30.0) as scorer:
+        yield judge, scorer
+    judge.close()
+
+
+def replied(echo: tuple[Judge, Scorer], reply: Reply) -> tuple[RolloutGroup, int]:
+    """Have a response judged with this reply; return what it was scored, and how often the judge was asked."""
+    judge, scorer = echo
+    before = len(judge.requests)
+    [scored] = scorer.score([group(json.dumps(reply))])
+    return scored, len(judge.requests) - before
 
 
 def test_a_judge_is_asked_once_for_each_answer_and_its_score_counts(
@@ -182,11 +203,9 @@ def test_replies_that_can_not_be_used_are_asked_for_again(start: Callable[[Behav
         ("The score is 0.3; the highest score is 1.", 0.3),
     ],
 )
-def test_the_score_of_a_reply(start: Callable[[Behaviour], Judge], prompt: str, said: str, score: float) -> None:
-    judge = start(lambda number, asked: chat(said))
-    with scorer_of(settings(judge, prompt)) as scorer:
-        [scored] = scorer.score([group("x")])
-    assert (scored.error, scored.rewards) == (None, (score,))
+def test_the_score_of_a_reply(echo: tuple[Judge, Scorer], said: str, score: float) -> None:
+    scored, asked = replied(echo, chat(said))
+    assert (scored.error, scored.rewards, asked) == (None, (score,), 1)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +233,12 @@ def test_the_score_of_a_reply(start: Callable[[Behaviour], Judge], prompt: str, 
     ],
 )
 def test_a_judge_that_fails_is_an_error_and_never_a_zero(
-    start: Callable[[Behaviour], Judge], prompt: str, reply: Reply, message: str
+    echo: tuple[Judge, Scorer], reply: Reply, message: str
 ) -> None:
-    judge = start(lambda number, asked: reply)
-    with scorer_of(settings(judge, prompt, retries=1), timeout=30.0) as scorer:
-        [scored] = scorer.score([group("x")])
+    scored, asked = replied(echo, reply)
     assert scored.rewards == scored.correct == () and not scored.timed_out
     assert "2 attempts failed" in str(scored.error) and message in str(scored.error)
-    assert len(judge.requests) == 2
+    assert asked == 2
 
 
 def test_a_refusal_is_not_asked_for_again(start: Callable[[Behaviour], Judge], prompt: str) -> None:
