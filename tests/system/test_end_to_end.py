@@ -9,6 +9,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -241,14 +242,20 @@ def test_what_only_the_ranks_can_see_is_refused_too(
     config: Path, tmp_path: Path, overrides: list[str], words: list[str]
 ) -> None:
     overrides = [str(config) if text == "CONFIG" else text for text in overrides]
-    if "--run.dir" in overrides:
-        refused = train_forked(config, "--parallel.data", "2", *overrides, ranks=2)
-    else:
-        refused = train(config, "--parallel.data", "2", *overrides)
+    refused = train_forked(config, "--parallel.data", "2", *overrides, ranks=2)
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "Traceback" not in refused.stderr
     assert [word for word in words if word not in refused.stderr] == [], refused.stderr
     assert not (tmp_path / "runs" / "tiny").exists(), "a corrected configuration would find the name taken"
+
+
+def test_what_ranks_refuse_is_all_that_their_launcher_says(config: Path) -> None:
+    """Three ranks are started of a layout of two, which each of them finds out before it imports torch."""
+    arguments = [str(config), "--parallel.data", "2"]
+    code = f"import sys; from megatron_mcpo.cli.launch import launch; sys.exit(launch('train', {arguments}, 3))"
+    refused = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+    assert "needs 2 ranks, there are 3" in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
 
 
 def ruinous(lr: float) -> list[str]:
