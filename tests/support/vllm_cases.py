@@ -36,8 +36,10 @@ _SERVER = mp.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "megatron_mcpo.trainer.setup",
+        "matplotlib.figure",
         "vllm.entrypoints.llm",
         "vllm.v1.worker.cpu_worker",
+        "vllm.model_executor.layers.quantization.online.base",
         "vllm.model_executor.models.qwen3",
     ]
 )
