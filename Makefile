@@ -23,7 +23,8 @@ train: model
 test test-system: export OMP_NUM_THREADS := 1
 test test-system: export HF_HUB_OFFLINE := 1
 PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS) $(PYTEST_OPTIONS)
-TESTS := tests/unit tests/distributed tests/gpu tests/system/test_end_to_end.py::test_it_learns_and_leaves_what_it_promises
+ONE_RUN := tests/system/test_end_to_end.py::test_it_learns_and_leaves_what_it_promises
+TESTS := tests/unit tests/distributed tests/gpu $(ONE_RUN)
 
 test: model
 	$(PYTHON) -m ruff check .
@@ -32,7 +33,7 @@ test: model
 	$(PYTEST) --dist worksteal $(TESTS)
 
 test-system: model
-	$(PYTEST) --dist loadfile tests/system
+	$(PYTEST) --dist loadfile tests/system --deselect $(ONE_RUN)
 
 test-all: test test-system
 
