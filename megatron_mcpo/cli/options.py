@@ -3,14 +3,18 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.distributed.preemption import asked_to_stop
 
 FAILED = 1
 REFUSED = 2
 
+_FIRST_SPEAKS_WITHIN = 30.0
+"""Seconds that the other ranks of a host give its first one to say what is wrong."""
 
 GPUS = "h100, h200, a100, b200, or a JSON file of measured rates"
 """What --gpu takes."""
@@ -47,7 +51,21 @@ def add_config(parser: Parser) -> None:
 
 
 def refuse(error: ConfigError) -> int:
-    """Print what is wrong on stderr, a line per problem and once per host; return the exit code of bad input."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print what is wrong on stderr, a line per problem and once per host; return the exit code of bad input.
+
+    torchrun ends all ranks as soon as one has ended. So the other ranks wait for the host's first one, which may still
+    be starting, and speak themselves if it does not.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not _ended_by_torchrun():
         print("\n".join(error.problems), file=sys.stderr)
     return REFUSED
+
+
+def _ended_by_torchrun() -> bool:
+    """Wait for torchrun to end this rank because another one has ended; return whether that happened in time."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    deadline = time.monotonic() + _FIRST_SPEAKS_WITHIN
+    while not asked_to_stop() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return asked_to_stop()

@@ -7,6 +7,7 @@ hosts (test_two_hosts, test_slurm).
 import fcntl
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -249,11 +250,26 @@ def test_what_only_the_ranks_can_see_is_refused_too(
     assert not (tmp_path / "runs" / "tiny").exists(), "a corrected configuration would find the name taken"
 
 
-def test_what_ranks_refuse_is_all_that_their_launcher_says(config: Path) -> None:
-    """Three ranks are started of a layout of two, which each of them finds out before it imports torch."""
+@pytest.mark.parametrize("late", ["0", "none"], ids=["the first rank starts late", "all at once"])
+def test_what_ranks_refuse_is_all_that_their_launcher_says(config: Path, tmp_path: Path, late: str) -> None:
+    """Three ranks are started of a layout of two, which each of them finds out before it imports torch.
+
+    torchrun ends all of them as soon as one has ended, also the one that is to say why.
+    """
     arguments = [str(config), "--parallel.data", "2"]
     code = f"import sys; from megatron_mcpo.cli.launch import launch; sys.exit(launch('train', {arguments}, 3))"
-    refused = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=540)
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, time\nif os.environ.get('LOCAL_RANK') == {late!r}:\n    time.sleep(4)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    refused = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
     assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
     assert "needs 2 ranks, there are 3" in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
 
