@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,13 +39,12 @@ def positive(text: str) -> int:
 def exit_code(work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; 1 if the result is wrong, 2 for what the user can correct.
 
-    Of several processes that fail together the first prints why.
+    Of several processes that fail together one per host prints why.
     """
     try:
         return work()
     except (ValueError, OSError) as error:
-        if _is_first():
-            print(error, file=sys.stderr)
+        options.say_why(str(error))
         return options.FAILED if isinstance(error, VerificationError) else options.REFUSED
 
 
@@ -58,10 +56,5 @@ def report_success(known: argparse.Namespace, compared: Comparison) -> int:
 
 def say(text: str) -> None:
     """Print a line on the progress, in one process only."""
-    if _is_first():
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-
-
-def _is_first() -> bool:
-    """Return whether this is the first of torchrun's processes, or the only process."""
-    return os.environ.get("RANK", "0") == "0"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 
-from megatron_mcpo.cli.options import FAILED, REFUSED, refuse
+from megatron_mcpo.cli.options import FAILED, REFUSED, refuse, say_why
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.distributed.preemption import GRACE_SECONDS, SIGNALS
 
@@ -34,8 +34,7 @@ def on_rank(work: Callable[[], None]) -> int:
     except ConfigError as error:
         return refuse(error)
     except FloatingPointError as error:  # the same one on every rank
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+        say_why(str(error))
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -51,14 +51,19 @@ def add_config(parser: Parser) -> None:
 
 
 def refuse(error: ConfigError) -> int:
-    """Print what is wrong on stderr, a line per problem and once per host; return the exit code of bad input.
+    """Print what is wrong on stderr, a line per problem and once per host; return the exit code of bad input."""
+    say_why("\n".join(error.problems))
+    return REFUSED
+
+
+def say_why(text: str) -> None:
+    """Print on stderr, once per host, why all ranks are about to end.
 
     torchrun ends all ranks as soon as one has ended. So the other ranks wait for the host's first one, which may still
     be starting, and speak themselves if it does not.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or not _ended_by_torchrun():
-        print("\n".join(error.problems), file=sys.stderr)
-    return REFUSED
+        print(text, file=sys.stderr)
 
 
 def _ended_by_torchrun() -> bool:

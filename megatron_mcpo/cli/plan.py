@@ -30,7 +30,7 @@ _LISTED = 10
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """What the planner found.
+    """The planner's findings.
 
     plan: of the configuration's own layout; None if that is impossible on these nodes, `impossible` says why
     remedies: changes that make the run fit, where it does not; found: None without --search

@@ -163,7 +163,7 @@ def update_equals_fresh(folder: Path, family: str, dtype: str, quantization: str
 
 
 def without_fixes(folder: Path, family: str) -> tuple[bool, tuple[str, ...]]:
-    """Whether an update without the repairs equals a fresh engine, and what the engine says it holds wrongly."""
+    """Return whether an update without the repairs equals a fresh engine, and what the engine says it holds wrongly."""
     vllm_cpu_fixes.LAST_AFFECTED = (0, 0)
     a, b = folder / f"{family}_a", folder / f"{family}_b"
     engine = build(a)
@@ -354,7 +354,7 @@ def refuses_bad_updates(folder: Path) -> dict[str, str]:
 
 
 def finds_what_differs(folder: Path, family: str, dtype: str, quantization: str) -> None:
-    """In each tensor by itself, in two that were swapped, in one that was transposed; nothing where nothing differs."""
+    """Compare each tensor changed by itself, two swapped, one transposed; and find nothing where nothing differs."""
     path = folder / f"{family}_a"
     engine, policy = build(path, dtype, quantization=quantization), weights(path)
 
