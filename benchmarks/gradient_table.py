@@ -1,8 +1,9 @@
-"""Check the gradient of every parameter, of the whole objective, in every parallel layout, on real gloo ranks.
+"""Check the gradient of every parameter, and its update, in every parallel layout, on real gloo ranks.
 
 `.venv/bin/python -m benchmarks.gradient_table [--json] [--layouts tp2 dp2 ...]`
-The reference is autograd in float64 through a Hugging Face model in one process (tests/support/reference.py). An error
-is the largest in a parameter's gradient, relative to its largest entry. Exit code 1: an error exceeds the bound.
+The reference is autograd in float64 through a Hugging Face model in one process (tests/support/reference.py), and the
+formula of Adam's first update. An error is the largest in a parameter's gradient, or in its change, relative to its
+largest entry. Exit code 1: an error exceeds the bound.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from tests.support.ranks import run_ranks
 
 BOUND = 1e-5
 HEAD = "contrastive_head"
+UPDATE = "update of "
 LAYOUTS = {
     "dp1": Layout(),
     "dp2": Layout(data=2),
@@ -79,6 +81,7 @@ class Variant:
 
     shortest_prompt: if it exceeds half of a micro-batch, no two rollouts share one
     uneven: groups of different sizes, and correct answers whose rewards are less than 1
+    updated: the optimizer's update is checked, too
     """
 
     name: str
@@ -86,6 +89,7 @@ class Variant:
     share_prompts: bool
     shortest_prompt: int = 3
     uneven: bool = False
+    updated: bool = False
 
 
 VARIANTS = [
@@ -94,17 +98,19 @@ VARIANTS = [
         sections={"batch": {"micro_batch_tokens": 32}},
         share_prompts=False,
         shortest_prompt=17,
+        updated=True,
     ),
     Variant(
-        name="few rollouts, recomputed, sequence means, rloo, mlp head on the last token",
+        name="few rollouts, recomputed, sequence means, rloo, mlp head on the last token, centred",
         sections={
             "batch": {"micro_batch_tokens": 64},
             "model": {"recompute": "full"},
             "rollout": {"temperature": 0.8},
             "algorithm": {"aggregation": "seq_mean_token_mean", "advantage": "rloo"},
-            "contrastive": {"head": "mlp", "pool": "last"},
+            "contrastive": {"head": "mlp", "pool": "last", "center": "prompt"},
         },
         share_prompts=True,
+        updated=True,
     ),
     Variant(
         name="all rollouts in one micro-batch, per_domain, k2, all rivals of the domain",
@@ -146,13 +152,22 @@ VARIANTS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, a configuration, rollouts, and the gradient of every parameter as the reference computes it."""
+    """A model, a configuration, rollouts, and the gradient of every parameter as the reference computes it.
+
+    updated: the optimizer's update is checked, too
+    """
 
     name: str
     config: Config
     groups: Sequence[RolloutGroup]
     share_prompts: bool
     expected: dict[str, Tensor]
+    updated: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is checked of each parameter, as a prefix of its name: the gradient, and its update."""
+        return ("", UPDATE) if self.updated else ("",)
 
     def in_bf16(self) -> Self:
         """Return the same case for a policy that computes in bf16."""
@@ -194,6 +209,7 @@ def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:
                     groups=groups,
                     share_prompts=variant.share_prompts,
                     expected=expected_gradients(reference_model, groups, config),
+                    updated=variant.updated,
                 )
             )
     return cases
@@ -207,10 +223,13 @@ def _without_choices(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str,
 
 def make_config(folder: Path, sections: dict[str, dict[str, Any]]) -> Config:
     """Return a configuration in which all terms weigh enough that an error in any of them shows."""
+    # The gradient is clipped, and eps is far above it, so that an update is proportional to it.
+    optimizer = {"lr": 1e5, "head_lr": 3e5, "eps": 10.0, "clip_grad": 0.1}
     algorithm = {"kl_weight": 0.05, **sections.get("algorithm", {})}
     contrastive = {"cross_domain_weight": 0.5, "in_domain_weight": 0.3, "temperature": 0.2, "top_k": 2}
     contrastive |= sections.get("contrastive", {})
-    return tiny_models.config(folder, **{**sections, "algorithm": algorithm, "contrastive": contrastive})
+    changed = {"algorithm": algorithm, "contrastive": contrastive, "optimizer": optimizer}
+    return tiny_models.config(folder, **{**sections, **changed})
 
 
 def expected_gradients(model: PreTrainedModel, groups: Sequence[RolloutGroup], config: Config) -> dict[str, Tensor]:
@@ -250,9 +269,41 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
     return export_gradients(policy)
 
 
+def found_changes(case: Case, ranks: Groups, objective_type: type[Objective]) -> dict[str, Tensor]:
+    """Return by how much the first update changes each parameter on ranks."""
+    policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
+    objective = objective_type(case.config, policy, ranks)
+    scored = score(policy, case.config, case.groups, case.share_prompts)
+    before = {name: tensor.clone() for name, tensor in _weights(policy).items()}
+    policy.update(scored.batch, objective.loss(objective.prepare(scored, step=1)))
+    return {name: tensor - before[name] for name, tensor in _weights(policy).items()}
+
+
+def expected_changes(case: Case) -> dict[str, Tensor]:
+    """Return the changes that Adam's first update (arXiv 1412.6980) makes with the clipped reference gradient."""
+    optimizer = case.config.optimizer
+    norm = torch.stack([gradient.norm() for gradient in case.expected.values()]).norm()
+    clip = min(1.0, optimizer.clip_grad / (norm.item() + 1e-6))
+    changes = {}
+    for name, gradient in case.expected.items():
+        rate = optimizer.head_lr if HEAD in name else optimizer.lr
+        changes[name] = -rate * clip * gradient / ((clip * gradient).abs() + optimizer.eps)
+    return changes
+
+
+def _weights(policy: Policy) -> dict[str, Tensor]:
+    """Return all weights under the names of the reference, the head's where this rank has it."""
+    head = {
+        name[name.index(HEAD) :]: parameter.data
+        for chunk in policy.chunks
+        for name, parameter in chunk.named_parameters()
+        if HEAD in name
+    }
+    return dict(export(policy.chunks, policy.model_config, policy.groups)) | head
+
+
 def export_gradients(policy: Policy) -> dict[str, Tensor]:
     """Return the gradients under the names of the reference: they replace the parameters and are exported."""
-    head = {}
     for buffer in policy.gradient_buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:  # with the distributed optimizer each rank has its own shard of the sum
@@ -261,11 +312,9 @@ def export_gradients(policy: Policy) -> dict[str, Tensor]:
             dist.all_gather(gathered, shards[group.rank()].contiguous(), group=group)
             bucket.grad_data.copy_(torch.cat(gathered))
     for chunk in policy.chunks:
-        for name, parameter in chunk.named_parameters():
+        for parameter in chunk.parameters():
             parameter.data.copy_(parameter.main_grad)
-            if HEAD in name:
-                head[name[name.index(HEAD) :]] = parameter.data
-    return dict(export(policy.chunks, policy.model_config, policy.groups)) | head
+    return _weights(policy)
 
 
 def errors_on_this_rank(
@@ -277,6 +326,9 @@ def errors_on_this_rank(
     for case in cases:
         found = found_gradients(case, ranks, objective_type)
         errors.append({name: relative_error(found[name], case.expected[name]) for name in found})
+        if case.updated:
+            changed, expected = found_changes(case, ranks, objective_type), expected_changes(case)
+            errors[-1] |= {UPDATE + name: relative_error(changed[name], expected[name]) for name in changed}
     return errors
 
 
@@ -297,7 +349,8 @@ def check(
         for case, errors in zip(cases, report, strict=True):
             for name, error in errors.items():
                 worst[case.name, name] = max(error, worst.get((case.name, name), 0.0))
-    assert set(worst) == {(case.name, name) for case in cases for name in case.expected}
+    checked = [(case.name, kind + name) for case in cases for kind in case.kinds for name in case.expected]
+    assert set(worst) == set(checked)
     return worst
 
 
@@ -316,13 +369,19 @@ def main(arguments: Sequence[str]) -> int:
             cases |= {model: make_cases(folder / model, model) for model in needed if model not in cases}
             mine = [case for model in needed for case in cases[model]]
             errors = check(LAYOUTS[layout], mine)
+            updates = [error for (_, name), error in errors.items() if name.startswith(UPDATE)]
             rows[layout] = {
                 "max_rel_err": max(errors.values()),
+                "max_rel_err_update": max(updates),
                 "params": sum(gradient.numel() for case in mine for gradient in case.expected.values()),
             }
             if not options.json:
                 row = rows[layout]
-                print(f"{layout:12} {row['max_rel_err']:.1e} over {row['params']:,} gradients", flush=True)
+                print(
+                    f"{layout:12} {row['max_rel_err']:.1e} over {row['params']:,} gradients, of which updates "
+                    f"{row['max_rel_err_update']:.1e}",
+                    flush=True,
+                )
     worst = max(row["max_rel_err"] for row in rows.values())
     if options.json:
         print(json.dumps({"layouts": rows, "worst": worst}, indent=1))

@@ -92,6 +92,10 @@ class RolloutLabels:
             domain_M=self.domain_M.to(device), prompt_M=self.prompt_M.to(device), correct_M=self.correct_M.to(device)
         )
 
+    def select(self, rows: Tensor) -> "RolloutLabels":
+        """Return the labels of some rollouts, given by a bool mask or by positions."""
+        return RolloutLabels(domain_M=self.domain_M[rows], prompt_M=self.prompt_M[rows], correct_M=self.correct_M[rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
@@ -146,7 +150,8 @@ class TrainBatch:
 class Scores:
     """The results of a forward pass over a TrainBatch, without a graph.
 
-    logp_R, entropy_R: fp32; z_ND: fp32, unit rows (None: the model has no head); version: of the weights behind them
+    logp_R, entropy_R: fp32; z_ND: fp32, the head's output (None: the model has no head)
+    version: of the weights behind them
     """
 
     logp_R: Tensor
@@ -157,11 +162,17 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The outcome of one optimizer step."""
+    """The outcome of one optimizer step.
+
+    lr, head_lr: rates of the model and of the contrastive head; 0 where the update was skipped
+    scores: of the forward pass, before the weights moved
+    """
 
     grad_norm: float
     lr: float
+    head_lr: float
     applied: bool
     """False where the gradient was not finite, so that no parameter has changed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Sums over all micro-batches and data-parallel ranks, already divided by their global denominators."""
+    scores: Scores

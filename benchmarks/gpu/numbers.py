@@ -130,6 +130,6 @@ def _learn(groups: Groups, shape: Shape, model: dict[str, str]) -> tuple[float, 
     sampled = models.rollouts(shape.vocab, prompts=6, samples=4, prompt=(20, 60), response=(10, 30))
     batch = batch_of(sampled, learner)
     loss = signed_loss(batch)
-    value = learner.backward(batch, loss)["loss"]
+    value = learner.backward(batch, loss)[0]["loss"]
     logp_R = learner.score(batch).logp_R
     return value, logp_R, learner.trunk_gradient(batch, loss)

@@ -36,9 +36,12 @@ class Contrast:
 
     loss_cross_domain, loss_in_domain: means over each term's valid anchors, unweighted; 0 where there is none
     loss_cross_domain_M, loss_in_domain_M: the terms of every anchor; 0 for all other rollouts
+    gain_cross_domain_M, gain_in_domain_M: how far each of them is below its chance level, that of equal similarities
+        (log(1 + negatives); with `in_domain_loss` "align" that of similarity 0); 0 for all other rollouts
     grad_z_MD: in the dtype of z, the gradient of cross_domain_weight * loss_cross_domain + in_domain_weight *
         loss_in_domain
     valid_cross_domain_M, valid_in_domain_M: bool, the anchors of each term
+    used_M: bool, the rollouts that take part: all, or with `center` "prompt" those of prompts with both outcomes
     positives_MK: int64, |C(i)| by the positives' domain; positives_in_domain_M: int64, |S(i)|
     negatives_MK: int64, |M(i)| by the negatives' domain; like the positives 0 for rollouts that are not an anchor
     listed_ML: int64, positions of (the first 64 of) the cross-domain positives of every rollout, filled up with -1
@@ -48,9 +51,12 @@ class Contrast:
     loss_in_domain: float
     loss_cross_domain_M: Tensor
     loss_in_domain_M: Tensor
+    gain_cross_domain_M: Tensor
+    gain_in_domain_M: Tensor
     grad_z_MD: Tensor
     valid_cross_domain_M: Tensor
     valid_in_domain_M: Tensor
+    used_M: Tensor
     positives_MK: Tensor
     positives_in_domain_M: Tensor
     negatives_MK: Tensor
@@ -105,7 +111,8 @@ def contrastive(
     but j: the negatives or, with `settings.denominator` "all", all other rollouts of the scope that `negatives`
     names (with the pool: SupCon's L_out, arXiv 2004.11362). An anchor's cost is the mean over its positives, a term the
     mean over its valid anchors: those with a positive, and with a rival that could not be one, or nothing would keep
-    representations apart. `in_domain_loss` "align" replaces the cost by 1 - z_i z_j, which needs no rivals.
+    representations apart. `in_domain_loss` "align" replaces the cost by 1 - z_i z_j, which needs no rivals. With
+    `center` "prompt" only the rollouts of prompts with both outcomes take part.
 
     z_MD: unit rows; a graph behind it is ignored. The gradient is that with respect to z itself: projecting out its
     radial part is left to the head's own backward pass.
@@ -129,7 +136,7 @@ class _Sums:
         tile_rows = max(1, tile_elements // max(1, num))
         self.block_rows = -(-tile_rows // _BLOCKS) if device.type == "cpu" else tile_rows
         num_domains = int(labels.domain_M.max()) + 1 if num else 1
-        wrong_MK = one_hot(labels.domain_M, num_domains) * ~labels.correct_M[:, None]
+        wrong_MK = one_hot(labels.domain_M, num_domains) * self.pairing.incorrect_M[:, None]
         self.negatives_MK = group_sums(wrong_MK, scope_of(labels, settings.negatives))
         self._find_anchors(tile_rows)
         self.grad_z_MD = torch.zeros_like(z_MD)
@@ -139,7 +146,7 @@ class _Sums:
 
     def _find_anchors(self, tile_rows: int) -> None:
         """Find the anchors of each term, the weight of each in the total, and the tiles they are taken in."""
-        settings, correct_M = self.settings, self.labels.correct_M
+        settings, correct_M = self.settings, self.pairing.correct_M
         correct = {scope: members(scope_of(self.labels, scope), correct_M) for scope in _SCOPES}
         self.positives_in_domain_M = correct[settings.in_domain_scope] - 1
         opposed_cross_domain_M = opposed_in_domain_M = self.negatives_MK.any(dim=1)
@@ -221,17 +228,30 @@ class _Sums:
         kept = place < self.listed_ML.shape[1]
         self.listed_ML[anchors_A[row[kept]], place[kept]] = column[kept]
 
+    def _chance(self) -> Tensor:
+        """Return what a positive costs each rollout if all similarities are equal: [M]."""
+        if self.settings.denominator == "negatives":
+            return self.negatives_MK.sum(dim=1).to(self.z_MD.dtype).log1p()
+        rivals_M = members(scope_of(self.labels, self.settings.negatives), self.pairing.used_M) - 1
+        return rivals_M.clamp(min=1).to(self.z_MD.dtype).log()
+
     def result(self) -> Contrast:
         """Return the terms after all tiles were added."""
         anchor_M = self.valid_cross_domain_M | self.valid_in_domain_M
+        chance_M = self._chance()
+        aligned = self.settings.in_domain_loss == "align"
+        chance_in_domain_M = torch.ones_like(chance_M) if aligned else chance_M
         return Contrast(
             loss_cross_domain=(self.loss_cross_domain_M.sum() / self.valid_cross_domain_M.sum().clamp(min=1)).item(),
             loss_in_domain=(self.loss_in_domain_M.sum() / self.valid_in_domain_M.sum().clamp(min=1)).item(),
             loss_cross_domain_M=self.loss_cross_domain_M,
             loss_in_domain_M=self.loss_in_domain_M,
+            gain_cross_domain_M=(chance_M - self.loss_cross_domain_M) * self.valid_cross_domain_M,
+            gain_in_domain_M=(chance_in_domain_M - self.loss_in_domain_M) * self.valid_in_domain_M,
             grad_z_MD=self.grad_z_MD,
             valid_cross_domain_M=self.valid_cross_domain_M,
             valid_in_domain_M=self.valid_in_domain_M,
+            used_M=self.pairing.used_M,
             positives_MK=self.positives_MK,
             positives_in_domain_M=self.positives_in_domain_M.where(anchor_M, 0),
             negatives_MK=self.negatives_MK * anchor_M[:, None],

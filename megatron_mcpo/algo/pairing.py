@@ -35,23 +35,27 @@ class Pairing:
     `negatives` names. The rivals, which a positive competes with: by `denominator` the negatives, or all other
     rollouts of that scope.
 
-    Of equally similar rollouts the first ones in step order are taken, so that every rank picks the same.
+    Of equally similar rollouts the first ones in step order are taken, so that every rank picks the same. With `center`
+    "prompt" only the rollouts of prompts with both outcomes take part.
     """
 
     def __init__(self, labels: RolloutLabels, settings: ContrastiveConfig):
         self.labels = labels
         self.settings = settings
-        self.incorrect_M = ~labels.correct_M
-        domains = torch.unique(labels.domain_M[labels.correct_M]).tolist()
+        self.used_M = used(labels, settings)
+        """Which rollouts take part."""
+        self.correct_M = labels.correct_M & self.used_M
+        self.incorrect_M = ~labels.correct_M & self.used_M
+        domains = torch.unique(labels.domain_M[self.correct_M]).tolist()
         self.correct_by_domain = {
-            domain: (labels.correct_M & (labels.domain_M == domain)).nonzero()[:, 0] for domain in domains
+            domain: (self.correct_M & (labels.domain_M == domain)).nonzero()[:, 0] for domain in domains
         }
         """Positions of the correct rollouts by domain, ascending."""
 
     def find(self, similarity_AM: Tensor, anchors_A: Tensor) -> Pairs:
         """Return the pairs of `anchors_A` (int64, positions in the step's order), all of which are correct."""
         assert similarity_AM.shape == (len(anchors_A), len(self.labels)), (similarity_AM.shape, anchors_A.shape)
-        in_domain_AM = self._same(self.settings.in_domain_scope, anchors_A) & self.labels.correct_M
+        in_domain_AM = self._same(self.settings.in_domain_scope, anchors_A) & self.correct_M
         return Pairs(
             cross_domain_AM=self.transferable(similarity_AM, anchors_A),
             in_domain_AM=in_domain_AM.scatter_(1, anchors_A[:, None], False),
@@ -62,14 +66,15 @@ class Pairing:
         """Return C(i) alone: bool [A, M]."""
         if self.settings.transfer == "top_k":
             return self._most_similar(similarity_AM, anchors_A)
-        others_AM = ~self._same("domain", anchors_A) & self.labels.correct_M
+        others_AM = ~self._same("domain", anchors_A) & self.correct_M
         if self.settings.transfer == "threshold":
             others_AM &= similarity_AM >= self.settings.threshold
         return others_AM
 
     def _rivals(self, anchors_A: Tensor) -> Tensor:
         if self.settings.denominator == "all":
-            return self._same(self.settings.negatives, anchors_A).scatter_(1, anchors_A[:, None], False)
+            others_AM = self._same(self.settings.negatives, anchors_A) & self.used_M
+            return others_AM.scatter_(1, anchors_A[:, None], False)
         if self.settings.negatives == "pool":
             return self.incorrect_M.expand(len(anchors_A), -1)
         return self._same(self.settings.negatives, anchors_A) & self.incorrect_M
@@ -85,6 +90,14 @@ class Pairing:
             nearest = _largest(similarity_AM.index_select(1, columns), self.settings.top_k)
             chosen_AM.index_copy_(1, columns, nearest & (domain_A1 != domain))
         return chosen_AM
+
+
+def used(labels: RolloutLabels, settings: ContrastiveConfig) -> Tensor:
+    """Return which rollouts the terms are taken over, bool [M]: all, or with centred ones those that can differ."""
+    if settings.center == "off":
+        return torch.ones_like(labels.correct_M)
+    correct_M = members(labels.prompt_M, labels.correct_M)
+    return (correct_M > 0) & (correct_M < members(labels.prompt_M, torch.ones_like(labels.correct_M)))
 
 
 def scope_of(labels: RolloutLabels, scope: Scope) -> Tensor:

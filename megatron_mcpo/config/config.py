@@ -77,6 +77,15 @@ class Config(Section):
         """Return the maximum number of response tokens, for each domain."""
         return [d.max_response_tokens or self.rollout.max_response_tokens for d in self.domain]
 
+    @property
+    def scores_policy(self) -> bool:
+        """Return whether the policy scores a batch in a pass of its own, before the update.
+
+        Contrastive terms need all representations before the first backward pass; with several optimizer steps per
+        batch, the old log-probs of the later ones are those before the first.
+        """
+        return self.contrastive.enabled or self.batch.minibatches > 1
+
     def layout(self, world_size: int | None) -> Layout:
         """Return the layout on `world_size` ranks, or, for None, on the fewest ranks that all sizes divide.
 
@@ -270,16 +279,6 @@ def _rewarding(config: Config) -> list[str]:
     ]
 
 
-def _diagnosis(config: Config) -> list[str]:
-    c = config.contrastive
-    if c.diagnose_every == 0 or (c.enabled and c.mode == "loss"):
-        return []
-    return [
-        f"contrastive.diagnose_every = {c.diagnose_every}: requires a contrastive term that reaches the model's "
-        f"weights (mode is {c.mode!r}, the weights are {c.cross_domain_weight} and {c.in_domain_weight}). Set it to 0."
-    ]
-
-
 def _importance(config: Config) -> list[str]:
     a = config.algorithm
     if a.importance != "mask" or a.importance_floor < a.importance_cap:
@@ -349,7 +348,6 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("batch", "rollout"), _longest_rollout),
     (("batch", "contrastive", "domain"), _minibatches),
     (("contrastive",), _rewarding),
-    (("contrastive",), _diagnosis),
     (("algorithm",), _importance),
     (("engine", "model"), _quantized_dtype),
     (("engine", "algorithm"), _quantized_importance),

@@ -285,15 +285,21 @@ class ContrastiveConfig(Section):
         description="which response tokens form the representation of a rollout; mean: the mean over all of them; "
         "last: the last one",
     )
+    center: Literal["off", "prompt"] = Field(
+        "off",
+        description="what is subtracted from a representation before it is scaled to length 1; off: nothing; prompt: "
+        "the mean of the prompt's rollouts, so that pairs compare what distinguishes correct from incorrect answers "
+        "instead of the questions; prompts with only one outcome are then left out",
+    )
     dim: PositiveInt | None = Field(
         None,
         description="size of a representation, at most the hidden size; unset: 512, or the hidden size if that is "
         "smaller",
     )
     diagnose_every: NonNegativeInt = Field(
-        0,
+        20,
         description="steps between two measurements of the gradient of each term, which take up to three more forward "
-        "and backward passes; 0: never",
+        "and backward passes, if a term reaches the model's weights; 0: never",
     )
 
     @property
@@ -306,6 +312,11 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay, and its learning rate schedule."""
 
     lr: PositiveFloat = Field(description="peak learning rate")
+    head_lr: PositiveFloat = Field(
+        1e-3,
+        description="peak learning rate of the contrastive head, whose weights begin random; its schedule has the "
+        "shape of the model's",
+    )
     min_lr: NonNegativeFloat = Field(
         0.0,
         description="final learning rate of the linear and cosine schedules, which the step after the last would use",

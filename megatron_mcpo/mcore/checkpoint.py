@@ -32,7 +32,7 @@ from megatron_mcpo.storage.files import step_files
 from megatron_mcpo.weights import safe_unpickler
 from megatron_mcpo.weights.mapping import parameters
 
-FORMAT = 2
+FORMAT = 3
 """The version of state.json and of the sharded files' content. The manifest has none, as it is read before this."""
 
 _NEW_RUN = "or start a new run with --run.resume never"

@@ -20,12 +20,14 @@ class HeadSpec:
     """The shape of a contrastive head.
 
     pool: the mean over a response's hidden states, or its last one; detach: no gradient leaves the head
+    normalize: whether the head scales representations to length 1, which otherwise happens after they are centred
     """
 
     dim: int
     kind: Literal["linear", "mlp"] = "linear"
     pool: Literal["mean", "last"] = "mean"
     detach: bool = False
+    normalize: bool = True
     seed: int = 0
 
     @staticmethod
@@ -38,6 +40,7 @@ class HeadSpec:
             kind=settings.head,
             pool=settings.pool,
             detach=settings.mode == "reward",
+            normalize=settings.center == "off",
             seed=seed,
         )
 
@@ -63,8 +66,9 @@ class ContrastiveHead(nn.Module):
         self.hidden_weight = parameter(hidden_size) if spec.kind == "mlp" else None
 
     def forward(self, pooled_NH: Tensor) -> Tensor:
-        """Map pooled hidden states [N, H] to representations [N, D] in fp32 with unit rows."""
+        """Map pooled hidden states [N, H] to representations [N, D] in fp32, with unit rows if spec.normalize."""
         hidden_NH = (pooled_NH.detach() if self.spec.detach else pooled_NH).float()
         if self.hidden_weight is not None:
             hidden_NH = F.gelu(F.linear(hidden_NH, self.hidden_weight.float()))
-        return F.normalize(F.linear(hidden_NH, self.weight.float()), dim=-1)
+        z_ND = F.linear(hidden_NH, self.weight.float())
+        return F.normalize(z_ND, dim=-1) if self.spec.normalize else z_ND

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -168,8 +168,11 @@ class Policy(_Model):
             DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)
         ]
+        optimizer_config = _optimizer_config(config.optimizer, dtype=DTYPES[config.model.dtype])
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(config.optimizer, dtype=DTYPES[config.model.dtype]), self.chunks
+            optimizer_config,
+            self.chunks,
+            config_overrides={**get_standard_config_overrides(optimizer_config), **_head_rate(config.optimizer)},
         )
         self.lr_schedule = _lr_schedule(self.optimizer, config.optimizer, num_updates=_num_updates(config))
         megatron_config.finalize_model_grads_func = finalize_model_grads
@@ -180,13 +183,14 @@ class Policy(_Model):
         """Keep the optimizer's state on the device for a block; without optimizer.offload it is always there."""
         return self._offloaded.on_device() if self._offloaded else nullcontext()
 
-    def backward(self, batch: TrainBatch, loss: LossFunction) -> dict[str, float]:
+    def backward(self, batch: TrainBatch, loss: LossFunction) -> tuple[dict[str, float], Scores]:
         """Leave the gradient of the sum of all losses, over micro-batches and ranks, in the gradient buffers.
 
         `loss` returns a micro-batch's share of the global loss, with global denominators already in it. Megatron's
         schedule multiplies it by the context size and divides it by the number of micro-batches, and its DDP averages
         over data x context ranks: all of that is undone here and nowhere else.
-        Returns the sums over micro-batches and ranks of the metrics that `loss` returns, on every rank.
+        Returns, on every rank, the sums over micro-batches and ranks of the metrics that `loss` returns, and the scores
+        of the forward pass.
         """
         layout = self.groups.layout
         micros = self._pack(batch)
@@ -211,7 +215,7 @@ class Policy(_Model):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        schedule.run(
+        outputs = schedule.run(
             self.chunks,
             micros,
             self.groups,
@@ -219,7 +223,7 @@ class Policy(_Model):
             temperature=self.temperature,
             loss=scaled,
         )
-        return self._sum_over_ranks(totals)
+        return self._sum_over_ranks(totals), self._collect(batch, micros, outputs)
 
     def update(self, batch: TrainBatch, loss: LossFunction, *, representation_version: int | None = None) -> Update:
         """Take one optimizer step on the batch; if any gradient is not finite, nothing changes and `applied` is False.
@@ -238,18 +242,26 @@ class Policy(_Model):
                 f"representation_version = {representation_version}: must be {self.version} (the version of the "
                 "policy's weights); score the batch again"
             )
-        metrics = self.backward(batch, loss)
-        applied, grad_norm, lr = self._gradients_finite(), float("nan"), 0.0
+        metrics, scores = self.backward(batch, loss)
+        applied, grad_norm, lr, head_lr = self._gradients_finite(), float("nan"), 0.0, 0.0
         if applied:
             # Before the update, so that a warm-up does not waste its first update on a rate of zero.
             self.lr_schedule.step(increment=1)
-            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            lr, head_lr = (self._rate(of_head=of_head) for of_head in (False, True))
             with self.optimizer_on_device():
                 grad_norm = float(self.optimizer.step()[1])
             self.version += 1
         if self._offloaded:
             self._offloaded.drop_gradients()
-        return Update(grad_norm=grad_norm, lr=lr, applied=applied, metrics=metrics)
+        return Update(grad_norm=grad_norm, lr=lr, head_lr=head_lr, applied=applied, metrics=metrics, scores=scores)
+
+    def _rate(self, *, of_head: bool) -> float:
+        """Return the present learning rate of the head, 0 without one, or of the model; the same on every rank.
+
+        Megatron-Core gives all ranks the same parameter groups, and marks those without a rate of their own.
+        """
+        groups = self.optimizer.param_groups
+        return next((group["lr"] for group in groups if group["default_config"] is not of_head), 0.0)
 
     def trunk_gradient(self, batch: TrainBatch, loss: LossFunction) -> Tensor:
         """Return this rank's share of the gradient of `loss` on all weights but the head's, flat fp32; nothing changes.
@@ -335,6 +347,15 @@ def _optimizer_config(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> Mega
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
+
+
+def _head_rate(optimizer: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Return the head's own peak and final rate, in the form that Megatron-Core takes.
+
+    Adam moves every weight by about its rate: at the rate of a trained model a head that begins random stays random.
+    """
+    final = optimizer.head_lr * optimizer.min_lr / optimizer.lr
+    return {ParamKey(name="*contrastive_head*"): ParamGroupOverride(max_lr=optimizer.head_lr, min_lr=final)}
 
 
 def _lr_schedule(optimizer: Any, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:

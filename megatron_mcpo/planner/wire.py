@@ -20,7 +20,7 @@ _FP32 = 4
 
 def passes(config: Config) -> tuple[int, int]:
     """Return the number of forward-only passes over a step's rollouts (policy, reference), and of training passes."""
-    return (2 if config.algorithm.kl_weight > 0 else 1), 1
+    return config.scores_policy + (config.algorithm.kl_weight > 0), 1
 
 
 def tensor_units(model: ModelConfig, layout: Layout, *, recompute: Recompute) -> tuple[int, int]:

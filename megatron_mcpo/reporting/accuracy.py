@@ -41,7 +41,7 @@ def accuracy_metrics(items: Mapping[str, Sequence[Item]]) -> dict[str, float]:
         measures[f"maj_at_{k}"] = {
             name: [float(majority_is_correct(item)) for item in of] for name, of in items.items()
         }
-    accuracies = {name: _mean(values) for name, values in measures["accuracy"].items()}
+    accuracies = {name: mean(values) for name, values in measures["accuracy"].items()}
     found = {**accuracies, **mean_and_worst(accuracies)}
     found |= {f"items/{name}": float(len(of)) for name, of in items.items()}
     for measure, values in measures.items():
@@ -105,7 +105,7 @@ def mean_and_worst(accuracies: Mapping[str, float]) -> dict[str, float]:
     """Return the mean over domains, each counting the same, and the lowest; NaN if one of them is NaN."""
     values = list(accuracies.values())
     worst = math.nan if any(math.isnan(value) for value in values) else min(values)
-    return {"mean": _mean(values), "worst": worst}
+    return {"mean": mean(values), "worst": worst}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,8 @@ def backward_transfer(now: Mapping[str, float], baseline: Mapping[str, float]) -
     change = {name: value for name, value in change.items() if not math.isnan(value)}
     return Transfer(
         change=change,
-        mean=_mean(list(change.values())),
-        forgetting=_mean([max(0.0, -value) for value in change.values()]),
+        mean=mean(list(change.values())),
+        forgetting=mean([max(0.0, -value) for value in change.values()]),
         fell=tuple(name for name, value in change.items() if value < 0),
     )
 
@@ -155,8 +155,8 @@ def _with_bounds(measure: str, values: Mapping[str, Sequence[float]]) -> dict[st
     """Return a measure by domain, and their mean, with interval bounds; accuracy itself is computed before."""
     # A domain's bounds depend on its own items alone, not on what other domains there are.
     resampled = {name: bootstrap_means(of_domain, seed=name.encode()) for name, of_domain in values.items()}
-    means = {name: _mean(of_domain) for name, of_domain in values.items()}
-    resampled["mean"], means["mean"] = np.mean(list(resampled.values()), axis=0), _mean(list(means.values()))
+    means = {name: mean(of_domain) for name, of_domain in values.items()}
+    resampled["mean"], means["mean"] = np.mean(list(resampled.values()), axis=0), mean(list(means.values()))
     found = {}
     for name, means_B in resampled.items():
         low, high = interval(means_B)
@@ -166,5 +166,6 @@ def _with_bounds(measure: str, values: Mapping[str, Sequence[float]]) -> dict[st
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean, NaN without a value."""
     return math.fsum(values) / len(values) if values else math.nan

@@ -19,7 +19,7 @@ from rich.text import Text
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.reporting.numbers import duration, number, printable
 from megatron_mcpo.reporting.step_table import StepTable, step_warnings
-from megatron_mcpo.reporting.summary import last_lines, summary_table
+from megatron_mcpo.reporting.summary import last_lines, mechanism_line, summary_table
 from megatron_mcpo.reporting.verbose_lines import step_line
 from megatron_mcpo.storage.files import read_jsonl
 from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS
@@ -131,6 +131,8 @@ class Console:
         steps = read_jsonl(folder / METRICS)
         if steps:
             self._rich.print(summary_table(steps, read_jsonl(folder / EVALUATIONS), self._domains))
+            if mechanism := mechanism_line(steps):
+                self._line(mechanism)
         else:
             self.note("no training step was logged")
         for line in last_lines(folder):

@@ -121,15 +121,18 @@ def write_rollouts(folder: Path, step: int, rows: Iterable[Mapping[str, Any]]) -
     return _write_step(step_file(folder, "rollouts", step, ".jsonl"), "".join(lines).encode())
 
 
-def write_representations(folder: Path, step: int, *, z: np.ndarray, domain: np.ndarray, correct: np.ndarray) -> bool:
+def write_representations(
+    folder: Path, step: int, *, z: np.ndarray, domain: np.ndarray, prompt: np.ndarray, correct: np.ndarray
+) -> bool:
     """Write representations/step_NNNNNN.npz.
 
-    z: [M, D] float16 or float32; domain: [M] index into the configuration's domains; correct: [M] bool
+    z: [M, D] float16 or float32; domain: [M] index into the configuration's domains; prompt: [M] number of the prompt
+    in this step; correct: [M] bool
     Returns False, after a warning, if the disk does not take it.
     """
-    assert z.ndim == 2 and domain.shape == correct.shape == z.shape[:1], (z.shape, domain.shape, correct.shape)
+    assert z.ndim == 2 and domain.shape == prompt.shape == correct.shape == z.shape[:1], (z.shape, domain.shape)
     content = io.BytesIO()
-    np.savez(content, z=z, domain=domain.astype(np.int32), correct=correct.astype(bool))
+    np.savez(content, z=z, domain=domain.astype(np.int32), prompt=prompt.astype(np.int32), correct=correct.astype(bool))
     return _write_step(step_file(folder, "representations", step, ".npz"), content.getvalue())
 
 

@@ -192,7 +192,11 @@ _UPDATES = Section(
             meaning="Norm of the gradient before it is clipped; null where the update was skipped.",
             target="Steady; single peaks are clipped to optimizer.clip_grad.",
         ),
-        Metric(keys=("lr",), meaning="Learning rate; 0 where the update was skipped."),
+        Metric(
+            keys=("lr", "head_lr"),
+            meaning="Learning rates of the model and of the contrastive head; 0 where the update was skipped, and "
+            "without a head.",
+        ),
         Metric(
             keys=("update/applied",),
             meaning="0 where the gradient was not finite, so that the update was skipped; else 1.",
@@ -205,6 +209,32 @@ _PAIRS = Section(
     title="Contrastive pairs",
     about="Left out when both contrastive terms are off. Means over the optimizer steps that have such a pair.",
     metrics=(
+        Metric(
+            keys=(
+                *("contrast/gain_cross_domain", "contrast/gain_cross_domain/<domain>"),
+                *("contrast/gain_in_domain", "contrast/gain_in_domain/<domain>"),
+            ),
+            meaning="How far a term is below its chance level, log(1 + contrast/negatives) - the loss of an anchor, in "
+            "nats, mean over anchors; with in_domain_loss = 'align' 1 - the loss. Left out without an anchor.",
+            target="Above 0 once the head has learned; the chance level is 0.",
+        ),
+        Metric(
+            keys=("contrast/auc_cross_domain", "contrast/auc_cross_domain/<domain>"),
+            meaning="Ranking across domains: the probability that a correct rollout is closer to a correct rollout of "
+            "another domain than to an incorrect rollout of any domain, mean over correct rollouts. Left out without "
+            "such a pair.",
+            target="Rises above the chance level 0.5.",
+        ),
+        Metric(
+            keys=("contrast/auc_other_domains", "contrast/auc_other_domains/<domain>"),
+            meaning="The same against incorrect rollouts of other domains only, where no question or domain is shared.",
+            target="Rises above the chance level 0.5.",
+        ),
+        Metric(
+            keys=("contrast/auc_own_prompt", "contrast/auc_own_prompt/<domain>"),
+            meaning="The same against incorrect rollouts of the same prompt only, which share the question.",
+            target="The chance level is 0.5; lower where representations show the question rather than its solution.",
+        ),
         Metric(
             keys=("contrast/anchors_cross_domain", "contrast/anchors_in_domain"),
             meaning="Number of anchors of each term; 0 when the terms are off.",
@@ -325,6 +355,24 @@ EVALUATION = Section(
         Metric(keys=("mean",), meaning="Mean of the domains' accuracies, each domain counting the same."),
         Metric(keys=("worst",), meaning="Lowest of the domains' accuracies."),
         Metric(keys=("items/<domain>",), meaning="Number of items whose responses were verified."),
+        Metric(
+            keys=("contrast/probe_transfer", "contrast/probe_transfer/<domain>"),
+            meaning="Ranking of a domain's training rollouts by a linear probe of correctness that was fitted on the "
+            "representations of all other domains (AUC; prompts with both outcomes, since the evaluation before), and "
+            "the mean over domains. Only in a run with contrastive terms.",
+            target="Above the chance level 0.5 where correctness has a direction that domains share.",
+        ),
+        Metric(
+            keys=("contrast/probe_centered", "contrast/probe_centered/<domain>"),
+            meaning="The same of representations less the mean of their prompt's.",
+            target="As above.",
+        ),
+        Metric(
+            keys=tuple(
+                f"contrast/probe_{kind}_{bound}" for kind in ("transfer", "centered") for bound in ("low", "high")
+            ),
+            meaning="Bounds of the 95 % bootstrap intervals of the two means, over prompts.",
+        ),
         Metric(
             keys=("accuracy_low/<domain>", "accuracy_high/<domain>", "accuracy_low/mean", "accuracy_high/mean"),
             meaning="Bounds of the 95 % bootstrap interval of the accuracy, over items.",

@@ -8,11 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.reporting.console import Console
+from megatron_mcpo.reporting.contrast_note import JUDGED_AT, contrast_note
 from megatron_mcpo.reporting.html.html_report import write_report
 from megatron_mcpo.reporting.loggers import MetricsLog, write_representations, write_rollouts
 from megatron_mcpo.reporting.plots import write_plots
+from megatron_mcpo.reporting.probe import probe_transfer
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_rows
-from megatron_mcpo.storage.run_folder import RunFolder
+from megatron_mcpo.storage.files import read_jsonl
+from megatron_mcpo.storage.run_folder import METRICS, RunFolder
 
 
 class RunLogger:
@@ -60,6 +63,8 @@ class RunLogger:
         self._step = step
         self._log.log(step, metrics)
         self._console.step(step, metrics)
+        if step == JUDGED_AT and (text := contrast_note(self._config, read_jsonl(self._folder.path / METRICS))):
+            self.note(text)
         self._dump(self._folder.path, step, learned)
 
     def has_evaluation(self, step: int) -> bool:
@@ -67,9 +72,11 @@ class RunLogger:
         return step in self._evaluated
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a held-out evaluation."""
+        """Log a held-out evaluation, and the probe of the representations since the one before."""
         if self._folder is None:
             return
+        before = step - self._config.evaluation.every
+        metrics = {**metrics, **probe_transfer(self._folder.path, after=before, domain_names=self._config.domain_names)}
         self._log.log_eval(step, metrics)
         self._console.evaluation(step, {name: metrics[name] for name in self._config.domain_names})
 
@@ -115,5 +122,6 @@ class RunLogger:
             step,
             z=np.concatenate([report.z_MD.float().cpu().numpy() for report in drawn if report.z_MD is not None]),
             domain=np.array([group.prompt.domain for group in groups for _ in group.correct]),
+            prompt=np.array([number for number, group in enumerate(groups) for _ in group.correct]),
             correct=np.array([correct for group in groups for correct in group.correct]),
         )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.algo.contrastive import Contrast
-from megatron_mcpo.algo.geometry import alignment, domain_similarity, uniformity
 from megatron_mcpo.algo.policy_loss import kl_estimate
 from megatron_mcpo.reporting.metric_table import SECTIONS
+from megatron_mcpo.reporting.pair_metrics import pair_metrics
 from megatron_mcpo.reporting.selection import COLUMNS, Selection, mean
 from megatron_mcpo.types import RolloutGroup, RolloutLabels, Scores, TrainBatch
 
@@ -70,7 +70,7 @@ def step_metrics(
     for number, name in enumerate(domain_names):
         if any(group.prompt.domain == number for group in sampled):
             metrics |= _computed(_select(reports, sampled, domain=number), name=name)
-    return metrics | _mean_of_known([{**_geometry(report, domain_names), **report.diagnosis} for report in reports])
+    return metrics | _mean_of_known([{**_pair_metrics(report, domain_names), **report.diagnosis} for report in reports])
 
 
 def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequence[str]) -> list[dict[str, Any]]:
@@ -159,30 +159,11 @@ def _select(reports: Sequence[BatchReport], sampled: Sequence[RolloutGroup], *, 
     )
 
 
-def _geometry(report: BatchReport, domain_names: Sequence[str]) -> dict[str, float]:
-    """Measure representations and pairs of one optimizer step, by pairs of domains; NaN where there is no pair."""
+def _pair_metrics(report: BatchReport, domain_names: Sequence[str]) -> dict[str, float]:
+    """Return the metrics of one optimizer step's pairs; none where the contrastive terms are off."""
     if report.z_MD is None or report.contrast is None:
         return {}
-    contrast, labels = report.contrast, report.labels.to(report.z_MD.device)
-    anchors_M = contrast.valid_cross_domain_M | contrast.valid_in_domain_M
-    metrics = {
-        "contrast/negatives": contrast.negatives_M[anchors_M].double().mean().item(),
-        "contrast/alignment": alignment(report.z_MD, labels),
-        "contrast/uniformity": uniformity(report.z_MD),
-    }
-    similarity = domain_similarity(report.z_MD, labels, num_domains=len(domain_names)).tolist()
-    present = labels.domain_M.unique().tolist()
-    for a in present:
-        positives_AK = contrast.positives_MK[contrast.valid_cross_domain_M & (labels.domain_M == a)].double()
-        negatives_AK = contrast.negatives_MK[anchors_M & (labels.domain_M == a)].double()
-        for b in present:
-            names = f"{domain_names[a]}/{domain_names[b]}"
-            metrics[f"contrast/negatives/{names}"] = negatives_AK[:, b].mean().item()
-            if b >= a:
-                metrics[f"contrast/similarity/{names}"] = similarity[a][b]
-            if b != a:
-                metrics[f"contrast/positives/{names}"] = positives_AK[:, b].mean().item()
-    return metrics
+    return pair_metrics(report.z_MD, report.labels.to(report.z_MD.device), report.contrast, domain_names)
 
 
 def _rows_of(groups: Sequence[RolloutGroup], domain: int | None) -> Tensor:

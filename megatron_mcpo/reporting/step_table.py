@@ -15,8 +15,8 @@ _BARS, _DIGITS = "▁▂▃▄▅▆▇█", "0123456789"
 _COLUMNS = (
     ("policy", 6, "loss/policy"),
     ("kl", 6, "loss/kl"),
-    ("cross-dom", 9, "loss/cross_domain"),
-    ("in-dom", 6, "loss/in_domain"),
+    ("gain", 6, "contrast/gain_cross_domain"),
+    ("auc", 6, "contrast/auc_cross_domain"),
     ("grad", 6, "grad_norm"),
     ("mismatch", 8, "engine/logprob_diff_mean"),
 )
@@ -35,7 +35,7 @@ _DOMAIN_COLUMNS = (
     ("kl", "kl", ".1e"),
     ("mismatch", "engine/logprob_diff", ".1e"),
     ("anchors", "contrast/anchors", ".4g"),
-    ("positives", "contrast/positives", ".4g"),
+    ("auc", "contrast/auc_cross_domain", ".2f"),
 )
 
 

@@ -56,6 +56,20 @@ def summary_table(
     return table
 
 
+def mechanism_line(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what the cross-domain term did, at the beginning and at the end of a run; None without such a term."""
+    window = summary_window(len(steps))
+    parts = []
+    for label, key, chance in (
+        ("ranking of correct above incorrect rollouts across domains", "contrast/auc_cross_domain", "0.5"),
+        ("gain in nats", "contrast/gain_cross_domain", "0"),
+    ):
+        first, last = (_mean(part, key) for part in (steps[:window], steps[-window:]))
+        if first is not None and last is not None:
+            parts.append(f"{label} {first:.2f} -> {last:.2f} (chance {chance})")
+    return f"mechanism   {', '.join(parts)}" if parts else None
+
+
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     found = [row[key] for row in rows if row.get(key) is not None]
     return math.fsum(found) / len(found) if found else None

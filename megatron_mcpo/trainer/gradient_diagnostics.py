@@ -5,7 +5,7 @@ Shape legend: see megatron_mcpo.types.
 
 from dataclasses import replace
 
-from megatron_mcpo.algo.contrastive import contrastive
+from megatron_mcpo.algo import centering
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.trainer.objective import Objective, Prepared
 
@@ -29,9 +29,8 @@ def term_gradients(objective: Objective, policy: Policy, prepared: Prepared) -> 
     for term, other in (("cross_domain", "in_domain_weight"), ("in_domain", "cross_domain_weight")):
         if weights[term] == 0:
             continue
-        alone = contrastive(
-            contrasted.z_MD, scored.batch.labels.to(contrasted.z_MD.device), settings.model_copy(update={other: 0.0})
-        )
+        labels = scored.batch.labels.to(contrasted.head_MD.device)
+        _, alone = centering.contrast(contrasted.head_MD, labels, settings.model_copy(update={other: 0.0}))
         gradient = policy.trunk_gradient(scored.batch, objective.contrastive_loss(scored, alone))
         norm = policy.dot(gradient, gradient) ** 0.5
         metrics |= {f"gradient/z_{term}": alone.grad_z_MD.norm().item(), f"gradient/trunk_{term}": norm}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_mcpo.algo import centering
 from megatron_mcpo.algo.advantage import group_advantages
-from megatron_mcpo.algo.contrastive import Contrast, contrastive, reward_penalty
+from megatron_mcpo.algo.contrastive import Contrast, reward_penalty
 from megatron_mcpo.algo.policy_loss import policy_loss, token_weights
 from megatron_mcpo.algo.surrogate import surrogate
 from megatron_mcpo.config.config import Config
@@ -23,18 +24,25 @@ from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A batch with the scores of policy and reference, before anything is learned from it."""
+    """A batch with the scores of policy and reference, before anything is learned from it.
+
+    old: None where config.scores_policy is False: the update's own forward pass gives the same scores
+    """
 
     groups: Sequence[RolloutGroup]
     batch: TrainBatch
-    old: Scores
+    old: Scores | None
     reference_logp_R: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrasted:
-    """Representations of all rollouts, made by the policy's weights of `version`, and their contrastive terms."""
+    """Representations of all rollouts, made by the policy's weights of `version`, and their contrastive terms.
 
+    head_MD: the head's output; z_MD: what pairs are made of, the same unless contrastive.center is on
+    """
+
+    head_MD: Tensor
     z_MD: Tensor
     contrast: Contrast
     version: int
@@ -79,13 +87,14 @@ class Objective:
         settings = self.config.contrastive
         if not settings.enabled:
             return None
-        moved = scored.old.version != self.policy.version
-        scores = self.policy.score(scored.batch) if moved else scored.old
+        scores = scored.old
+        if scores is None or scores.version != self.policy.version:
+            scores = self.policy.score(scored.batch)
         assert scores.z_ND is not None
-        z_MD = gather_rows(scores.z_ND, scored.batch, self.groups)
-        self._check_finite(z_MD, scored.batch, step)
-        contrast = contrastive(z_MD, scored.batch.labels.to(z_MD.device), settings)
-        return Contrasted(z_MD=z_MD, contrast=contrast, version=scores.version)
+        head_MD = gather_rows(scores.z_ND, scored.batch, self.groups)
+        self._check_finite(head_MD, scored.batch, step)
+        z_MD, contrast = centering.contrast(head_MD, scored.batch.labels.to(head_MD.device), settings)
+        return Contrasted(head_MD=head_MD, z_MD=z_MD, contrast=contrast, version=scores.version)
 
     def _advantages(self, scored: Scored, contrasted: Contrasted | None) -> Tensor:
         """Return advantages [M] of the rewards, from which mode "reward" subtracts the contrastive terms."""
@@ -98,8 +107,7 @@ class Objective:
     def loss(self, prepared: Prepared) -> LossFunction:
         """Return the function that computes a micro-batch's share of the objective."""
         scored, settings = prepared.scored, self.config.algorithm
-        batch = scored.batch
-        device = scored.old.logp_R.device
+        batch, old, device = scored.batch, scored.old, self.policy.device
         rollout_R = batch.rollout_R
         advantages_R = prepared.advantages_M[batch.rows_N][rollout_R].to(device)
         engine_logp_R = batch.engine_logp_R.to(device)
@@ -118,7 +126,7 @@ class Objective:
             r = x.response_r
             term = policy_loss(
                 logp_R=x.logp_r,
-                old_logp_R=scored.old.logp_R[r],
+                old_logp_R=x.logp_r.detach() if old is None else old.logp_R[r],
                 engine_logp_R=engine_logp_R[r],
                 ref_logp_R=None if scored.reference_logp_R is None else scored.reference_logp_R[r],
                 advantages_R=advantages_R[r],
@@ -145,15 +153,15 @@ class Objective:
 
         return share
 
-    def _check_finite(self, z_MD: Tensor, batch: TrainBatch, step: int) -> None:
+    def _check_finite(self, head_MD: Tensor, batch: TrainBatch, step: int) -> None:
         """Raise where a representation is not finite: the same error on every rank, since each sees all of them."""
-        bad = (~z_MD.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        bad = (~head_MD.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         if not bad:
             return
         ranks = [rank for rank, rows in enumerate(batch.rank_rows) if not set(rows).isdisjoint(bad)]
         domains = [self.config.domain_names[number] for number in batch.labels.domain_M[bad].unique().tolist()]
         raise FloatingPointError(
-            f"step {step}: representations of {len(bad)} of {len(z_MD)} rollouts are not finite (data-parallel "
+            f"step {step}: representations of {len(bad)} of {len(head_MD)} rollouts are not finite (data-parallel "
             f"ranks {ranks}, domains {', '.join(domains)}); start again from the last checkpoint with a lower "
             "optimizer.lr, or with model.dtype fp32"
         )

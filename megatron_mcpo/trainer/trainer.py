@@ -141,21 +141,21 @@ class Trainer:
             share_prompts=self.policy.shares_prompts,
         )
         with self.timed("score"):
-            old = self.policy.score(batch)
+            old = self.policy.score(batch) if self.config.scores_policy else None
             reference_logp_R = self.reference.score(batch).logp_R if self.reference else None
         return Scored(groups=groups, batch=batch, old=old, reference_logp_R=reference_logp_R)
 
     def learn(self, scored: Scored) -> BatchReport:
         """Take one optimizer step on the policy term, the KL term and both contrastive terms."""
         batch = scored.batch
-        stats_MK = gather_rows(rollout_stats(batch, scored.old, scored.reference_logp_R), batch, self.groups)
         with self.timed("update"):
             prepared = self.objective.prepare(scored, step=self.step)
         diagnosis = self.diagnose(prepared)
         with self.timed("update"):
             loss = self.objective.loss(prepared)
             update = self.policy.update(batch, loss, representation_version=prepared.representation_version)
-        contrasted = prepared.contrasted
+        contrasted, old = prepared.contrasted, scored.old or update.scores
+        stats_MK = gather_rows(rollout_stats(batch, old, scored.reference_logp_R), batch, self.groups)
         return BatchReport(
             groups=scored.groups,
             advantages_M=prepared.advantages_M,
@@ -170,8 +170,9 @@ class Trainer:
 
     def diagnose(self, prepared: Prepared) -> dict[str, float]:
         """Measure every few steps how strong each term's gradient is, and whether it agrees with the policy term's."""
-        every = self.config.contrastive.diagnose_every
-        if prepared.contrasted is None or every == 0 or self.step % every:
+        settings = self.config.contrastive
+        reaches_model = prepared.contrasted is not None and settings.mode == "loss"
+        if not reaches_model or settings.diagnose_every == 0 or self.step % settings.diagnose_every:
             return {}
         with self.timed("diagnose"):
             return term_gradients(self.objective, self.policy, prepared)
@@ -238,6 +239,7 @@ def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, floa
         **update.metrics,
         "grad_norm": update.grad_norm,
         "lr": update.lr,
+        "head_lr": update.head_lr,
         "update/applied": float(update.applied),
         "loss/cross_domain": contrast.loss_cross_domain if contrast else 0.0,
         "loss/in_domain": contrast.loss_in_domain if contrast else 0.0,

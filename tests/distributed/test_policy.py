@@ -21,6 +21,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.model import transformer_config, unwrap
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE
+from megatron_mcpo.trainer.objective import Objective, Scored
 from tests.support import tiny_models
 from tests.support.policies import maximise, start
 from tests.support.ranks import run_ranks
@@ -44,17 +45,34 @@ def closed_form(schedule: str, update: int, *, warmup: int, updates: int) -> flo
     return 1e-4 + shape[schedule] * 9e-4
 
 
-def test_learning_rate_follows_the_schedule(folder: Path) -> None:
-    def rates(config: Config) -> list[float]:
+def test_learning_rates_of_model_and_head_follow_the_schedule(folder: Path) -> None:
+    """The head's rate has the same shape, from its own peak."""
+
+    def rates(config: Config) -> list[tuple[float, float]]:
         policy, batch = start(config)
-        return [policy.update(batch, maximise(1.0)).lr for _ in range(6)]
+        updates = [policy.update(batch, maximise(1.0)) for _ in range(6)]
+        return [(update.lr, update.head_lr) for update in updates]
 
     for schedule in ("constant", "linear", "cosine"):
         for warmup in (0, 2, 6):
-            optimizer = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": warmup, "schedule": schedule}
+            optimizer = {"lr": 1e-3, "head_lr": 7e-3, "min_lr": 1e-4, "warmup_steps": warmup, "schedule": schedule}
             config = tiny_models.config(folder, run={"steps": 3}, optimizer=optimizer, batch=TWO_UPDATES)
             expected = [closed_form(schedule, update, warmup=warmup, updates=6) for update in range(1, 7)]
-            assert run_ranks(1, rates, config)[0] == pytest.approx(expected, rel=1e-6), (schedule, warmup)
+            of_model, of_head = zip(*run_ranks(1, rates, config)[0], strict=True)
+            assert of_model == pytest.approx(expected, rel=1e-6), (schedule, warmup)
+            assert of_head == pytest.approx([7 * rate for rate in expected], rel=1e-6), (schedule, warmup)
+
+
+def test_the_rates_are_the_same_on_every_stage_and_without_a_head_it_has_none(folder: Path) -> None:
+    def rates(config: Config) -> tuple[float, float]:
+        policy, batch = start(config, Layout(pipeline=2))
+        update = policy.update(batch, maximise(1.0))
+        return update.lr, update.head_lr
+
+    with_head = tiny_models.config(folder, optimizer={"lr": 1e-3, "head_lr": 7e-3})
+    assert run_ranks(2, rates, with_head) == [(1e-3, 7e-3)] * 2
+    off = {"cross_domain_weight": 0.0, "in_domain_weight": 0.0}
+    assert run_ranks(2, rates, tiny_models.config(folder, contrastive=off)) == [(1e-3, 0.0)] * 2
 
 
 def test_a_warm_up_longer_than_the_run_ends_with_it(folder: Path) -> None:
@@ -119,6 +137,40 @@ def test_a_clipped_update_is_that_of_one_rank(tmp_path: Path, kind: tiny_models.
             for name, weight in expected.items():
                 moved = weight - before[name]
                 torch.testing.assert_close(found[name] - before[name], moved, rtol=0, atol=1e-4 * moved.abs().max())
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(pipeline=2, virtual_pipeline=2), Layout(tensor=2, context=2, sequence=True)], ids=str
+)
+def test_an_update_returns_the_scores_of_a_pass_of_its_own(folder: Path, layout: Layout) -> None:
+    """So that a step needs no such pass, where nothing has to be known before the backward pass."""
+
+    def check(config: Config) -> None:
+        policy, batch = start(config, layout)
+        expected, found = policy.score(batch), policy.update(batch, maximise(1.0)).scores
+        assert found.version == expected.version == 0
+        assert torch.equal(found.logp_R, expected.logp_R)
+        assert torch.equal(found.entropy_R, expected.entropy_R)
+        assert found.z_ND is not None and expected.z_ND is not None
+        assert torch.equal(found.z_ND, expected.z_ND)
+        assert not torch.equal(policy.score(batch).logp_R, expected.logp_R), "an update that changes nothing"
+
+    run_ranks(layout.world_size, check, tiny_models.config(folder))
+
+
+def test_without_a_scoring_pass_the_gradient_is_the_same(folder: Path) -> None:
+    def gradient(config: Config, is_scored: bool) -> Tensor:
+        policy, batch = start(config)
+        objective = Objective(config, policy, policy.groups)
+        old = policy.score(batch) if is_scored else None
+        groups = tiny_models.rollout_groups(num_prompts=4, num_samples=3)
+        prepared = objective.prepare(Scored(groups=groups, batch=batch, old=old, reference_logp_R=None), step=1)
+        return policy.trunk_gradient(batch, objective.loss(prepared))
+
+    off = {"cross_domain_weight": 0.0, "in_domain_weight": 0.0}
+    config = tiny_models.config(folder, contrastive=off, algorithm={"kl_weight": 0.0})
+    with_pass, without = (run_ranks(1, gradient, config, is_scored)[0] for is_scored in (True, False))
+    assert torch.equal(with_pass, without) and with_pass.any()
 
 
 def test_an_update_with_representations_of_other_weights_is_refused(folder: Path) -> None:

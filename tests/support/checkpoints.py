@@ -110,7 +110,7 @@ def settings(model: Path, dtype: str) -> Config:
         model,
         run={"steps": UPDATES + 2},
         model={"dtype": dtype},
-        optimizer={"schedule": "linear", "weight_decay": 0.1},
+        optimizer={"schedule": "linear", "weight_decay": 0.1, "head_lr": 3e-3},
         contrastive={"dim": DIM},
     )
 

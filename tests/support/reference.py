@@ -36,11 +36,12 @@ def gradients(
     rewards = [torch.tensor(group.rewards, dtype=torch.float64) for group in groups]
     contrast = torch.zeros((), dtype=torch.float64)
     if head:
-        z_MD = torch.stack([z_D for _, z_D in results])
-        labels = _labels(groups)
+        z_MD, labels, used_M = representations(torch.stack([y_D for _, y_D in results]), _labels(groups), config)
         contrast = contrastive_loss(z_MD, labels, config.contrastive)
         if config.contrastive.mode == "reward":
-            penalties = reward_penalty(z_MD, labels, config.contrastive).split([len(r) for r in rewards])
+            penalty_M = torch.zeros(len(used_M), dtype=torch.float64)
+            penalty_M[used_M] = reward_penalty(z_MD, labels, config.contrastive)
+            penalties = penalty_M.split([len(r) for r in rewards])
             rewards = [r + penalty for r, penalty in zip(rewards, penalties, strict=True)]
     policy = policy_term(
         [logp_r for logp_r, _ in results],
@@ -54,6 +55,25 @@ def gradients(
     named = dict(model.named_parameters()) | {f"contrastive_head.{name}": weight for name, weight in head.items()}
     found = torch.autograd.grad(policy + contrast, list(named.values()))
     return dict(zip(named, found, strict=True))
+
+
+def representations(y_MD: Tensor, labels: RolloutLabels, config: Config) -> tuple[Tensor, RolloutLabels, Tensor]:
+    """Return unit vectors of the rollouts that take part, their labels, and which ones these are (bool [M]).
+
+    y_MD: the head's output before it is scaled
+    """
+    if config.contrastive.center == "off":
+        return F.normalize(y_MD, dim=1), labels, torch.ones(len(labels), dtype=torch.bool)
+    rows, used = [], []
+    for prompt, y_D in zip(labels.prompt_M.tolist(), y_MD, strict=True):
+        mine_M = labels.prompt_M == prompt
+        rows.append(F.normalize(y_D - y_MD[mine_M].mean(0), dim=0))
+        used.append(len(set(labels.correct_M[mine_M].tolist())) == 2)
+    used_M = torch.tensor(used)
+    kept = RolloutLabels(
+        domain_M=labels.domain_M[used_M], prompt_M=labels.prompt_M[used_M], correct_M=labels.correct_M[used_M]
+    )
+    return torch.stack(rows)[used_M], kept, used_M
 
 
 def policy_term(
@@ -204,7 +224,7 @@ def _correct_pairs(labels: RolloutLabels) -> Tensor:
 def _evaluate(
     model: nn.Module, head: Mapping[str, Tensor], prompt: Sequence[int], response: Sequence[int], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs of a response's tokens and, with a head, its representation [D]."""
+    """Return log-probs of a response's tokens and, with a head, its output [D] before it is scaled."""
     ids, start = torch.tensor([[*prompt, *response]]), len(prompt)
     output = model(ids, output_hidden_states=True)
     log_probs = (output.logits[0, start - 1 : -1] / config.rollout.temperature).log_softmax(-1)
@@ -218,7 +238,7 @@ def _evaluate(
         features_H = features_H.detach()
     if "hidden_weight" in head:
         features_H = F.gelu(head["hidden_weight"] @ features_H)
-    return logp_r, F.normalize(head["weight"] @ features_H, dim=0)
+    return logp_r, head["weight"] @ features_H
 
 
 def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:

@@ -307,10 +307,14 @@ METHODS = {
         *("--algorithm.clip=gspo", "--batch.minibatches=2"),
         *("--algorithm.aggregation=seq_mean_token_mean", "--algorithm.advantage=rloo"),
     ),
-    "mlp": ("--contrastive.head=mlp", "--contrastive.pool=last", "--contrastive.diagnose_every=1"),
-    "cispo": (
+    "mlp": (
+        *("--contrastive.head=mlp", "--contrastive.pool=last", "--contrastive.center=prompt"),
+        "--contrastive.diagnose_every=1",
+    ),
+    "cispo": (  # without terms: the old log-probs are those of the update's own forward pass
         *("--algorithm.clip=cispo", "--algorithm.importance=mask"),
         *("--algorithm.kl_estimator=k2", "--algorithm.advantage=per_domain"),
+        *("--contrastive.cross_domain_weight=0", "--contrastive.in_domain_weight=0"),
     ),
 }
 

@@ -48,7 +48,7 @@ def reload(config: Config, tmp_path: Path) -> Config:
 
 def test_quickstart_is_valid_and_names_five_domains():
     config = load(QUICKSTART)
-    assert config.domain_names == ["arithmetic", "algorithmic", "algebra", "cognition", "logic"]
+    assert config.domain_names == ["arithmetic", "algorithmic", "algebra", "cognition", "ordering"]
     assert config.batch.samples == 8
 
 
@@ -238,10 +238,6 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             "contrastive.mode = 'reward': requires a contrastive term (cross_domain_weight and in_domain_weight are 0)",
         ),
         (
-            [*CLIPO, "--contrastive.diagnose_every=2"],
-            "contrastive.diagnose_every = 2: requires a contrastive term that reaches",
-        ),
-        (
             ["--algorithm.importance=mask", "--algorithm.importance_floor=2"],
             "algorithm.importance_floor = 2.0: must be below algorithm.importance_cap = 2.0 (else every ",
         ),
@@ -264,7 +260,7 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             "capability 10.0, and is not supported). Set it to one of them.",
         ),
     ],
-    ids=["reward", "diagnosis", "importance", "quantized importance", "quantized dtype", "sequence ratio", "mxfp8"],
+    ids=["reward", "importance", "quantized importance", "quantized dtype", "sequence ratio", "mxfp8"],
 )
 def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
     (problem,) = problems_of(write(tmp_path), *overrides)
@@ -380,3 +376,17 @@ def test_reading_a_configuration_imports_no_torch():
         "assert not {'torch', 'numpy', 'transformers', 'megatron', 'vllm'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=400)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], True),
+        (["--contrastive.cross_domain_weight=0"], True),
+        (["--contrastive.cross_domain_weight=0", "--contrastive.in_domain_weight=0"], False),
+        (["--contrastive.cross_domain_weight=0", "--contrastive.in_domain_weight=0", "--batch.minibatches=2"], True),
+    ],
+)
+def test_only_terms_and_several_updates_need_a_scoring_pass(tmp_path, overrides, expected):
+    """Whether there is a reference does not matter: it has a pass of its own."""
+    assert load(write(tmp_path), overrides).scores_policy is expected

@@ -41,6 +41,9 @@ VALUES = {
     "loss/kl": 0.0001,
     "loss/cross_domain": 4.1,
     "loss/in_domain": math.nan,
+    "contrast/gain_cross_domain": -0.1234,
+    "contrast/gain_in_domain": math.nan,
+    "contrast/auc_cross_domain": 0.5678,
     "contrast/anchors_cross_domain": 12.0,
     "contrast/positives_cross_domain": 4.5,
     "grad_norm": 1.25,
@@ -105,19 +108,19 @@ def test_a_step_without_metrics_is_still_a_line() -> None:
 
 def test_domains_are_columns_without_those_that_nobody_has() -> None:
     assert StepTable(["arithmetic", "logic"], 12, ascii_only=False).domains(VALUES) == [
-        "  domain      reward  nonzero adv.  tokens  anchors  positives",
-        "  arithmetic   0.250           50%     3.2       12        4.5",
-        "  logic        0.575           75%    12.5        -          -",
+        "  domain      reward  nonzero adv.  tokens  anchors",
+        "  arithmetic   0.250           50%     3.2       12",
+        "  logic        0.575           75%    12.5        -",
     ]
 
 
 def test_a_step_is_one_line_below_its_headings() -> None:
     table = StepTable(["arithmetic", "logic"], 12, ascii_only=False)
     assert table.header() == (
-        " step  reward  domains  policy      kl  cross-dom  in-dom    grad  mismatch    tok/s     sec     GiB       ETA"
+        " step  reward  domains  policy      kl    gain     auc    grad  mismatch    tok/s     sec     GiB       ETA"
     )
     assert table.line(3, VALUES, "3:12") == (
-        " 3/12   0.412  ▃▅       -0.012   1e-04       4.10     nan    1.25     0.030      617    22.9     4.2      3:12"
+        " 3/12   0.412  ▃▅       -0.012   1e-04  -0.123   0.568    1.25     0.030      617    22.9     4.2      3:12"
     )
 
 
@@ -200,8 +203,8 @@ def test_a_log_file_gets_plain_lines_with_the_eta(config: Config, monkeypatch: p
     assert [line.split()[0] for line in lines[3:]] == kinds
     assert re.search(r" \d+:\d\d$", lines[5])
     assert lines[15].split()[:5] == ["domain", "reward", "nonzero", "adv.", "tokens"]
-    assert lines[16].split() == ["arithmetic", "0.250", "50%", "3.2", "12", "4.5"]
-    assert lines[17].split() == ["logic", "0.575", "75%", "12.5", "-", "-"]
+    assert lines[16].split() == ["arithmetic", "0.250", "50%", "3.2", "12"]
+    assert lines[17].split() == ["logic", "0.575", "75%", "12.5", "-"]
 
 
 def test_a_verbose_log_has_the_domains_of_every_step(config: Config) -> None:
@@ -269,7 +272,7 @@ def test_a_terminal_gets_a_bar_with_eta_and_its_cursor_back(tmp_path: Path, mode
     assert "0:00" in next(line for line in text.splitlines() if "2/2" in line and "0.412" in line)
     assert re.search(r"━.* 2/2", text), "the bar"
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0, "the cursor stays hidden"
-    assert "ETA" in next(line for line in text.splitlines() if "cross-dom" in line)
+    assert "ETA" in next(line for line in text.splitlines() if "gain" in line)
 
 
 def write_run(folder: Path, num_steps: int) -> None:

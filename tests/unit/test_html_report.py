@@ -102,7 +102,7 @@ def test_points_that_are_not_finite_leave_the_others_their_places(tmp_path: Path
     run = made_run(tmp_path, num_steps=1)
     z = np.random.default_rng(0).normal(size=(5, 4))
     z[2] = np.nan
-    write_representations(run.path, 1, z=z, domain=np.zeros(5, int), correct=np.ones(5, bool))
+    write_representations(run.path, 1, z=z, domain=np.zeros(5, int), prompt=np.zeros(5, int), correct=np.ones(5, bool))
     assert collect(run.path, run.config)["map"]["steps"][0]["points"][::4] == [0, 1, 3, 4]
 
 

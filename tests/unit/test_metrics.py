@@ -174,14 +174,17 @@ def test_rollouts_survive_whatever_the_model_wrote(folder: Path) -> None:
 def test_representations_come_back_as_they_were(folder: Path, dtype: type) -> None:
     z = np.random.default_rng(0).normal(size=(6, 4)).astype(dtype)
     domain, correct = np.array([0, 0, 1, 1, 2, 2]), np.array([1, 0, 1, 0, 1, 0], dtype=bool)
-    assert write_representations(folder, 3, z=z, domain=domain, correct=correct)
+    prompt = np.array([0, 0, 1, 1, 2, 2])
+    assert write_representations(folder, 3, z=z, domain=domain, prompt=prompt, correct=correct)
     with np.load(folder / "representations" / "step_000003.npz", allow_pickle=False) as data:
         assert data["z"].dtype == dtype
         np.testing.assert_array_equal(data["z"], z)
         np.testing.assert_array_equal(data["domain"], domain)
+        np.testing.assert_array_equal(data["prompt"], prompt)
         np.testing.assert_array_equal(data["correct"], correct)
 
 
 def test_representations_of_different_lengths_are_refused(folder: Path) -> None:
+    two, three = np.zeros(2, int), np.zeros(3, int)
     with pytest.raises(AssertionError):
-        write_representations(folder, 1, z=np.zeros((3, 2)), domain=np.zeros(2, int), correct=np.zeros(3, bool))
+        write_representations(folder, 1, z=np.zeros((3, 2)), domain=two, prompt=three, correct=three.astype(bool))

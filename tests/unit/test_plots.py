@@ -39,7 +39,9 @@ def write_rewards(folder: Path, rewards: list[float | None], *, similarities: bo
 def write_map(folder: Path, step: int, seed: int, num: int = 16) -> None:
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(num, 8)).astype(np.float16)
-    write_representations(folder, step, z=z, domain=np.arange(num) % 2, correct=rng.random(num) < 0.5)
+    write_representations(
+        folder, step, z=z, domain=np.arange(num) % 2, prompt=np.arange(num) // 4, correct=rng.random(num) < 0.5
+    )
 
 
 def names_of(files: tuple[Path, ...]) -> list[str]:
@@ -144,10 +146,12 @@ def test_domains_without_a_figure_and_unknown_rows_are_left_out(folder: Path) ->
 def test_awkward_representations_do_not_stop_a_run(folder: Path) -> None:
     z = np.full((4, 8), np.nan, dtype=np.float32)
     z[0] = 1.0
-    write_representations(folder, 1, z=z, domain=np.zeros(4, int), correct=np.ones(4, bool))
+    write_representations(folder, 1, z=z, domain=np.zeros(4, int), prompt=np.zeros(4, int), correct=np.ones(4, bool))
     (folder / "representations" / "step_000002.npz").write_bytes(b"PK half a file")
     assert names_of(write_plots(folder, NAMES).files) == ["representations.png"]
-    write_representations(folder, 1, z=z[1:], domain=np.zeros(3, int), correct=np.ones(3, bool))
+    write_representations(
+        folder, 1, z=z[1:], domain=np.zeros(3, int), prompt=np.zeros(3, int), correct=np.ones(3, bool)
+    )
     assert write_plots(folder, NAMES).files == ()
 
 
