@@ -3,6 +3,8 @@
 #                     PYTEST_OPTIONS="--durations 20" for pytest
 # make test-system    the other tests: vLLM, whole programs, Slurm, the sandbox under attack, a browser
 # make test-all       both
+# make study          what is missing of the comparison of methods (hours); ARGS="--level b --workers 1"
+# make study-table    its results
 # make docs           the documentation's site, in build/docs
 # make env | model    only the environment | only the embedded model
 # make lock           resolve the requirements again
@@ -13,7 +15,7 @@ WORKERS ?= 2
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test test-system test-all docs env model lock clean
+.PHONY: train test test-system test-all study study-table docs env model lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
@@ -36,6 +38,13 @@ test-system: model
 	$(PYTEST) --dist loadfile tests/system --deselect $(ONE_RUN)
 
 test-all: test test-system
+
+study: model
+	$(PYTHON) -m benchmarks.study.pretrain
+	$(PYTHON) -m benchmarks.study.run $(ARGS)
+
+study-table: env
+	$(PYTHON) -m benchmarks.study.table $(ARGS)
 
 # Generated pages are written again first: a test holds the committed ones against them.
 docs: env

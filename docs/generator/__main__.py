@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)}: {'differs from the generator' if options.check else 'written'}")
         if not options.check:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
     return 1 if stale and options.check else 0
 

@@ -195,3 +195,14 @@ def tiers(results: Path) -> str:
         tests, seconds = (sum(row[key] for row in files) for key in ("tests", "seconds"))
         lines.append([f"`tests/{tier}`", str(tests), f"{seconds:.0f} s", slowest])
     return _with_machine(content, table(["tier", "tests", "seconds of all tests", "slowest files"], lines))
+
+
+def cost(results: Path) -> str:
+    """Return what the methods cost on GPUs by the planner's prediction, each against GRPO without a KL term."""
+    rows = _read(results, "cost.json")["cost"]
+    cheapest = min(row["step"] for row in rows)
+    lines = []
+    for row in rows:
+        seconds = [f"{row[phase]:g}" for phase in ("rollout", "score", "update", "step")]
+        lines.append([row["method"], *seconds, f"{row['step'] / cheapest - 1:+.0%}"])
+    return table(["method", "rollout, s", "score, s", "update, s", "step, s", "more than the cheapest"], lines)

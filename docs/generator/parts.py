@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generator import benchmarks, picture, reference
+from docs.generator import benchmarks, picture, reference, study
 from docs.generator.figures import RESULTS, formatted, lookup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "push": benchmarks.push,
     "scaling": benchmarks.scaling,
     "tiers": benchmarks.tiers,
+    "cost": benchmarks.cost,
+    "study_a": study.results_a,
+    "study_b": study.results_b,
+    "study_methods": study.methods,
+    "study_tuning": study.tuning,
 }
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -64,4 +69,4 @@ def rendered() -> dict[Path, str]:
     for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
         if path not in texts:
             texts[path] = filled(path.read_text(encoding="utf-8"))
-    return texts
+    return texts | study.pictures(DOCS)

@@ -36,8 +36,8 @@ trackers get the same keys. `<domain>` stands for the name of a domain, `<a>/<b>
 0 for free answers) and rises | flat in every domain: look at `nonzero_advantage` first |
 | `nonzero_advantage` | well above 0; at 0 every group has equal rewards | the policy term learns nothing: the domain \
 is too easy or too hard for the model, or the verifier rejects everything |
-| `loss/cross_domain`, `loss/in_domain` | below log(1 + `contrast/negatives`), which is what equal similarities give | \
-at or above chance the representations do not separate correct from incorrect rollouts; see \
+| `contrast/auc_cross_domain`, `contrast/gain_cross_domain` | above the chance levels 0.5 and 0 after some steps | \
+the cross-domain term does not act: the run warns after step 10 and says what to change; see \
 `contrast/anchors_cross_domain` for whether there are pairs at all |
 | `engine/logprob_diff_mean` | what rounding gives (bf16: 0.02 to 0.06 in the quick start); the engine check compares \
 all weights above its tolerance and stops the run above four times that | trainer and engine \
