@@ -8,6 +8,7 @@ the same command then goes on with them. For a trial, --out FOLDER keeps the res
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -65,6 +66,15 @@ def main(arguments: Sequence[str]) -> int:
     with ThreadPoolExecutor(known.workers) as pool:
         done = list(pool.map(study.run, jobs))
     return 0 if all(done) else 1
+
+
+def _lower_priority(pid: int) -> None:
+    """Give a new session the lowest priority as a whole, where Linux shares the processor out by sessions (autogroup).
+
+    There `nice` orders the processes of a session among each other only.
+    """
+    with contextlib.suppress(OSError):  # the kernel has none, or the process has ended
+        Path(f"/proc/{pid}/autogroup").write_text("19")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,6 +226,7 @@ class Study:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
+        _lower_priority(process.pid)
         asked = False
         while process.poll() is None:
             if self.stopping and not asked:
