@@ -172,8 +172,8 @@ def edit_model(path: Path, **values: Any) -> None:
 
 
 OF_ANOTHER: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "newer format": (lambda path: edit_json(path / "state.json", format=3), ["format = 3", "must be 2", "resume with"]),
-    "older format": (lambda path: edit_json(path / "state.json", format=1), ["format = 1", "must be 2", "resume with"]),
+    "newer format": (lambda path: edit_json(path / "state.json", format=4), ["format = 4", "must be 3", "resume with"]),
+    "older format": (lambda path: edit_json(path / "state.json", format=2), ["format = 2", "must be 3", "resume with"]),
     "no format": (lambda path: (path / "state.json").write_text("{}"), ["format = None"]),
     "no list": (lambda path: (path / "state.json").write_text("[]"), ["format = None"]),
     "no number": (lambda path: edit_json(path / "state.json", version="3"), ["version = '3'"]),
