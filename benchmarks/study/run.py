@@ -2,9 +2,9 @@
 
 `.venv/bin/python -m benchmarks.study.run --level a [--arms NAME ...] [--group main] [--seeds 0 1 2] [--workers 2]`
 A run is `mcpo train` in a process of its own, with the lowest priority. All arms of one seed come before the next seed,
-so that a study that is interrupted has compared all of them. Ctrl-C and SIGTERM let the runs end their step and save;
-the same command then goes on with them. For a trial, --out FOLDER keeps the results elsewhere and allows overrides
-(--run.steps 3).
+so that a study that is interrupted has compared all of them; the tuning arms have two rounds (tuning.py). Ctrl-C and
+SIGTERM let the runs end their step and save, and the same command goes on with them. For a trial, --out FOLDER keeps
+the results elsewhere and allows overrides (--run.steps 3).
 """
 
 import argparse
@@ -15,15 +15,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT
-from benchmarks.study.arms import BASES, MAIN, SEEDS, TUNING, Arm, arms, configuration
+from benchmarks.study.arms import BASES, FIRST_TUNING_SEED, MAIN, SEEDS, TUNING, Arm, arms, configuration
 from benchmarks.study.record import RESULTS, Job, append, chosen_settings, finished, measured, read, results_file
+from benchmarks.study.tuning import second_round
 from megatron_mcpo.config.config import Config, ConfigError, dump
 from megatron_mcpo.storage.run_folder import PREEMPTED
 from megatron_mcpo.storage.run_lock import RunLock
@@ -54,18 +55,19 @@ def main(arguments: Sequence[str]) -> int:
             keep=known.keep,
         )
         chosen = selected(study.arms, known.arms, known.group)
-        jobs = missing(known.level, chosen, known.seeds, finished(read(study.results), again=known.again))
+        jobs = missing(known.level, chosen, known.seeds, read(study.results), again=known.again)
         for arm in chosen:  # all of them can start, before the first of them does
             configuration(known.level, arm, overrides)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
-    print(f"{len(jobs)} runs to do, {known.workers} at once, {study.threads} threads each", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: study.stop())
-    with ThreadPoolExecutor(known.workers) as pool:
-        done = list(pool.map(study.run, jobs))
-    return 0 if all(done) else 1
+    all_done = study.run_all(jobs, known.workers)
+    if not study.stopping:  # the first round of the tuning has decided on the second
+        later = missing(known.level, chosen, known.seeds, read(study.results), again=False)
+        all_done = study.run_all(later, known.workers) and all_done
+    return 0 if all_done else 1
 
 
 def _lower_priority(pid: int) -> None:
@@ -131,17 +133,25 @@ def selected(known: dict[str, Arm], names: Sequence[str] | None, group: str | No
     return found
 
 
-def missing(level: str, chosen: Sequence[Arm], seeds: Sequence[int] | None, done: set[tuple[str, int]]) -> list[Job]:
+def missing(
+    level: str, chosen: Sequence[Arm], seeds: Sequence[int] | None, lines: Sequence[Mapping[str, Any]], *, again: bool
+) -> list[Job]:
     """Return the runs that are not done, all arms of one seed before those of the next seed.
 
-    A seed is for the arms that it counts for; without `seeds` an arm has those of its group. Raises ConfigError where
-    no seed counts for any of the arms.
+    A seed is for the arms that it counts for. Without `seeds` an arm has those of its group, a tuning arm the seeds
+    after the first only where it takes part in the second round. Raises ConfigError where no seed counts for any of
+    the arms.
+
+    Args:
+        lines: the results so far
+        again: also return the runs that failed
     """
+    done, later = finished(lines, again=again), second_round(lines, arms(level))
     wanted = [
         (seed, number, arm)
         for number, arm in enumerate(chosen)
         for seed in seeds or SEEDS[arm.kind]
-        if arm.has_seed(seed)
+        if arm.has_seed(seed) and (seeds or seed <= FIRST_TUNING_SEED or arm.name in later)
     ]
     if not wanted:
         kinds = " and ".join(dict.fromkeys(f"{SEEDS[arm.kind]} of {arm.kind}" for arm in chosen))
@@ -173,6 +183,12 @@ class Study:
         if not self.stopping:
             print("stopping: the runs end their step and save", flush=True)
         self.stopping = True
+
+    def run_all(self, jobs: Sequence[Job], workers: int) -> bool:
+        """Make these runs, `workers` at once; return whether all of them were finished."""
+        print(f"{len(jobs)} runs to do, {workers} at once, {self.threads} threads each", flush=True)
+        with ThreadPoolExecutor(workers) as pool:
+            return all(list(pool.map(self.run, jobs)))
 
     def run(self, job: Job) -> bool:
         """Make a run, or go on with it, and append its line; return whether it was finished."""

@@ -117,7 +117,7 @@ def figures_of(
 ) -> dict[str, float]:
     """Return the figures of a run, without those that it does not have.
 
-    area: the mean of the mean accuracy over all evaluations, that before the first step included
+    area: the mean of the mean accuracy over all evaluations after the first step
     transfer: backward transfer, the mean over domains of the accuracy less that of the run on this domain alone with
         the same seed (Lopez-Paz & Ranzato 2017, arXiv 1706.08840, equation 3); without such runs it is left out
 
@@ -130,7 +130,7 @@ def figures_of(
     found = {name: line["final"][name] for name in own}
     if len(own) == len(domains):
         found |= {name: line["final"][name] for name in ("mean", "worst")}
-        found["area"] = mean([row[1] for row in line["curve"]])
+        found["area"] = mean([row[1] for row in line["curve"] if row[0]])
         gaps = [line["final"][name] - alone.get((name, line["seed"]), math.nan) for name in domains]
         found["transfer"] = mean(gaps)
     found |= {name: last_fifth(line[column]) for name, column in MECHANISM.items()}

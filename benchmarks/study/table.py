@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks.study.arms import BASES, MAIN, REFERENCES, TUNING, TUNING_GRPO, Arm, arms
 from benchmarks.study.record import RESULTS, read, results_file
 from benchmarks.study.statistics import MECHANISM, OVERALL, Difference, Summary, domains_of, summaries
+from benchmarks.study.tuning import OUTCOME, Best, bests
 
 NO_NUMBER = "-"
 _WIDTH = 260
@@ -92,7 +93,9 @@ def sheets(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Arm]) -> list
             OVERALL[:3],
         ),
     )
-    return [sheet_of(title, rows, figures) for title, rows, figures in made if rows]
+    found_sheets = [sheet_of(title, rows, figures) for title, rows, figures in made if rows]
+    best = bests(lines, known)
+    return [*found_sheets, sheet_of_choices(best)] if best else found_sheets
 
 
 def sheet_of(title: str, found: Sequence[Summary], figures: Sequence[str]) -> Sheet:
@@ -103,6 +106,22 @@ def sheet_of(title: str, found: Sequence[Summary], figures: Sequence[str]) -> Sh
         if not summary.seeds or any(figure in summary.figures for figure in figures)
     ]
     return Sheet(title=title, header=["arm", "runs", *(figure.replace("_", " ") for figure in figures)], rows=rows)
+
+
+def sheet_of_choices(best: Sequence[Best]) -> Sheet:
+    """Return the table of what the tuning runs chose."""
+    rows = [
+        [
+            value.arm.name,
+            str(len(value.pairs)),
+            f"{value.mean:+.3f}",
+            NO_NUMBER if math.isnan(value.standard_error) else f"{value.standard_error:.3f}",
+            "yes" if value.is_chosen else "no",
+        ]
+        for value in best
+    ]
+    title = f"best value of each choice: its difference in {OUTCOME}, the standard error, and whether it is chosen"
+    return Sheet(title=title, header=["arm", "runs", "difference", "standard error", "chosen"], rows=rows)
 
 
 def cell(summary: Summary, figure: str) -> str:

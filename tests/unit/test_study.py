@@ -105,11 +105,13 @@ def test_a_level_without_a_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_all_arms_of_a_seed_come_before_the_next_seed() -> None:
     chosen = [ARMS["grpo"], ARMS["mcpo"], ARMS["worst"]]
-    jobs = run.missing("a", chosen, (4, 2), {("mcpo", 2)})
+    jobs = run.missing("a", chosen, (4, 2), [line_of("mcpo", 2, two(0.5, 0.5))], again=False)
     assert [(job.seed, job.arm) for job in jobs] == [
         (2, "grpo"), (2, "worst"), (4, "grpo"), (4, "mcpo"), (4, "worst"),
     ]  # fmt: skip
-    assert run.missing("a", chosen[:1], None, set()) == [Job(level="a", arm="grpo", seed=seed) for seed in SEEDS[MAIN]]
+    assert run.missing("a", chosen[:1], None, [], again=False) == [
+        Job(level="a", arm="grpo", seed=seed) for seed in SEEDS[MAIN]
+    ]
 
 
 def test_a_failed_run_is_done_unless_it_is_to_be_repeated() -> None:
@@ -130,11 +132,11 @@ def test_arms_are_selected_by_name_and_group() -> None:
 
 def test_a_seed_is_for_the_arms_that_it_counts_for() -> None:
     both = [ARMS["centre"], ARMS["grpo"]]
-    assert [job.name for job in run.missing("a", both, [100, 3], set())] == ["grpo_3", "centre_100"]
+    assert [job.name for job in run.missing("a", both, [100, 3], [], again=False)] == ["grpo_3", "centre_100"]
     with pytest.raises(
         ConfigError, match=r"--seeds = \[3\]: must count for an arm \(such as \(100, 101, 102\) of tuning"
     ):
-        run.missing("a", both[:1], [3], set())
+        run.missing("a", both[:1], [3], [], again=False)
 
 
 @pytest.mark.parametrize(
@@ -292,13 +294,13 @@ def test_lines_are_appended_whole_and_never_hold_nan(tmp_path: Path) -> None:
 
 
 def line_of(arm: str, seed: int, finals: dict[str, float], *, auc: float | None = None) -> dict[str, Any]:
-    """A line whose accuracy rises from 0.2 in every domain to its final values in two steps."""
+    """A line whose accuracy rises from 0.2 over 0.3 to its final values."""
     mean, worst = sum(finals.values()) / len(finals), min(finals.values())
     nothing: list[None] = [None] * 10
     return {
         "level": "a", "arm": arm, "seed": seed, "settings": {"domains": list(finals)},
         "final": {"mean": mean, "worst": worst, **finals},
-        "curve": [[0, 0.2, 0.2, {}], [10, mean, worst, finals]],
+        "curve": [[0, 0.2, 0.2, {}], [5, 0.3, 0.3, {}], [10, mean, worst, finals]],
         "auc_cross_domain": [0.0] * 8 + [auc, None], "gain_cross_domain": nothing, "gain_in_domain": nothing,
     }  # fmt: skip
 
@@ -341,7 +343,7 @@ def test_two_pairs_have_no_interval() -> None:
 def test_figures_of_a_run() -> None:
     line = line_of("mcpo", 3, two(0.4, 0.6), auc=0.8)
     found = figures_of(line, ["digits", "words"], {("digits", 3): 0.5, ("words", 3): 0.4, ("words", 4): 0.0})
-    expected = {"digits": 0.4, "words": 0.6, "mean": 0.5, "worst": 0.4, "area": 0.35, "transfer": 0.05, "auc": 0.8}
+    expected = {"digits": 0.4, "words": 0.6, "mean": 0.5, "worst": 0.4, "area": 0.4, "transfer": 0.05, "auc": 0.8}
     assert found == pytest.approx(expected)
     assert "transfer" not in figures_of(line, ["digits", "words"], {("digits", 3): 0.5})
     alone = figures_of(line_of("single_words", 3, {"words": 0.6}), ["digits", "words"], {})
@@ -393,7 +395,7 @@ def test_a_repeated_run_counts_once_and_its_failure_stays_visible() -> None:
 
 def test_the_tables_say_what_the_summaries_say() -> None:
     lines = lines_of_a_study()
-    overall, by_domain, mechanism, tuning = sheets(lines, ARMS)
+    overall, by_domain, mechanism, tuning, choices = sheets(lines, ARMS)
     assert overall.header == ["arm", "runs", "mean", "worst", "area", "transfer"]
     assert [row[:2] for row in overall.rows] == [["grpo", "4"], ["mcpo", "3"], ["worst", "0"]]
     assert overall.rows[1][2] == "0.405, +0.050 [+0.050, +0.050]*"
@@ -401,6 +403,7 @@ def test_the_tables_say_what_the_summaries_say() -> None:
     assert [row[0] for row in by_domain.rows] == ["grpo", "mcpo", "worst", "single_digits", "single_words"]
     assert [row[0] for row in mechanism.rows] == ["mcpo", "worst"]
     assert tuning.rows[1][:3] == ["weight_1.0", "1", "0.550, +0.050"]
+    assert choices.rows == [["weight_1.0", "1", "+0.025", "-", "no"]]
     assert failures(lines) == ["failed: worst, seed 0: it broke"]
     assert cell(summaries(lines, ARMS)[0], "nothing") == "-"
 
