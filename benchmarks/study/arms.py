@@ -85,8 +85,8 @@ MCPO: Settings = CENTRE
 MEASURED = "grpo_measured"
 """The arm that shows the mechanism's figures where the model learns nothing from it."""
 
-_GRADIENTS: Settings = {"contrastive.diagnose_every": 10}
-"""Also measure the cosine of the terms' gradients. Changes nothing that is learned."""
+_GRADIENTS: Settings = {"contrastive.diagnose_every": 10, "algorithm.diagnose_every": 10}
+"""Also measure the cosines of the gradients of terms and domains. Changes nothing that is learned."""
 
 _TO_MEASURE: Settings = {CROSS: 2e-10, IN: 2e-10, "contrastive.mode": "reward", "optimizer.eps": 1e-16}
 """Train the head and leave the model's weights to GRPO.
@@ -97,7 +97,7 @@ own size, so the head learns at its rate as if the weights were large, if eps is
 """
 
 _METHODS = (
-    Arm(name="grpo", meaning="GRPO on all domains together, without contrastive terms.", settings=_OFF),
+    Arm(name="grpo", meaning="GRPO on all domains together, without contrastive terms.", settings=_OFF | _GRADIENTS),
     Arm(
         name=MEASURED,
         meaning="GRPO with a head that learns the terms of MCPO, of which nothing reaches the model or the rewards.",

@@ -9,7 +9,8 @@ A line has the keys
     reward           mean reward of every step
     auc_cross_domain, gain_cross_domain, gain_in_domain    of every step, null where there is none
     probe            [step, transfer, centered] of the evaluations that have them
-    gradient_cos     mean cosine of each contrastive term's gradient and the policy term's, where it was measured
+    gradient_cos     mean cosine of each contrastive term's gradient and the policy term's, and of the policy term's
+                     gradients of two domains, where they were measured
     seconds          total: of the start that finished the run; step: the median of a step
 
 A run that failed has `error`, the end of its log, in place of what it would have measured.
@@ -39,7 +40,11 @@ _BY_STEP = {
     "gain_cross_domain": "contrast/gain_cross_domain",
     "gain_in_domain": "contrast/gain_in_domain",
 }
-_COSINES = {"cross_domain": "gradient/cos_cross_domain", "in_domain": "gradient/cos_in_domain"}
+_COSINES = {
+    "cross_domain": "gradient/cos_cross_domain",
+    "in_domain": "gradient/cos_in_domain",
+    "domains": "gradient/cos_domains",
+}
 _PROBES = ("contrast/probe_transfer", "contrast/probe_centered")
 _DIGITS = 5
 _WHICH_RUN = frozenset({"run.name", "run.dir", "run.seed", "run.steps"})

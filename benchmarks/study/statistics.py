@@ -25,6 +25,12 @@ MECHANISM = {
 }
 """Figures that are the mean of a column over the last fifth of a run's steps."""
 
+COSINES = {"cos_cross_domain": "cross_domain", "cos_in_domain": "in_domain", "cos_domains": "domains"}
+"""Figures that are the mean of a cosine of gradients over all steps that measured it."""
+
+PROBES = ("probe_transfer", "probe_centered")
+"""Figures of the last evaluation."""
+
 OVERALL = ("mean", "worst", "area", "transfer")
 """Figures of runs on all domains, without those of each domain."""
 
@@ -58,7 +64,7 @@ class Summary:
     """What the runs of an arm reached.
 
     seeds: of the runs that ended well; failed: seeds of those that failed, one per line of results
-    figures: value by figure and seed; the figures are OVERALL, the domains, and MECHANISM
+    figures: value by figure and seed; the figures are OVERALL, the domains, MECHANISM, COSINES, and PROBES
     differences: from the group's reference, by figure; empty for the reference itself
     """
 
@@ -134,6 +140,8 @@ def figures_of(
         gaps = [line["final"][name] - alone.get((name, line["seed"]), math.nan) for name in domains]
         found["transfer"] = mean(gaps)
     found |= {name: last_fifth(line[column]) for name, column in MECHANISM.items()}
+    found |= {name: line["gradient_cos"].get(term) for name, term in COSINES.items()}
+    found |= dict(zip(PROBES, line["probe"][-1][1:] if line["probe"] else (), strict=False))
     return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.study.arms import BASES, MAIN, REFERENCES, TUNING, TUNING_GRPO, Arm, arms
 from benchmarks.study.record import RESULTS, read, results_file
-from benchmarks.study.statistics import MECHANISM, OVERALL, Difference, Summary, domains_of, summaries
+from benchmarks.study.statistics import COSINES, MECHANISM, OVERALL, PROBES, Difference, Summary, domains_of, summaries
 from benchmarks.study.tuning import OUTCOME, Best, bests
 
 NO_NUMBER = "-"
@@ -81,7 +81,12 @@ def sheets(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Arm]) -> list
     made = (
         (f"held-out accuracy, and its difference from {REFERENCES[MAIN]}", everywhere, OVERALL),
         (f"held-out accuracy by domain, and its difference from {REFERENCES[MAIN]}", main_arms, domains),
-        ("contrastive mechanism, mean over the last fifth of the steps", everywhere, tuple(MECHANISM)),
+        (
+            "contrastive mechanism: ranking and gain over the last fifth of the steps, mean cosine of gradients over "
+            "all steps that measured it, probe at the end",
+            everywhere,
+            (*MECHANISM, *COSINES, *PROBES),
+        ),
         (
             f"one choice of MCPO at a time, and its difference from {REFERENCES[TUNING]}",
             tuning,

@@ -231,6 +231,11 @@ class AlgorithmConfig(Section):
         1.0 - 1e-6,
         description="a rollout is correct if its verifiers (format and length excluded) give at least this score",
     )
+    diagnose_every: NonNegativeInt = Field(
+        0,
+        description="steps between two measurements of how far the gradients of the domains agree, which take a "
+        "forward and backward pass per domain; 0: never",
+    )
 
 
 class ContrastiveConfig(Section):

@@ -290,8 +290,8 @@ _PAIRS = Section(
 )
 
 _GRADIENTS = Section(
-    title="Gradients of the terms",
-    about="Measured every contrastive.diagnose_every steps.",
+    title="Gradients of terms and domains",
+    about="Measured every contrastive.diagnose_every steps, if a term reaches the model's weights.",
     metrics=(
         Metric(
             keys=("gradient/z_cross_domain", "gradient/z_in_domain"),
@@ -307,6 +307,11 @@ _GRADIENTS = Section(
             keys=("gradient/cos_cross_domain", "gradient/cos_in_domain"),
             meaning="Cosine of a contrastive term's gradient and the policy term's; left out where one of them is 0.",
             target="The chance level is 0; below 0 the terms work against each other.",
+        ),
+        Metric(
+            keys=("gradient/cos_domains",),
+            meaning="Mean cosine of the policy term's gradients of two domains; every algorithm.diagnose_every steps.",
+            target="The chance level is 0; below 0 the domains work against each other.",
         ),
     ),
 )
@@ -325,7 +330,7 @@ _WORK = Section(
         Metric(keys=("time/update",), meaning="Seconds of contrast, backward passes and optimizer."),
         Metric(keys=("sync/seconds",), meaning="Seconds of the weight sync from trainer to engine."),
         Metric(keys=("time/verify",), meaning="Seconds of comparing the engine's weights (engine.verify_sync)."),
-        Metric(keys=("time/diagnose",), meaning="Seconds of measuring the terms' gradients, in the steps that do."),
+        Metric(keys=("time/diagnose",), meaning="Seconds of measuring gradients, in the steps that do."),
         Metric(
             keys=("sync/bytes",),
             meaning="Bytes of the new weights that rank 0 received from other ranks. Every worker of an engine server "

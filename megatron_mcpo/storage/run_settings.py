@@ -18,6 +18,7 @@ NEUTRAL_KEYS = frozenset(
         "run.keep_every",
         "engine.engine_check_every",
         "engine.verify_sync",
+        "algorithm.diagnose_every",
         "contrastive.diagnose_every",
         "model.offload_reference",
         "optimizer.offload",

@@ -104,8 +104,11 @@ class Objective:
             rewards_M += reward_penalty(contrasted.contrast, settings).cpu()
         return group_advantages(rewards_M, labels.prompt_M, labels.domain_M, kind=self.config.algorithm.advantage)
 
-    def loss(self, prepared: Prepared) -> LossFunction:
-        """Return the function that computes a micro-batch's share of the objective."""
+    def loss(self, prepared: Prepared, *, domain: int | None = None) -> LossFunction:
+        """Return the function that computes a micro-batch's share of the objective.
+
+        domain: number of the only domain whose tokens count in the policy and KL terms; None: all count
+        """
         scored, settings = prepared.scored, self.config.algorithm
         batch, old, device = scored.batch, scored.old, self.policy.device
         rollout_R = batch.rollout_R
@@ -117,8 +120,10 @@ class Objective:
             num_tokens=batch.num_response_tokens,
             num_rollouts=len(batch.labels),
             max_response_tokens=self.config.rollout.max_response_tokens,
-        ).to(device)
-        rollout_R = rollout_R.to(device)
+        )
+        if domain is not None:
+            weights_R = weights_R * (batch.labels.domain_M[batch.rows_N] == domain)[rollout_R]
+        rollout_R, weights_R = rollout_R.to(device), weights_R.to(device)
         contrasted = prepared.contrasted
         contrastive_share = self.contrastive_loss(scored, contrasted.contrast) if contrasted else None
 

@@ -23,7 +23,7 @@ from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
 from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.trainer.evaluation import evaluate
-from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
+from megatron_mcpo.trainer.gradient_diagnostics import domain_gradients, term_gradients
 from megatron_mcpo.trainer.objective import Objective, Prepared, Scored
 from megatron_mcpo.types import RolloutGroup, Update
 from megatron_mcpo.weights.reshard_sync import WeightSync
@@ -169,13 +169,18 @@ class Trainer:
         )
 
     def diagnose(self, prepared: Prepared) -> dict[str, float]:
-        """Measure every few steps how strong each term's gradient is, and whether it agrees with the policy term's."""
-        settings = self.config.contrastive
-        reaches_model = prepared.contrasted is not None and settings.mode == "loss"
-        if not reaches_model or settings.diagnose_every == 0 or self.step % settings.diagnose_every:
-            return {}
-        with self.timed("diagnose"):
-            return term_gradients(self.objective, self.policy, prepared)
+        """Measure every few steps how strong each term's gradient is, and whether terms and domains agree."""
+        reaches_model = prepared.contrasted is not None and self.config.contrastive.mode == "loss"
+        measures = []
+        if reaches_model and _is_due(self.step, self.config.contrastive.diagnose_every):
+            measures.append(term_gradients)
+        if _is_due(self.step, self.config.algorithm.diagnose_every):
+            measures.append(domain_gradients)
+        found: dict[str, float] = {}
+        for measure in measures:
+            with self.timed("diagnose"):
+                found |= measure(self.objective, self.policy, prepared)
+        return found
 
     def sync_weights(self, *, verify: bool) -> None:
         """Bring the policy's weights into the engine. verify: stop the run where it then holds other values."""
@@ -232,6 +237,11 @@ class Trainer:
         start = time.monotonic()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Return whether a step is a multiple of `every`; never with 0."""
+    return every > 0 and step % every == 0
 
 
 def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, float]:

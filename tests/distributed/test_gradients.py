@@ -5,6 +5,7 @@ engine (test_vllm_engine), bf16, GPUs.
 """
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,10 @@ from megatron_mcpo.data.batch import make_batch
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.packing import num_micro_batches
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.trainer.gradient_diagnostics import term_gradients
+from megatron_mcpo.trainer.gradient_diagnostics import domain_gradients, term_gradients
 from megatron_mcpo.trainer.objective import Contrasted, Objective, Scored
 from megatron_mcpo.types import RolloutGroup, RolloutLabels
-from tests.support import tiny_models
+from tests.support import reference, tiny_models
 from tests.support.ranks import run_ranks
 
 
@@ -185,19 +186,36 @@ def trunk_gradient(model: PreTrainedModel, groups: list[RolloutGroup], config: C
     return torch.cat([gradient.flatten() for name, gradient in found.items() if HEAD not in name])
 
 
+def domain_gradient(model: PreTrainedModel, groups: list[RolloutGroup], config: Config, domain: int) -> Tensor:
+    """Return the gradient of a batch of this domain alone: that of its share of the whole batch, up to a factor."""
+    owner = [group.prompt.domain for group in groups for _ in group.completions]
+    old, ref = (
+        [
+            logprobs
+            for logprobs, d in zip(tiny_models.other_logprobs(groups, seed=seed), owner, strict=True)
+            if d == domain
+        ]
+        for seed in (1, 2)
+    )
+    own = [group for group in groups if group.prompt.domain == domain]
+    found = reference.gradients(model, {}, own, old, ref, config)
+    return torch.cat([gradient.flatten() for gradient in tiny_models.as_saved(found).values()])
+
+
 def diagnose(layout: Layout, config: Config, groups: list[RolloutGroup]) -> dict[str, float]:
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(config, from_folder(Path(config.model.path)), ranks)
     objective = Objective(config, policy, ranks)
     scored = score(policy, config, groups, share_prompts=True)
-    return term_gradients(objective, policy, objective.prepare(scored, step=1))
+    prepared = objective.prepare(scored, step=1)
+    return term_gradients(objective, policy, prepared) | domain_gradients(objective, policy, prepared)
 
 
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [("tied", ["dp1", "dp2", "tp2_sp", "pp2"]), ("experts", ["dp1", "ep2", "ep2_tp2", "tp2_sp"])],
 )
-def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
+def test_norms_and_cosines_of_gradients_are_those_of_the_reference_in_every_layout(
     tmp_path: Path, kind: tiny_models.Kind, layouts: list[str]
 ) -> None:
     """With tied embeddings, which two pipeline stages hold; what a term adds to a gradient is its own."""
@@ -210,7 +228,11 @@ def test_norms_and_cosines_of_terms_are_those_of_the_reference_in_every_layout(
         added = trunk_gradient(model, groups, make_config(tmp_path, {"contrastive": weights})) - own
         expected[f"gradient/trunk_{term}"] = added.norm().item()
         expected[f"gradient/cos_{term}"] = torch.cosine_similarity(added, own, dim=0).item()
-    assert all(abs(figure) > 0.01 for figure in expected.values()), expected
+    by_domain = [domain_gradient(model, groups, plain, domain) for domain in range(3)]
+    pairs = [torch.cosine_similarity(a, b, dim=0).item() for a, b in combinations(by_domain, 2)]
+    assert len(pairs) == 3
+    expected["gradient/cos_domains"] = sum(pairs) / len(pairs)
+    assert all(abs(figure) > 0.001 for figure in expected.values()), expected
     on_representations = {}
     for name in layouts:
         layout = LAYOUTS[name]

@@ -302,6 +302,7 @@ def line_of(arm: str, seed: int, finals: dict[str, float], *, auc: float | None 
         "final": {"mean": mean, "worst": worst, **finals},
         "curve": [[0, 0.2, 0.2, {}], [5, 0.3, 0.3, {}], [10, mean, worst, finals]],
         "auc_cross_domain": [0.0] * 8 + [auc, None], "gain_cross_domain": nothing, "gain_in_domain": nothing,
+        "gradient_cos": {}, "probe": [],
     }  # fmt: skip
 
 
@@ -346,6 +347,10 @@ def test_figures_of_a_run() -> None:
     expected = {"digits": 0.4, "words": 0.6, "mean": 0.5, "worst": 0.4, "area": 0.4, "transfer": 0.05, "auc": 0.8}
     assert found == pytest.approx(expected)
     assert "transfer" not in figures_of(line, ["digits", "words"], {("digits", 3): 0.5})
+    line |= {"gradient_cos": {"in_domain": -0.5, "domains": 0.25}, "probe": [[5, 0.6, 0.7], [10, 0.8, None]]}
+    found = figures_of(line, ["digits", "words"], {("digits", 3): 0.5, ("words", 3): 0.4})
+    more = {"cos_in_domain": -0.5, "cos_domains": 0.25, "probe_transfer": 0.8}
+    assert found == pytest.approx(expected | more)
     alone = figures_of(line_of("single_words", 3, {"words": 0.6}), ["digits", "words"], {})
     assert alone == {"words": 0.6}
 

@@ -21,6 +21,7 @@ def line(arm: str, seed: int, area: float) -> dict[str, Any]:
         "final": {"mean": 1.0, "worst": 1.0, "digits": 1.0},  # decides nothing
         "curve": [[0, 0.9, 0.9, {}], [10, area, area, {}]],  # nor does the accuracy before the first step
         "auc_cross_domain": nothing, "gain_cross_domain": nothing, "gain_in_domain": nothing,
+        "gradient_cos": {}, "probe": [],
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ const PHASES = [
   { name: "time/update", label: "update", colour: "#d55e00" },
   { name: "sync/seconds", label: "weight sync", colour: "#009e73" },
   { name: "time/verify", label: "check of the weight sync", colour: "#cc79a7" },
-  { name: "time/diagnose", label: "gradients by term", colour: "#e69f00" },
+  { name: "time/diagnose", label: "gradients by term, domain", colour: "#e69f00" },
 ];
 const MOST_BARS = 120;
 
