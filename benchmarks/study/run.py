@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.measure import ROOT
 from benchmarks.study.arms import BASES, FIRST_TUNING_SEED, MAIN, SEEDS, TUNING, Arm, arms, configuration
 from benchmarks.study.record import RESULTS, Job, append, chosen_settings, finished, measured, read, results_file
@@ -32,7 +34,7 @@ from megatron_mcpo.storage.run_lock import RunLock
 RUNS = ROOT / "runs" / "study"
 _RUN, _CONFIG, _LOG = "run", "config.toml", "log.txt"
 """What a run's folder holds: the folder that the trainer makes, the run's configuration, and what it printed."""
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0
 _ERROR_LINES = 20
 
 
@@ -70,13 +72,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all_done else 1
 
 
-def _lower_priority(pid: int) -> None:
-    """Give a new session the lowest priority as a whole, where Linux shares the processor out by sessions (autogroup).
+def _lower_priority(process: psutil.Process) -> None:
+    """Give the sessions of a process and those below it the lowest priority as a whole.
 
-    There `nice` orders the processes of a session among each other only.
+    Linux shares the processor out by sessions (autogroup), and `nice` orders the processes of a session among each
+    other only. A run starts its ranks in sessions of their own.
     """
-    with contextlib.suppress(OSError):  # the kernel has none, or the process has ended
-        Path(f"/proc/{pid}/autogroup").write_text("19")
+    with contextlib.suppress(OSError, psutil.Error):  # the kernel has no such groups, or a process has ended
+        for one in (process, *process.children(recursive=True)):
+            Path(f"/proc/{one.pid}/autogroup").write_text("19")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,17 +243,15 @@ class Study:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with (folder / _LOG).open("ab") as log:
             # A session of its own: Ctrl-C on the terminal, which would end the run unsaved, reaches only this program.
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        _lower_priority(process.pid)
+            process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         asked = False
         while process.poll() is None:
+            _lower_priority(process)
             if self.stopping and not asked:
                 process.terminate()
                 asked = True
             time.sleep(_POLL_SECONDS)
-        return process.wait()
+        return int(process.wait())
 
     def _line(self, job: Job, config: Config, folder: Path, *, code: int, seconds: float) -> dict[str, Any]:
         line: dict[str, Any] = {

@@ -7,11 +7,14 @@ for a single run).
 import itertools
 import json
 import math
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from benchmarks.study import plots, run
@@ -251,6 +254,23 @@ def test_a_run_that_fails_leaves_the_end_of_its_log(tmp_path: Path) -> None:
     assert line["error"].startswith("exit code 2\n") and "model.path" in line["error"]
     assert line["seconds"]["total"] > 0 and "final" not in line
     assert not (study.folder / job.name).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel does not schedule by session")
+def test_the_priority_is_that_of_sessions_below_the_run_too() -> None:
+    script = "import subprocess, time; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"
+    program = psutil.Popen(
+        [sys.executable, "-c", f"{script}; time.sleep(60)"], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    below = psutil.Process(int(program.stdout.readline()))
+    try:
+        run._lower_priority(program)
+        for process in (program, below):
+            assert Path(f"/proc/{process.pid}/autogroup").read_text().endswith("nice 19\n")
+    finally:
+        below.kill()
+        program.kill()
+        program.wait()
 
 
 def test_what_a_run_with_other_settings_left_is_dropped(tmp_path: Path) -> None:
