@@ -6,7 +6,8 @@ from pathlib import Path
 from docs.generator.benchmarks import table
 from docs.generator.picture import PACKAGE, floors, folder_imports
 from megatron_mcpo.config.reference import REQUIRED, UNSET, Key, keys, tables
-from megatron_mcpo.reporting.metric_table import EVALUATION, SECTIONS, Metric, Section
+from megatron_mcpo.reporting.metric import Metric, Section
+from megatron_mcpo.reporting.metric_table import EVALUATION, SECTIONS
 
 _HEAD = "<!-- Written by `python -m docs.generator`; changes here are overwritten. -->\n\n"
 

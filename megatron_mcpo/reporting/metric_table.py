@@ -5,11 +5,9 @@ without a function is supplied by the module that measures it.
 """
 
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 
+from megatron_mcpo.reporting.metric import Metric, Section
 from megatron_mcpo.reporting.selection import (
-    Selection,
     anchors,
     domain_mean_reward,
     largest_mismatch,
@@ -17,35 +15,6 @@ from megatron_mcpo.reporting.selection import (
     mean_positives,
 )
 from megatron_mcpo.types import StopReason
-
-type Compute = Callable[[Selection], float | None]
-"""Returns NaN for a mean over nothing, and None for a metric that the step does not have."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One row of the table.
-
-    keys: with <domain> for one value per domain, with <a>/<b> for one per two domains
-    meaning: what the value is
-    target: the chance level, or the value that a healthy run has; "" where there is neither
-    compute: from the rollouts of a domain for a key with <domain>, else from those of the whole step
-    """
-
-    keys: tuple[str, ...]
-    meaning: str
-    target: str = ""
-    compute: Compute | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Metrics that are measured on the same things. about: what these are."""
-
-    title: str
-    about: str
-    metrics: tuple[Metric, ...]
-
 
 _SAMPLED = Section(
     title="Sampled rollouts",
