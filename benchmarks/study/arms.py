@@ -1,8 +1,9 @@
 """Name the arms of the study: every method and setting that is compared, as the keys in which it differs from the base.
 
 An arm of the group `main` is a method; the claims rest on its runs with the seeds below FIRST_TUNING_SEED. The groups
-`tuning/KEY` change one open choice of MCPO at a time around CENTRE, `tuning_grpo/KEY` one setting of GRPO, on other
-seeds, so that no seed both chooses a setting and shows what it is worth. Imports no torch.
+`tuning/KEY` change one open choice of MCPO at a time around CENTRE, `tuning_centered/KEY` around CENTERED, and
+`tuning_grpo/KEY` one setting of GRPO, on other seeds, so that no seed both chooses a setting and shows what it is
+worth. Imports no torch.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,13 @@ _FOLDER = Path(__file__).resolve().parent
 BASES = {"a": _FOLDER / "base.toml", "b": _FOLDER / "level_b.toml"}
 """What all arms of a level share. Level a: a small model of our own; level b: a pretrained model on public tasks."""
 
-MAIN, TUNING, TUNING_GRPO = "main", "tuning", "tuning_grpo"
+MAIN, TUNING, TUNING_GRPO, TUNING_CENTERED = "main", "tuning", "tuning_grpo", "tuning_centered"
 FIRST_TUNING_SEED = 100
-SEEDS = {MAIN: tuple(range(10)), TUNING: (100, 101, 102), TUNING_GRPO: (100, 101, 102)}
+_TUNING_SEEDS = (100, 101, 102)
+SEEDS = {MAIN: tuple(range(10)), TUNING: _TUNING_SEEDS, TUNING_GRPO: _TUNING_SEEDS, TUNING_CENTERED: _TUNING_SEEDS}
 """The seeds of each group where the command line names none."""
 
-REFERENCES = {MAIN: "grpo", TUNING: "centre", TUNING_GRPO: "grpo_centre"}
+REFERENCES = {MAIN: "grpo", TUNING: "centre", TUNING_GRPO: "grpo_centre", TUNING_CENTERED: "centered"}
 """The arm that the other arms of a group are compared with."""
 
 Value = str | int | float
@@ -31,8 +33,8 @@ Settings = dict[str, Value]
 class Arm:
     """A method or a setting.
 
-    group: "main", or "tuning/KEY" and "tuning_grpo/KEY" with what is varied; its first part decides on seeds and
-        reference
+    group: "main", or "tuning/KEY", "tuning_grpo/KEY" and "tuning_centered/KEY" with what is varied; its first part
+        decides on seeds and reference
     settings: value by dotted key, where it differs from the level's base
     domains: the domains that are trained on and evaluated; empty: all of the base
     """
@@ -78,6 +80,9 @@ CENTRE: Settings = {
     "optimizer.head_lr": 1e-3,
 }
 """Where the tuning starts. Every open choice is named, so that a later change of a default changes no arm."""
+
+CENTERED: Settings = CENTRE | {"contrastive.center": "prompt"}
+"""A second start: representations less their prompt's mean, which need another temperature and weight."""
 
 MCPO: Settings = CENTRE
 """The settings of MCPO and its halves in the group `main`: those that the tuning runs chose."""
@@ -150,6 +155,13 @@ _TUNED: tuple[tuple[str, Sequence[Value]], ...] = (
 )
 """Values of one key at a time; the value of CENTRE is the arm `centre`."""
 
+_TUNED_CENTERED: tuple[tuple[str, Sequence[Value]], ...] = (
+    ("contrastive.temperature", (0.3, 1.0)),
+    ("contrastive.in_domain_loss", ("align",)),
+    ("optimizer.head_lr", (3e-3,)),
+)
+"""The same around CENTERED, where these matter most."""
+
 _WEIGHTS = (0.003, 0.01, 0.1, 0.3, 1.0)
 """Of both terms together."""
 
@@ -169,7 +181,8 @@ _TUNED_GRPO: tuple[tuple[str, Sequence[Value]], ...] = (
 def arms(level: str) -> dict[str, Arm]:
     """Return all arms of a level by name, the methods first. Raises ConfigError where its base cannot be used."""
     singles = [_single(name) for name in load(_base(level)).domain_names]
-    return {arm.name: arm for arm in (*_METHODS, *singles, *_tuning(), *_tuning_grpo())}
+    tuning = (*_tuning(), *_tuning_centered(), *_tuning_grpo())
+    return {arm.name: arm for arm in (*_METHODS, *singles, *tuning)}
 
 
 def configuration(level: str, arm: Arm, overrides: Sequence[str] = ()) -> Config:
@@ -201,6 +214,24 @@ def _tuning() -> list[Arm]:
     found += [_varied("weight", weight, CENTRE | {CROSS: weight, IN: weight}) for weight in _WEIGHTS]
     for key, values in _TUNED:
         found += [_varied(key.partition(".")[2], value, CENTRE | {key: value}) for value in values]
+    return found
+
+
+def _tuning_centered() -> list[Arm]:
+    meaning = "MCPO with center = prompt and the settings that the others of its group vary."
+    found = [Arm(name="centered", meaning=meaning, group=TUNING_CENTERED, settings=CENTERED)]
+    varied: list[tuple[str, Value, Settings]]
+    varied = [("weight", weight, {CROSS: weight, IN: weight}) for weight in _WEIGHTS]
+    varied += [(key.partition(".")[2], value, {key: value}) for key, values in _TUNED_CENTERED for value in values]
+    found += [
+        Arm(
+            name=f"centered_{choice}_{value}",
+            meaning=f"MCPO with center = prompt and {choice} = {value}.",
+            group=f"{TUNING_CENTERED}/{choice}",
+            settings=CENTERED | changed,
+        )
+        for choice, value, changed in varied
+    ]
     return found
 
 

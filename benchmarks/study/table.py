@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.study.arms import BASES, MAIN, REFERENCES, TUNING, TUNING_GRPO, Arm, arms
+from benchmarks.study.arms import BASES, MAIN, REFERENCES, TUNING, TUNING_CENTERED, TUNING_GRPO, Arm, arms
 from benchmarks.study.record import RESULTS, read, results_file
 from benchmarks.study.statistics import COSINES, MECHANISM, OVERALL, PROBES, Difference, Summary, domains_of, summaries
 from benchmarks.study.tuning import OUTCOME, Best, bests
@@ -76,7 +76,8 @@ def _print(console: Console, level: str, lines: Sequence[Mapping[str, Any]]) -> 
 def sheets(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Arm]) -> list[Sheet]:
     """Return the tables of a level: methods overall, by domain and by mechanism, and the tuning runs."""
     found, domains = summaries(lines, known), domains_of(lines)
-    main_arms, tuning, tuning_grpo = ([s for s in found if s.arm.kind == kind] for kind in REFERENCES)
+    main_arms, *tuned = ([s for s in found if s.arm.kind == kind] for kind in REFERENCES)
+    tuning, tuning_grpo, tuning_centered = tuned
     everywhere = [summary for summary in main_arms if not summary.arm.domains]
     made = (
         (f"held-out accuracy, and its difference from {REFERENCES[MAIN]}", everywhere, OVERALL),
@@ -90,6 +91,11 @@ def sheets(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Arm]) -> list
         (
             f"one choice of MCPO at a time, and its difference from {REFERENCES[TUNING]}",
             tuning,
+            (*OVERALL[:3], *MECHANISM),
+        ),
+        (
+            f"one choice of centred MCPO at a time, and its difference from {REFERENCES[TUNING_CENTERED]}",
+            tuning_centered,
             (*OVERALL[:3], *MECHANISM),
         ),
         (

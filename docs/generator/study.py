@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.study import plots
-from benchmarks.study.arms import BASES, MAIN, arms
+from benchmarks.study.arms import BASES, MAIN, REFERENCES, arms
 from benchmarks.study.record import read, results_file
 from benchmarks.study.table import failures, sheets
 from docs.generator.benchmarks import table
@@ -37,13 +37,15 @@ def methods(_: Path) -> str:
 
 
 def tuning(_: Path) -> str:
-    """Return the choices of MCPO that are varied one at a time, and their values."""
-    values: dict[str, list[str]] = {}
+    """Return what is varied one at a time, around which arm, and the values."""
+    values: dict[tuple[str, str], list[str]] = {}
     for arm in arms("a").values():
         choice = arm.group.partition("/")[2]
         if choice:
-            values.setdefault(choice, []).append(f"`{arm.name.removeprefix(f'{choice}_')}`")
-    return table(["choice", "values beside that of `centre`"], [[f"`{c}`", ", ".join(v)] for c, v in values.items()])
+            value = arm.name.partition(f"{choice}_")[2]
+            values.setdefault((REFERENCES[arm.kind], choice), []).append(f"`{value}`")
+    rows = [[f"`{around}`", f"`{choice}`", ", ".join(found)] for (around, choice), found in values.items()]
+    return table(["around the arm", "choice", "other values"], rows)
 
 
 def pictures(docs: Path, results: Path = RESULTS) -> dict[Path, str]:
