@@ -73,12 +73,15 @@ _LAYOUT_WORDS = {
 
 
 def gradients(results: Path) -> str:
-    """Return the largest error of a gradient in every parallel layout, three layouts in a row."""
+    """Return the largest errors of a gradient and of an update in every parallel layout, two layouts in a row."""
     content = _read(results, "gradient_table.json")
-    cells = [(_layout(name), f"{row['max_rel_err']:.1e}") for name, row in content["layouts"].items()]
-    cells += [("", "")] * (-len(cells) % 3)
-    rows = [[text for cell in cells[start : start + 3] for text in cell] for start in range(0, len(cells), 3)]
-    return _with_machine(content, table(("layout", "error") * 3, rows))
+    cells = [
+        (_layout(name), *(f"{row[key]:.1e}" for key in ("max_rel_err", "max_rel_err_update")))
+        for name, row in content["layouts"].items()
+    ]
+    cells += [("", "", "")] * (-len(cells) % 2)
+    rows = [[text for cell in cells[start : start + 2] for text in cell] for start in range(0, len(cells), 2)]
+    return _with_machine(content, table(("layout", "gradient", "update") * 2, rows))
 
 
 def _layout(name: str) -> str:
