@@ -166,7 +166,7 @@ class Case:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is checked of each parameter, as a prefix of its name: the gradient, and its update."""
+        """Return what is checked of each parameter, as prefixes of its name: the gradient, and its update."""
         return ("", UPDATE) if self.updated else ("",)
 
     def in_bf16(self) -> Self:

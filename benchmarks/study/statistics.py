@@ -61,7 +61,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What the runs of an arm reached.
+    """The results of an arm's runs.
 
     seeds: of the runs that ended well; failed: seeds of those that failed, one per line of results
     figures: value by figure and seed; the figures are OVERALL, the domains, MECHANISM, COSINES, and PROBES

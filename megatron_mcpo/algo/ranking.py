@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_mcpo.algo.contrastive import TILE_ELEMENTS
 from megatron_mcpo.types import RolloutLabels
-
-_TILE_ELEMENTS = 2**24
-"""Anchors x rollouts that are compared at a time: 64 MiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +27,14 @@ class Ranking:
 
 
 @torch.no_grad()
-def cross_domain_ranking(z_MD: Tensor, labels: RolloutLabels, used_M: Tensor) -> Ranking:
+def cross_domain_ranking(
+    z_MD: Tensor, labels: RolloutLabels, used_M: Tensor, *, tile_elements: int = TILE_ELEMENTS
+) -> Ranking:
     """Return P(z_i z_j > z_i z_n) + P(z_i z_j = z_i z_n) / 2 over correct j of other domains and incorrect n.
 
     It is the area under the ROC curve of anchor i's similarities, which neither the temperature nor the choice of
-    positives changes. used_M: bool, the rollouts that take part; the others are NaN
+    positives changes. used_M: bool, the rollouts that take part; the others are NaN. tile_elements: anchors x rollouts
+    that are compared at a time
     """
     domain_M, prompt_M = labels.domain_M, labels.prompt_M
     correct_M, incorrect_M = labels.correct_M & used_M, ~labels.correct_M & used_M
@@ -41,7 +42,7 @@ def cross_domain_ranking(z_MD: Tensor, labels: RolloutLabels, used_M: Tensor) ->
     for domain in domain_M[correct_M].unique().tolist():
         inside_M = domain_M == domain
         positives_P = (correct_M & ~inside_M).nonzero()[:, 0]
-        for anchors_A in _tiles(correct_M & inside_M):
+        for anchors_A in _tiles(correct_M & inside_M, tile_elements):
             similarity_AM = z_MD[anchors_A] @ z_MD.T
             similarity_AP = similarity_AM[:, positives_P]
             auc_M[anchors_A] = _auc(similarity_AP, similarity_AM[:, incorrect_M])
@@ -53,9 +54,9 @@ def cross_domain_ranking(z_MD: Tensor, labels: RolloutLabels, used_M: Tensor) ->
     return Ranking(auc_M=auc_M, auc_other_domains_M=others_M, auc_own_prompt_M=prompt_auc_M)
 
 
-def _tiles(anchors_M: Tensor) -> Iterator[Tensor]:
+def _tiles(anchors_M: Tensor, tile_elements: int) -> Iterator[Tensor]:
     """Yield the positions of anchors, so many at a time that a tile of similarities stays small."""
-    yield from anchors_M.nonzero()[:, 0].split(max(1, _TILE_ELEMENTS // max(1, len(anchors_M))))
+    yield from anchors_M.nonzero()[:, 0].split(max(1, tile_elements // max(1, len(anchors_M))))
 
 
 def _auc(positives_AP: Tensor, negatives_AQ: Tensor) -> Tensor:

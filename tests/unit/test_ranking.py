@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mcpo.algo import ranking
 from megatron_mcpo.algo.pairing import used
 from megatron_mcpo.algo.ranking import cross_domain_ranking
 from megatron_mcpo.config.schema import ContrastiveConfig
@@ -43,9 +42,7 @@ def test_it_counts_every_pair(rollouts: list[tuple[int, int, bool]], seed: int, 
     random = torch.Generator().manual_seed(seed)
     z = torch.randint(-1, 2, (len(rollouts), 3), generator=random).double()  # with many ties
     labels = labels_of(rollouts)
-    before, ranking._TILE_ELEMENTS = ranking._TILE_ELEMENTS, rows
-    found = cross_domain_ranking(z, labels, torch.ones_like(labels.correct_M))
-    ranking._TILE_ELEMENTS = before
+    found = cross_domain_ranking(z, labels, torch.ones_like(labels.correct_M), tile_elements=rows)
     domains, prompts = labels.domain_M.tolist(), labels.prompt_M.tolist()
     right = [i for i, (*_, correct) in enumerate(rollouts) if correct]
     wrong = [i for i, (*_, correct) in enumerate(rollouts) if not correct]
