@@ -210,6 +210,7 @@ def _checkpoints(learner: Policy, folder: Path) -> Checkpoints:
         keep=2,
         keep_every=0,
         in_background=device().type != "cpu",
+        say=print,
     )
 
 

@@ -14,6 +14,7 @@ from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.reporting.loggers import check_trackers
 from megatron_mcpo.rewards import allowlist, rules
 from megatron_mcpo.rollout.server_client import server_problems
+from megatron_mcpo.storage import checkpoint_files, run_folder
 from megatron_mcpo.weights.mapping import tensor_problems
 
 # A check returns a line (key, value, rule, fix) per problem. A new check of a folder is a line in one of these tables.
@@ -22,6 +23,8 @@ OF_CONFIG: tuple[Callable[[Config], list[str]], ...] = (
     rules.problems,
     missing_files,
     check_trackers,
+    run_folder.resume_problems,
+    checkpoint_files.init_from_problems,
 )
 OF_MODEL: tuple[Callable[[Config, ModelConfig], list[str]], ...] = (
     lambda config, model: tensor_problems(model, Path(config.model.path)),

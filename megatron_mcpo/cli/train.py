@@ -1,5 +1,7 @@
 """Train a model: `mcpo train CONFIG [--verbose] [--dry-run [--ranks N]] [--section.key VALUE ...]`.
 
+The same command again resumes a run that was interrupted. `--resume RUN` goes on with a run of your choice, a name, a
+folder or `latest`, also with other settings; `--init-from CHECKPOINT` begins a new run with the weights of another.
 Started by itself it checks the configuration and runs torchrun with as many ranks as the layout needs; started by
 torchrun (or srun torchrun) it is one of these ranks.
 """
@@ -13,6 +15,7 @@ from megatron_mcpo.cli.preflight import check
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.summary import arithmetic, empty_terms, slow_arithmetic
 from megatron_mcpo.distributed.preemption import hold_signals
+from megatron_mcpo.storage.run_folder import forecast
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,11 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load(known.config, overrides)
         layout, model = check(config, world_size if known.ranks is None else known.ranks)
+        outlook = forecast(config) if known.dry_run else []
     except ConfigError as error:
         return options.refuse(error)
     if os.environ.get("RANK", "0") == "0" and (known.dry_run or world_size):
         # A run says by itself which terms are empty.
-        notes = [*empty_terms(config), *slow_arithmetic(config)] if known.dry_run else []
+        notes = [*empty_terms(config), *slow_arithmetic(config), *outlook] if known.dry_run else []
         print("\n".join([arithmetic(config, layout, model), *notes]), flush=True)
     if known.dry_run:
         return 0

@@ -63,6 +63,11 @@ class DataConfig(Section):
         description="fraction of a source's rows that may be malformed, too long, duplicates or without an answer "
         "before the run is refused",
     )
+    allow_changed: bool = Field(
+        False,
+        description="whether a run may be resumed although items that it had were removed or changed; items that were "
+        "added are always allowed",
+    )
 
 
 VerifierKind = Literal[

@@ -17,6 +17,9 @@ from megatron_mcpo.config.toml_io import Layers
 
 COMMAND_LINE = "the command line"
 
+SHORT = {"--resume": "--run.resume", "--init-from": "--model.init_from"}
+"""Short forms of overrides that are typed often."""
+
 
 def apply_overrides(layers: Layers, overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
     """Set `--section.key VALUE` and `--section.key=VALUE` in the values of `layers`; return what could not be set."""
@@ -24,7 +27,8 @@ def apply_overrides(layers: Layers, overrides: Sequence[str], model: type[BaseMo
     rest = list(overrides)
     while rest:
         flag = rest.pop(0)
-        key, equals, text = flag.removeprefix("--").partition("=")
+        name, equals, text = flag.partition("=")
+        key = SHORT.get(name, name).removeprefix("--")
         section, dot, name = key.partition(".")
         if not (flag.startswith("--") and section and dot and name):
             meant = [f"--{table}.{key}" for table in model.model_fields if field_at([table, key], model)] if key else []

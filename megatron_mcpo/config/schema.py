@@ -52,10 +52,11 @@ class RunConfig(Section):
         description="checkpoints of steps that this number divides are kept forever, in addition to the newest; 0: "
         "only the newest are kept",
     )
-    resume: Literal["auto", "never"] = Field(
+    resume: PathText = Field(
         "auto",
-        description="what happens when the run's folder exists; auto: resume an unfinished run of the same name and "
-        "settings; never: start in a new folder",
+        description="which run goes on; auto: an unfinished one of the same name and settings, if there is one; never: "
+        "a new one begins; latest, or a run's name or folder: this one, with the settings that are given now, and also "
+        "if it is finished (`--resume RUN` is short for it)",
     )
     trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
         [],
@@ -79,6 +80,11 @@ class ModelSection(Section):
         "bf16",
         description="data type of weights and activations, in the trainer and in the engine; auto: bf16, but fp32 on "
         "a CPU that is slow in bf16 (no AVX-512)",
+    )
+    init_from: PathText | None = Field(
+        None,
+        description="checkpoint whose weights, and head if it has the same shape, a new run begins with, instead of "
+        "those of `path`; the reference model stays the one in `path` (`--init-from CHECKPOINT` is short for it)",
     )
     recompute: Recompute = Field(
         "none",

@@ -3,11 +3,14 @@
 It does not depend on how the trainer is laid out: what is observed are the groups of all ranks.
 """
 
+import hashlib
+import json
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.data.mixing import capped, mixing_shares
@@ -83,54 +86,66 @@ class PromptStream:
             "domains": [domain.state_dict() for domain in self._domains],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state. Raises ValueError where seed, domains, sources or their sizes differ."""
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Continue from a saved state; return the sources, as DOMAIN/SOURCE, whose items are not those of the state.
+
+        Such a source begins its next epoch, with the items that it has now. Raises ConfigError where seed, domains or
+        sources differ.
+        """
         saved, own = _identity(state), _identity(self.state_dict())
         if saved != own:
-            raise ValueError(
-                f"the saved order of prompts is of {saved}, this run has {own}: it can't be resumed; "
-                "restore seed, domains and sources, or start a new run"
+            raise ConfigError(
+                [
+                    f"domain: must have the seed and sources of the run, {saved} (this configuration has {own}). "
+                    "Restore them, or begin a new run with --run.resume never"
+                ]
             )
         self._credits = [float(credit) for credit in state["credits"]]
         self._recent = [
             deque(((correct, count) for correct, count in window), maxlen=self._data.window)
             for window in state["recent"]
         ]
+        changed = []
         for domain, domain_state in zip(self._domains, state["domains"], strict=True):
-            domain.load_state_dict(domain_state)
+            changed += domain.load_state_dict(domain_state)
+        return changed
+
+    def digests(self) -> dict[str, list[int]]:
+        """Return a 64-bit digest of every item by source, DOMAIN/SOURCE, in the order of the items."""
+        return {f"{domain.name}/{source.name}": source.digests for domain in self._domains for source in domain.sources}
 
 
 class _DomainCursor:
     """The position in one domain."""
 
     def __init__(self, domain: Domain, *, seed: int, skips: bool):
-        self._name = domain.name
+        self.name = domain.name
         total = sum(source.weight for source in domain.sources)
         self._shares = [source.weight / total for source in domain.sources]
         self._credits = [0.0] * len(domain.sources)
-        self._sources = [
+        self.sources = [
             _SourceCursor(source.name, source.train, seed=f"{seed}/{domain.name}/{i}", skips=skips)
             for i, source in enumerate(domain.sources)
         ]
-        self._by_name = {source.name: cursor for source, cursor in zip(domain.sources, self._sources, strict=True)}
+        self._by_name = {source.name: cursor for source, cursor in zip(domain.sources, self.sources, strict=True)}
 
     def next(self) -> Prompt:
         self._credits = [credit + share for credit, share in zip(self._credits, self._shares, strict=True)]
         best = _richest(self._credits, range(len(self._credits)))
         self._credits[best] -= 1
-        return self._sources[best].next()
+        return self.sources[best].next()
 
     def observe(self, source: str, index: int, *, decided: bool) -> None:
         self._by_name[source].observe(index, decided=decided)
 
     def state_dict(self) -> dict[str, Any]:
-        sources = [source.state_dict() for source in self._sources]
-        return {"name": self._name, "credits": list(self._credits), "sources": sources}
+        sources = [source.state_dict() for source in self.sources]
+        return {"name": self.name, "credits": list(self._credits), "sources": sources}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         self._credits = [float(credit) for credit in state["credits"]]
-        for source, source_state in zip(self._sources, state["sources"], strict=True):
-            source.load_state_dict(source_state)
+        pairs = zip(self.sources, state["sources"], strict=True)
+        return [f"{self.name}/{source.name}" for source, saved in pairs if not source.load_state_dict(saved)]
 
 
 class _SourceCursor:
@@ -141,7 +156,8 @@ class _SourceCursor:
 
     def __init__(self, name: str, prompts: Sequence[Prompt], *, seed: str, skips: bool):
         assert prompts
-        self._name = name
+        self.name = name
+        self.digests = [_digest(prompt) for prompt in prompts]
         self._prompts = prompts
         self._seed = seed
         self._skips = skips
@@ -168,22 +184,33 @@ class _SourceCursor:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "name": self._name,
-            "size": len(self._order),
+            "name": self.name,
+            "items": hashlib.sha256(str(self.digests).encode()).hexdigest(),
             "epoch": self._epoch,
             "position": self._position,
             "decided": sorted(self._decided),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Continue from a saved state, or with the epoch after it where that had other items; return whether not."""
+        if state["items"] != self.state_dict()["items"]:
+            self._start(epoch=state["epoch"] + 1, position=0)
+            return False
         self._decided = set(state["decided"]) if self._skips else set()
         self._start(epoch=state["epoch"], position=state["position"])
+        return True
 
     def _start(self, *, epoch: int, position: int) -> None:
         # Seeding by a string is the same on every machine: it goes through SHA-512, not through hash().
         self._order = list(range(len(self._prompts)))
         random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         self._epoch, self._position = epoch, position
+
+
+def _digest(prompt: Prompt) -> int:
+    """Return 64 bits of a hash of what the model reads and what its answer is compared with."""
+    content = json.dumps([prompt.token_ids, prompt.entry], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8])
 
 
 def _by_item(groups: Sequence[RolloutGroup]) -> dict[tuple[int, str, int], list[bool]]:
@@ -201,7 +228,5 @@ def _richest(credits: Sequence[float], candidates: Iterable[int]) -> int:
 
 
 def _identity(state: dict[str, Any]) -> str:
-    domains = [(d["name"], [(s["name"], s["size"]) for s in d["sources"]]) for d in state["domains"]]
-    return f"seed {state['seed']}, " + ", ".join(
-        f"{name} ({', '.join(f'{source} x {size}' for source, size in sources)})" for name, sources in domains
-    )
+    domains = [f"{d['name']} ({', '.join(s['name'] for s in d['sources'])})" for d in state["domains"]]
+    return f"seed {state['seed']}, {', '.join(domains)}"

@@ -8,7 +8,7 @@ its manifest. No checkpoint is trusted, therefore: nothing in one can run code (
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
-from megatron_mcpo.mcore import megatron_fixes
+from megatron_mcpo.mcore import learning_rate, megatron_fixes
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.mcore.saving import Saving, reason
@@ -35,6 +36,7 @@ from megatron_mcpo.weights.mapping import parameters
 FORMAT = 3
 """The version of state.json and of the sharded files' content. The manifest has none, as it is read before this."""
 
+_HEAD = "contrastive_head"
 _NEW_RUN = "or start a new run with --run.resume never"
 
 
@@ -60,6 +62,7 @@ class Checkpoints:
     assets: name -> content of the files besides weights that an export needs; on rank 0
     keep, keep_every: the newest `keep` are kept, and those of every keep_every-th step besides (0: none)
     in_background: `save` returns when this rank's state is copied to host memory, and a thread writes it from there
+    say: is called on rank 0 with warnings
     """
 
     policy: Policy
@@ -69,6 +72,7 @@ class Checkpoints:
     keep: int
     keep_every: int
     in_background: bool
+    say: Callable[[str], None]
     _under_way: tuple[int, Saving] | None = field(default=None, init=False)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -103,7 +107,6 @@ class Checkpoints:
         Raises:
             ConfigError: The disk had too little room. What was written is deleted, other checkpoints are untouched.
             RuntimeError: It could not be written for another reason; the same holds.
-            OSError: Old checkpoints could not be deleted.
         """
         if self._under_way is None:
             return
@@ -113,7 +116,10 @@ class Checkpoints:
         saving.publish()
         with together(self.policy.groups):
             if self.policy.groups.rank == 0:
-                checkpoint_files.prune(self.folder, newest=step, keep=self.keep, keep_every=self.keep_every)
+                for warning in checkpoint_files.prune(
+                    self.folder, newest=step, keep=self.keep, keep_every=self.keep_every
+                ):
+                    self.say(warning)
 
     def close(self) -> None:
         """Abandon the checkpoint under way, because the process is about to end."""
@@ -154,6 +160,36 @@ class Checkpoints:
             raise ConfigError([*skipped, f"no undamaged checkpoint is left to resume from; put one back, {_NEW_RUN}"])
         return None
 
+    def load_weights(self, path: Path) -> bool:
+        """Load the weights of a checkpoint, and nothing else of it, into a policy that was just built.
+
+        Returns whether it had a head of the policy's shape; otherwise the policy's head stays as it is. Raises
+        ConfigError where the checkpoint is damaged or of another format, model or vocabulary.
+        """
+        policy, groups = self.policy, self.policy.groups
+        damage = self._damage(path)
+        if damage:
+            raise ConfigError([f"model.init_from: {path} is damaged: {'; '.join(damage)}. Choose another."])
+        with together(groups):
+            self._read_header(path, with_optimizer=False)
+            saved = _check_contents(path).state_dict_metadata
+        wanted: dict[str, Any] = _sharded_models(policy)
+        heads = [key for part in wanted.values() for key in part if _HEAD in key]
+        fits = all(
+            getattr(saved.get(part[key].key), "size", None) == torch.Size(part[key].global_shape)
+            for part in wanted.values()
+            for key in heads
+            if key in part
+        )
+        if not fits:
+            wanted = {n: {k: v for k, v in part.items() if k not in heads} for n, part in wanted.items()}
+        with policy.optimizer_on_device(), together(groups), _opening(path):
+            loaded = dist_checkpointing.load(wanted, str(path))
+            for number, chunk in enumerate(policy.chunks):
+                unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=fits)
+            policy.optimizer.reload_model_params()
+        return all(gather_objects(fits, groups))
+
     def _damage(self, path: Path) -> list[str]:
         """Return what is wrong with a checkpoint's files; every rank reads its share of them."""
         groups = self.policy.groups
@@ -176,8 +212,12 @@ class Checkpoints:
             loaded = dist_checkpointing.load(wanted, str(path))
             for number, chunk in enumerate(policy.chunks):
                 unwrap(chunk).load_state_dict(loaded[f"model{number}"])
-            policy.optimizer.load_state_dict(loaded["optimizer"])
-            policy.lr_schedule.load_state_dict(loaded["lr_schedule"])
+            learning_rate.load_state(
+                policy.optimizer,
+                policy.lr_schedule,
+                loaded["optimizer"],
+                num_updates=loaded["lr_schedule"]["num_steps"],
+            )
         if "rng" in loaded:
             torch.set_rng_state(loaded["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
@@ -207,8 +247,8 @@ class Checkpoints:
             "vocabulary": self.vocabulary,
         }
 
-    def _read_header(self, path: Path) -> dict[str, Any]:
-        """Read state.json. Raises ConfigError with all that differs: format, model, vocabulary."""
+    def _read_header(self, path: Path, *, with_optimizer: bool = True) -> dict[str, Any]:
+        """Read state.json. Raises ConfigError for another format, model, vocabulary, or form of the optimizer."""
         own = self._header(0)
         try:
             found = json.loads((path / STATE).read_bytes())
@@ -227,7 +267,7 @@ class Checkpoints:
             raise ConfigError(
                 [f"{path / STATE}: {wrong[0]} = {found.get(wrong[0])!r}: has the wrong type; {_NEW_RUN[3:]}"]
             )
-        if found["experts_apart"] != own["experts_apart"]:
+        if with_optimizer and found["experts_apart"] != own["experts_apart"]:
             fix = "set parallel.expert above 1" if found["experts_apart"] else "set parallel.expert and tensor to 1"
             raise ConfigError(
                 [
@@ -256,8 +296,8 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_contents(path: Path) -> None:
-    """Check the table of contents. Raises ConfigError if it could run code or names files that are not there."""
+def _check_contents(path: Path) -> Metadata:
+    """Return the table of contents. Raises ConfigError if it could run code or names files that are not there."""
     try:
         metadata = safe_unpickler.read_metadata(path)
     except ValueError as error:
@@ -266,6 +306,7 @@ def _check_contents(path: Path) -> None:
     lost = sorted(shards - set(checkpoint_files.names(path)))
     if lost:
         raise ConfigError([f"{path}: shard {lost[0]} is missing; put it back, {_NEW_RUN}"])
+    return metadata
 
 
 @contextmanager
@@ -285,18 +326,26 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         if part.optimizer is not None:  # a rank may have no parameters of its kind
             part.init_state_fn(part.optimizer, part.config)  # the first update does this, but may not have happened yet
-    metadata = {
+    models = _sharded_models(policy)
+    optimizer = policy.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=_sharding(policy))
+    return {**models, "optimizer": optimizer, "lr_schedule": policy.lr_schedule.state_dict()}
+
+
+def _sharded_models(policy: Policy) -> dict[str, dict[str, Any]]:
+    """Return the weights of every chunk, described so that another layout can load them."""
+    return {
+        f"model{number}": unwrap(chunk).sharded_state_dict(metadata=_sharding(policy))
+        for number, chunk in enumerate(policy.chunks)
+    }
+
+
+def _sharding(policy: Policy) -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "dp_cp_group": policy.groups.data_context,
         "chained_optim_avoid_prefix": True,
     }
-    models = {
-        f"model{number}": unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for number, chunk in enumerate(policy.chunks)
-    }
-    optimizer = policy.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
-    return {**models, "optimizer": optimizer, "lr_schedule": policy.lr_schedule.state_dict()}
 
 
 def _random_states(groups: Groups) -> ShardedObject:

@@ -12,17 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from torch import Tensor
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.model import ModelConfig
-from megatron_mcpo.config.schema import OptimizerConfig
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
-from megatron_mcpo.mcore import schedule
+from megatron_mcpo.mcore import learning_rate, schedule
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.mcore.offload import Offloaded, OptimizerMemory
@@ -168,13 +165,17 @@ class Policy(_Model):
             DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)
         ]
-        optimizer_config = _optimizer_config(config.optimizer, dtype=DTYPES[config.model.dtype])
+        optimizer_config = learning_rate.megatron_config(config.optimizer, dtype=DTYPES[config.model.dtype])
         self.optimizer = get_megatron_optimizer(
             optimizer_config,
             self.chunks,
-            config_overrides={**get_standard_config_overrides(optimizer_config), **_head_rate(config.optimizer)},
+            config_overrides={
+                **get_standard_config_overrides(optimizer_config),
+                **learning_rate.head_rate(config.optimizer),
+            },
         )
-        self.lr_schedule = _lr_schedule(self.optimizer, config.optimizer, num_updates=_num_updates(config))
+        num_updates = config.run.steps * config.batch.minibatches
+        self.lr_schedule = learning_rate.make_schedule(self.optimizer, config.optimizer, num_updates=num_updates)
         megatron_config.finalize_model_grads_func = finalize_model_grads
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         self._offloaded = OptimizerMemory(self.optimizer, self.gradient_buffers) if config.optimizer.offload else None
@@ -327,49 +328,3 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None
-
-
-def _num_updates(config: Config) -> int:
-    return config.run.steps * config.batch.minibatches
-
-
-def _optimizer_config(optimizer: OptimizerConfig, *, dtype: torch.dtype) -> MegatronOptimizerConfig:
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.eps,
-        clip_grad=optimizer.clip_grad,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=True,
-    )
-
-
-def _head_rate(optimizer: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Return the head's own peak and final rate, in the form that Megatron-Core takes.
-
-    Adam moves every weight by about its rate: at the rate of a trained model a head that begins random stays random.
-    """
-    final = optimizer.head_lr * optimizer.min_lr / optimizer.lr
-    return {ParamKey(name="*contrastive_head*"): ParamGroupOverride(max_lr=optimizer.head_lr, min_lr=final)}
-
-
-def _lr_schedule(optimizer: Any, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:
-    """Return the learning rate's schedule. A decay reaches min_lr one update after the last, which would be wasted."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=min(config.warmup_steps, num_updates),
-        lr_decay_steps=num_updates + 1,
-        lr_decay_style=config.schedule,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

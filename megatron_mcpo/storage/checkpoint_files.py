@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
 
+from megatron_mcpo.config.config import Config
 from megatron_mcpo.storage.files import step_files, write_atomically
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -28,6 +29,17 @@ class Fingerprint:
 
     bytes: int
     sha256: str
+
+
+def init_from_problems(config: Config) -> list[str]:
+    """Return a line where model.init_from is no checkpoint; its contents are checked when it is loaded."""
+    path = config.model.init_from
+    if path is None or (Path(path) / STATE).is_file():
+        return []
+    return [
+        f"model.init_from = {path!r}: must be a checkpoint of this trainer (there is no {Path(path) / STATE}). Name a "
+        "folder RUN/checkpoints/step_NNNNNN, or set model.path to a model in Hugging Face's format."
+    ]
 
 
 def staging_of(path: Path) -> Path:
@@ -96,17 +108,29 @@ def problems(folder: Path, *, part: int, num_parts: int) -> list[str]:
     return found
 
 
-def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> None:
+def prune(folder: Path, *, newest: int, keep: int, keep_every: int) -> list[str]:
     """Delete all checkpoints except the last `keep` and those of every `keep_every`-th step (0: none of them).
+
+    Links, as to a checkpoint that was moved to another disk, and what is no folder are left alone. Returns a warning
+    for each checkpoint that could not be deleted; the next save tries again.
 
     newest: step of the one just written, which is never deleted. Later ones are damaged ones that the run
     skipped when it resumed; they are deleted too.
     """
-    steps = [step for step, _ in step_files(folder) if step <= newest]
+    own = [(step, path) for step, path in step_files(folder) if path.is_dir() and not path.is_symlink()]
+    steps = [step for step, _ in own if step <= newest]
     kept = {newest, *steps[-keep:]} | {step for step in steps if keep_every and step % keep_every == 0}
-    for step, path in step_files(folder):
-        if step not in kept:
-            shutil.rmtree(_unname(path))
+    warnings = []
+    for step, path in own:
+        if step in kept:
+            continue
+        gone = path
+        try:
+            gone = _unname(path)
+            shutil.rmtree(gone)
+        except OSError as error:
+            warnings.append(f"WARNING: {gone}: can't be deleted ({error.strerror or error}); it takes room until it is")
+    return warnings
 
 
 def _unname(path: Path) -> Path:

@@ -5,7 +5,8 @@ DIR/NAME/
   eval.jsonl        one object per evaluation   notes.jsonl        other messages, with the step they followed
   report.html       all of it on one page       tensorboard/       the same metrics as event files
   rollouts/         step_000012.jsonl           representations/   step_000012.npz
-  checkpoints/      plots/                      trackers/          ids of their runs, wandb's files; only with trackers
+  items.npz         digests of the items        trackers/          ids of their runs, wandb's files; only with trackers
+  checkpoints/                                  plots/
   FINISHED          written by `finish`         PREEMPTED          the run was preempted: start it again
 DIR/latest -> NAME
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from megatron_mcpo.config.config import Config, ConfigError, dump, load
 from megatron_mcpo.storage.files import read_jsonl, step_files, whole_lines, write_atomically
 from megatron_mcpo.storage.run_lock import RunLock
-from megatron_mcpo.storage.run_settings import differences, settings
+from megatron_mcpo.storage.run_settings import changes, differences, fixed_problems, identity
 
 CONFIG, METRICS, EVALUATIONS, NOTES = "config.toml", "metrics.jsonl", "eval.jsonl", "notes.jsonl"
 PREEMPTED = "PREEMPTED"
@@ -38,19 +39,22 @@ class RunFolder:
 
     path: Path
     resumed: bool
-    """True where the folder held an unfinished run with the same settings."""
+    """True where the folder held a run that goes on."""
     notes: tuple[str, ...]
-    """Why each folder of the same name was skipped. For the console."""
+    """Why each folder of the same name was skipped, or which settings of the run change. For the console."""
     lock: RunLock
+    config: Config
 
     @staticmethod
     def open(config: Config) -> "RunFolder":
         """Create or resume the folder of a run; called by one rank.
 
-        It is the first of NAME, NAME-2, NAME-3, ... that does not exist, or (run.resume = "auto") that holds an
-        unfinished run whose configuration differs in NEUTRAL_KEYS (run_settings.py), [parallel] and engine.servers
-        only. Nothing that exists is overwritten.
-        Raises ConfigError when run.dir can't be written, run.name can't be used, or another process holds the folder.
+        Where run.resume names a run, that run goes on with these settings. Otherwise it is the first of NAME, NAME-2,
+        NAME-3, ... that does not exist, or (run.resume = "auto") that holds an unfinished run whose configuration
+        differs in NEUTRAL_KEYS and LIMITS (run_settings.py), [parallel] and engine.servers only. Nothing that exists is
+        overwritten.
+        Raises ConfigError when run.dir can't be written, run.name can't be used, another process holds the folder, or
+        the run that is named can't go on with these settings.
         """
         parent, name = Path(config.run.dir), config.run.name
         if name.startswith(".") or name == "latest":
@@ -59,8 +63,10 @@ class RunFolder:
             )
         try:
             parent.mkdir(exist_ok=True)
-            folder = _create_or_reuse(parent, config)
-            _point_latest(parent, folder.path.name)
+            named = named_run(config)
+            folder = _go_on(named, config) if named else _create_or_reuse(parent, config)
+            if folder.path.parent == parent:
+                _point_latest(parent, folder.path.name)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
@@ -70,6 +76,13 @@ class RunFolder:
                 ]
             ) from error
         return folder
+
+    def adopt_settings(self) -> None:
+        """Make the present configuration that of the run, once its checkpoint was loaded with it."""
+        text = dump(self.config).encode()
+        if (self.path / CONFIG).read_bytes() != text:
+            write_atomically(self.path / CONFIG, text)
+        _remove(self.path / "FINISHED")
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged after `step`, the step of the checkpoint that the run resumes from.
@@ -104,6 +117,29 @@ class RunFolder:
         self.lock.close()
 
 
+def forecast(config: Config) -> list[str]:
+    """Return what a start with this configuration would do, of which `resume_problems` found nothing wrong."""
+    named = named_run(config)
+    if named:
+        return [_resumption(named), *changes(load(named / CONFIG), config)]
+    notes: list[str] = []
+    for path in _candidates(Path(config.run.dir), config.run.name):
+        if not path.exists() or not any(_entries(path)):
+            return [*notes, f"would begin {path}"]
+        obstacle = _why_not_resumed(path, config)
+        if obstacle is None:
+            return [*notes, _resumption(path), *changes(load(path / CONFIG), config)]
+        notes.append(f"{path} {obstacle}")
+    raise AssertionError("itertools.count ended")
+
+
+def _resumption(path: Path) -> str:
+    steps = [step for step, _ in step_files(path / "checkpoints")]
+    return f"would resume {path} " + (
+        f"after step {steps[-1]}" if steps else "from its start: it has no checkpoint yet"
+    )
+
+
 def take_preempted_mark(config: Config) -> bool:
     """Tell whether the run that this configuration would resume was preempted, and remove its mark.
 
@@ -122,6 +158,9 @@ def restore_preempted_mark(config: Config) -> None:
 
 def _resumable(config: Config) -> Path | None:
     """Return the folder that this configuration would resume; None where it would begin a new one."""
+    named = named_run(config)
+    if named:
+        return named if not named_run_problems(named, config) else None
     for path in _candidates(Path(config.run.dir), config.run.name):
         if not path.exists():
             return None
@@ -130,18 +169,70 @@ def _resumable(config: Config) -> Path | None:
     raise AssertionError("itertools.count ended")
 
 
+def named_run(config: Config) -> Path | None:
+    """Return the folder of the run that run.resume names, by name in run.dir or by path; None for auto and never."""
+    name = config.run.resume
+    if name in ("auto", "never"):
+        return None
+    inside = Path(config.run.dir) / name
+    path = inside if (inside / CONFIG).is_file() else Path(name)
+    return path.resolve() if path.is_symlink() else path
+
+
+def resume_problems(config: Config) -> list[str]:
+    """Return why the run that run.resume names can't go on with this configuration; empty where it names none."""
+    path = named_run(config)
+    return [] if path is None else named_run_problems(path, config)
+
+
+def named_run_problems(path: Path, config: Config) -> list[str]:
+    """Return why the run in a folder, which run.resume names, can't go on with this configuration."""
+    where = f"run.resume = {config.run.resume!r}"
+    if not (path / CONFIG).is_file():
+        return [f"{where}: must be auto, never, latest, or a run's name or folder (no {path / CONFIG}). Correct it."]
+    try:
+        theirs = load(path / CONFIG)
+    except ConfigError as error:
+        return [f"{where}: {problem}" for problem in error.problems]
+    problems = fixed_problems(theirs, config)
+    if (path / "FINISHED").exists() and config.run.steps <= theirs.run.steps:
+        problems.append(
+            f"run.steps = {config.run.steps}: must be above {theirs.run.steps} ({path} is finished after as many). "
+            "Raise it to extend the run, or begin a new run from the checkpoint with --init-from"
+        )
+    return problems
+
+
+def _go_on(path: Path, config: Config) -> RunFolder:
+    """Return the folder of a run that was asked for by name. Raises ConfigError where it can't go on."""
+    problems = named_run_problems(path, config)
+    if problems:
+        raise ConfigError(problems)
+    lock = RunLock(path)
+    _remove(path / PREEMPTED)
+    return _resumed(path, config, lock, ())
+
+
+def _resumed(path: Path, config: Config, lock: RunLock, notes: tuple[str, ...]) -> RunFolder:
+    # Started again with this file, the run resumes itself.
+    own = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    return RunFolder(
+        path=path, resumed=True, notes=(*notes, *changes(load(path / CONFIG), config)), lock=lock, config=own
+    )
+
+
 def _create_or_reuse(parent: Path, config: Config) -> RunFolder:
     notes: list[str] = []
     for path in _candidates(parent, config.run.name):
         lock = None if path.exists() and any(_entries(path)) else _create(path, config)
         if lock is not None:
             notes += [f"a new run begins in {path}"] if notes else []
-            return RunFolder(path=path, resumed=False, notes=tuple(notes), lock=lock)
+            return RunFolder(path=path, resumed=False, notes=tuple(notes), lock=lock, config=config)
         obstacle = _why_not_resumed(path, config)
         if obstacle is None:
             lock = RunLock(path)
             _remove(path / PREEMPTED)
-            return RunFolder(path=path, resumed=True, notes=tuple(notes), lock=lock)
+            return _resumed(path, config, lock, tuple(notes))
         notes.append(f"{path} {obstacle}")
     raise AssertionError("itertools.count ended")
 
@@ -200,7 +291,7 @@ def _why_not_resumed(path: Path, config: Config) -> str | None:
         theirs = load(path / CONFIG)
     except (ConfigError, OSError):
         return "has no configuration that can be read"
-    different = differences(settings(theirs), settings(config))
+    different = differences(identity(theirs), identity(config))
     return f"has other settings ({', '.join(different)})" if different else None
 
 

@@ -1,10 +1,11 @@
-"""Compare the settings of two runs: those that must be equal to resume one with the other. Imports no torch."""
+"""Compare the settings of two runs: what a resumed run may change, and what it can't. Imports no torch."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_mcpo.config.config import Config
 
-# Keys that change no metric and no weight of the run, bit for bit: a run may be resumed with other values.
+# Keys that change no metric and no weight of the run, bit for bit.
 # Not among them: run.steps (the learning-rate schedule spans it) and the engine's sizes (they change the composition
 # of decoding batches, and with it the rounding of log-probs).
 NEUTRAL_KEYS = frozenset(
@@ -23,11 +24,38 @@ NEUTRAL_KEYS = frozenset(
         "model.offload_reference",
         "optimizer.offload",
         "rewards.workers",
+        "data.allow_changed",
     }
 )
 
+# Limits and measurements: a run goes on with other values of them, and says so.
+LIMITS = frozenset(
+    {
+        "rewards.timeout",
+        "rewards.memory_gib",
+        "rewards.max_error_rate",
+        "data.max_bad_rows",
+        "evaluation.every",
+        "evaluation.samples",
+        "evaluation.temperature",
+    }
+)
 
 _METHOD = ("contrastive.", "algorithm.")
+
+_FIXED: tuple[tuple[str, Callable[[Config], Any], str], ...] = (
+    ("run.seed", lambda config: config.run.seed, "the order of the prompts follows from it"),
+    ("model.dtype", lambda config: config.model.dtype, "the weights of the checkpoint have it"),
+    ("contrastive.head", lambda config: config.contrastive.head, "the trained head has this shape"),
+    ("contrastive.dim", lambda config: config.contrastive.dim, "the trained head has this shape"),
+    (
+        "contrastive.cross_domain_weight and in_domain_weight",
+        lambda config: "above 0" if config.contrastive.enabled else "both 0",
+        "with a weight above 0 there is a head, which is trained from the first step",
+    ),
+    ("domain", lambda config: ", ".join(config.domain_names), "representations and metrics are kept by domain"),
+)
+"""What no resumed run can change: a name, its value, and why."""
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -41,8 +69,33 @@ def settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in NEUTRAL_KEYS | {"engine.servers"}}
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """Return the settings in which a run is another run if they differ: those that are no limits."""
+    return {key: value for key, value in settings(config).items() if key not in LIMITS}
+
+
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Return the settings that differ: three of them with both values, the method's first, and how many more."""
     keys = sorted((key for key in ours if theirs[key] != ours[key]), key=lambda key: not key.startswith(_METHOD))
     shown = [key if isinstance(ours[key], list) else f"{key} {theirs[key]} there, {ours[key]} here" for key in keys[:3]]
     return [*shown, f"and {len(keys) - 3} more"] if len(keys) > 3 else shown
+
+
+def changes(theirs: Config, ours: Config) -> list[str]:
+    """Return a line for every setting that a resumed run changes, with both values."""
+    there, here = settings(theirs), settings(ours)
+    return [
+        f"{key}: changed" if isinstance(here[key], list) else f"{key}: {there[key]} before, {here[key]} from here on"
+        for key in here
+        if there[key] != here[key]
+    ]
+
+
+def fixed_problems(theirs: Config, ours: Config) -> list[str]:
+    """Return a line for everything in which the settings differ although no resumed run can change it."""
+    return [
+        f"{name} = {value_of(ours)!r}: must stay {value_of(theirs)!r} ({reason}). Restore it, or begin a new run from "
+        "the checkpoint with --init-from"
+        for name, value_of, reason in _FIXED
+        if value_of(ours) != value_of(theirs)
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.summary import empty_terms, slow_arithmetic
@@ -19,6 +19,7 @@ from megatron_mcpo.distributed.parallel import Groups, agree
 from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.run_logger import RunLogger
+from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.run_folder import RunFolder
 from megatron_mcpo.trainer.evaluation import evaluate
 from megatron_mcpo.trainer.parts import build_parts, load_inputs
@@ -32,19 +33,22 @@ def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) ->
     groups = inputs.groups
     with ExitStack() as closing:
         folder = _open_folder(config, groups)
+        notes: list[str] = []
         weights = [domain.weight for domain in config.domain]
         stream = PromptStream(inputs.domains, weights=weights, seed=config.run.seed, data=config.data)
         policy = Policy(config, model, groups)
         reference = Reference(config, model, groups) if config.algorithm.kl_weight > 0 else None
-        checkpoints = _checkpoints(config, folder, policy, inputs.tokenizer)
+        checkpoints = _checkpoints(config, folder, policy, inputs.tokenizer, say=lambda text: run_logger.note(text))
         closing.callback(checkpoints.close)
         loaded = checkpoints.load()
-        if loaded is not None:
-            stream.load_state_dict(loaded.state["stream"])
+        if loaded is None and config.model.init_from is not None:
+            notes.append(_init_from(Path(config.model.init_from), checkpoints))
+        notes += _begin_items(config, folder, stream, loaded, groups)
         resumed = loaded.step if loaded else None
         run_logger = _open_run_logger(config, folder, inputs.tokenizer, groups, resumed=resumed, verbose=verbose)
         closing.callback(run_logger.close)
         for note in [
+            *notes,
             *(_loading_notes(loaded, layout) if loaded else ()),
             *checkpoints.warnings(),
             *empty_terms(config),
@@ -100,6 +104,36 @@ def _conclude(trainer: Trainer, run_logger: RunLogger) -> None:
             run_logger.finish()
 
 
+def _init_from(path: Path, checkpoints: Checkpoints) -> str:
+    """Load the weights that a new run begins with; return what a user should know of them."""
+    has_head = checkpoints.load_weights(path)
+    without_head = checkpoints.policy.head is not None and not has_head
+    return f"weights of {path}" + ("; it has no head of this shape: the head begins random" if without_head else "")
+
+
+def _begin_items(
+    config: Config, folder: RunFolder | None, stream: PromptStream, loaded: Loaded | None, groups: Groups
+) -> list[str]:
+    """Continue the order of prompts, keep what the items are, and return what has changed of them.
+
+    Raises ConfigError, the same on every rank, where items are missing that the run had.
+    """
+    with parallel.together(groups):
+        if loaded is not None and loaded.step > config.run.steps:
+            raise ConfigError(
+                [f"run.steps = {config.run.steps}: must be at least {loaded.step} (the checkpoint's step). Raise it."]
+            )
+        changed = stream.load_state_dict(loaded.state["stream"]) if loaded is not None else []
+        notes: list[str] = []
+        if folder is not None:
+            digests, allowed = stream.digests(), config.data.allow_changed
+            notes = run_items.notes_of_changes(folder.path, digests, changed, allowed=allowed)
+            if loaded is None or changed:
+                run_items.write(folder.path, digests)
+            folder.adopt_settings()
+    return agree(notes, groups)
+
+
 def _loading_notes(loaded: Loaded, layout: Layout) -> list[str]:
     """Return what a user should know of the checkpoint that the run resumes from."""
     notes = [
@@ -120,7 +154,12 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _checkpoints(
-    config: Config, folder: RunFolder | None, policy: Policy, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    folder: RunFolder | None,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    say: Callable[[str], None],
 ) -> Checkpoints:
     """Return what saves and loads checkpoints: in the background on a GPU; on a CPU the copies take too much memory."""
     groups = policy.groups
@@ -134,6 +173,7 @@ def _checkpoints(
         keep=config.run.keep_checkpoints,
         keep_every=config.run.keep_every,
         in_background=device().type != "cpu",
+        say=say,
     )
 
 

@@ -16,15 +16,20 @@ from megatron_mcpo.mcore import megatron_fixes
 from tests.support import tiny_models
 from tests.support.checkpoints import (
     HEAD,
+    UPDATES,
     build,
+    checkpoints_of,
     distance,
     learn,
     load_train,
     random_states,
     settings,
     train_save_train,
+    weights,
 )
 from tests.support.ranks import run_ranks
+
+NORM = "model.norm.weight"
 
 CHANGES = [
     ("tied", Layout(data=2), Layout()),
@@ -91,6 +96,63 @@ def test_the_same_layout_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: 
         assert grad_norm == other_norm
         assert distance(loaded, saved)[0] == distance(found, expected)[0] == 0.0
         assert all(torch.equal(a, b) for a, b in zip(states, other_states, strict=True))
+
+
+def test_rates_and_length_are_those_of_the_configuration_that_resumes(models: dict[str, Path], tmp_path: Path) -> None:
+    """Adam's moments go on, and the schedule is the new one at the same update: only the size of the step changes."""
+    config, layout = settings(models["tied"], "fp32"), Layout(data=2)
+    changed = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"steps": 2 * config.run.steps}),
+            "optimizer": config.optimizer.model_copy(update={"lr": 5e-4, "head_lr": 7e-3, "weight_decay": 0.0}),
+        }
+    )
+    first = run_ranks(2, train_save_train, config, layout, tmp_path)
+    saved, plain = (whole([result[i] for result in first]) for i in (0, 1))
+
+    def resume() -> tuple[dict[str, Tensor], float, float]:
+        policy = build(changed, layout)
+        assert checkpoints_of(policy, tmp_path).load() is not None
+        update = learn(policy, UPDATES)
+        return weights(policy), update.lr, update.head_lr
+
+    found = run_ranks(2, resume)
+    left = 1 - (UPDATES + 1) / (changed.run.steps + 1)
+    for _, lr, head_lr in found:
+        assert (lr, head_lr) == pytest.approx((5e-4 * left, 7e-3 * left))
+    resumed = whole([result[0] for result in found])
+    before = 1 - (UPDATES + 1) / (config.run.steps + 1)
+    for name, old, new in ((HEAD, 3e-3 * before, 7e-3 * left), (NORM, config.optimizer.lr * before, 5e-4 * left)):
+        # Megatron's weight decay leaves out vectors such as a norm's weight; the head's is in both rates.
+        decay = old * 0.1 * saved[name] if name == HEAD else 0.0
+        expected = (plain[name] - saved[name] + decay) * new / old
+        error = ((resumed[name] - saved[name]) - expected).abs().max() / expected.abs().max()
+        assert error < 1e-3, name
+
+
+def test_a_new_run_begins_with_the_weights_of_a_checkpoint(models: dict[str, Path], tmp_path: Path) -> None:
+    """Under another layout, with a fresh optimizer; a head of another shape begins as in any new run."""
+    config, layout = settings(models["tied"], "bf16"), Layout(data=2)
+    saved = whole([result[0] for result in run_ranks(2, train_save_train, config, layout, tmp_path)])
+    path = tmp_path / f"step_{UPDATES:06d}"
+    other = config.model_copy(update={"contrastive": config.contrastive.model_copy(update={"dim": 8})})
+
+    def begin(settings: Config) -> tuple[bool, dict[str, Tensor], dict[str, Tensor], int]:
+        policy = build(settings, Layout(tensor=2, sequence=True))
+        fits = checkpoints_of(policy, tmp_path / "new").load_weights(path)
+        before = weights(policy)
+        if fits:
+            learn(policy, 0)
+        return fits, before, weights(policy), policy.version
+
+    results = run_ranks(2, begin, config)
+    assert [(fits, version) for fits, *_, version in results] == [(True, 1)] * 2
+    assert distance(whole([result[1] for result in results]), saved)[0] == 0.0
+    moved, name = distance(whole([result[2] for result in results]), saved)
+    assert 0 < moved < 0.5, f"{name}: the update starts from the loaded weights, not from those that were built"
+    fits, found, *_ = run_ranks(2, begin, other)[0]
+    assert not fits and found.pop(HEAD).shape[0] == 8
+    assert distance(found, {key: value for key, value in saved.items() if key != HEAD})[0] == 0.0
 
 
 @pytest.mark.parametrize(("written", "read"), [(2, 1), (1, 2)])

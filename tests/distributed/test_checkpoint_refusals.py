@@ -3,6 +3,7 @@
 Not covered here: what a loaded checkpoint goes on with (test_checkpoint), file systems that lose what was synced, GPUs.
 """
 
+import errno
 import io
 import json
 import os
@@ -323,6 +324,31 @@ def test_the_newest_and_every_nth_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     checkpoint_files.prune(tmp_path, newest=10, keep=1, keep_every=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_000010"]
+
+
+def test_what_can_not_or_must_not_be_deleted_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that was moved to another disk and linked back, a stray file, a folder that stays."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "checkpoints"
+    for path in (elsewhere, *(folder / f"step_{step:06d}" for step in (2, 3, 4))):
+        path.mkdir(parents=True)
+        (path / "file").touch()
+    (folder / "step_000001").symlink_to(elsewhere)
+    (folder / "step_000099").touch()
+    real = shutil.rmtree
+
+    def rmtree(path: Path, **given: Any) -> None:
+        if "step_000003" in str(path) and not given:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, **given)
+
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", rmtree)
+        (warning,) = checkpoint_files.prune(folder, newest=4, keep=1, keep_every=0)
+    assert warning.startswith(f"WARNING: {folder / '.step_000003.old.tmp'}: can't be deleted (Permission denied)")
+    assert (elsewhere / "file").exists()
+    names = [".step_000003.old.tmp", "step_000001", "step_000004", "step_000099"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert checkpoint_files.prune(folder, newest=4, keep=1, keep_every=0) == []
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 8])

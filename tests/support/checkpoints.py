@@ -44,6 +44,7 @@ def checkpoints_of(policy: Policy, folder: Path, *, in_background: bool = False)
         keep=2,
         keep_every=0,
         in_background=in_background,
+        say=print,
     )
 
 

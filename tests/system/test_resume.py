@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_mcpo.config.config import load
 from megatron_mcpo.storage.files import step_files
 from tests.support.checkpoints import flip_a_bit
 from tests.support.paths import ROOT
-from tests.support.program import command
+from tests.support.program import command, train_forked
 from tests.support.resumed_runs import EPOCH, PIPELINE, Figures, figures, go_on, write_config
 
 
@@ -103,6 +104,33 @@ def test_under_another_layout_it_goes_on_with_the_same_prompts(
     assert {name: prompts(text) for name, text in rollouts.items()} == {
         name: prompts(text) for name, text in expected_rollouts.items()
     }
+
+
+def test_by_name_it_goes_on_with_other_settings_and_is_extended_with_more_data(
+    model: Path, tmp_path: Path, stopped: Path, whole: Figures
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "runs", symlinks=True) / "tiny"
+    forget_after(run, EPOCH)
+    given = (*PIPELINE, "--resume", "latest", "--optimizer.lr", "5e-3", "--rewards.timeout", "77")
+    output = go_on(model, tmp_path, *given)
+    assert "optimizer.lr: 0.002 before, 0.005 from here on" in output and f"resuming after step {EPOCH}" in output
+    rows, expected = figures(run)[0], whole[0]
+    assert rows[:EPOCH] == expected[:EPOCH] and len(rows) == len(expected)
+    assert [row["lr"] for row in rows[EPOCH:]] == pytest.approx([2.5 * row["lr"] for row in expected[EPOCH:]])
+    assert rows[EPOCH]["reward/mean"] == expected[EPOCH]["reward/mean"], "the same weights have sampled"
+    assert load(run / "config.toml").rewards.timeout == 77 and (run / "FINISHED").exists()
+
+    config = write_config(model, tmp_path)
+    refused = train_forked(config, *given, ranks=2)
+    assert refused.returncode == 2 and f"run.steps = {2 * EPOCH}: must be above {2 * EPOCH}" in refused.stderr
+    config.write_text(config.read_text().replace(f"items = {4 * EPOCH}", f"items = {4 * EPOCH + 4}"))
+    extended = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 1), ranks=2)
+    assert extended.returncode == 0, extended.stderr[-3000:]
+    assert f"0 of {4 * EPOCH} items were removed or changed, 4 were added" in extended.stdout
+    assert figures(run)[0][: 2 * EPOCH] == rows and len(figures(run)[0]) == 2 * EPOCH + 1
+    config.write_text(config.read_text().replace(f"items = {4 * EPOCH + 4}", f"items = {4 * EPOCH - 4}"))
+    fewer = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 2), ranks=2)
+    assert fewer.returncode == 2 and "8 of 16 items were removed or changed, 0 were added" in fewer.stderr
 
 
 def prompts(rollouts: str) -> list[str]:

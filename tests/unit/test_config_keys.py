@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 
 QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
 ALL = {(key.section, key.name): key for key in keys()}
+UNSET_KEYS = {("", "extends"), ("model", "init_from"), ("parallel", "data"), ("contrastive", "dim")}
 
 
 def test_every_key_of_a_resolved_configuration_is_listed() -> None:
@@ -27,7 +28,7 @@ def test_every_key_of_a_resolved_configuration_is_listed() -> None:
     assert found - ALL.keys() == set()
     unset = {key for key in ALL if ALL[key].default == UNSET and not key[0].startswith("domain")}
     listed = {key for key in ALL if not key[0].startswith("domain")}
-    assert listed - found == unset == {("", "extends"), ("parallel", "data"), ("contrastive", "dim")}
+    assert listed - found == unset == UNSET_KEYS
     assert [table.name for table in tables()][:3] == ["run", "model", "parallel"]
     assert [table.heading for table in tables()][-3:] == ["[[domain]]", "[[domain.sources]]", "[[domain.verifiers]]"]
     assert {key.section for key in keys()} == {table.name for table in tables()} | {""}

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from megatron_mcpo.config.config import Config, ConfigError, load
+from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.files import read_jsonl, step_files, write_atomically
-from megatron_mcpo.storage.run_folder import FOLDERS, RunFolder
+from megatron_mcpo.storage.run_folder import FOLDERS, RunFolder, forecast, resume_problems
 from megatron_mcpo.storage.run_settings import differences
 
 FILE = """
@@ -166,6 +167,133 @@ def start_holder(file: Path, mode: str) -> tuple[subprocess.Popen[str], int]:
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(file), mode], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, int(process.stdout.readline())
+
+
+# Runs that are resumed by name, with other settings
+
+
+def fresh(file: Path, *overrides: str, finished: bool = False) -> Path:
+    folder = RunFolder.open(config_of(file, *overrides))
+    if finished:
+        folder.finish()
+    folder.close()
+    return folder.path
+
+
+@pytest.mark.parametrize("how", ["name", "folder", "latest"])
+def test_a_run_is_resumed_by_name_with_other_settings(file: Path, how: str) -> None:
+    path = fresh(file)
+    run = {"name": "first", "folder": str(path), "latest": "latest"}[how]
+    config = config_of(file, "--resume", run, "--optimizer.lr", "2e-5", "--run.steps=9")
+    assert resume_problems(config) == []
+    folder = RunFolder.open(config)
+    assert (folder.path, folder.resumed) == (path, True)
+    assert folder.notes == ("run.steps: 5 before, 9 from here on", "optimizer.lr: 1e-05 before, 2e-05 from here on")
+    assert load(path / "config.toml").optimizer.lr == 1e-5, "until its checkpoint was loaded"
+    folder.adopt_settings()
+    folder.close()
+    assert os.readlink(path.parent / "latest") == "first"
+    own = load(path / "config.toml")
+    assert (own.optimizer.lr, own.run.steps, own.run.resume) == (2e-5, 9, "auto")
+    again = RunFolder.open(config_of(file, "--optimizer.lr", "2e-5", "--run.steps=9"))
+    assert (again.path, again.resumed, again.notes) == (path, True, ())
+    again.close()
+
+
+def test_a_finished_run_is_extended(file: Path) -> None:
+    path = fresh(file, finished=True)
+    (problem,) = resume_problems(config_of(file, "--resume", "latest"))
+    assert problem.startswith("run.steps = 5: must be above 5 (")
+    folder = RunFolder.open(config_of(file, "--resume", "latest", "--run.steps", "6"))
+    assert folder.resumed and (path / "FINISHED").exists()
+    folder.adopt_settings()
+    assert not (path / "FINISHED").exists()
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--run.seed=1", r"run.seed = 1: must stay 0"),
+        ("--model.dtype=fp32", r"model.dtype = 'fp32': must stay 'bf16'"),
+        ("--contrastive.dim=7", r"contrastive.dim = 7: must stay None \(the trained head"),
+        ("--contrastive.head=mlp", r"contrastive.head = 'mlp': must stay 'linear'"),
+    ],
+)
+def test_what_a_resumed_run_can_not_change_is_refused_by_name(file: Path, override: str, said: str) -> None:
+    path = fresh(file)
+    before = (path / "config.toml").read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        RunFolder.open(config_of(file, "--resume", "first", override, "--optimizer.lr=1"))
+    assert (path / "config.toml").read_bytes() == before
+
+
+def test_terms_and_domains_can_not_come_or_go(file: Path) -> None:
+    fresh(file)
+    off = ("--contrastive.cross_domain_weight=0", "--contrastive.in_domain_weight=0")
+    (problem,) = resume_problems(config_of(file, "--resume=first", *off))
+    assert "must stay 'above 0'" in problem
+    assert resume_problems(config_of(file, "--resume=first", off[0])) == []
+    file.write_text(FILE.replace('name = "logic"', 'name = "others"'))
+    (problem,) = resume_problems(config_of(file, "--resume=first"))
+    assert "domain = 'arithmetic, others': must stay 'arithmetic, logic'" in problem
+
+
+def test_a_name_that_is_no_run_is_refused(file: Path) -> None:
+    fresh(file)
+    (problem,) = resume_problems(config_of(file, "--resume", "frist"))
+    assert "run.resume = 'frist': must be auto, never, latest, or a run's name or folder" in problem
+    with pytest.raises(ConfigError, match="in use by another process"):
+        held = RunFolder.open(config_of(file, "--resume", "first"))
+        RunFolder.open(config_of(file, "--resume", "first"))
+    held.close()
+
+
+def test_limits_never_make_a_new_run(file: Path) -> None:
+    path = fresh(file)
+    overrides = ["--rewards.timeout=99", "--rewards.memory_gib=1", "--evaluation.every=3", "--evaluation.samples=2"]
+    folder = RunFolder.open(config_of(file, *overrides, "--evaluation.temperature=1"))
+    assert folder.path == path and len(folder.notes) == 5
+    assert "rewards.timeout: 10.0 before, 99.0 from here on" in folder.notes
+    folder.close()
+
+
+def test_what_a_start_would_do_is_said_before(file: Path) -> None:
+    assert forecast(config_of(file)) == [f"would begin {file.parent / 'runs' / 'first'}"]
+    path = fresh(file)
+    assert forecast(config_of(file)) == [f"would resume {path} from its start: it has no checkpoint yet"]
+    (path / "checkpoints" / "step_000004").mkdir()
+    assert forecast(config_of(file)) == [f"would resume {path} after step 4"]
+    other = config_of(file, "--optimizer.lr=2e-5")
+    assert forecast(other) == [
+        f"{path} has other settings (optimizer.lr 1e-05 there, 2e-05 here)", f"would begin {path}-2",
+    ]  # fmt: skip
+    named = config_of(file, "--optimizer.lr=2e-5", "--resume=latest")
+    assert forecast(named) == [f"would resume {path} after step 4", "optimizer.lr: 1e-05 before, 2e-05 from here on"]
+    assert not Path(f"{path}-2").exists()
+
+
+# The items of a run
+
+
+def test_changes_of_items_are_counted(tmp_path: Path) -> None:
+    big = 2**64 - 1
+    run_items.write(tmp_path, {"math/a.jsonl": [1, 2, big], "code/b": [4]})
+
+    def notes(now: list[int], *, allowed: bool = False) -> list[str]:
+        return run_items.notes_of_changes(
+            tmp_path, {"math/a.jsonl": now, "code/b": [4]}, ["math/a.jsonl"], allowed=allowed
+        )
+
+    counts = "math/a.jsonl: {} of 3 items were removed or changed, {} were added; the source begins its next epoch"
+    assert notes([big, 2, 1, 7, 8]) == [counts.format(0, 2)]
+    with pytest.raises(ConfigError, match=r"2 of 3 items were removed or changed, 1 were added.*--data.allow_changed"):
+        notes([1, 9])
+    assert notes([1, 9], allowed=True) == [counts.format(2, 1)]
+    assert run_items.notes_of_changes(tmp_path, {}, [], allowed=False) == []
+    (tmp_path / "items.npz").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"items.npz: can't be read"):
+        notes([1])
 
 
 def test_a_second_process_is_refused_and_a_killed_one_lets_go(file: Path) -> None:

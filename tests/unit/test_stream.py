@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.data.batch import minibatches
 from megatron_mcpo.data.mixing import capped, mixing_shares, nearness
@@ -58,10 +60,31 @@ def test_resume_is_exact_also_at_an_epoch_boundary(steps: int) -> None:
 
 def test_a_state_of_other_data_is_refused() -> None:
     saved = make_stream(seed=1).state_dict()
-    with pytest.raises(ValueError, match=r"seed 1.*seed 2"):
+    with pytest.raises(ConfigError, match=r"seed 1.*seed 2"):
         make_stream(seed=2).load_state_dict(saved)
-    with pytest.raises(ValueError, match="can't be resumed"):
+    with pytest.raises(ConfigError, match="must have the seed and sources of the run"):
         make_stream(seed=1, weights=(1.0, 1.0)).load_state_dict(saved)
+
+
+def test_a_source_with_other_items_begins_its_next_epoch() -> None:
+    """Also where there are as many; the other sources go on where they were."""
+    domains = [made_up_domain(0, [20, 10]), made_up_domain(1, [8])]
+    before = PromptStream(domains, weights=[1.0, 1.0], seed=0, data=DataConfig())
+    before.next(12)
+    saved = json.loads(json.dumps(before.state_dict()))
+    source = domains[0].sources[0]
+    answer = replace(source.train[0], entry={**source.train[0].entry, "answer": "another"})
+    domains[0] = replace(
+        domains[0], sources=(replace(source, train=(answer, *source.train[1:])), domains[0].sources[1])
+    )
+    after = PromptStream(domains, weights=[1.0, 1.0], seed=0, data=DataConfig())
+    name = f"{domains[0].name}/{source.name}"
+    assert after.load_state_dict(saved) == [name]
+    ours, theirs = after.state_dict()["domains"], saved["domains"]
+    assert (ours[0]["sources"][0]["epoch"], ours[0]["sources"][0]["position"]) == (1, 0)
+    assert (ours[0]["sources"][1], ours[1]) == (theirs[0]["sources"][1], theirs[1])
+    changed = [i for i, (a, b) in enumerate(zip(after.digests()[name], before.digests()[name], strict=True)) if a != b]
+    assert changed == [0]
 
 
 @settings(deadline=None)
