@@ -161,7 +161,9 @@ class RolloutConfig(Section):
         512, description="maximum length of a prompt; longer prompts are rejected at the start of the run"
     )
     max_response_tokens: PositiveInt = Field(
-        16, description="maximum length of a response; a longer response is cut off (stop reason: length)"
+        16,
+        description="maximum length of a response, its reasoning included; a longer response is cut off (stop reason: "
+        "length), which mostly makes it incorrect",
     )
     temperature: PositiveFloat = Field(1.0, description="sampling temperature of the training rollouts")
 

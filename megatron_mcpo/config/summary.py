@@ -49,6 +49,8 @@ def arithmetic(config: Config, layout: Layout, model: ModelConfig) -> str:
             f"{rollouts * longest} tokens, {batch.minibatches} optimizer step(s)",
             f"rank     about {-(-rollouts // layout.data)} rollouts in micro-batches of at most "
             f"{batch.micro_batch_tokens} tokens",
+            f"limits   prompts of up to {config.rollout.max_prompt_tokens} tokens, responses of up to "
+            f"{config.rollout.max_response_tokens} (rollout.max_response_tokens)",
             f"run      {method}, {config.run.steps} steps, domains {', '.join(config.domain_names)}, "
             f"seed {config.run.seed}",
         ]

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.reporting.numbers import duration, number, printable
+from megatron_mcpo.reporting.signal_notes import nothing_learned
 from megatron_mcpo.reporting.step_table import StepTable, step_warnings
 from megatron_mcpo.reporting.summary import last_lines, mechanism_line, summary_table
 from megatron_mcpo.reporting.verbose_lines import step_line
@@ -50,6 +51,7 @@ class Console:
             stream: standard output when left out
         """
         stream = stream or sys.stdout
+        self._config = config
         self._domains = config.domain_names
         self._total = total_steps
         self._verbose = verbose
@@ -130,6 +132,8 @@ class Console:
         self.close()
         steps = read_jsonl(folder / METRICS)
         if steps:
+            if warning := nothing_learned(self._config, steps):
+                self.note(warning)
             self._rich.print(summary_table(steps, read_jsonl(folder / EVALUATIONS), self._domains))
             if mechanism := mechanism_line(steps):
                 self._line(mechanism)

@@ -132,7 +132,7 @@ _UPDATES = Section(
         ),
         Metric(
             keys=("loss/cross_domain", "loss/in_domain"),
-            meaning="Contrastive terms without their weights: means over their anchors, 0 without an anchor.",
+            meaning="Contrastive terms without their weights: means over their anchors, left out without one.",
             target="Below the chance level log(1 + contrast/negatives), which equal similarities give; with "
             "in_domain_loss = 'align' the chance level of loss/in_domain is 1.",
         ),

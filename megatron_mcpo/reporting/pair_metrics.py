@@ -27,6 +27,7 @@ def pair_metrics(
     """
     return (
         _distances(z_MD[contrast.used_M], labels.select(contrast.used_M), domain_names)
+        | _losses(contrast)
         | _counts(labels, contrast, domain_names)
         | _by_domain(_effects(z_MD, labels, contrast), labels, domain_names)
     )
@@ -64,6 +65,13 @@ def _distances(z_MD: Tensor, labels: RolloutLabels, domain_names: Sequence[str])
         for b in (other for other in present if other >= a):
             metrics[f"contrast/similarity/{domain_names[a]}/{domain_names[b]}"] = similarity[a][b]
     return metrics
+
+
+def _losses(contrast: Contrast) -> dict[str, float]:
+    return {
+        "loss/cross_domain": contrast.loss_cross_domain if contrast.anchors_cross_domain else math.nan,
+        "loss/in_domain": contrast.loss_in_domain if contrast.anchors_in_domain else math.nan,
+    }
 
 
 def _counts(labels: RolloutLabels, contrast: Contrast, domain_names: Sequence[str]) -> dict[str, float]:

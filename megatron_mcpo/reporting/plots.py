@@ -58,10 +58,12 @@ class _Map:
     correct: np.ndarray
 
 
-def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
+def write_plots(folder: Path, domain_names: Sequence[str], *, contrastive: bool) -> Plots:
     """Write reward_by_domain.png, held_out_by_domain.png, representations.png and similarity.png under folder/plots.
 
     A plot that has no data is not written; a note says why. Raises OSError if the folder cannot be written.
+
+    contrastive: whether the run has a contrastive term
     """
     steps = read_jsonl(folder / METRICS)
     evaluations = read_jsonl(folder / EVALUATIONS)
@@ -75,12 +77,14 @@ def write_plots(folder: Path, domain_names: Sequence[str]) -> Plots:
         (
             "representations",
             _draw_maps(maps, shares, domain_names),
-            "there are no representations (they need a contrastive term)",
+            "there are no representations" + ("" if contrastive else " without a contrastive term"),
         ),
         (
             "similarity",
             _draw_similarity(steps, domain_names),
-            "metrics.jsonl holds no similarities of domains (they need a contrastive term)",
+            "no step had two correct rollouts to compare"
+            if contrastive
+            else "there are no representations without a contrastive term",
         ),
     ):
         if figure is None:

@@ -1,5 +1,6 @@
 """Log a run on the one rank that has its folder: console, metrics files, trackers, dumps, plots, the report."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatron_mcpo.reporting.html.html_report import write_report
 from megatron_mcpo.reporting.loggers import MetricsLog, write_representations, write_rollouts
 from megatron_mcpo.reporting.plots import write_plots
 from megatron_mcpo.reporting.probe import probe_transfer
+from megatron_mcpo.reporting.signal_notes import WINDOW, signal_notes
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_rows
 from megatron_mcpo.storage.files import read_jsonl
 from megatron_mcpo.storage.run_folder import METRICS, RunFolder
@@ -46,6 +48,7 @@ class RunLogger:
         self._tokenizer = tokenizer
         self._evaluated = {first_step} if evaluated else set[int]()
         self._step = first_step
+        self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
         if folder is not None:
             self._log = MetricsLog(folder.path, config.run.trackers)
             self._console = Console(config, config.run.steps, first_step + 1, verbose=verbose)
@@ -63,6 +66,9 @@ class RunLogger:
         self._step = step
         self._log.log(step, metrics)
         self._console.step(step, metrics)
+        self._recent.append({"step": step, **metrics})
+        for warning in signal_notes(self._config, list(self._recent)):
+            self.note(warning)
         if step == JUDGED_AT and (text := contrast_note(self._config, read_jsonl(self._folder.path / METRICS))):
             self.note(text)
         self._dump(self._folder.path, step, learned)
@@ -84,7 +90,8 @@ class RunLogger:
         """Draw the plots, mark the run as complete, write the report and print the summary."""
         if self._folder is None:
             return
-        for note in write_plots(self._folder.path, self._config.domain_names).notes:
+        contrastive = self._config.contrastive.enabled
+        for note in write_plots(self._folder.path, self._config.domain_names, contrastive=contrastive).notes:
             self.note(note)
         self._folder.finish()
         try:

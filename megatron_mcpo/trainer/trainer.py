@@ -251,8 +251,6 @@ def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, floa
         "lr": update.lr,
         "head_lr": update.head_lr,
         "update/applied": float(update.applied),
-        "loss/cross_domain": contrast.loss_cross_domain if contrast else 0.0,
-        "loss/in_domain": contrast.loss_in_domain if contrast else 0.0,
         "contrast/anchors_cross_domain": float(contrast.anchors_cross_domain if contrast else 0),
         "contrast/anchors_in_domain": float(contrast.anchors_in_domain if contrast else 0),
     }

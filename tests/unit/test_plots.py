@@ -57,7 +57,7 @@ def test_a_whole_run_gives_all_plots_and_only_from_its_folder(folder: Path) -> N
     )
     for step in (1, 5, 10):
         write_map(folder, step, seed=step)
-    plots = write_plots(folder, NAMES)
+    plots = write_plots(folder, NAMES, contrastive=True)
     assert names_of(plots.files) == [
         "reward_by_domain.png",
         "held_out_by_domain.png",
@@ -66,33 +66,35 @@ def test_a_whole_run_gives_all_plots_and_only_from_its_folder(folder: Path) -> N
     ]
     assert plots.notes == ()
     moved = folder.rename(folder.parent / "moved")
-    assert len(write_plots(moved, NAMES).files) == 4
+    assert len(write_plots(moved, NAMES, contrastive=True).files) == 4
     assert sorted(p.name for p in (moved / "plots").iterdir()) == sorted(p.name for p in plots.files)
 
 
 def test_the_map_shows_the_first_and_the_last_step(folder: Path) -> None:
     write_map(folder, 2, seed=0)
     write_map(folder, 12, seed=1)
-    write_plots(folder, NAMES)
+    write_plots(folder, NAMES, contrastive=True)
     picture = (folder / "plots" / "representations.png").read_bytes()
     write_map(folder, 7, seed=2)
-    write_plots(folder, NAMES)
+    write_plots(folder, NAMES, contrastive=True)
     assert (folder / "plots" / "representations.png").read_bytes() == picture
     write_map(folder, 100, seed=2)
-    write_plots(folder, NAMES)
+    write_plots(folder, NAMES, contrastive=True)
     assert (folder / "plots" / "representations.png").read_bytes() != picture
 
 
 def test_without_representations_it_says_so(folder: Path) -> None:
     write_rewards(folder, [0.1, 0.2])
-    plots = write_plots(folder, NAMES)
+    plots = write_plots(folder, NAMES, contrastive=False)
     assert names_of(plots.files) == ["reward_by_domain.png"]
     assert len(plots.notes) == 3
     assert "contrastive" in plots.notes[1] and "contrastive" in plots.notes[2]
+    with_terms = write_plots(folder, NAMES, contrastive=True).notes
+    assert with_terms[2] == "no similarity.png: no step had two correct rollouts to compare"
 
 
 def test_an_empty_run_has_no_plots_and_four_reasons(tmp_path: Path) -> None:
-    plots = write_plots(tmp_path, NAMES)
+    plots = write_plots(tmp_path, NAMES, contrastive=True)
     assert plots.files == ()
     assert len(plots.notes) == 4
 
@@ -102,7 +104,7 @@ def test_short_runs_and_missing_figures(folder: Path, rewards: list[float | None
     write_rewards(folder, rewards)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "half')
-    assert names_of(write_plots(folder, NAMES).files) == ["reward_by_domain.png"]
+    assert names_of(write_plots(folder, NAMES, contrastive=True).files) == ["reward_by_domain.png"]
 
 
 def test_the_similarity_matrix_is_symmetric_and_a_mean_of_what_is_there() -> None:
@@ -118,7 +120,7 @@ def test_the_similarity_matrix_is_symmetric_and_a_mean_of_what_is_there() -> Non
 def picture_of_similarities(folder: Path, values: list[float | None], names: list[str]) -> bytes:
     rows = [{"step": i + 1, f"contrast/similarity/{names[0]}/{names[-1]}": v} for i, v in enumerate(values)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "similarity.png" in names_of(write_plots(folder, names).files)
+    assert "similarity.png" in names_of(write_plots(folder, names, contrastive=True).files)
     return (folder / "plots" / "similarity.png").read_bytes()
 
 
@@ -139,7 +141,7 @@ def test_similarities_of_any_number_of_domains_and_steps(folder: Path, num_domai
 def test_domains_without_a_figure_and_unknown_rows_are_left_out(folder: Path) -> None:
     write_rewards(folder, [0.5, 0.6])
     write_map(folder, 1, seed=0)
-    plots = write_plots(folder, ["never_sampled", "arithmetic"])
+    plots = write_plots(folder, ["never_sampled", "arithmetic"], contrastive=True)
     assert names_of(plots.files) == ["reward_by_domain.png", "representations.png"]
 
 
@@ -148,18 +150,18 @@ def test_awkward_representations_do_not_stop_a_run(folder: Path) -> None:
     z[0] = 1.0
     write_representations(folder, 1, z=z, domain=np.zeros(4, int), prompt=np.zeros(4, int), correct=np.ones(4, bool))
     (folder / "representations" / "step_000002.npz").write_bytes(b"PK half a file")
-    assert names_of(write_plots(folder, NAMES).files) == ["representations.png"]
+    assert names_of(write_plots(folder, NAMES, contrastive=True).files) == ["representations.png"]
     write_representations(
         folder, 1, z=z[1:], domain=np.zeros(3, int), prompt=np.zeros(3, int), correct=np.ones(3, bool)
     )
-    assert write_plots(folder, NAMES).files == ()
+    assert write_plots(folder, NAMES, contrastive=True).files == ()
 
 
 def test_more_domains_than_colours(folder: Path) -> None:
     names = [f"domain_{i}" for i in range(12)]
     rows = [{"step": s, "reward/mean": 0.5, **{f"reward/{n}": s / 10 for n in names}} for s in range(1, 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert names_of(write_plots(folder, names).files) == ["reward_by_domain.png"]
+    assert names_of(write_plots(folder, names, contrastive=True).files) == ["reward_by_domain.png"]
 
 
 def test_the_plane_is_that_of_the_covariance() -> None:

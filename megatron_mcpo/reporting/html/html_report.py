@@ -22,8 +22,9 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.schema import Section
 from megatron_mcpo.reporting.html.rollout_sample import coarse_to_fine, sample_rollouts, shortened
 from megatron_mcpo.reporting.plots import load_representations, principal_plane
+from megatron_mcpo.reporting.signal_notes import nothing_learned
 from megatron_mcpo.reporting.summary import SUMMARY_WINDOW
-from megatron_mcpo.storage.files import iterate_jsonl, step_files, write_atomically
+from megatron_mcpo.storage.files import iterate_jsonl, read_jsonl, step_files, write_atomically
 from megatron_mcpo.storage.run_folder import EVALUATIONS, METRICS, NOTES, PREEMPTED
 
 REPORT = "report.html"
@@ -65,6 +66,7 @@ def collect(folder: Path, config: Config) -> dict[str, Any]:
         "in_domain_scope": config.contrastive.in_domain_scope,
         "window": SUMMARY_WINDOW,
         "settings": _settings(config),
+        "warning": nothing_learned(config, read_jsonl(folder / METRICS)),
         "notes": _notes(folder / NOTES),
         "metrics": columns(folder / METRICS),
         "evaluations": columns(folder / EVALUATIONS),

@@ -15,6 +15,7 @@ function overviewSection() {
   return el(
     "div",
     {},
+    RUN.warning ? el("p", { class: "warning", role: "alert" }, RUN.warning) : null,
     el("div", { class: "tiles" }, tiles),
     RUN.metrics.total ? overviewTable() : absent("No training step is on file yet."),
     RUN.metrics.total > RUN.metrics.steps.length
