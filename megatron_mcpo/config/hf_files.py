@@ -1,7 +1,10 @@
-"""Read the files of a Hugging Face folder: JSON, and the headers of safetensors. Reads no weights, imports no torch."""
+"""Read the files of a Hugging Face folder: JSON, and the headers of safetensors. Imports no torch.
+
+Of weights nothing is read, except to compare two tensors.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,10 @@ from safetensors import SafetensorError, safe_open
 from megatron_mcpo.config.config import ConfigError
 
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHARDS = "model-*-of-*.safetensors"
+_ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".json")
+_BLOCK_BYTES = 16 << 20
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 """Every kind of tokenizer has at least one of these files."""
 
@@ -19,24 +26,28 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 class Header:
     """The place and the form of a tensor in a file.
 
-    start: offset of its first value in the file, in bytes
+    start, num_bytes: where its values are in the file, in bytes
     dtype: as safetensors spells it, such as BF16
     """
 
     file: Path
     start: int
+    num_bytes: int
     shape: tuple[int, ...]
     dtype: str
 
 
 def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """Return the JSON object in a file; if there is none, add a problem and return None."""
+    if problem := _kind_problem(path):
+        problems.append(problem)
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path}: no such file. Set model.path to a folder that transformers' save_pretrained wrote.")
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path}: must be JSON ({error}). Replace the file.")
         return None
     if not isinstance(values, dict):
@@ -64,19 +75,47 @@ def is_sharded(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Return the header of every tensor by name, except for rotary frequencies of old checkpoints, which are computed.
+def check_weights(folder: Path) -> None:
+    """Check that a folder holds weights, once; those of a sharded checkpoint are checked when they are loaded.
 
-    Files that an index does not name are not read.
-    Raises ConfigError that names every file that is missing or cannot be read, every tensor that is not where the index
-    says, and every tensor that is in two files.
+    Raises ConfigError as `read_headers`, and for safetensors of a model beside a sharded checkpoint.
     """
-    problems: list[str] = []
+    if not is_sharded(folder):
+        read_headers(folder)
+    elif others := [file.name for file in _copies(folder)]:
+        rule = f"must hold the weights once (it has a sharded checkpoint and {_listed(others)})"
+        raise ConfigError([f"{folder}: {rule}. Move the copy that is not meant to another folder."])
+
+
+def same_values(a: Header, b: Header) -> bool:
+    """Return whether two tensors have the same type, shape and bytes."""
+    if (a.dtype, a.shape, a.num_bytes) != (b.dtype, b.shape, b.num_bytes):
+        return False
+    with a.file.open("rb") as file_a, b.file.open("rb") as file_b:
+        file_a.seek(a.start)
+        file_b.seek(b.start)
+        sizes = (min(_BLOCK_BYTES, a.num_bytes - done) for done in range(0, a.num_bytes, _BLOCK_BYTES))
+        return all(file_a.read(size) == file_b.read(size) for size in sizes)
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Return the header of every tensor by name.
+
+    Files that an index does not name are not read, and refused where they may be a copy of the model: programs differ
+    in which one they read.
+    Raises ConfigError that names every file that is missing or cannot be read, every tensor that is not where the index
+    says, every tensor that is in two files, copies of the model, and adapters.
+    """
     found: dict[Path, dict[str, Header]] = {}
     weight_map = _weight_map(folder)
-    for file in sorted(set(weight_map.values())) or [_single_file(folder)]:
+    files = sorted(set(weight_map.values())) or [_single_file(folder)]
+    problems = _ambiguities(folder, files)
+    for file in files:
         try:
-            found[file] = _headers(file)
+            if problem := _kind_problem(file):
+                problems.append(problem)
+            else:
+                found[file] = _headers(file)
         except FileNotFoundError:
             problems.append(f"{file}: missing, although {_INDEX} lists it. Download it again.")
         except (OSError, SafetensorError) as error:
@@ -95,18 +134,19 @@ def _choose(
     for file, held in found.items():
         for name, header in held.items():
             # This is refused whatever the index says, because other libraries read the copy in the last file.
-            if name in headers:
+            if name in headers and not is_computed(name):
                 problems.append(
                     f"{headers[name].file}: {name} must be in one file (it is also in {file}). Download both again."
                 )
             headers.setdefault(name, header)
     for name, file in weight_map.items():
-        if file in found and name not in found[file] and not _is_computed(name):
+        if file in found and name not in found[file] and not is_computed(name):
             problems.append(f"{file}: must have {name} ({_INDEX} says so). Download both again.")
     return headers
 
 
-def _is_computed(name: str) -> bool:
+def is_computed(name: str) -> bool:
+    """Return whether a tensor holds rotary frequencies, which old checkpoints have and which are computed today."""
     return name.endswith(".rotary_emb.inv_freq")
 
 
@@ -122,11 +162,12 @@ def _headers(file: Path) -> dict[str, Header]:
         name: Header(
             file=file,
             start=8 + length + entry["data_offsets"][0],
+            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             shape=tuple(entry["shape"]),
             dtype=entry["dtype"],
         )
         for name, entry in entries.items()
-        if name != "__metadata__" and not _is_computed(name)
+        if name != "__metadata__"
     }
 
 
@@ -144,12 +185,11 @@ def _weight_map(folder: Path) -> dict[str, Path]:
 
 def _single_file(folder: Path) -> Path:
     """Return the file with all weights of a folder without an index; raise ConfigError if there is no such file."""
-    if (folder / "model.safetensors").is_file():
-        return folder / "model.safetensors"
+    if (folder / _SINGLE).exists():
+        return folder / _SINGLE
     parts = sorted(file.name for file in folder.glob("model*.safetensors"))
     if parts:
-        listed = ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
-        rule = f"{_INDEX} is missing, which says which tensors to read from {listed}"
+        rule = f"{_INDEX} is missing, which says which tensors to read from {_listed(parts)}"
         raise ConfigError([f"{folder}: must have model.safetensors or an index ({rule}). Download it, too."])
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
@@ -159,3 +199,33 @@ def _single_file(folder: Path) -> Path:
         )
     rule = f"must have weights: model.safetensors, or {_INDEX} with its files"
     raise ConfigError([f"{folder}: {rule}. Put them there, or name another folder."])
+
+
+def _copies(folder: Path) -> list[Path]:
+    """Return the files of a folder that have a name of a model's weights."""
+    names = (_SINGLE, _INDEX, _SHARDS)
+    return sorted(file for name in names for file in folder.glob(name))
+
+
+def _ambiguities(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Return why a folder may hold another model for other programs. files: those that the weights are read from"""
+    problems = []
+    source = _INDEX if (folder / _INDEX).exists() else _SINGLE
+    if copies := [file.name for file in _copies(folder) if file not in files and file.name != source]:
+        rule = f"must hold the weights once ({_listed(copies)} beside {source}, which does not name them)"
+        problems.append(f"{folder}: {rule}. Move the copy that is not meant to another folder.")
+    if adapters := sorted(file.name for file in folder.glob("adapter*") if file.suffix in _ADAPTER_SUFFIXES):
+        rule = f"must be a whole model ({_listed(adapters)}: an adapter, which would be left out)"
+        problems.append(f"{folder}: {rule}. Merge it with peft's merge_and_unload, or move it to another folder.")
+    return problems
+
+
+def _kind_problem(path: Path) -> str | None:
+    """Return why a path is no file; None if it is one, or missing. To open a pipe would wait for ever."""
+    if path.is_file() or not path.exists():
+        return None
+    return f"{path}: must be a file (it is a folder, a pipe or a device). Download it again."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

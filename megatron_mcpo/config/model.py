@@ -20,7 +20,9 @@ _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 class RopeScaling:
     """The scaling of rotary frequencies; fields that a kind does not have are None.
 
-    low_freq_factor, high_freq_factor: of llama3; beta_fast, beta_slow: of yarn; original_max_positions: of both
+    low_freq_factor, high_freq_factor: of llama3; original_max_positions: of llama3 and yarn; all others: of yarn
+    attention_factor: what yarn multiplies queries and keys by; None: 0.1 ln(factor) + 1
+    truncate: whether yarn rounds the range of dimensions between the two kinds of frequencies
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -30,6 +32,8 @@ class RopeScaling:
     original_max_positions: int | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
+    attention_factor: float | None = None
+    truncate: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,10 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The sizes of a decoder of one of the supported families; `experts` is None for a dense model."""
+    """The sizes of a decoder of one of the supported families; `experts` is None for a dense model.
+
+    eos_token_ids: the ends of text that config.json and generation_config.json name; the tokenizer may name another
+    """
 
     family: Family
     num_layers: int
@@ -80,7 +87,7 @@ def layout_problems(
     """Return why this model cannot be divided like this: value, rule, and the possible values; empty if it can.
 
     engine_in_ranks: whether the engines run in the ranks of the layout
-    Any vocabulary size is possible, because the trainer pads it to a multiple of the tensor-parallel ranks.
+    A vocabulary that the ranks do not divide is padded to a multiple of them by the trainer.
     """
     problems = [
         f"parallel.tensor = {layout.tensor}: {problem}. Possible: {_listed(_possible_tensor(model))}."
@@ -125,8 +132,8 @@ def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_
     if max_prompt_tokens + max_response_tokens > model.max_positions:
         problems.append(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {max_prompt_tokens} + {max_response_tokens}: "
-            f"must be at most the model's max_position_embeddings = {model.max_positions}. Lower one of them or "
-            "choose another model."
+            f"must be at most the model's {model.max_positions} positions (config.json). Lower one of them or choose "
+            "another model."
         )
     return problems
 
@@ -207,6 +214,8 @@ def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
 def _tensor_problems(model: ModelConfig, tensor: int, *, in_engine: bool = False) -> list[str]:
     """Check the rules of Megatron-Core (TransformerConfig, SelfAttention) and vLLM; in the engine also vLLM's own."""
     problems = []
+    if -(-model.vocab_size // tensor) * (tensor - 1) >= model.vocab_size:
+        problems.append(f"must leave every rank a row of the vocabulary's {model.vocab_size}")
     if model.num_heads % tensor:
         problems.append(f"must divide the {model.num_heads} attention heads")
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:

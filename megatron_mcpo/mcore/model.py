@@ -1,5 +1,6 @@
 """Build the pipeline chunks of a GPTModel from what a Hugging Face configuration says."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.config.model import ModelConfig, RopeScaling
 from megatron_mcpo.config.schema import Fp8, Recompute
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
@@ -86,11 +87,21 @@ def _yarn_options(model: ModelConfig) -> dict[str, Any]:
         "yarn_original_max_position_embeddings": scaling.original_max_positions,
         "yarn_beta_fast": scaling.beta_fast,
         "yarn_beta_slow": scaling.beta_slow,
-        # Without these two the attention factor is 0.1 ln(factor) + 1 (https://arxiv.org/abs/2309.00071).
-        "yarn_mscale": None,
-        "yarn_mscale_all_dim": None,
-        "yarn_correction_range_round_to_int": True,
+        **_attention_factor(scaling),
+        "yarn_correction_range_round_to_int": scaling.truncate,
     }
+
+
+def _attention_factor(scaling: RopeScaling) -> dict[str, float | None]:
+    """Return the two scales from which Megatron-Core (0.19.2) computes yarn's attention factor, their quotient.
+
+    A scale m gives 0.1 m ln(factor) + 1 where factor is above 1, else 1; without both it is 0.1 ln(factor) + 1.
+    """
+    wanted = scaling.attention_factor
+    if wanted is None:
+        return {"yarn_mscale": None, "yarn_mscale_all_dim": None}
+    numerator = (wanted - 1) / (0.1 * math.log(scaling.factor)) if scaling.factor > 1 else 0.0
+    return {"yarn_mscale": numerator, "yarn_mscale_all_dim": 0.0}
 
 
 def _expert_options(model: ModelConfig) -> dict[str, Any]:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_mcpo.config.hf_files import is_sharded, read_headers
+from megatron_mcpo.config.hf_files import is_computed, is_sharded, read_headers, same_values
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import Experts, ModelConfig
 
 HEAD_PREFIX = "contrastive_head."
 """Parameters of the contrastive head have no Hugging Face counterpart: never loaded, never exported."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_SHOWN = 50
+"""Wrong tensors that a message names."""
 
 
 class Split(Enum):
@@ -97,7 +100,7 @@ def registry(model: ModelConfig) -> tuple[ParamMapping, ...]:
     hidden, vocab = model.hidden_size, model.vocab_size
     embedding = ParamMapping(
         megatron=("embedding.word_embeddings.weight",),
-        hugging_face=("model.embed_tokens.weight",),
+        hugging_face=(_EMBEDDING,),
         shapes=((vocab, hidden),),
         split=Split.ROWS,
         place=Place.FIRST,
@@ -111,7 +114,7 @@ def registry(model: ModelConfig) -> tuple[ParamMapping, ...]:
     )
     output = ParamMapping(
         megatron=("output_layer.weight",),
-        hugging_face=("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight",),
+        hugging_face=(_EMBEDDING if model.tied_embeddings else _OUTPUT,),
         shapes=((vocab, hidden),),
         split=Split.ROWS,
         place=Place.LAST,
@@ -181,8 +184,8 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
     """Return how the tensors in `folder` differ from those of `model`: the fix, then a line for each; [] if they agree.
 
-    Reads headers only; a sharded checkpoint is checked when it is loaded. Raises ConfigError for files that can't be
-    read.
+    Reads headers, and values only of an output layer beside a tied embedding; a sharded checkpoint is checked when it
+    is loaded. Raises ConfigError for files that can't be read.
     """
     if is_sharded(folder):
         return []
@@ -190,16 +193,21 @@ def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:
     problems = [f"{name}: missing" for name in expected if name not in headers]
     for name, header in headers.items():
         if name not in expected:
-            if not (model.tied_embeddings and name == "lm_head.weight"):
+            if not is_computed(name) and not (model.tied_embeddings and name == _OUTPUT):
                 problems.append(f"{name}: unknown, the {model.family} model has no such tensor")
         elif header.shape != expected[name]:
             problems.append(f"{name}: has shape {header.shape}, must have {expected[name]}")
         elif header.dtype not in _DTYPES:
             problems.append(f"{name}: has type {header.dtype}, must be one of {', '.join(_DTYPES)}")
-    if not problems:
-        return []
-    rule = "its safetensors must hold the model that its config.json describes; download both again"
-    return [f"model.path = {str(folder)!r}: {rule}:", *(f"  {problem}" for problem in problems)]
+    if problems:
+        rule = "its safetensors must hold the model that its config.json describes; download both again"
+        more = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        return [f"model.path = {str(folder)!r}: {rule}:", *(f"  {problem}" for problem in problems[:_SHOWN]), *more]
+    if model.tied_embeddings and _OUTPUT in headers and not same_values(headers[_OUTPUT], headers[_EMBEDDING]):
+        rule = f"{_OUTPUT} must equal {_EMBEDDING} where config.json has tie_word_embeddings = true"
+        fix = f"Set that to false to train this output layer, or remove {_OUTPUT} to use the embedding"
+        return [f"model.path = {str(folder)!r}: {rule} (programs differ in which one they use). {fix}."]
+    return []
 
 
 def _attention_mappings(model: ModelConfig) -> list[ParamMapping]:

@@ -49,7 +49,7 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN_BOUNDS = {"original_max_position_embeddings": 2048, "beta_fast": 4.0, "beta_slow": 0.5}
+YARN_BOUNDS = {"original_max_position_embeddings": 2048, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
 """Bounds for which the frequencies of these small heads are others than for the default ones."""
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,7 +66,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, untied, yarn rope": ("qwen3", {"head_dim": 24, "rope_parameters": YARN_ROPE}),
     "qwen2, tied, yarn rope with other bounds": (
         "qwen2",
-        {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE | YARN_BOUNDS},
+        {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE | YARN_BOUNDS | {"attention_factor": 1.3}},
     ),
     "qwen3, untied, wide heads": ("qwen3", {"head_dim": 24}),
     "mistral, untied": ("mistral", {"sliding_window": None}),
@@ -240,7 +240,8 @@ def check_bf16(case: Case) -> list[str]:
 
 def test_leftovers_of_old_checkpoints_are_ignored(cases: list[Case], tmp_path: Path) -> None:
     tied = next(case for case in cases if "tied, one kv head" in case.name)
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": torch.zeros(VOCAB, 64)}
+    embedding = tied.tensors["model.embed_tokens.weight"]
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": embedding.clone()}
     write_folder(tied, {**tied.tensors, **extra}, tmp_path)
     assert run_ranks(1, loading_error, tied, tmp_path, 1) == [""]
 

@@ -29,13 +29,15 @@ def problems_of(folder: Path) -> list[str]:
 def test_headers_of_several_files(tmp_path: Path) -> None:
     save_file({"a": np.ones((2, 3), np.float32), "b": np.ones(())}, tmp_path / "1.safetensors", {"format": "pt"})
     save_file({"c": np.arange(4, dtype=np.int8), OLD: np.ones(2)}, tmp_path / "2.safetensors")
-    files = {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"}
+    files = {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors", OLD: "2.safetensors"}
     write_index(tmp_path, {**files, OLD.replace("0", "1"): "1.safetensors"})
     headers = read_headers(tmp_path)
-    shapes = {"a": ((2, 3), "F32"), "b": ((), "F64"), "c": ((4,), "I8")}
+    shapes = {"a": ((2, 3), "F32", 24), "b": ((), "F64", 8), "c": ((4,), "I8", 4), OLD: ((2,), "F64", 16)}
     assert headers == {
-        name: Header(file=tmp_path / files[name], start=headers[name].start, shape=shape, dtype=dtype)
-        for name, (shape, dtype) in shapes.items()
+        name: Header(
+            file=tmp_path / files[name], start=headers[name].start, num_bytes=num_bytes, shape=shape, dtype=dtype
+        )
+        for name, (shape, dtype, num_bytes) in shapes.items()
     }
     for name, header in headers.items():
         values = load_file(header.file)[name]
@@ -44,7 +46,7 @@ def test_headers_of_several_files(tmp_path: Path) -> None:
 
 def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3)}, tmp_path / "1.safetensors")
-    save_file({"a": np.ones(3), "b": np.ones(3)}, tmp_path / "model.safetensors")
+    save_file({"a": np.ones(3), "b": np.ones(3)}, tmp_path / "consolidated.safetensors")
     (tmp_path / "2.safetensors").write_bytes(b"not one")
     write_index(tmp_path, {"a": "1.safetensors"})
     assert [(name, header.file.name) for name, header in read_headers(tmp_path).items()] == [("a", "1.safetensors")]

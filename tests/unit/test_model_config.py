@@ -249,7 +249,6 @@ def test_reads_what_transformers_writes(tmp_path: Path, family: str) -> None:
         ("head_dim", 63),
         ("hidden_size", "2048"),
         ("rms_norm_eps", None),
-        ("eos_token_id", None),
         ("eos_token_id", [128256]),
         ("embedding_multiplier", 12.0),
     ],
@@ -325,19 +324,24 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def test_yarn_is_read_with_its_defaults(tmp_path: Path) -> None:
-    scaling = from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": YARN})).rope_scaling
-    assert scaling == RopeScaling(kind="yarn", factor=4, original_max_positions=8192, beta_fast=32, beta_slow=1)
-    mine = {**YARN, "beta_fast": 16, "truncate": True, "attention_factor": None}
-    scaling = from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": mine})).rope_scaling
-    assert scaling is not None and scaling.beta_fast == 16
+    model = from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": YARN}))
+    yarn = RopeScaling(kind="yarn", factor=4, original_max_positions=8192, beta_fast=32, beta_slow=1, truncate=True)
+    assert (model.rope_scaling, model.max_positions) == (yarn, 4 * 8192)  # vLLM's table of frequencies ends there
+    mine = {**YARN, "beta_fast": 16, "truncate": False, "attention_factor": 1.3, "mscale": 2.0, "mscale_all_dim": 1.0}
+    changed = replace(yarn, beta_fast=16, truncate=False, attention_factor=1.3)
+    assert from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": mine})).rope_scaling == changed
+    scales = {**YARN, "mscale": 2.0, "mscale_all_dim": 1.0}
+    scaling = from_folder(write(tmp_path, {**LLAMA32, "rope_scaling": scales})).rope_scaling
+    assert scaling is not None and scaling.attention_factor == pytest.approx(1.277259 / 1.138629, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
         ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"),
-        ({**YARN, "attention_factor": 1.3}, "attention_factor"),
-        ({**YARN, "truncate": False}, "truncate"),
+        ({**YARN, "attention_factor": -1.3}, "attention_factor"),
+        ({**YARN, "factor": 1.0, "attention_factor": 1.3}, "attention_factor"),
+        ({**YARN, "truncate": None}, "truncate"),
         ({"type": "dynamic", "factor": 2.0}, "dynamic"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 1}, "beta_fast"),
@@ -459,7 +463,7 @@ def test_rules_of_the_mlp_and_the_fused_matrix() -> None:
 def test_rollouts_must_fit_the_models_positions() -> None:
     assert engine_problems(MODEL, max_prompt_tokens=60, max_response_tokens=4, on_cpu=False) == []
     (problem,) = engine_problems(MODEL, max_prompt_tokens=60, max_response_tokens=5, on_cpu=False)
-    assert "60 + 5" in problem and "max_position_embeddings = 64" in problem and "Lower" in problem
+    assert "60 + 5" in problem and "64 positions" in problem and "Lower" in problem
 
 
 def test_head_sizes_are_limited_on_a_cpu_only() -> None:
