@@ -18,6 +18,7 @@ from megatron_mcpo.config.explain import explain
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.overrides import apply_overrides
 from megatron_mcpo.config.schema import (
+    LOWEST_TEMPERATURE,
     AlgorithmConfig,
     BatchConfig,
     ContrastiveConfig,
@@ -324,8 +325,13 @@ def _learning_rates(config: Config) -> list[str]:
     return [f"optimizer.min_lr = {rates.min_lr}: must be at most optimizer.lr = {rates.lr}. Lower it."]
 
 
-def _greedy_samples(config: Config) -> list[str]:
+def _evaluation_sampling(config: Config) -> list[str]:
     e = config.evaluation
+    if 0 < e.temperature < LOWEST_TEMPERATURE:
+        return [
+            f"evaluation.temperature = {e.temperature}: must be 0 or at least {LOWEST_TEMPERATURE} (vLLM samples at "
+            f"{LOWEST_TEMPERATURE} instead). Set it to 0."
+        ]
     if e.temperature > 0 or e.samples == 1:
         return []
     return [
@@ -353,5 +359,5 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("engine", "algorithm"), _quantized_importance),
     (("algorithm", "parallel"), _sequence_ratio),
     (("optimizer",), _learning_rates),
-    (("evaluation",), _greedy_samples),
+    (("evaluation",), _evaluation_sampling),
 ]

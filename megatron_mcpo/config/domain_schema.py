@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from megatron_mcpo.config.schema import (
+    HIGHEST_TEMPERATURE,
     Fraction,
     Name,
     NonNegativeFloat,
@@ -211,6 +212,8 @@ class EvaluationConfig(Section):
     every: PositiveInt = Field(10, description="steps between two evaluations")
     items: PositiveInt = Field(32, description="number of held-out items per domain, which are never trained on")
     samples: PositiveInt = Field(1, description="number of responses per item, the k of avg@k, pass@k and maj@k")
-    temperature: NonNegativeFloat = Field(
-        0.0, description="sampling temperature of these responses; 0: greedy decoding, which needs samples = 1"
+    temperature: Annotated[float, Field(ge=0, le=HIGHEST_TEMPERATURE)] = Field(
+        0.0,
+        description="sampling temperature of these responses, at least 0.01; 0: greedy decoding, which needs samples = "
+        "1",
     )

@@ -17,6 +17,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
+"""vLLM (0.30.0) refuses higher temperatures, and samples at the lowest where one between 0 and it is asked for."""
+Temperature = Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)]
 PathText = Annotated[str, Field(min_length=1)]
 # Names become folders and keys of metrics: they have no slash and no leading dot.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["math_1"])]
@@ -165,7 +168,7 @@ class RolloutConfig(Section):
         description="maximum length of a response, its reasoning included; a longer response is cut off (stop reason: "
         "length), which mostly makes it incorrect",
     )
-    temperature: PositiveFloat = Field(1.0, description="sampling temperature of the training rollouts")
+    temperature: Temperature = Field(1.0, description="sampling temperature of the training rollouts")
 
 
 class EngineConfig(Section):

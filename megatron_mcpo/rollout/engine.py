@@ -6,7 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_mcpo.config.schema import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from megatron_mcpo.types import Completion
+
+NUM_SEEDS = 2**63
+"""Seeds of completions are below this: vLLM keeps them as signed integers of 64 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +18,7 @@ class SamplingRequest:
     """One prompt to be completed `num_samples` times.
 
     Completion k uses the seed `seed + k`. Seeds are mandatory, because tensor-parallel engine ranks whose global
-    generators differ would otherwise sample different tokens. A temperature of 0 is greedy.
+    generators differ would otherwise sample different tokens. A temperature of 0 is greedy; others are 0.01 to 2.
     """
 
     token_ids: Sequence[int]
@@ -78,10 +82,20 @@ class Engine(Protocol):
 def check_request(request: SamplingRequest, max_model_len: int) -> None:
     """Check a request. Raises ValueError if no engine with room for `max_model_len` tokens can serve it."""
     num_prompt = len(request.token_ids)
-    if num_prompt == 0 or request.num_samples < 1 or request.max_tokens < 1 or request.temperature < 0:
+    if num_prompt == 0 or request.num_samples < 1 or request.max_tokens < 1:
         raise ValueError(
-            f"{num_prompt} prompt tokens, num_samples = {request.num_samples}, max_tokens = {request.max_tokens}, "
-            f"temperature = {request.temperature}: must be at least 1, the temperature at least 0; correct the request"
+            f"{num_prompt} prompt tokens, num_samples = {request.num_samples}, max_tokens = {request.max_tokens}: must "
+            "be at least 1; correct the request"
+        )
+    if request.temperature != 0 and not LOWEST_TEMPERATURE <= request.temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature = {request.temperature}: must be 0 or {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}, which "
+            "vLLM samples at; correct the request"
+        )
+    if not 0 <= request.seed <= NUM_SEEDS - request.num_samples:
+        raise ValueError(
+            f"seed = {request.seed}: must be at least 0 and leave room for {request.num_samples} seeds below 2**63; "
+            "correct the request"
         )
     if num_prompt + request.max_tokens > max_model_len:
         raise ValueError(

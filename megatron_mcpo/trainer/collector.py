@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_mcpo.distributed.parallel import Groups, gather_objects, together
 from megatron_mcpo.rewards.scorer import Scorer
-from megatron_mcpo.rollout.engine import Engine, SamplingRequest
+from megatron_mcpo.rollout.engine import NUM_SEEDS, Engine, SamplingRequest
 from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
 
 
@@ -20,13 +20,22 @@ class Sampling:
     """The settings that prompts are completed with.
 
     num_samples, max_tokens: of each domain, in the configuration's order
-    seed: of the first prompt's first sample; the prompt at position p begins with seed + p * max(num_samples)
+    seed: of the first prompt's first sample, of any size; see `first_seed`
     """
 
     num_samples: Sequence[int]
     max_tokens: Sequence[int]
     temperature: float
     seed: int
+
+    def first_seed(self, position: int) -> int:
+        """Return the seed of the first sample of the prompt at a position; those of the others follow it.
+
+        Seeds are consecutive over all samples of a step, modulo what an engine takes: a run's seed may be so large that
+        the steps' seeds are not.
+        """
+        most = max(self.num_samples)
+        return (self.seed + position * most) % (NUM_SEEDS - most)
 
 
 class Collector:
@@ -67,16 +76,13 @@ class Collector:
         mine = [i for i in range(len(prompts)) if i % self.num_engines in self.my_engines]
         groups: list[RolloutGroup] = []
         # The ranks of an engine wait for each other: one that fails must end at once, for torchrun to end the others.
-        completed = self._generate([prompts[i] for i in mine], [self._seed(sampling, i) for i in mine], sampling)
+        completed = self._generate([prompts[i] for i in mine], [sampling.first_seed(i) for i in mine], sampling)
         with together(self.groups):
             if self.scorer is not None:
                 groups = self.scorer.score(completed) if score else completed
         share = list(zip(mine, groups, strict=True)) if groups else []
         by_position = dict(pair for part in gather_objects(share, self.groups) for pair in part)
         return [by_position[i] for i in range(len(prompts))]
-
-    def _seed(self, sampling: Sampling, position: int) -> int:
-        return sampling.seed + position * max(sampling.num_samples)
 
     def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling) -> list[RolloutGroup]:
         requests = [

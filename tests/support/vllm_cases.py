@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mcpo.rollout import vllm_cpu_fixes
-from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest
+from megatron_mcpo.rollout.engine import NUM_SEEDS, Comparison, EngineError, SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine, cpu_fp8_problem
 
 needs_fp8 = pytest.mark.skipif(cpu_fp8_problem() is not None, reason=f"FP8 on a CPU: {cpu_fp8_problem()}")
@@ -268,6 +268,7 @@ def _check_seeds_and_greedy(engine: VllmEngine) -> None:
         tokens = [together[3 * prompt + k][0] for k in range(3)]
         assert tokens == [alone[k][prompt][0] for k in range(3)]
         assert len(set(tokens)) == 3
+    assert len(sampled(engine, num_samples=3, seed=NUM_SEEDS - 3)) == 3 * len(PROMPTS), "the largest seeds are taken"
     greedy = sampled(engine, temperature=0.0, num_samples=2, seed=1)
     assert greedy[::2] == greedy[1::2] == sampled(engine, temperature=0.0, num_samples=1, seed=2)
 
@@ -300,7 +301,8 @@ def _check_refused_requests(engine: VllmEngine) -> None:
         {"token_ids": []},
         {"num_samples": 0},
         {"max_tokens": 0},
-        {"temperature": -1.0},
+        *({"temperature": temperature} for temperature in (-1.0, 0.009, 2.1, float("nan"))),
+        *({"seed": seed} for seed in (-1, NUM_SEEDS)),
         {"max_tokens": MAX_LEN},
     )
     for bad in unusable:

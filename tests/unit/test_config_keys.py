@@ -80,8 +80,8 @@ def _outside(key: Key) -> list[str]:
         return ['"nothing of these"']
     bounds = [part.split() for part in key.range.split(", ") if key.type in ("integer", "number") and part]
     step = {">": 0, ">=": -1, "<": 0, "<=": 1}
-    values = [int(bound) + step[sign] for sign, bound in bounds]
-    return [str(value) if key.type == "integer" else f"{value}.0" for value in values]
+    number = int if key.type == "integer" else float
+    return [str(number(bound) + step[sign]) for sign, bound in bounds]
 
 
 def test_what_a_range_rules_out_is_refused() -> None:
