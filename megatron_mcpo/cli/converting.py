@@ -50,7 +50,11 @@ def exit_code(work: Callable[[], int]) -> int:
 
 def report_success(known: argparse.Namespace, compared: Comparison) -> int:
     """Print what was converted and compared; return the exit code."""
-    say(f"{known.final}: {compared.num_tensors} tensors, read back from the disk, every bit as in {known.source}")
+    same = "every bit as in" if known.dtype is None else "every value as the rounded or widened one in"
+    say(f"{known.final}: {compared.num_tensors} tensors, read back from the disk, {same} {known.source}")
+    if compared.left_out:
+        why = "rotary frequencies are computed, and an output layer that equals a tied embedding is stored once"
+        say(f"left out: {', '.join(compared.left_out)} ({why})")
     return 0
 
 

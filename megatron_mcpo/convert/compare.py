@@ -27,12 +27,14 @@ class Comparison:
     """The result of comparing the tensors of two folders bit by bit.
 
     differing: a line for each tensor that differs; sha256: of the tensors in the second folder, by name
+    left_out: tensors of the first folder that the second one has not, because they are no part of the model's own
     """
 
     num_tensors: int
     num_bits_different: int
     differing: tuple[str, ...]
     sha256: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
 
 def compare(

@@ -8,7 +8,7 @@ bit before the folder gets its name. The result does not depend on the number of
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def hf_to_megatron(
                 _set_dtype(staging.path / "config.json", dtype)
         with together_on_files(team):
             megatron = MegatronFolder.open(staging.path, model)
-        compared = compare(folder, megatron, dtype=dtype, team=team)
+        compared = replace(compare(folder, megatron, dtype=dtype, team=team), left_out=folder.left_out)
     if team.rank == 0:
         problems = head_problems(head, megatron.head())
         if _wants(verify_forward, folder):

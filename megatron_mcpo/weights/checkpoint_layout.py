@@ -17,7 +17,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.weights.mapping import HEAD_PREFIX, Parameter, ParamMapping, Place, Split, parameters
 from megatron_mcpo.weights.shards import TensorSlice, cut_dim, placed, shard_shape, shard_slices
-from megatron_mcpo.weights.torch_dist import ShardedFolder
+from megatron_mcpo.weights.torch_dist import ShardedFolder, check_finite
 
 DTYPES = (torch.bfloat16, torch.float32)
 _MASTER = "optimizer.state.param."
@@ -171,7 +171,10 @@ class MegatronFolder:
         return found.mapping.shapes[number]
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
-        """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut)."""
+        """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut).
+
+        Raises ConfigError where it holds NaN or an infinity.
+        """
         found, number = self.where[name]
         cut, shape = cut_dim(found.mapping), list(found.mapping.shapes[number])
         dim = cut if dim is None else dim
@@ -187,7 +190,7 @@ class MegatronFolder:
                 offsets[cut] = position + low - each.start
                 wanted.append((tuple(offsets), values.narrow(cut, low - (start if dim == cut else 0), high - low)))
         self.files.copy(self._values_of(found.key), found.index, wanted)
-        return values
+        return check_finite(values, f"{self.folder}: {name}")
 
     def head(self) -> dict[str, Tensor]:
         """Return the contrastive head's tensors, without their prefix."""

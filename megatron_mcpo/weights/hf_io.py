@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.config.hf_files import is_sharded, read_headers
+from megatron_mcpo.config.hf_files import Header, is_sharded, read_headers
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups, Peers, gather_objects, together
@@ -19,7 +19,7 @@ from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
 from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.shards import TensorSlice, cut_dim, fill
-from megatron_mcpo.weights.torch_dist import read_into
+from megatron_mcpo.weights.torch_dist import check_finite, read_into
 
 RECORD = "conversion.json"
 """What a converted folder was made from, and the SHA-256 of every tensor."""
@@ -43,12 +43,18 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
-        """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut)."""
+        """Return a tensor, newly allocated, or its part start..stop-1 along `dim` (None: where shards are cut).
+
+        Raises ConfigError where it holds NaN or an infinity.
+        """
         ...
 
 
 class HfFolder:
     """The safetensors of a folder: one file, or several with an index. Values are read on demand and not kept.
+
+    left_out: tensors that are no part of the model's own: rotary frequencies, which are computed, and an output layer
+        that repeats a tied embedding
 
     Raises ConfigError for files that can't be read or don't hold this model.
     """
@@ -66,6 +72,7 @@ class HfFolder:
             for name in parameter.hugging_face
         }
         self.names = tuple(self._dims)
+        self.left_out = tuple(sorted(self._headers.keys() - self._dims.keys()))
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._headers[name].dtype]
@@ -74,27 +81,40 @@ class HfFolder:
         return self._headers[name].shape
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, dim: int | None = None) -> Tensor:
-        header, dtype = self._headers[name], self.dtype(name)
+        header = self._headers[name]
         dim = self._dims[name] if dim is None else dim
-        shape, first = list(header.shape), header.start
-        stop = shape[dim] if stop is None else stop
-        with header.file.open("rb", buffering=0) as file:
-            if dim == 0 or stop - start == shape[dim]:
-                if dim == 0:
-                    first += start * torch.Size(shape[1:]).numel() * dtype.itemsize
-                    shape[0] = stop - start
-                values = torch.empty(shape, dtype=dtype)
-                file.seek(first)
-                read_into(file, values, f"{header.file}: {name}")
-                return values
-            # Mapped for this one read: pages of a file that stays mapped would count as this process's memory.
-            size = torch.Size(shape).numel() * dtype.itemsize
-            page = first - first % mmap.ALLOCATIONGRANULARITY
-            with mmap.mmap(file.fileno(), size + first - page, offset=page, access=mmap.ACCESS_COPY) as mapped:
-                whole = torch.frombuffer(mapped, dtype=dtype, offset=first - page, count=size // dtype.itemsize)
-                values = whole.view(shape).narrow(dim, start, stop - start).clone()
-                del whole
-            return values
+        stop = header.shape[dim] if stop is None else stop
+        read = _read_rows if dim == 0 or stop - start == header.shape[dim] else _read_columns
+        return check_finite(read(header, name, start, stop, dim), f"{header.file}: {name}")
+
+
+def _read_rows(header: Header, name: str, start: int, stop: int, dim: int) -> Tensor:
+    """Return rows start..stop-1 of a tensor, or all of it where they are another dimension's."""
+    shape, first, dtype = list(header.shape), header.start, DTYPES[header.dtype]
+    if dim == 0:
+        first += start * torch.Size(shape[1:]).numel() * dtype.itemsize
+        shape[0] = stop - start
+    values = torch.empty(shape, dtype=dtype)
+    with header.file.open("rb", buffering=0) as file:
+        file.seek(first)
+        read_into(file, values, f"{header.file}: {name}")
+    return values
+
+
+def _read_columns(header: Header, name: str, start: int, stop: int, dim: int) -> Tensor:
+    """Return start..stop-1 of another dimension than the first."""
+    shape, first, dtype = header.shape, header.start, DTYPES[header.dtype]
+    size = torch.Size(shape).numel() * dtype.itemsize
+    page = first - first % mmap.ALLOCATIONGRANULARITY
+    # Mapped for this one read: pages of a file that stays mapped would count as this process's memory.
+    with (
+        header.file.open("rb", buffering=0) as file,
+        mmap.mmap(file.fileno(), size + first - page, offset=page, access=mmap.ACCESS_COPY) as mapped,
+    ):
+        whole = torch.frombuffer(mapped, dtype=dtype, offset=first - page, count=size // dtype.itemsize)
+        values = whole.view(shape).narrow(dim, start, stop - start).clone()
+        del whole
+    return values
 
 
 def check_files(folder: Path, peers: Peers) -> None:

@@ -217,6 +217,16 @@ def read_into(file: io.RawIOBase, values: Tensor, what: str) -> None:
         view = view[got:]
 
 
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """Return weights as they are. Raises ConfigError where they hold NaN or an infinity: such a model computes NaN."""
+    if values.numel():
+        extremes = torch.stack(torch.aminmax(values))  # one pass without a copy; NaN anywhere gives NaN
+        if not torch.isfinite(extremes).all():
+            found = "NaN" if values.isnan().any() else "an infinity"
+            raise ConfigError([f"{what}: must be finite (it holds {found}). Copy the model again, or use another one."])
+    return values
+
+
 class HashedFile:
     """A new file that is only appended to. Its SHA-256 is known when it is closed, without reading it again."""
 

@@ -350,6 +350,7 @@ def test_nothing_in_a_foreign_folder_is_run(source: Path, tmp_path: Path, monkey
         ("inside", "must lie outside of the source; give another folder"),
         ("layout", "must divide the 2 key-value heads"),
         ("mixed", "must all be bfloat16 or all float32"),
+        ("NaN", "model.safetensors: model.norm.weight: must be finite (it holds NaN)"),
         ("megatron", "it is a Megatron checkpoint, which `mcpo convert to-hf` converts"),
         ("full", "the disk has 1,000 free"),
         ("empty", "must hold a model: config.json, a tokenizer and safetensors (it holds nothing)"),
@@ -367,10 +368,10 @@ def test_what_cannot_be_converted_is_refused(
         final = source / "out"
     elif case == "layout":
         more = ["--tp", "3"]
-    elif case == "mixed":
-        found = tensors(source)
-        found["model.norm.weight"] = found["model.norm.weight"].float()
-        given = save_folder(source, tmp_path / "mixed", found)
+    elif case in ("mixed", "NaN"):
+        found, norm = tensors(source), "model.norm.weight"
+        found[norm] = found[norm].float() if case == "mixed" else found[norm] * torch.nan
+        given = save_folder(source, tmp_path / "changed", found)
     elif case == "megatron":
         given = tmp_path / "megatron"
         hf_to_megatron(source, given, sizes(), verify_forward=False, say=quiet)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_mcpo.cli import convert_check, convert_to_megatron
 from megatron_mcpo.convert import compare as comparing
@@ -93,6 +94,19 @@ def test_sizes_are_whole_numbers(source: Path, tmp_path: Path, capsys: Any, opti
         convert_to_megatron.main([str(source), str(tmp_path / "out"), option, value])
     assert left.value.code == 2 and "must be a whole number from 1 up" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tied = make_model(tmp_path / "tied", "qwen2", "bfloat16", num_hidden_layers=1)
+    rotary, head = "model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"
+    found = tensors(tied)
+    extra = {rotary: torch.ones(8), head: found["model.embed_tokens.weight"].clone()}
+    given = save_folder(tied, tmp_path / "given", found | extra)
+    for source, out in ((tied, "a"), (given, "b")):
+        assert convert_to_megatron.main([str(source), str(tmp_path / out), "--no-verify-forward"]) == 0
+    first, *_, second, left_out = capsys.readouterr().out.splitlines()[-4:]
+    assert "every bit as in" in second and "left out" not in first
+    assert left_out.startswith(f"left out: {head}, {rotary} (rotary frequencies are computed")
 
 
 def test_what_is_left_behind_or_unchecked_is_said(

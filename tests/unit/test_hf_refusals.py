@@ -18,6 +18,7 @@ from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import layout_problems
+from megatron_mcpo.weights.hf_io import HfFolder
 from megatron_mcpo.weights.mapping import hf_shapes, tensor_problems
 
 LLAMA: dict[str, Any] = {
@@ -246,6 +247,19 @@ def test_every_end_of_text_that_a_file_names_ends_a_response(
     set_config(folder, LLAMA | {"eos_token_id": config})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert from_folder(folder).eos_token_ids == ends
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "NaN"), (np.inf, "an infinity"), (-np.inf, "an infinity")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_weights_that_are_no_numbers_are_named(folder: Path, name: str, value: float, words: str) -> None:
+    damaged = load_file(folder / SINGLE)[name].copy()
+    damaged[3, 5] = value
+    add_tensors(folder, **{name: damaged})
+    source = HfFolder(folder, from_folder(folder))
+    assert source.read(name, 0, 5, dim=1).isfinite().all(), "only what is read is judged"
+    for part in ({"dim": 0}, {"dim": 1, "start": 4}, {"start": 3, "stop": 4, "dim": 0}):
+        with pytest.raises(ConfigError, match=f"{SINGLE}: {name}: must be finite .it holds {words}"):
+            source.read(name, **part)
 
 
 @pytest.mark.parametrize(("experts", "fine"), [({"norm_topk_prob": True}, False), ({}, True)])
