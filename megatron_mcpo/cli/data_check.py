@@ -1,15 +1,16 @@
 """Count the rows of the data that cannot be used, and say why: all are read and tokenized, as at the start of a run.
 
-This needs no GPU and no weights: of the model's folder it reads the tokenizer. The table has a line per source: its
-rows, the bad ones, and how many are bad for which reason (megatron_mcpo/data/rows.py), with the first of each. Exit
-code 1: a run would be refused, for too many bad rows or too few good ones; 2: the configuration is bad or data can't be
-read.
+This needs no GPU and no weights: of the model's folder it reads config.json and the tokenizer. The table has a line per
+source: its rows, the bad ones, and how many are bad for which reason (megatron_mcpo/data/rows.py), with the first of
+each. Exit code 1: a run would be refused, for too many bad rows, too few good ones, or tokens that the model has not;
+2: the configuration is bad or data can't be read.
 """
 
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from rich.table import Table
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.domain_rules import missing_files
+from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.data.row_statistics import RowStatistics
 from megatron_mcpo.rewards import allowlist
 
@@ -32,10 +34,16 @@ def main(arguments: Sequence[str]) -> int:
         if problems := allowlist.problems(config) + missing_files(config):
             raise ConfigError(problems)
         # Late: a bad configuration is refused before torch is imported.
-        from megatron_mcpo.data.domains import inspect_domains, load_tokenizer
+        from megatron_mcpo.data.domains import inspect_domains, token_problems
         from megatron_mcpo.data.generators import CACHE
+        from megatron_mcpo.data.tokenizer import check_config, load_tokenizer, stop_token_ids
 
-        inspection = inspect_domains(config, load_tokenizer(config), cache_dir=CACHE)
+        model = from_folder(Path(config.model.path), with_weights=False)
+        check_config(Path(config.model.path))
+        tokenizer = load_tokenizer(config)
+        stop_token_ids(model, tokenizer)
+        inspection = inspect_domains(config, tokenizer, cache_dir=CACHE)
+        problems = inspection.problems + token_problems(inspection.domains, tokenizer, model.vocab_size)
     except ConfigError as error:
         return options.refuse(error)
     if known.json:
@@ -45,9 +53,9 @@ def main(arguments: Sequence[str]) -> int:
         _print_table(inspection.row_statistics)
         for note in [note for domain in inspection.domains for note in domain.notes]:
             print(note)
-    if inspection.problems:
-        print("\n".join(inspection.problems), file=sys.stderr)
-    return options.FAILED if inspection.problems else 0
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+    return options.FAILED if problems else 0
 
 
 def _print_table(counted: Sequence[RowStatistics]) -> None:

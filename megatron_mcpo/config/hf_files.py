@@ -65,8 +65,15 @@ def tokenizer_problems(folder: Path) -> list[str]:
         read_json(folder / _TOKENIZERS[0], problems)
     settings = folder / "tokenizer_config.json"
     told = (read_json(settings, problems) or {}) if settings.is_file() else {}
-    if not problems and not told.get("chat_template") and not any(folder.glob("chat_template.*")):
+    template = told.get("chat_template")
+    in_a_file = (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir()
+    if not problems and not template and not in_a_file:
         problems.append(f"model.path = {str(folder)!r}: must have a chat template. Use an instruction-tuned model.")
+    elif isinstance(template, list) and not in_a_file:
+        names = [str(each.get("name")) for each in template if isinstance(each, dict)]
+        if "default" not in names:
+            rule = f"one of its chat templates must have the name default (they are {_listed(names)})"
+            problems.append(f"model.path = {str(folder)!r}: {rule}. Rename the one for chats in tokenizer_config.json.")
     return problems
 
 

@@ -8,12 +8,17 @@ from jinja2 import TemplateError
 from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.item_pools import Pool
 from megatron_mcpo.data.rows import Item, Message, RowError
+from megatron_mcpo.data.tokenizer import is_failure, time_limit
 from megatron_mcpo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1024
+_RENDER_SECONDS = 120.0
+_ENCODE_SECONDS = 120.0
+_ENCODE_CHARACTERS_PER_SECOND = 10_000.0
+"""How long a batch of prompts may take, at rates that are a hundredth of the usual ones or less."""
 
 
 class PromptMaker:
@@ -32,10 +37,10 @@ class PromptMaker:
         """Yield the prompt of every item that is short enough, in order; count the others in the pool's statistics."""
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            texts = [self._text(pool, item, shots) for item in batch]
+            with time_limit(_RENDER_SECONDS, f"{pool.row_statistics.where}: the chat template"):
+                texts = [self._text(pool, item, shots) for item in batch]
             written = [(item, text) for item, text in zip(batch, texts, strict=True) if text is not None]
-            token_ids = self._encode([text for _, text in written])
-            for (item, _), ids in zip(written, token_ids, strict=True):
+            for item, ids in self._encode(pool, written):
                 if len(ids) <= self._max_tokens:
                     yield self._prompt(pool, item, ids)
                     continue
@@ -51,10 +56,34 @@ class PromptMaker:
             entry=item.entry,
         )
 
-    def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    def _encode(self, pool: Pool, written: Sequence[tuple[Item, str]]) -> list[tuple[Item, Sequence[int]]]:
+        """Return the token ids of every prompt, in order; count those for which the tokenizer fails as bad rows."""
+        items, texts = [item for item, _ in written], [text for _, text in written]
+        seconds = _ENCODE_SECONDS + sum(map(len, texts)) / _ENCODE_CHARACTERS_PER_SECOND
+        with time_limit(seconds, f"{pool.row_statistics.where}: the tokenizer"):
+            together = self._token_ids(texts)
+            if not isinstance(together, BaseException):
+                return list(zip(items, together, strict=True))
+            alone = [(item, self._token_ids([text])) for item, text in written]  # to find the rows
+        encoded = []
+        for item, ids in alone:
+            if isinstance(ids, BaseException):
+                error = RowError("malformed", f"makes the tokenizer fail: {ids}")
+                pool.row_statistics.leave_out(item.position, error)
+            else:
+                encoded.append((item, ids[0]))
+        return encoded
+
+    def _token_ids(self, texts: list[str]) -> list[Sequence[int]] | BaseException:
+        """Return the token ids of texts, or why the tokenizer fails for one of them."""
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        try:
+            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        except BaseException as error:
+            if is_failure(error):
+                return error
+            raise
         return list(encoded["input_ids"])
 
     def _text(self, pool: Pool, item: Item, shots: Sequence[Item]) -> str | None:
@@ -66,6 +95,10 @@ class PromptMaker:
             pool.row_statistics.leave_out(
                 item.position, RowError("malformed", f"is refused by the chat template: {error}")
             )
+            return None
+        except Exception as error:  # whatever an expression in the template does
+            text = f"makes the chat template fail: {type(error).__name__}: {error}"
+            pool.row_statistics.leave_out(item.position, RowError("malformed", text))
             return None
 
     def _messages(self, item: Item, shots: Sequence[Item]) -> list[Message]:

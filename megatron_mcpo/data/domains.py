@@ -58,23 +58,6 @@ class Inspection:
     """One for every source and for every file or split of held-out items, in the configuration's order."""
 
 
-def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of the model's folder. Raises ConfigError when it can't be read or has no chat template."""
-    from transformers import AutoTokenizer
-
-    path = config.model.path
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            [f"model.path = {path!r}: its tokenizer can't be read ({reason}); download it again"]
-        ) from None
-    if not tokenizer.chat_template:
-        raise ConfigError([f"model.path = {path!r}: has no chat template; use an instruction-tuned model"])
-    return tokenizer
-
-
 def load_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> list[Domain]:
     """Return the configuration's domains, in its order. Raises ConfigError with all problems: see `inspect_domains`."""
     inspection = inspect_domains(config, tokenizer, cache_dir=cache_dir)
@@ -100,6 +83,27 @@ def inspect_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cac
         problems += builder.problems
         row_statistics += builder.row_statistics
     return Inspection(domains=domains, problems=problems, row_statistics=row_statistics)
+
+
+def token_problems(domains: Sequence[Domain], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[str]:
+    """Return which tokens of the prompts the model does not have, a line per domain, with a prompt that has them.
+
+    Tokens above the vocabulary come from a tokenizer of another model, or were added to it without the model. With
+    tensor parallelism they would be rows of padding.
+    """
+    problems = []
+    for domain in domains:
+        prompts = [*(prompt for source in domain.sources for prompt in source.train), *domain.held_out]
+        wrong = [prompt for prompt in prompts if max(prompt.token_ids, default=0) >= vocab_size]
+        if wrong:
+            token = max(wrong[0].token_ids)
+            problems.append(
+                f"domain {domain.name!r}: {len(wrong)} of {len(prompts)} prompts have tokens that the model has not, "
+                f"such as {tokenizer.convert_ids_to_tokens(token)!r} (id {token}; first: {wrong[0].source}, question "
+                f"{wrong[0].index}): must be below vocab_size = {vocab_size}. Use the model's own tokenizer and chat "
+                "template, or remove such text from the data."
+            )
+    return problems
 
 
 class _Builder:

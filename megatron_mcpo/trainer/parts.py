@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
-from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
+from megatron_mcpo.data.domains import Domain, load_domains, token_problems
 from megatron_mcpo.data.generators import CACHE
+from megatron_mcpo.data.tokenizer import check_config, load_tokenizer, stop_token_ids
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups, agree
@@ -41,15 +42,20 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What one rank has before it builds a model. notes: what a user should know of the data"""
+    """What one rank has before it builds a model.
+
+    stop_token_ids: the tokens that end a response
+    notes: what a user should know of the data
+    """
 
     groups: Groups
     tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
     domains: list[Domain]
     notes: list[str]
 
 
-def load_inputs(config: Config, layout: Layout) -> Inputs:
+def load_inputs(config: Config, layout: Layout, model: ModelConfig) -> Inputs:
     """Join the process group, check the machine and the model's files, and load the data; rank 0 makes the items.
 
     Raises ConfigError for everything that a user may have to correct, the same on every rank.
@@ -60,7 +66,9 @@ def load_inputs(config: Config, layout: Layout) -> Inputs:
             check_hardware(config.engine.quantization)
     check_files(Path(config.model.path), groups)
     with parallel.together(groups):
+        check_config(Path(config.model.path))
         tokenizer = load_tokenizer(config)
+        stops = stop_token_ids(model, tokenizer)
     domains: list[Domain] | None = None
     for turn in (groups.rank == 0, groups.rank != 0):  # the other ranks find the items in the cache
         with parallel.together(groups):
@@ -68,9 +76,11 @@ def load_inputs(config: Config, layout: Layout) -> Inputs:
                 domains = load_domains(config, tokenizer, cache_dir=CACHE)
     assert domains is not None
     with parallel.together(groups):
+        if problems := token_problems(domains, tokenizer, model.vocab_size):
+            raise ConfigError(problems)
         notes = rules.where_code_runs(config, [domain.verifiers_of_rows for domain in domains])
     notes = [*notes, *(note for domain in domains for note in domain.notes)]
-    return Inputs(groups=groups, tokenizer=tokenizer, domains=domains, notes=notes)
+    return Inputs(groups=groups, tokenizer=tokenizer, stop_token_ids=stops, domains=domains, notes=notes)
 
 
 @contextmanager
@@ -104,7 +114,7 @@ def build_parts(
             groups,
             num_engines=num_engines,
             my_engines=my_engines,
-            stop_token_ids=model.eos_token_ids,
+            stop_token_ids=inputs.stop_token_ids,
         )
         prompts = [domain.held_out[0] for domain in inputs.domains]
         yield Parts(

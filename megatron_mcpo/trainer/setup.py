@@ -29,7 +29,7 @@ from megatron_mcpo.weights.hf_write import read_assets
 
 def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) -> None:
     """Train as the configuration says. Raises ConfigError for errors that only show when files are opened."""
-    inputs = load_inputs(config, layout)
+    inputs = load_inputs(config, layout, model)
     groups = inputs.groups
     with ExitStack() as closing:
         folder = _open_folder(config, groups)
@@ -82,7 +82,7 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
 
     note: called on every rank with what happens. Raises as `run`.
     """
-    inputs = load_inputs(config, layout)
+    inputs = load_inputs(config, layout, model)
     frozen = Reference(config, model, inputs.groups)
     for text in inputs.notes:
         note(text)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mcpo.config.config import ConfigError, load
 from megatron_mcpo.config.environment import vllm_on_cpu
-from megatron_mcpo.data.domains import load_tokenizer
+from megatron_mcpo.data.tokenizer import load_tokenizer
 from tests.support import tiny_run
 from tests.support.paths import ROOT
 

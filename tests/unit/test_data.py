@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import SourceConfig
-from megatron_mcpo.data.domains import Domain, load_domains, load_tokenizer
+from megatron_mcpo.data.domains import Domain, load_domains
 from megatron_mcpo.data.generators import ItemRequest, generate
+from megatron_mcpo.data.tokenizer import load_tokenizer
 from megatron_mcpo.types import Prompt
 from tests.support.data_configs import make_config
 from tests.support.paths import EMBEDDED_MODEL

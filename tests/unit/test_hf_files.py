@@ -98,7 +98,13 @@ def test_an_index_without_a_tensor_is_refused(tmp_path: Path) -> None:
         ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": null}'}, "must have a chat template"),
         ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": "x"}'}, None),
         ({"tokenizer.json": "{}", "chat_template.jinja": "x"}, None),
-        ({"tokenizer.model": "", "chat_template.json": "{}"}, None),
+        ({"tokenizer.model": "", "chat_template.json": "{}"}, "must have a chat template"),  # it is a processor's
+        (
+            {"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": [{"name": "rag"}, {"name": "chat"}]}'},
+            "one of its chat templates must have the name default (they are rag, chat)",
+        ),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": [{"name": "default"}]}'}, None),
+        ({"tokenizer.json": "[" * 10**5}, "must be JSON (maximum recursion depth exceeded"),
     ],
 )
 def test_whether_prompts_can_be_made(tmp_path: Path, files: dict[str, str], problem: str | None) -> None:
