@@ -17,7 +17,7 @@ from megatron_mcpo.config.hf_fields import (
     switch,
     window_problems,
 )
-from megatron_mcpo.config.hf_files import check_weights, read_json
+from megatron_mcpo.config.hf_files import check_weights, read_json, special_problems
 from megatron_mcpo.config.hf_rope import read_rope
 from megatron_mcpo.config.model import Experts, Family, ModelConfig, RopeScaling
 
@@ -34,13 +34,7 @@ def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
     with_weights: whether the folder must have weights; those of a sharded checkpoint are checked when they are loaded
     Raises ConfigError with all problems at once: field, value, rule and fix.
     """
-    if not path.is_dir():
-        fix = "Give one with config.json and safetensors. Ids of a hub are not taken: download the model first"
-        raise ConfigError([f"model.path = {str(path)!r}: must be a folder (no such folder). {fix}."])
-    if not (path / "config.json").is_file():
-        rule = "must hold a model: config.json, a tokenizer and safetensors"
-        fix = "Get one with `hf download Qwen/Qwen3-0.6B --local-dir models/qwen3-0.6b` and name that folder"
-        raise ConfigError([f"model.path = {str(path)!r}: {rule} (it holds {_contents(path)}). {fix}."])
+    _check_folder(path)
     files: list[str] = []
     values = read_json(path / "config.json", files)
     if values is None:
@@ -87,6 +81,19 @@ def from_folder(path: Path, *, with_weights: bool = True) -> ModelConfig:
         experts=experts,
         eos_token_ids=eos_token_ids,
     )
+
+
+def _check_folder(path: Path) -> None:
+    """Check that there is a folder with a config.json. Raises ConfigError."""
+    if not path.is_dir():
+        fix = "Give one with config.json and safetensors. Ids of a hub are not taken: download the model first"
+        raise ConfigError([f"model.path = {str(path)!r}: must be a folder (no such folder). {fix}."])
+    if not (path / "config.json").exists():
+        rule = "must hold a model: config.json, a tokenizer and safetensors"
+        fix = "Get one with `hf download Qwen/Qwen3-0.6B --local-dir models/qwen3-0.6b` and name that folder"
+        raise ConfigError([f"model.path = {str(path)!r}: {rule} (it holds {_contents(path)}). {fix}."])
+    if special := special_problems(path):
+        raise ConfigError(special)
 
 
 def _contents(folder: Path) -> str:

@@ -39,9 +39,6 @@ class Header:
 
 def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """Return the JSON object in a file; if there is none, add a problem and return None."""
-    if problem := _kind_problem(path):
-        problems.append(problem)
-        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,6 +51,17 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{path}: must be a JSON object (it is a {type(values).__name__}). Replace the file.")
         return None
     return values
+
+
+def special_problems(folder: Path) -> list[str]:
+    """Return what a folder holds besides files and folders: whatever opens a pipe waits for ever."""
+    special = sorted(entry.name for entry in folder.iterdir() if is_special(entry) and not entry.is_dir())
+    return [f"{folder / name}: must be a file (it is a pipe or a device). Download it again." for name in special]
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is there, but is no file."""
+    return path.exists() and not path.is_file()
 
 
 def tokenizer_problems(folder: Path) -> list[str]:
@@ -119,8 +127,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
     problems = _ambiguities(folder, files)
     for file in files:
         try:
-            if problem := _kind_problem(file):
-                problems.append(problem)
+            if is_special(file):
+                problems.append(f"{file}: must be a file (it is a folder, a pipe or a device). Download it again.")
             else:
                 found[file] = _headers(file)
         except FileNotFoundError:
@@ -225,13 +233,6 @@ def _ambiguities(folder: Path, files: Sequence[Path]) -> list[str]:
         rule = f"must be a whole model ({_listed(adapters)}: an adapter, which would be left out)"
         problems.append(f"{folder}: {rule}. Merge it with peft's merge_and_unload, or move it to another folder.")
     return problems
-
-
-def _kind_problem(path: Path) -> str | None:
-    """Return why a path is no file; None if it is one, or missing. To open a pipe would wait for ever."""
-    if path.is_file() or not path.exists():
-        return None
-    return f"{path}: must be a file (it is a folder, a pipe or a device). Download it again."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -132,8 +132,8 @@ def engine_problems(model: ModelConfig, *, max_prompt_tokens: int, max_response_
     if max_prompt_tokens + max_response_tokens > model.max_positions:
         problems.append(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {max_prompt_tokens} + {max_response_tokens}: "
-            f"must be at most the model's {model.max_positions} positions (config.json). Lower one of them or choose "
-            "another model."
+            f"must be at most the model's max_position_embeddings = {model.max_positions} (the smallest "
+            "limit in config.json). Lower one of them or choose another model."
         )
     return problems
 

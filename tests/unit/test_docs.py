@@ -33,7 +33,7 @@ from megatron_mcpo import __version__
 from megatron_mcpo.cli.main import COMMANDS, main
 from megatron_mcpo.config.config import Config, load
 from megatron_mcpo.config.domain_schema import DataConfig, VerifierKind
-from megatron_mcpo.config.hf_config import _FAMILIES
+from megatron_mcpo.config.hf_fields import FAMILIES
 from megatron_mcpo.config.reference import keys, tables
 from megatron_mcpo.data.rows import parse_row
 from megatron_mcpo.reporting.metric_table import EVALUATION, SECTIONS
@@ -336,7 +336,7 @@ def test_tables_on_pages_are_complete() -> None:
     assert missing("rewards.md", get_args(VerifierKind)) == []
     assert missing("data.md", get_args(DataConfig.model_fields["mixing"].annotation)) == []
     assert missing("gpu-validation.md", ROWS) == []
-    families = {name.removesuffix("ForCausalLM").replace("Moe", "-MoE") for name in _FAMILIES}
+    families = {name.removesuffix("ForCausalLM").replace("Moe", "-MoE") for name in FAMILIES}
     for page in (ROOT / "README.md", DOCS / "conversion.md", DOCS / "limitations.md", DOCS / "quickstart.md"):
         assert {name for name in families if name not in text_of(page)} == set(), page.name
 

@@ -161,12 +161,17 @@ def test_an_adapter_beside_a_model_is_refused(folder: Path, name: str) -> None:
 
 def fifo(name: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        if name == FIRST:
-            split(folder)
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
 
     return make
+
+
+def shard_in_a_pipe(folder: Path) -> None:
+    (folder / "parts").mkdir()
+    os.mkfifo(folder / "parts" / "2")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "parts/2"}}))
+    (folder / SINGLE).unlink()
 
 
 def deep(name: str) -> Callable[[Path], None]:
@@ -180,8 +185,11 @@ def field(**fields: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (fifo(SINGLE), f"{SINGLE}: must be a file (it is a folder, a pipe or a device)"),
-        (fifo(FIRST), f"{FIRST}: must be a file (it is a folder, a pipe or a device)"),
+        (fifo(SINGLE), f"{SINGLE}: must be a file (it is a pipe or a device)"),
+        (fifo(INDEX), f"{INDEX}: must be a file (it is a pipe or a device)"),
+        (fifo("config.json"), "config.json: must be a file (it is a pipe or a device)"),
+        (fifo("chat_template.jinja"), "chat_template.jinja: must be a file (it is a pipe or a device)"),
+        (shard_in_a_pipe, "parts/2: must be a file (it is a folder, a pipe or a device)"),
         (deep("config.json"), "config.json: must be JSON (maximum recursion depth exceeded"),
         (deep("generation_config.json"), "generation_config.json: must be JSON (maximum recursion depth exceeded"),
         (deep(INDEX), f"{INDEX}: must be JSON (maximum recursion depth exceeded"),
@@ -245,7 +253,7 @@ def test_every_end_of_text_that_a_file_names_ends_a_response(
     folder: Path, generation: Any, config: Any, ends: tuple[int, ...]
 ) -> None:
     set_config(folder, LLAMA | {"eos_token_id": config})
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "top_p": 0.8}))
     assert from_folder(folder).eos_token_ids == ends
 
 
