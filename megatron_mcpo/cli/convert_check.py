@@ -63,6 +63,7 @@ def rows(
         with tempfile.TemporaryDirectory(prefix=".roundtrip-", dir=where) as temporary:
             megatron, back = Path(temporary) / "megatron", Path(temporary) / "hf"
             row: dict[str, Any] = {"layout": name, "tensors": len(source.names), "bits": 0, "logits": None}
+            row["left_out"] = list(source.left_out)
             try:
                 hf_to_megatron(folder, megatron, parse(name), verify_forward=False, say=_nothing)
                 megatron_to_hf(megatron, back, verify_forward=False, say=_nothing)

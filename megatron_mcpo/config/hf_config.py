@@ -186,7 +186,7 @@ def _max_positions(values: dict[str, Any], max_positions: int, scaling: RopeScal
     stated = [key for key in POSITION_LIMITS if values.get(key) is not None]
     limits = [max_positions, *(positive_int(values, key, problems) for key in stated)]
     if scaling is not None and scaling.kind == "yarn" and scaling.original_max_positions is not None:
-        limits.append(max(1, int(scaling.original_max_positions * scaling.factor)))
+        limits.append(max(1, int(min(max_positions, scaling.original_max_positions * scaling.factor))))
     return min(limits)
 
 

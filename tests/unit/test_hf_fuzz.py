@@ -46,6 +46,7 @@ ROPES: list[Any] = [
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.5},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False, "beta_fast": 2},
+    {"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 64},
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "default", "partial_rotary_factor": 0.5},
 ]
