@@ -21,19 +21,17 @@ def read_rope(values: dict[str, Any], family: Family, problems: list[str]) -> tu
 
     A file that states both must state the same: transformers reads rope_scaling alone where it is there.
     """
-
-    def given(key: str) -> bool:
-        return values.get(key) not in (None, {})
-
-    tables = {key: _table(values, key, problems) for key in ("rope_scaling", "rope_parameters") if given(key)}
-    rope, *others = *tables.values(), _table(values, "", problems)
-    if len(tables) > 1 and rope != others[0]:
+    stated = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
+    tables = [_table(key, table, values, problems) for key, table in (stated or {"rope_parameters": {}}).items()]
+    rope = tables[0]
+    if any(table != rope for table in tables):
         problems.append(
             "rope_scaling and rope_parameters: must state the same (programs differ in which one they read). Remove "
             "the wrong one from config.json."
         )
+    known_problems = len(problems)
     theta = positive_float({"rope_theta": _DEFAULT_THETA.get(family, 10000.0)} | rope, "rope_theta", problems)
-    if theta <= 1 and rope.get("rope_theta") is not None:
+    if theta <= 1 and len(problems) == known_problems:
         problems.append(f"rope_theta = {theta}: must be above 1 (it is the base of the wave lengths). {FIX}.")
     kind = rope.get("rope_type", "default")
     known = {"rope_theta", "rope_type", "partial_rotary_factor"}
@@ -59,19 +57,16 @@ def read_rope(values: dict[str, Any], family: Family, problems: list[str]) -> tu
     return theta, scaling
 
 
-def _table(values: dict[str, Any], key: str, problems: list[str]) -> dict[str, Any]:
-    """Return one table with `type` under its newer name and the base in it; add a problem where it contradicts."""
-    table = values.get(key)
-    if not isinstance(table, dict | None):
+def _table(key: str, table: Any, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return a table with `type` under its newer name and the base in it; add a problem where two values differ."""
+    if not isinstance(table, dict):
         problems.append(f"{key} = {short(table)}: must be an object. {FIX}.")
-        table = None
-    rope = {name: value for name, value in (table or {}).items() if name != "type"}
-    outside = {"rope_type": ("type", (table or {}).get("type")), "rope_theta": ("the one outside", None)}
-    if "rope_theta" in values:
-        rope.setdefault("rope_theta", values["rope_theta"])
-        outside["rope_theta"] = ("the one outside", values["rope_theta"])
-    for name, (other, value) in outside.items():
-        if value is not None and rope.setdefault(name, value) != value:
+        table = {}
+    rope = {name: value for name, value in table.items() if name != "type"}
+    others = [("rope_type", "type", table["type"])] if "type" in table else []
+    others += [("rope_theta", "the one outside", values["rope_theta"])] if "rope_theta" in values else []
+    for name, other, value in others:
+        if rope.setdefault(name, value) != value and value is not None:
             problems.append(
                 f"{key}: {name} = {short(rope[name])}: must be the same as {other}, which is {short(value)}. Remove "
                 "the wrong one from config.json."
