@@ -69,6 +69,11 @@ class DataConfig(Section):
         description="whether a run may be resumed although items that it had were removed or changed; items that were "
         "added are always allowed",
     )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {},
+        description="values for variables of the model's chat template, such as { enable_thinking = false } for Qwen3; "
+        "a name that the template does not have is refused",
+    )
 
 
 VerifierKind = Literal[

@@ -1,7 +1,7 @@
 """Turn items into prompts: system message, few-shot examples and instruction around a question, as token ids."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -24,12 +24,26 @@ _ENCODE_CHARACTERS_PER_SECOND = 10_000.0
 class PromptMaker:
     """The maker of one domain's prompts."""
 
-    def __init__(self, domain: DomainConfig, index: int, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int):
-        """index: position of the domain in the configuration; max_tokens: rollout.max_prompt_tokens"""
+    def __init__(
+        self,
+        domain: DomainConfig,
+        index: int,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_tokens: int,
+        template_values: Mapping[str, Any],
+    ):
+        """Keep the parts.
+
+        index: position of the domain in the configuration
+        max_tokens: rollout.max_prompt_tokens
+        template_values: data.chat_template_kwargs
+        """
         self._domain = domain
         self._index = index
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._template_values = template_values
         # One object a token id, whatever the number of prompts: eight bytes a token instead of forty.
         self._ids: dict[int, int] = {}
 
@@ -90,7 +104,10 @@ class PromptMaker:
         """Return the prompt as text; None where the model's chat template refuses such a conversation."""
         messages = self._messages(item, shots)
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._template_values
+            )
+            return str(text)
         except TemplateError as error:
             pool.row_statistics.leave_out(
                 item.position, RowError("malformed", f"is refused by the chat template: {error}")

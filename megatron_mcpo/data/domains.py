@@ -112,7 +112,13 @@ class _Builder:
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", index: int):
         self._config = config
         self._domain = config.domain[index]
-        self._maker = PromptMaker(self._domain, index, tokenizer, max_tokens=config.rollout.max_prompt_tokens)
+        self._maker = PromptMaker(
+            self._domain,
+            index,
+            tokenizer,
+            max_tokens=config.rollout.max_prompt_tokens,
+            template_values=config.data.chat_template_kwargs,
+        )
         self._notes: list[str] = []
         self.problems: list[str] = []
         self.row_statistics: list[RowStatistics] = []

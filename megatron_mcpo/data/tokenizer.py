@@ -3,13 +3,15 @@
 Files of a tokenizer hold programs: a template may fail or loop, and a regular expression may take for ever.
 """
 
+import inspect
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -27,8 +29,8 @@ _REFUSED = 2
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of the model's folder.
 
-    Raises ConfigError when it can't be read, when it has no chat template or several without a default, and when the
-    template fails for a plain question or leaves it out.
+    Raises ConfigError when it can't be read, when it has no chat template or several without a default, when the
+    template fails for a plain question or leaves it out, and when it lacks a name of data.chat_template_kwargs.
     """
     from transformers import AutoTokenizer
 
@@ -43,7 +45,21 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         raise ConfigError([f"model.path = {path!r}: has no chat template; use an instruction-tuned model"])
     if problem := _template_problem(tokenizer):
         raise ConfigError([f"model.path = {path!r}: its chat template {problem}"])
+    if problems := template_problems(tokenizer, config.data.chat_template_kwargs):
+        raise ConfigError(problems)
     return tokenizer
+
+
+def template_problems(tokenizer: "PreTrainedTokenizerBase", values: Mapping[str, Any]) -> list[str]:
+    """Return a line for every name of data.chat_template_kwargs that the tokenizer's chat template does not take."""
+    template = tokenizer.get_chat_template()
+    reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    return [
+        f"data.chat_template_kwargs.{name} = {values[name]!r}: must be a variable of the model's chat template "
+        f"({'is set by the run' if name in reserved else 'it has no such name'}). Correct the name, or remove it"
+        for name in values
+        if name in reserved or not re.search(rf"\b{re.escape(name)}\b", template)
+    ]
 
 
 def check_config(folder: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_mcpo.config.domain_schema import RewardsConfig, VerifierConfig
 from megatron_mcpo.rewards import answers, voting
 from megatron_mcpo.rewards.answers import Entry
 from megatron_mcpo.rewards.sandbox.levels import available_level
+from megatron_mcpo.rewards.thoughts import final_answer
 
 FULL_MARKS = 0.99
 """reasoning-gym's scorers give 0.01 to 0.05 for nonsense, and a share of the marks for any long text that happens to
@@ -35,6 +36,7 @@ class Verifier:
         (length), or the configuration names the function (function)
     keys: keys of VerifierConfig that belong to this kind alone; the `required` ones have no usable default
     judges: says whether the response is correct, not merely how it is written
+    whole_response: gets thoughts and tags too; the other kinds get what thoughts.final_answer leaves
     of_rows: a row may name the kind, because it needs no key that a row does not have
     needs_answer: an item without an answer cannot be scored
     check_item: raises ValueError for an item that this kind cannot score, as far as that is cheap to know
@@ -47,6 +49,7 @@ class Verifier:
     keys: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     judges: bool = True
+    whole_response: bool = False
     of_rows: bool = False
     needs_answer: bool = False
     check_item: Callable[[Entry], object] = _accept
@@ -93,7 +96,11 @@ VERIFIERS: dict[str, Verifier] = {
     ),
     "code": Verifier(function=f"{_HERE}.code:score", of_rows=True, ends_itself=True),
     "format": Verifier(
-        function=f"{_HERE}.answers:response_format", keys=("pattern",), required=("pattern",), judges=False
+        function=f"{_HERE}.answers:response_format",
+        keys=("pattern",),
+        required=("pattern",),
+        judges=False,
+        whole_response=True,
     ),
     "length": Verifier(function=None, keys=("buffer_tokens",), required=("buffer_tokens",), judges=False),
     "judge": Verifier(
@@ -102,7 +109,7 @@ VERIFIERS: dict[str, Verifier] = {
         required=("url", "model", "prompt"),
         ends_itself=True,
     ),
-    "function": Verifier(function=None, keys=("function",), required=("function",)),
+    "function": Verifier(function=None, keys=("function",), required=("function",), whole_response=True),
 }
 
 ROW_VERIFIERS = tuple(name for name, verifier in VERIFIERS.items() if verifier.of_rows)
@@ -120,6 +127,11 @@ class Check:
     judges: bool
     full_marks: bool
     """Whether a score below FULL_MARKS counts as 0."""
+    whole_response: bool
+
+    def seen(self, response: str) -> str:
+        """Return the part of a response that the verifier gets; where it is "" the score is 0, and nothing is run."""
+        return response if self.whole_response else final_answer(response)
 
 
 def check_of(settings: VerifierConfig, rewards: RewardsConfig) -> Check:
@@ -143,6 +155,7 @@ def check_of(settings: VerifierConfig, rewards: RewardsConfig) -> Check:
         weight=settings.weight,
         judges=verifier.judges,
         full_marks=verifier.full_marks,
+        whole_response=verifier.whole_response,
     )
 
 
@@ -153,4 +166,5 @@ def stated_answer(kind: str, response: str) -> str:
     """
     verifier = VERIFIERS.get(kind)
     stated = verifier.stated if verifier else None
-    return stated(response) if stated else voting.folded(response)
+    said = final_answer(response)
+    return stated(said) if stated else voting.folded(said)

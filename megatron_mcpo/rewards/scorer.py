@@ -4,6 +4,7 @@ A rollout's reward is the weighted mean of its verifiers' scores, less the penal
 is `correct` where the weighted mean of the verifiers that JUDGE it (all kinds but format and length; format where
 there is no other) reaches algorithm.pass_threshold. So neither form nor length makes a correct response incorrect for
 the contrastive terms. A response that was cut at its limit or is blank gets 0, is incorrect, and no verifier is asked.
+Nor is one that judges, about a response that consists of thoughts alone.
 """
 
 import math
@@ -21,7 +22,7 @@ from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 _GIB = 2**30
 
 _TaskKey = tuple[Hashable, str, str]
-"""Item, response, name and position of the verifier."""
+"""Item, what the verifier gets of the response, name and position of the verifier."""
 
 
 class TooManyErrors(RuntimeError):
@@ -62,9 +63,10 @@ class Scorer:
     def score(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """Return the groups with `rewards` and `correct` filled, or `error` where any of their verifications failed.
 
-        `Completion.text` must hold the decoded response; verifiers get it without the blanks around it. The same
-        response to the same item is verified once. Groups that already have an error are returned unchanged.
-        verifier_queue.py says how long responses that hang can take. Raises VerifierUnavailable when no worker starts.
+        `Completion.text` must hold the decoded response; verifiers get it without the blanks around it, and those that
+        judge without its thoughts (thoughts.py). The same text for the same item is verified once. Groups that already
+        have an error are returned unchanged. verifier_queue.py says how long responses that hang can take. Raises
+        VerifierUnavailable when no worker starts.
         """
         tasks: dict[_TaskKey, Task] = {}
         refused: dict[int, str] = {}
@@ -76,9 +78,10 @@ class Scorer:
             except ValueError as error:
                 refused[number] = str(error)
                 continue
-            for response in filter(None, map(_response, group.completions)):
-                for place, check in enumerate(checks):
-                    tasks.setdefault(_task_key(group, response, place, check), _task(group, response, place, check))
+            responses = list(filter(None, map(_response, group.completions)))
+            for place, check in enumerate(checks):
+                for seen in filter(None, map(check.seen, responses)):
+                    tasks.setdefault(_task_key(group, seen, place, check), _task(group, seen, place, check))
         verdicts = self._pool.run(list(tasks.values()), max_error_rate=self._rewards.max_error_rate)
         by_key = dict(zip(tasks, verdicts, strict=True))
         return [
@@ -100,7 +103,7 @@ class Scorer:
                 rewards.append(0.0)
                 correct.append(False)
                 continue
-            found = [verdicts[_task_key(group, response, place, check)] for place, check in enumerate(checks)]
+            found = [_verdict(verdicts, group, response, place, check) for place, check in enumerate(checks)]
             failed = next((verdict for verdict in found if verdict.error is not None), None)
             if failed is not None:
                 return replace(group, rewards=(), correct=(), error=failed.error, timed_out=failed.timed_out)
@@ -182,18 +185,26 @@ def _item(group: RolloutGroup) -> Hashable:
     return (group.prompt.domain, group.prompt.source, group.prompt.index)
 
 
-def _task_key(group: RolloutGroup, response: str, place: int, check: Check) -> _TaskKey:
-    return (_item(group), response, f"{place} {check.name}")
+def _verdict(
+    verdicts: Mapping[_TaskKey, Verdict], group: RolloutGroup, response: str, place: int, check: Check
+) -> Verdict:
+    """Return the verdict on a response; 0 where it states nothing, which no verifier was asked about."""
+    seen = check.seen(response)
+    return verdicts[_task_key(group, seen, place, check)] if seen else Verdict(score=0.0)
 
 
-def _task(group: RolloutGroup, response: str, place: int, check: Check) -> Task:
+def _task_key(group: RolloutGroup, seen: str, place: int, check: Check) -> _TaskKey:
+    return (_item(group), seen, f"{place} {check.name}")
+
+
+def _task(group: RolloutGroup, seen: str, place: int, check: Check) -> Task:
     return Task(
         item=_item(group),
         lane=(group.prompt.domain, place, check.name),
         function=check.function,
         options=check.options,
         entry=group.prompt.entry,
-        response=response,
+        response=seen,
     )
 
 

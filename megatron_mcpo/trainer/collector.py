@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_mcpo.distributed.parallel import Groups, gather_objects, together
 from megatron_mcpo.rewards.scorer import Scorer
+from megatron_mcpo.rollout.decoding import ResponseDecoder
 from megatron_mcpo.rollout.engine import NUM_SEEDS, Engine, SamplingRequest
 from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
 
@@ -58,9 +59,10 @@ class Collector:
         """Keep the parts. my_engines: which of the job's `num_engines` are behind `engine` on this rank, by number"""
         self.engine = engine
         self.scorer = scorer
-        self.tokenizer = tokenizer
+        self._decoder = ResponseDecoder(tokenizer)
         self.groups = groups
         self.stop_token_ids = stop_token_ids
+        self.stop_tokens: list[str] = tokenizer.convert_ids_to_tokens(list(stop_token_ids))
         self.num_engines = num_engines
         self.my_engines = my_engines
 
@@ -98,7 +100,7 @@ class Collector:
         ]
         groups = []
         for prompt, completions in zip(prompts, self.engine.generate(requests), strict=True):
-            texts = self.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+            texts = self._decoder.texts(prompt, completions)
             completions = tuple(replace(c, text=text) for c, text in zip(completions, texts, strict=True))
             aborted = any(c.stop_reason is StopReason.ABORT for c in completions)
             groups.append(

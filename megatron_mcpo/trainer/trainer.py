@@ -222,8 +222,7 @@ class Trainer:
         }
         self.run_logger.step(self.step, metrics, learned)
         if metrics["truncated"] == 1 and not self.all_cut:
-            ends = self.collector.tokenizer.convert_ids_to_tokens(list(self.collector.stop_token_ids))
-            self.run_logger.note(truncation_note(self.config, self.step, ends))
+            self.run_logger.note(truncation_note(self.config, self.step, self.collector.stop_tokens))
         self.all_cut = metrics["truncated"] == 1
         self.stop_on_skipped_updates(learned)
 
