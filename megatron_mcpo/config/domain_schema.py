@@ -96,8 +96,10 @@ class VerifierConfig(Section):
     weight: PositiveFloat = Field(
         1.0, description="weight of the score relative to those of the other verifiers; of length: largest penalty"
     )
-    tolerance: NonNegativeFloat = Field(
-        1e-6, description="of numeric: largest |x - y| / max(1, |y|) between response x and answer y"
+    tolerance: NonNegativeFloat | None = Field(
+        None,
+        description="of numeric: largest |x - y| / max(1, |y|) between response x and answer y; unset: whole numbers "
+        "must be equal, others within 1e-6",
     )
     pattern: str | None = Field(None, description="of format: regular expression that the whole response has to match")
     buffer_tokens: PositiveInt | None = Field(

@@ -10,6 +10,7 @@ A response states its answer in its last complete \boxed{...}; each verifier say
 import re
 import unicodedata
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -95,12 +96,20 @@ def correct_letter(entry: Entry) -> str:
     raise ValueError(f"the item's answer, {correct[:40]!r}, is not a letter, and the item has no choices")
 
 
-def numeric(entry: Entry, response: str, *, tolerance: float) -> float:
-    """Return 1.0 where |x - y| / max(1, |y|) <= tolerance: x is the response's number, y the item's.
+DEFAULT_TOLERANCE = 1e-6
+
+_ROUNDING = 1e-4
+"""Largest relative error of a number near 0, unless the tolerance is larger: that of four significant digits."""
+
+
+def numeric(entry: Entry, response: str, *, tolerance: float | None) -> float:
+    """Return 1.0 where the response's number x is the item's number y.
 
     x is the last number of the box, else of what follows the last ####, else of the response; number_parser.py says
     what a number is. Where the last thing is not a number, as in 10^5, the response is incorrect. A percent sign on one
     side only may be meant either way: 50% is 50 and 0.5.
+    tolerance: largest |x - y| / max(1, |y|); besides, |x - y| / |y| must be at most 1e-4, or the tolerance if that is
+        larger, so that small numbers differ. None: whole numbers must be equal, others within DEFAULT_TOLERANCE
     """
     correct = correct_number(entry)
     found = last_number(where_stated(response))
@@ -109,7 +118,15 @@ def numeric(entry: Entry, response: str, *, tolerance: float) -> float:
     readings = [found.value]
     if found.percent != correct.percent:
         readings.append(found.value / 100 if found.percent else found.value * 100)
-    return float(any(abs(x - correct.value) <= tolerance * max(1.0, abs(correct.value)) for x in readings))
+    return float(any(_is_close(x, correct.value, tolerance) for x in readings))
+
+
+def _is_close(x: Fraction, y: Fraction, tolerance: float | None) -> bool:
+    if tolerance is None and (y == 0 or x.denominator == y.denominator == 1):
+        return x == y
+    allowed = Fraction(str(DEFAULT_TOLERANCE if tolerance is None else tolerance))
+    relative = max(allowed, Fraction(str(_ROUNDING)))
+    return abs(x - y) <= allowed * max(1, abs(y)) and (y == 0 or abs(x - y) <= relative * abs(y))
 
 
 def correct_number(entry: Entry) -> Number:

@@ -5,36 +5,88 @@ takes too long incorrect. The worker's deadline takes their place. It never eval
 handed to sympy's parser only if it consists of digits and operators.
 """
 
+import re
 from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, grader, parse, verify
 
+from megatron_mcpo.rewards import math_verify_fixes
 from megatron_mcpo.rewards.answers import correct_answer
 from megatron_mcpo.rewards.boxes import after_hashes, last_boxed
+from megatron_mcpo.rewards.latex import as_latex, is_bare, last_statement, marked, without_emphasis
+
+math_verify_fixes.apply()
+
+_ROUNDING = 0.01
+"""Largest relative error of a decimal that an equation may have."""
+
+_EQUATION = re.compile(r"[0-9 .,+*/()^-]{1,200}(?:=[0-9 .,+*/()^-]{1,200})+\.?$")
 
 _LONGEST_END = 2000
 """Characters at the end of a response without a box that are searched: its patterns take quadratic time."""
 
 
 def score(entry: dict[str, Any], response: str) -> float:
-    r"""Return 1.0 where the last \boxed{...}, or else the last expression near the end, equals the item's answer.
+    r"""Return 1.0 where the last \boxed{...}, else the expression that the response ends in, equals the item's answer.
 
-    What can't be read as an expression, or not be compared, is not equal. An item's answer may be LaTeX, a plain
-    number or GSM8K's "... #### 42". Raises ValueError where it can't be read or is not equal to itself.
+    What can't be read as an expression, or not be compared, is not equal; a box is read whole or not at all. An item's
+    answer may be LaTeX, a plain number or GSM8K's "... #### 42". Decimals equal a number where both agree in 6 decimal
+    places and 4 significant digits; all other numbers are compared exactly. Equations between different numbers, as
+    in 7 = 6, state nothing. Raises ValueError where the item's answer can't be read or is not equal to itself.
     """
     correct = _expressions_of(correct_answer(entry))
+    stated = expressions(response)
+    return float(verify(correct, stated, allow_set_relation_comp=True, timeout_seconds=None))
+
+
+def expressions(response: str) -> list[Any]:
+    """Return what a response states: an expression, if it can be read, and its text; nothing where it has neither."""
     boxed = last_boxed(response)
-    stated = f"\\boxed{{{boxed[1]}}}" if boxed else after_hashes(response)[-_LONGEST_END:]
-    return float(verify(correct, parse(stated, parsing_timeout=None), timeout_seconds=None))
+    found = _read(boxed[1]) if boxed else _found(after_hashes(response)[-_LONGEST_END:])
+    return [] if any(map(_is_contradiction, found)) else found
 
 
 @lru_cache(maxsize=1024)
 def _expressions_of(answer: str) -> list[Any]:
     """Read the item's answer. Raises ValueError where that can't be done."""
     boxed = last_boxed(answer)
-    content = boxed[1] if boxed else after_hashes(answer).strip("$")
-    expressions = parse(f"\\boxed{{{content}}}", parsing_timeout=None)
-    if not verify(expressions, expressions, timeout_seconds=None):
+    found = _read(boxed[1] if boxed else after_hashes(answer).strip("$"))
+    if not verify(found, found, timeout_seconds=None):
         raise ValueError(f"the item's answer, {answer[:100]!r}, can't be read as an expression")
-    return list(expressions)
+    return found
+
+
+def _read(content: str) -> list[Any]:
+    """Read all of a box: math-verify's search for expressions would take 3 of a box that says "not 3"."""
+    return list(parse(f"\\boxed{{{as_latex(content)}}}", [LatexExtractionConfig()], parsing_timeout=None))
+
+
+def _found(end: str) -> list[Any]:
+    """Read the last line where it is a formula, else find the last expression of a text without a box."""
+    statement = last_statement(end)
+    if is_bare(statement):
+        return _read(statement)
+    equation = _EQUATION.search(statement)
+    if equation and any(map(_is_contradiction, _read(equation[0]))):
+        return []
+    return list(parse(marked(without_emphasis(end)), parsing_timeout=None))
+
+
+def _is_contradiction(expression: Any) -> bool:
+    """Tell whether an equation, or a chain of them, has two sides that are different numbers."""
+    if not grader.is_equation(expression):
+        return False
+    equations = [expression] if isinstance(expression, grader.Eq) else expression.args
+    return any(
+        all(side.is_number for side in equation.args) and not _about_equal(*equation.args) for equation in equations
+    )
+
+
+def _about_equal(left: Any, right: Any) -> bool:
+    """Tell whether two numbers are equal, or may be where one of them is rounded: 2/3 = 0.67."""
+    if verify(left, right, timeout_seconds=None):
+        return True
+    if not left.has(grader.Float) and not right.has(grader.Float):
+        return False
+    return bool(abs((left - right).evalf()) <= _ROUNDING * abs(right.evalf()))

@@ -10,17 +10,17 @@ read: 3,14, 1/2/2024, 3:45, 1 234. Its tail must not be taken for it. A dash bet
 and a list's at the start of a line.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
     """A number of a text. percent: a percent sign follows, so that 50% may be meant as 50 and as 0.5."""
 
-    value: float
+    value: Fraction
     percent: bool
 
 
@@ -52,7 +52,8 @@ _TOKEN = re.compile(
     r"|(?P<other>\\[A-Za-z]+|.)",
     re.DOTALL,
 )
-_PLAIN = re.compile(r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?P<part>\.[0-9]*)?(?P<exponent>[eE][-+]?[0-9]+)?")
+_PLAIN = re.compile(r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?P<part>\.[0-9]*)?(?P<exponent>[eE][-+]?[0-9]{1,3})?")
+_MOST_DIGITS = 1000
 _DIGIT = re.compile("[0-9]")
 
 _Token = re.Match[str]
@@ -77,8 +78,8 @@ def _number_at(tokens: Sequence[_Token], place: int) -> Number | None:
     is_mixed = _is_mixed(tokens, place)
     size, sign = _size_of(tokens[place]), _sign(tokens, place - 2 * is_mixed)
     if size is not None and is_mixed:
-        size += float(tokens[place - 2]["digits"])
-    if not sign or size is None or not math.isfinite(size):
+        size += Fraction(tokens[place - 2]["digits"])
+    if not sign or size is None:
         return None
     return Number(value=sign * size, percent=tokens[place]["percent"] is not None)
 
@@ -203,22 +204,23 @@ def _is_mixed(tokens: Sequence[_Token], place: int) -> bool:
     return re.fullmatch("[0-9]{1,300}", tokens[place - 2][0]) is not None
 
 
-def _size_of(token: _Token) -> float | None:
+def _size_of(token: _Token) -> Fraction | None:
     if not token["top"]:
         return _size(token["digits"].rstrip(".,/"))
     size = _fraction(token["top"].replace("−", "-"), token["bottom"])
-    return size + float(token["whole"]) if size is not None and token["whole"] else size
+    return size + Fraction(token["whole"]) if size is not None and token["whole"] else size
 
 
-def _size(digits: str) -> float | None:
+def _size(digits: str) -> Fraction | None:
     if "/" in digits:
         top, _, bottom = digits.partition("/")
         return _fraction(top, bottom)
     plain = _PLAIN.fullmatch(digits)
-    return float(digits.replace(",", "")) if plain and (plain["whole"] or plain["part"]) else None
+    can_be_computed = len(digits) <= _MOST_DIGITS and plain and (plain["whole"] or plain["part"])
+    return Fraction(digits.replace(",", "")) if can_be_computed else None
 
 
-def _fraction(top: str, bottom: str) -> float | None:
+def _fraction(top: str, bottom: str) -> Fraction | None:
     numerator, denominator = (_size(part.removeprefix("-")) if "/" not in part else None for part in (top, bottom))
     if numerator is None or not denominator:
         return None

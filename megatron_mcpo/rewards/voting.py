@@ -4,6 +4,7 @@ Imports neither torch nor a verifier that needs more than the standard library.
 """
 
 import re
+from fractions import Fraction
 
 from megatron_mcpo.rewards.answers import normalized
 from megatron_mcpo.rewards.boxes import after_hashes, last_boxed, where_stated
@@ -29,7 +30,7 @@ def stated_choice(text: str) -> str:
 def stated_number(text: str) -> str:
     """Return the last number of the box, else of the response, with its percent sign; "" where there is none."""
     number = last_number(where_stated(text))
-    return "" if number is None else f"{number.value + 0.0!r}{'%' if number.percent else ''}"
+    return "" if number is None else f"{_plain(number.value)}{'%' if number.percent else ''}"
 
 
 def stated_characters(text: str) -> str:
@@ -52,6 +53,12 @@ def stated_expression(text: str) -> str:
     return value if value and "," not in name else plain  # x = 5 is 5; of x = 1, y = 2 all counts
 
 
+def _plain(value: Fraction) -> str:
+    """Return a number as text, whole and very large numbers exactly."""
+    is_exact = value.denominator == 1 or abs(value) > 2**1000
+    return str(value) if is_exact else repr(float(value))
+
+
 def folded(text: str) -> str:
     """Return a text without case, with single spaces."""
     return " ".join(text.casefold().split())
@@ -66,6 +73,5 @@ def _last_expression(text: str) -> str:
     maths = max(_MATHS.finditer(text), key=re.Match.start, default=None)
     number = last_number(text[maths.end() :] if maths else text)
     if number is not None:
-        whole = number.value.is_integer() and abs(number.value) < 2**53
-        return f"{int(number.value) if whole else number.value}{'%' if number.percent else ''}"
+        return f"{_plain(number.value)}{'%' if number.percent else ''}"
     return next(filter(None, maths.groups())) if maths else folded(text)

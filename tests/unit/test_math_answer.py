@@ -1,0 +1,185 @@
+r"""What kind `math` takes for equal: small and large numbers, chains of equations, boxes that are unreadable, text.
+
+Scored in this process by the function that the workers call. Not covered: what math-verify does beyond this
+(its own tests), and time limits (test_verifiers.py).
+"""
+
+import math_verify
+import pytest
+from math_verify import grader
+
+from megatron_mcpo.rewards import math_verify_fixes
+from megatron_mcpo.rewards.latex import as_latex
+from megatron_mcpo.rewards.math_answer import score
+
+
+def boxed(content: str) -> str:
+    return f"So it is \\boxed{{{content}}}."
+
+
+DIFFERENT = [
+    (r"1.6 \times 10^{-19}", r"9.1 \times 10^{-31}"),
+    (r"1.6 \times 10^{-19}", r"1.6 \times 10^{-20}"),
+    (r"4.2 \cdot 10^{-7}", r"-4.2 \cdot 10^{-7}"),
+    ("0.0000001", "0.0000002"),
+    ("0.0000001", "0"),
+    ("0", "0.0000001"),
+    (r"\frac{1}{52!}", "0"),
+    (r"\frac{1}{52!}", r"\frac{1}{53!}"),
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
+    ("2^{-99}", "3^{-98}"),
+    (r"1-\frac{1}{2^{100}}", r"1-\frac{1}{2^{99}}"),
+    (r"1-\frac{1}{2^{100}}", "1"),
+    (r"\frac{2^{100}+1}{2^{101}}", r"\frac{1}{2}"),
+    (r"\frac{1}{2}+\frac{1}{2^{101}}", r"\frac{1}{2}-\frac{1}{2^{101}}"),
+    (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac{1}{3 \cdot 2^{2006}}"),
+    ("e^{-40}", "e^{-41}"),
+    (r"10^{-20}\pi", "10^{-20}e"),
+    (r"\sqrt{2}-1.414213562", "0"),
+    (r"\frac{1}{100000}", r"\frac{1}{100001}"),
+    ("10^{20}+1", "10^{20}"),
+    ("2^{2005}", "2^{2005}+1"),
+    ("9999999", "9999990"),
+    ("9999999.0", "9999990"),
+    (r"\frac{1}{3}", "0.33"),
+    (r"\pi", "3.14159"),
+    (r"\{2, 1.6 \times 10^{-19}\}", r"\{2, 9.1 \times 10^{-31}\}"),
+    (r"(0, 10^{-20})", r"(0, 10^{-21})"),
+    (r"\begin{pmatrix}1\\10^{-20}\end{pmatrix}", r"\begin{pmatrix}1\\10^{-21}\end{pmatrix}"),
+    (r"x = 1.6 \times 10^{-19}", r"x = 9.1 \times 10^{-31}"),
+    (r"10^{-20} x", r"2 \cdot 10^{-20} x"),
+    (r"x < 10^{-20}", r"x < 10^{-21}"),
+]
+EQUAL = [
+    (r"1.6 \times 10^{-19}", r"16 \times 10^{-20}"),
+    (r"1.6 \times 10^{-19}", "1.6e-19"),
+    ("1.6e-19", "0.00000000000000000016"),
+    (r"\frac{1}{2^{99}}", "2^{-99}"),
+    (r"\frac{1}{3}", "0.333333"),
+    ("0.333333", r"\frac{1}{3}"),
+    (r"\frac{1}{6}", "0.166667"),
+    (r"\frac{1}{12}", "0.083333"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"),
+    (r"10^{-20}\sqrt{8}", r"2 \cdot 10^{-20}\sqrt{2}"),
+    (r"\{2, 1.6 \times 10^{-19}\}", r"\{1.6 \times 10^{-19}, 2\}"),
+    (r"10^{-20} (x + 1)", r"10^{-20} x + 10^{-20}"),
+    ("0.001x + 1000.1", "1000.1 + 0.001x"),
+    ("72.00", "72"),
+    ("72", "72.00"),
+    ("9", r"9\%"),
+]
+
+
+@pytest.mark.parametrize(("answer", "other"), DIFFERENT)
+def test_different_numbers_differ_however_close(answer: str, other: str) -> None:
+    assert score({"answer": answer}, boxed(other)) == 0.0
+    assert score({"answer": other}, boxed(answer)) == 0.0
+    assert score({"answer": answer}, boxed(answer)) == score({"answer": other}, boxed(other)) == 1.0
+
+
+@pytest.mark.parametrize(("answer", "other"), EQUAL)
+def test_equal_numbers_are_equal_however_they_are_written(answer: str, other: str) -> None:
+    assert score({"answer": answer}, boxed(other)) == 1.0
+
+
+def test_the_repair_of_math_verify_is_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    charge, mass = math_verify.parse(r"$1.6 \times 10^{-19}$")[0], math_verify.parse(r"$9.1 \times 10^{-31}$")[0]
+    assert not math_verify.verify(charge, mass)
+    monkeypatch.setattr(grader, "sympy_numeric_eq", math_verify_fixes._numeric_eq)
+    assert math_verify.verify(charge, mass), "remove math_verify_fixes.py"
+
+
+RIGHT = [
+    ("7", boxed("x = 3 + 4 = 7")),
+    ("7", boxed("3 + 4 = 7")),
+    ("0.67", boxed(r"\frac{2}{3} = 0.67")),
+    ("x \\neq 3", boxed(r"x \ne 3")),
+    (r"1, 2, \ldots, n", boxed(r"1, 2, \ldots, n")),
+    ("1.75", boxed("1 3/4")),
+    ("-1.75", "It is -1 3/4."),
+    ("3000", boxed(r"3\,000")),
+    ("1234", boxed("1 234")),
+    ("3.5", boxed("3½")),
+    ("0.75", "It is ¾."),
+    ("3", boxed("３")),
+    (r"\sqrt{2}", boxed("√2")),
+    ("x^2", boxed("x²")),
+    ("x^{-1}", boxed("x⁻¹")),
+    ("x^2", boxed("x**2")),
+    (r"\frac{\pi}{2}", boxed("pi/2")),
+    (r"-2\pi", boxed("-2*pi")),
+    ("e^{16} - 1", boxed("-1 + exp(16)")),
+    (r"\ln 2", boxed("ln(2)")),
+    (r"\infty", boxed("∞")),
+    (r"90^\circ", boxed("90°")),
+    ("5", boxed("≈ 5")),
+    ("5", boxed(r"\approx 5.")),
+    ("5", boxed("**5**")),
+    ("5", boxed("€5")),
+    ("(0,12.5)", boxed("0 < x < 12.5")),
+    (r"(-\infty, 3)", boxed("x<3")),
+    (r"\frac{\pi}{2}", r"\frac{\pi}{2}"),
+    (r"2\sqrt{2}", "<b>\n2\\sqrt{2}"),
+    (r"2\sqrt{2}", r"The answer is 2\sqrt{2}."),
+    ("1.6e-19", "It is 1.6e-19 C"),
+    ("73", "Final answer: *73*"),
+    ("73", "Final Answer: **73**"),
+    ("-1234.5", "-$1,234.50"),
+    ("42", "- 41\n- 42"),
+    ("42", "1. 42"),
+    ("34", "Answer: 17*2"),
+    ("34", "Answer: 34 (since 35-1=34)"),
+    ("34", "Answer: 34\n\nCheck: 34 + 1 = 35"),
+    (r"\{1, 2\}", "1 and 2"),
+]
+WRONG = [
+    *(("6", text) for text in ("7=6", boxed("7=6"), "$7=6$", "so 7 = 6", boxed("5 = 7 = 6"), boxed("x = 7 = 6"))),
+    *(("3", boxed(text)) for text in (r"\neq 3", r"x \neq 3", r"x \not= 3", "x ≠ 3", "3 \\neq 4", "4 != 3", "not 3")),
+    *(("3", boxed(text)) for text in (r"4 \to 3", "4 | 3", "4 ? 3", r"\neg 3", r"4 \lor 3", r"4 \cup 3")),
+    *(("2", boxed(text)) for text in (r"1, 2, \ldots, n", r"1, 2, \ldots", "1 3/4")),
+    (r"1, 2, \ldots, n", boxed(r"1, 3, 5, \ldots, 2n-1")),
+    ("1", boxed("1 3/4")),
+    ("0", boxed(r"3\,000")),
+    ("9", boxed("3 3")),
+    ("7", boxed(r"3 \quad 4")),
+    ("1.6", "It is 1.6e-19"),
+    *(("36", text) for text in ("34 35 36", "$34$ $35$ $36$", "34 = 35 = 36", boxed("34, 35, 36"), "34, 35, 36")),
+    *(("34", f"Answer: 34{rest}") for rest in (" or 35 or 36", ", 35, 36", " and 35", " + 1")),
+]
+
+
+@pytest.mark.parametrize(("answer", "response"), RIGHT)
+def test_right(answer: str, response: str) -> None:
+    assert score({"answer": answer}, response) == 1.0
+
+
+@pytest.mark.parametrize(("answer", "response"), WRONG)
+def test_wrong(answer: str, response: str) -> None:
+    assert score({"answer": answer}, response) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("written", "latex"),
+    [
+        ("12 000 000", "12000000"),
+        ("2e3", r"2 \times 10^{3}"),
+        ("x2e3", "x2e3"),
+        ("3.2.1e5", "3.2.1e5"),
+        (r"\log_2 3", r"\log_2 3"),
+        ("1,234", "1,234"),
+        (r"\pi", r"\pi"),
+        (r"\$5", "5"),
+        ("$$x = 5$$", "x = 5"),
+        (r"\[ 5 \]", "5"),
+        ("2*3*4", "2*3*4"),
+    ],
+)
+def test_plain_text_becomes_latex(written: str, latex: str) -> None:
+    assert as_latex(written) == latex
+
+
+def test_a_long_answer_takes_linear_time() -> None:
+    for text in ("9 " * 50_000, "1 2/" * 50_000, "*" * 100_000, "$" * 100_000, "1e" * 50_000, "$" + " " * 100_000):
+        as_latex(text)
+    as_latex("\\(" * 50_000 + "\\)" * 50_000)
