@@ -46,6 +46,7 @@ COMMANDS = {
     "data prepare": Command("data_prepare", "convert public data sets to rows for training"),
     "submit": Command("submit", "check a configuration for the nodes of a Slurm job, then queue it"),
     "requeue": Command("requeue", "tell a job script whether a run was preempted and wants to be restarted"),
+    "reward try": Command("reward_try", "score responses with a verifier, and show what it takes for the answer"),
     "sandbox check": Command("sandbox_check", "attack the code sandbox and watch the host"),
 }
 _EXAMPLE = "example: mcpo train examples/quickstart/config.toml --run.steps 5"

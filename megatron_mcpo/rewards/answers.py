@@ -126,7 +126,7 @@ def _is_close(x: Fraction, y: Fraction, tolerance: float | None) -> bool:
         return x == y
     allowed = Fraction(str(DEFAULT_TOLERANCE if tolerance is None else tolerance))
     relative = max(allowed, Fraction(str(_ROUNDING)))
-    return abs(x - y) <= allowed * max(1, abs(y)) and (y == 0 or abs(x - y) <= relative * abs(y))
+    return abs(x - y) <= allowed * max(Fraction(1), abs(y)) and (y == 0 or abs(x - y) <= relative * abs(y))
 
 
 def correct_number(entry: Entry) -> Number:

@@ -4,6 +4,8 @@ import re
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
+_WRAPPED = re.compile(r"\\text\{([^{}]*)\}|\*\*([^*]+)\*\*|\$([^$]+)\$|`([^`]+)`")
+
 
 def last_boxed(text: str) -> tuple[int, str] | None:
     r"""Return position and content of the last \boxed{...} whose braces close; escaped braces don't count."""
@@ -29,6 +31,15 @@ def where_stated(text: str) -> str:
     """Return the content of the last box, else what follows the last ####, else the whole text."""
     boxed = last_boxed(text)
     return boxed[1] if boxed else after_hashes(text)
+
+
+def bare_forms(text: str) -> list[str]:
+    """Return the last box, else the whole text, then the same without markup around it and without a full stop."""
+    boxed = last_boxed(text)
+    forms = [boxed[1].strip() if boxed else text]
+    while wrapped := _WRAPPED.fullmatch(forms[-1].removesuffix(".")):
+        forms.append(wrapped[wrapped.lastindex or 0].strip())
+    return [*forms, forms[-1].removesuffix(".")]
 
 
 def braces_close(text: str) -> bool:

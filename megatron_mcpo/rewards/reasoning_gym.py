@@ -3,16 +3,13 @@ r"""Score a response with the reasoning-gym scorer of its item. Imported by work
 The scorers compare the text of an answer; most give full marks to the bare answer alone.
 """
 
-import re
 from functools import cache
 from typing import Any
 
 import reasoning_gym
 
 from megatron_mcpo.rewards.allowlist import ALLOWED
-from megatron_mcpo.rewards.boxes import last_boxed
-
-_WRAPPED = re.compile(r"\\text\{([^{}]*)\}|\*\*([^*]+)\*\*|\$([^$]+)\$|`([^`]+)`")
+from megatron_mcpo.rewards.boxes import bare_forms
 
 
 def score(entry: dict[str, Any], response: str) -> float:
@@ -25,18 +22,7 @@ def score(entry: dict[str, Any], response: str) -> float:
     if generator not in ALLOWED:
         raise ValueError(f"generator {generator!r} is not allowed (megatron_mcpo.rewards.allowlist)")
     scorer = _scorer(generator)
-    return max(scorer(form, entry) for form in _forms(response))
-
-
-def _forms(response: str) -> list[str]:
-    """Return what a response may state, from the whole to the barest."""
-    boxed = last_boxed(response)
-    forms = [boxed[1].strip() if boxed else response]
-    while wrapped := _WRAPPED.fullmatch(forms[-1].removesuffix(".")):
-        forms.append(wrapped[wrapped.lastindex or 0].strip())
-    if forms[-1].endswith("."):
-        forms.append(forms[-1].removesuffix("."))
-    return forms
+    return max(scorer(form, entry) for form in bare_forms(response))
 
 
 @cache

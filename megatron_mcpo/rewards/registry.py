@@ -133,6 +133,10 @@ class Check:
         """Return the part of a response that the verifier gets; where it is "" the score is 0, and nothing is run."""
         return response if self.whole_response else final_answer(response)
 
+    def marks(self, score: float) -> float:
+        """Return what a verifier's score counts."""
+        return float(score >= FULL_MARKS) if self.full_marks else score
+
 
 def check_of(settings: VerifierConfig, rewards: RewardsConfig) -> Check:
     """Return what a worker runs for a verifier; not for kind length, which needs no worker.

@@ -15,7 +15,7 @@ from typing import Any, Self
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DomainConfig, RewardsConfig, VerifierConfig
 from megatron_mcpo.rewards.pool import Task, WorkerPool
-from megatron_mcpo.rewards.registry import FULL_MARKS, ROW_VERIFIERS, VERIFIERS, Check, check_of
+from megatron_mcpo.rewards.registry import ROW_VERIFIERS, VERIFIERS, Check, check_of
 from megatron_mcpo.rewards.verifier_queue import Verdict
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
@@ -215,7 +215,7 @@ def _response(completion: Completion) -> str:
 
 def _marks(score: float | None, check: Check) -> float:
     assert score is not None, "a verdict without an error has a score"
-    return float(score >= FULL_MARKS) if check.full_marks else score
+    return check.marks(score)
 
 
 def _judgement(scores: Sequence[float], checks: Sequence[Check]) -> float:

@@ -72,6 +72,7 @@ REQUIRED = {
     "convert check": "HF_DIR is missing",
     "report": "RUN is missing",
     "compare": "RUN is missing",
+    "reward try": "give --response, or --pairs",
     "data prepare": "give a SET, its files and --out, or --list",
 }
 """What a subcommand without arguments says."""
