@@ -1,9 +1,9 @@
 """Count the rows of the data that cannot be used, and say why: all are read and tokenized, as at the start of a run.
 
 This needs no GPU and no weights: of the model's folder it reads config.json and the tokenizer. The table has a line per
-source: its rows, the bad ones, and how many are bad for which reason (megatron_mcpo/data/rows.py), with the first of
-each. Exit code 1: a run would be refused, for too many bad rows, too few good ones, or tokens that the model has not;
-2: the configuration is bad or data can't be read.
+source: its rows, those that repeat a question (they are left out), the bad ones, and how many are bad for which reason
+(megatron_mcpo/data/rows.py), with the first of each. Exit code 1: a run would be refused, for too many bad rows, too few
+good ones, or tokens that the model has not; 2: the configuration is bad or data can't be read.
 """
 
 import json
@@ -60,13 +60,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _print_table(counted: Sequence[RowStatistics]) -> None:
     table = Table()
-    for name in ("domain", "source", "rows", "bad", "reasons, with the first row of each"):
-        table.add_column(name, justify="right" if name in ("rows", "bad") else "left", overflow="fold")
+    for name in ("domain", "source", "rows", "repeated", "bad", "reasons, with the first row of each"):
+        table.add_column(name, justify="right" if name in ("rows", "repeated", "bad") else "left", overflow="fold")
     for row_statistics in counted:
         reasons = "\n".join(
             f"{count} {reason}: {row_statistics.first[reason]}" for reason, count in row_statistics.reasons.items()
         )
-        table.add_row(
-            row_statistics.domain, row_statistics.source, f"{row_statistics.rows:,}", f"{row_statistics.bad:,}", reasons
-        )
+        counts = [f"{n:,}" for n in (row_statistics.rows, row_statistics.repeated, row_statistics.bad)]
+        table.add_row(row_statistics.domain, row_statistics.source, *counts, reasons)
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False).print(table)

@@ -155,8 +155,12 @@ def main(arguments: Sequence[str]) -> int:
         hub = SETS[known.set].hub
         print(f"{known.out}: not written, since no row can be used. Give files of {hub}", file=sys.stderr)
         return options.REFUSED
-    known.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(known.out, ("\n".join(lines) + "\n").encode())
+    try:
+        known.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known.out, ("\n".join(lines) + "\n").encode())
+    except OSError as error:
+        print(f"--out {known.out}: can't be written ({error.strerror or error}). Give another", file=sys.stderr)
+        return options.REFUSED
     return 0
 
 
@@ -176,7 +180,7 @@ def _rows(file: Path) -> Iterator[Row]:
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
             yield from batch.to_pylist()
         return
     with file.open(encoding="utf-8") as lines:

@@ -49,6 +49,10 @@ COMMANDS = {
     "reward try": Command("reward_try", "score responses with a verifier, and show what it takes for the answer"),
     "sandbox check": Command("sandbox_check", "attack the code sandbox and watch the host"),
 }
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_WITH_RANKS = ("train", "evaluate", "convert to-megatron", "convert to-hf", "convert check")
+"""Subcommands whose process may be one of several that torchrun started."""
+
 _EXAMPLE = "example: mcpo train examples/quickstart/config.toml --run.steps 5"
 
 
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for num_words in (1, 2):
         name = " ".join(given[:num_words])
         if len(given) >= num_words and name in COMMANDS:
-            return _run(COMMANDS[name], given[num_words:])
+            return _run(name, given[num_words:])
     group = {name: command for name, command in COMMANDS.items() if given and name.startswith(f"{given[0]} ")}
     if group and given[1:2] in (["-h"], ["--help"]):
         print(_overview(group))
@@ -76,10 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return REFUSED
 
 
-def _run(command: Command, arguments: Sequence[str]) -> int:
+def _run(name: str, arguments: Sequence[str]) -> int:
     """Run a subcommand. That the reader of its output closes it, as `head` does, is not an error."""
+    if name in _WITH_RANKS and (problem := _rank_problem()):
+        print(problem, file=sys.stderr)
+        return REFUSED
     try:
-        code = _function(command)(arguments)
+        code = _function(COMMANDS[name])(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _output_is_closed():
@@ -87,6 +94,29 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def _rank_problem() -> str | None:
+    """Return a line where the variables by which torchrun numbers its processes are not all set, or not by it.
+
+    With one of them left over in a shell, a process would take itself for a rank: it would wait for others, or print
+    nothing.
+    """
+    given = {name: os.environ[name] for name in _RANK_VARIABLES if os.environ.get(name)}
+    if not given:
+        return None
+    missing = [name for name in _RANK_VARIABLES if name not in given]
+    rank, size, local_rank = (given.get(name, "") for name in _RANK_VARIABLES)
+    reason = f"{', '.join(missing)} not set"
+    if not missing:
+        are_numbers = all(value.isascii() and value.isdecimal() for value in (rank, size, local_rank))
+        if are_numbers and max(int(rank), int(local_rank)) < int(size):
+            return None
+        reason = "must be numbers from 0 to WORLD_SIZE - 1"
+    shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
+    return (
+        f"{shown}: torchrun sets {', '.join(_RANK_VARIABLES)} together ({reason}). Unset them, or start with torchrun"
+    )
 
 
 def _output_is_closed() -> bool:

@@ -61,8 +61,8 @@ class DataConfig(Section):
     )
     max_bad_rows: Fraction = Field(
         0.01,
-        description="fraction of a source's rows that may be malformed, too long, duplicates or without an answer "
-        "before the run is refused",
+        description="fraction of a source's rows that may be malformed, too long or without an answer before the "
+        "run is refused; rows that repeat a question are left out and do not count",
     )
     allow_changed: bool = Field(
         False,

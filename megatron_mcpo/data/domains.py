@@ -38,7 +38,7 @@ class Domain:
     sources: tuple[Source, ...]
     held_out: tuple[Prompt, ...]
     notes: tuple[str, ...]
-    """What a user should know: rows that are skipped, sources with fewer questions than requested."""
+    """What a user should know: rows that are skipped or repeated, sources with fewer questions than requested."""
 
     @property
     def verifiers_of_rows(self) -> set[str]:
@@ -179,8 +179,7 @@ class _Builder:
         self.row_statistics.append(row_statistics)
         if problem := row_statistics.problem(self._config.data.max_bad_rows):
             self.problems.append(problem)
-        elif note := row_statistics.note():
-            self._notes.append(note)
+        self._notes += row_statistics.notes()
 
     def _tell_sizes(self, pools: SourcePools, share: int, *, num_shots: int, num_usable: int, num_held: int) -> None:
         where, items = pools.train.row_statistics.where, self._most_items(pools.train)

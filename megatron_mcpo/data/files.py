@@ -12,7 +12,12 @@ from megatron_mcpo.data import rows, verl
 from megatron_mcpo.data.rows import RowError
 
 MAX_ROW_BYTES = 16 << 20
-"""A longer line of JSON is skipped, not held in memory."""
+"""A longer row is skipped, not held in memory."""
+
+_TOO_LONG = f"is longer than {MAX_ROW_BYTES} bytes"
+
+_BATCH = 64
+"""Rows of Parquet that are decoded together: compressed, a row may be a thousandth of its size."""
 
 RawRow = Mapping[str, Any] | RowError
 
@@ -88,9 +93,9 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 def _parse(line: bytes | None) -> RawRow:
     if line is None:
-        return RowError("malformed", f"is longer than {MAX_ROW_BYTES} bytes")
+        return RowError("malformed", _TOO_LONG)
     try:
-        row = json.loads(line.decode(), parse_constant=_no_number)
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return RowError("malformed", f"is not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
@@ -98,10 +103,6 @@ def _parse(line: bytes | None) -> RawRow:
     except (ValueError, RecursionError) as error:
         return RowError("malformed", f"is not JSON: {error}")
     return row if isinstance(row, dict) else RowError("malformed", f"is a {type(row).__name__}, must be an object")
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
@@ -112,10 +113,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
-            batches = file.iter_batches(batch_size=1024, columns=columns)
-            yield from enumerate(row for batch in batches for row in batch.to_pylist())
-    except (OSError, pyarrow.ArrowException, ValueError) as error:
+            batches = file.iter_batches(batch_size=_BATCH, columns=columns)
+            yield from enumerate(row for batch in batches for row in _plain_rows(batch))
+    except (OSError, pyarrow.ArrowException, ValueError, RecursionError) as error:
         _refuse(path, error)
+    except MemoryError:
+        _refuse(path, MemoryError("its rows need more memory than there is"))
+
+
+def _plain_rows(batch: Any) -> Iterator[RawRow]:
+    """Yield the rows of a batch of Arrow's, one at a time where they are large."""
+    if batch.nbytes <= MAX_ROW_BYTES:
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        yield row.to_pylist()[0] if row.nbytes <= MAX_ROW_BYTES else RowError("malformed", _TOO_LONG)
 
 
 def _dataset_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, RawRow]]:

@@ -49,12 +49,13 @@ def generate(requests: Sequence[ItemRequest], *, cache_dir: Path) -> list[list[d
     """Return for each request up to `size` items (question, answer, metadata) with unique questions.
 
     There are fewer where the generator runs out. What `cache_dir` lacks is made in ONE subprocess and added; several
-    ranks may do so at once. Raises ConfigError with a line for every source that failed.
+    ranks may do so at once. Raises ConfigError with a line for every source that failed, or where `cache_dir` can't be
+    written.
     """
     paths = [cache_dir / _file_name(request) for request in requests]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     if missing:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        _check_writable(cache_dir)
         replies = _run_generators([requests[i].message for i in missing])
         failures = [_explain(requests[i], reply) for i, reply in zip(missing, replies, strict=True) if "error" in reply]
         if failures:
@@ -62,6 +63,21 @@ def generate(requests: Sequence[ItemRequest], *, cache_dir: Path) -> list[list[d
         for i, reply in zip(missing, replies, strict=True):
             _write(paths[i], reply["items"])
     return [_read(path) for path in paths]
+
+
+def _check_writable(folder: Path) -> None:
+    """Create the cache. Raises ConfigError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"domain.sources: generators need the folder {str(folder.absolute())!r}, which can't be written "
+                f"({error.strerror or error}). Start in a folder that you may write to"
+            ]
+        ) from None
 
 
 def _file_name(request: ItemRequest) -> str:

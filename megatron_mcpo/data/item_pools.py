@@ -95,7 +95,7 @@ def _pools(
 
 def _row_pool(config: Config, domain: DomainConfig, index: int, origin: Origin, *, name: str) -> Pool:
     row_statistics = RowStatistics(domain=domain.name, source=name, place=origin.place)
-    items = list(_distinct(_items(config, domain, origin, row_statistics), origin, row_statistics))
+    items = list(_distinct(_items(config, domain, origin, row_statistics), row_statistics))
     random.Random(_item_seed(domain.name, index)).shuffle(items)
     return Pool(name=name, items=items, row_statistics=row_statistics, origin=origin)
 
@@ -128,15 +128,16 @@ def _check_domain(named: object, domain: str) -> None:
         raise RowError("malformed", f"domain = {named!r:.60}: the configuration has no such [[domain]]")
 
 
-def _distinct(items: Iterator[Item], origin: Origin, row_statistics: RowStatistics) -> Iterator[Item]:
-    first: dict[bytes, int] = {}
+def _distinct(items: Iterator[Item], row_statistics: RowStatistics) -> Iterator[Item]:
+    """Yield the first item of every question, and count the others."""
+    first: dict[bytes, str | None] = {}
     for item in items:
-        earlier = first.setdefault(item.key, item.position)
-        if earlier == item.position:
-            yield item
-        else:
-            error = RowError("duplicate", f"has the question of {origin.place(earlier)}")
-            row_statistics.leave_out(item.position, error)
+        key = item.key
+        if key in first:
+            row_statistics.repeat(same_answer=first[key] == item.answer)
+            continue
+        first[key] = item.answer
+        yield item
 
 
 def _generate(config: Config, cache_dir: Path) -> list[list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Count the rows of a source that can't be used, by reason."""
+"""Count the rows of a source that can't be used, by reason, and those that repeat a question."""
 
 import math
 from collections import Counter
@@ -19,6 +19,10 @@ class RowStatistics:
     """Return how a person finds the row at a position."""
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0
+    """Rows with the question of an earlier row; they are left out, which is no fault."""
+    contradicting: int = 0
+    """Those of `repeated` that have another answer than the first row."""
     _first: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def leave_out(self, position: int, error: RowError) -> None:
@@ -26,6 +30,11 @@ class RowStatistics:
         self.reasons[error.reason] += 1
         found = (position, f"{self.place(position)} {error}")
         self._first[error.reason] = min(found, self._first.get(error.reason, found))
+
+    def repeat(self, *, same_answer: bool) -> None:
+        """Count a row whose question an earlier row has."""
+        self.repeated += 1
+        self.contradicting += not same_answer
 
     @property
     def first(self) -> dict[str, str]:
@@ -54,11 +63,20 @@ class RowStatistics:
             f"{allowed}: {self._listed()}. Correct the rows, or raise data.max_bad_rows"
         )
 
-    def note(self) -> str | None:
-        """Return a line on the bad rows; None where there are none."""
-        if self.bad == 0:
-            return None
-        return f"{self.where}: {self.bad} of {self.rows} rows are skipped: {self._listed()}"
+    def notes(self) -> list[str]:
+        """Return a line on the bad rows and one on the repeated ones, where there are any."""
+        notes = []
+        if self.bad:
+            notes.append(f"{self.where}: {self.bad} of {self.rows} rows are skipped: {self._listed()}")
+        if self.repeated:
+            others = (
+                f", {self.contradicting} with another answer, of which the first counts" if self.contradicting else ""
+            )
+            notes.append(
+                f"{self.where}: {self.repeated} of {self.rows} rows repeat the question of an earlier row and are left "
+                f"out{others}"
+            )
+        return notes
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of `mcpo data check --json`."""
@@ -66,6 +84,8 @@ class RowStatistics:
             "domain": self.domain,
             "source": self.source,
             "rows": self.rows,
+            "repeated": self.repeated,
+            "contradicting": self.contradicting,
             "bad": self.bad,
             "reasons": dict(sorted(self.reasons.items())),
             "first": self.first,

@@ -3,7 +3,7 @@
 A row of our schema has these columns; other columns and null values are ignored:
   question   text of the question; or instead of it
   prompt     text, or chat messages [{"role": "user", "content": "..."}, ...]: system, user and assistant, the last
-             from the user
+             from the user; messages may be JSON text, and a content a list of parts of type text
   answer     text or number. Needed by all verifiers but code, format, length, judge and function
   verifier   math, choice, exact, text, numeric, code or reasoning_gym (metadata.source_dataset then names the
              generator); left out where the domain has [[domain.verifiers]]
@@ -12,7 +12,7 @@ A row of our schema has these columns; other columns and null values are ignored
   tests      for code: [{"input": "3\n", "output": "9\n"}] (standard input and output), or
              [{"assert": "assert f(3) == 9"}]
   function   for code: name of the function that the tests call; a method of that name of a class Solution is called too
-  metadata   an object that the verifier gets unchanged
+  metadata   an object that the verifier gets as plain JSON (data/plain_json.py); nothing in it makes a row bad
   domain     name of the domain that the row is for: one file may serve several domains
 """
 
@@ -24,16 +24,18 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from megatron_mcpo.data.plain_json import parsed, plain_object
 from megatron_mcpo.rewards.allowlist import ALLOWED
 from megatron_mcpo.rewards.code_tests import parse_tests
 from megatron_mcpo.rewards.registry import ROW_VERIFIERS, VERIFIERS
 
-Reason = Literal[
-    "malformed", "no question", "no answer", "bad answer", "no verifier", "bad tests", "too long", "duplicate"
-]
+Reason = Literal["malformed", "no question", "no answer", "bad answer", "no verifier", "bad tests", "too long"]
 """The reasons why a row can't be used."""
 
 COLUMNS = ("question", "prompt", "answer", "verifier", "choices", "tests", "function", "metadata", "domain")
+
+MAX_QUESTION = 1 << 20
+"""Characters of a question; longer ones are not kept in memory until they turn out to have too many tokens."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -96,7 +98,7 @@ def parse_row(row: Mapping[str, Any], position: int, verifiers: Collection[str])
     if not applied:
         raise RowError("no verifier", "names no verifier, and the domain has no [[domain.verifiers]]")
     entry: dict[str, Any] = {"question": messages[-1]["content"], "answer": _answer(row)}
-    entry["metadata"] = _metadata(row)
+    entry["metadata"] = {} if row.get("metadata") is None else plain_object(row["metadata"], "value")
     if verifier:
         entry["verifier"] = verifier
     if choices is not None:
@@ -114,9 +116,12 @@ def _messages(row: Mapping[str, Any], choices: Sequence[str]) -> list[Message]:
     question, prompt = row.get("question"), row.get("prompt")
     if question is not None and prompt is not None:
         raise RowError("malformed", "has a question and a prompt; remove one of them")
-    text = prompt if question is None else question
+    text = (parsed(prompt) if isinstance(prompt, str) else prompt) if question is None else question
     if text is None:
         raise RowError("no question", "has neither question nor prompt")
+    is_chat = isinstance(text, list) and text and all(isinstance(message, Mapping) for message in text)
+    if isinstance(prompt, str) and not is_chat:
+        text = prompt  # text that may be JSON, but not messages
     if isinstance(text, str) and not text.strip():
         raise RowError("no question", "its question is blank")
     if isinstance(text, str):
@@ -148,17 +153,28 @@ def _chat(messages: Sequence[Any]) -> list[Message]:
         raise RowError("no question", "its prompt has no messages")
     chat = []
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        content = _content(message)
+        if content is None:
             raise RowError("malformed", f"prompt[{number}] has no role and text content")
         role = message.get("role")
         if role not in ROLES or (role == "system" and number):
             raise RowError("malformed", f"prompt[{number}].role = {role!r}: must be user or assistant, or first system")
-        chat.append({"role": role, "content": message["content"]})
+        chat.append({"role": role, "content": content})
     if chat[-1]["role"] != "user":
         raise RowError("malformed", f"its last message is of role {chat[-1]['role']!r}, must be user")
     if not chat[-1]["content"].strip():
         raise RowError("no question", "its last message is blank")
     return chat
+
+
+def _content(message: Any) -> str | None:
+    """Return the text of a message, which may be in parts; None where it is not a message, or has other parts."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, list) and content:
+        texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        has_others = len(texts) < len(content) or any(part.get("type") != "text" for part in content)
+        return None if has_others else "".join(texts)
+    return content if isinstance(content, str) else None
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
@@ -181,18 +197,6 @@ def _verifier(row: Mapping[str, Any]) -> str | None:
     if verifier not in ROW_VERIFIERS:
         raise RowError("no verifier", f"verifier = {verifier!r}: must be one of {', '.join(ROW_VERIFIERS)}")
     return str(verifier)
-
-
-def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    metadata = row.get("metadata")
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, Mapping):
-        raise RowError("malformed", f"its metadata is of type {type(metadata).__name__}, must be an object")
-    try:
-        return dict(json.loads(json.dumps(metadata, allow_nan=False)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowError("malformed", f"its metadata can't be written as JSON: {error}") from None
 
 
 def _texts(values: Any, name: str) -> list[str]:
@@ -253,10 +257,12 @@ def _check_tests(entry: Mapping[str, Any]) -> None:
 
 def _check_text(entry: Mapping[str, Any], messages: Sequence[Message]) -> None:
     """Raise RowError for text that a tokenizer or a worker can't take."""
-    for text in [*(m["content"] for m in messages), entry["answer"] or ""]:
-        if "\0" in text:
-            raise RowError("malformed", "has a NUL character")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RowError("malformed", "contains invalid Unicode (an unpaired surrogate)") from None
+    contents = [m["content"] for m in messages]
+    if any("\0" in text for text in [*contents, entry["answer"] or ""]):
+        raise RowError("malformed", "has a NUL character")
+    if sum(map(len, contents)) > MAX_QUESTION:
+        raise RowError("too long", f"has a question of more than {MAX_QUESTION:,} characters")
+    try:
+        json.dumps([contents, {**entry, "metadata": None}], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RowError("malformed", "contains invalid Unicode (an unpaired surrogate)") from None

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_mcpo.data.plain_json import parsed, plain_object
 from megatron_mcpo.data.rows import RowError
 
 COLUMNS = ("data_source", "prompt", "reward_model", "extra_info")
@@ -18,7 +19,8 @@ _DATA_SETS: dict[str, tuple[str, ...]] = {
         "gsm8k", "math", "math_lighteval", "math_500", "math500", "math_dapo", "math_dapo_reasoning", "dapo_math_17k",
         "numina_aops_forum", "numina_synthetic_math", "numina_amc_aime", "numina_synthetic_amc", "numina_cn_k12",
         "numina_olympiads", "deepscaler", "svamp", "asdiv", "aime_2024", "aime_2025", "aime24", "aime25", "amc23",
-        "minerva_math", "olympiadbench",
+        "minerva_math", "olympiadbench", "aime", "amc", "minerva", "olympiad_bench", "deepmath_103k",
+        "deepscaler_preview_dataset", "openr1_math_220k", "numinamath_cot", "orz_math", "big_math",
     ),
     "choice": (
         "commonsense_qa", "commonsenseqa", "arc", "ai2_arc", "arc_easy", "arc_challenge", "openbookqa", "sciq", "mmlu",
@@ -41,16 +43,15 @@ def from_verl(row: Mapping[str, Any], verifiers: Collection[str]) -> dict[str, A
     verifiers: the domain's.
     """
     model, data_source, extra = row.get("reward_model"), row.get("data_source"), row.get("extra_info")
+    model = parsed(model) if isinstance(model, str) else model
     if not isinstance(model, Mapping):
         raise RowError("malformed", "reward_model must be an object with ground_truth")
-    if extra is not None and not isinstance(extra, Mapping):
-        raise RowError("malformed", f"extra_info is of type {type(extra).__name__}, must be an object")
     truth, verifier = model.get("ground_truth"), _verifier(data_source)
     ours: dict[str, Any] = {"prompt": row.get("prompt"), "verifier": verifier}
-    ours["metadata"] = {**(extra or {}), "data_source": data_source}
+    ours["metadata"] = {**({} if extra is None else plain_object(extra, "extra_info")), "data_source": data_source}
     if verifier == "code" or "code" in verifiers:
         return ours | _unit_tests(truth)
-    return ours | {"answer": truth}
+    return ours | {"answer": truth[0] if isinstance(truth, list) and len(truth) == 1 else truth}
 
 
 def _verifier(data_source: Any) -> str | None:

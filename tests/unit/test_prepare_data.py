@@ -86,6 +86,13 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.Capture
     assert f"{missing}: can't be read" in capsys.readouterr().err
 
 
+def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "so #### 2"}))
+    out = tmp_path / "rows.jsonl" / "out.jsonl"
+    assert data_prepare.main(["gsm8k", str(tmp_path / "rows.jsonl"), "--out", str(out)]) == 2
+    assert f"--out {out}: can't be written (" in capsys.readouterr().err
+
+
 def test_a_broken_line_is_told_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(ROWS["gsm8k"][0]) + "\n\n{\n")

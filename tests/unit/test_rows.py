@@ -24,7 +24,7 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.data import verl
 from megatron_mcpo.data.domains import Domain, inspect_domains, load_domains
 from megatron_mcpo.data.item_pools import read_pools
-from megatron_mcpo.data.rows import COLUMNS, RowError, parse_row
+from megatron_mcpo.data.rows import COLUMNS, MAX_QUESTION, RowError, parse_row
 from megatron_mcpo.data.verl import from_verl
 from tests.support.data_configs import make_config
 from tests.support.paths import DATA, EMBEDDED_MODEL
@@ -127,7 +127,7 @@ BAD: list[tuple[Any, str, str]] = [
     (b'{"question": "trailing", }', "malformed", "not JSON"),
     (b'{"question": "\xff"}', "malformed", "not UTF-8"),
     (b"[1, 2]", "malformed", "is a list"),
-    (b'{"question": "q", "answer": NaN, "verifier": "math"}', "malformed", "NaN is not a number"),
+    (b'{"question": "q", "answer": NaN, "verifier": "math"}', "bad answer", "its answer is nan"),
     (b"[" * 100_000, "malformed", "not JSON"),
     (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "malformed", "not JSON"),
     ({**GOOD, "question": "a\0b"}, "malformed", "NUL"),
@@ -137,7 +137,10 @@ BAD: list[tuple[Any, str, str]] = [
     ({"prompt": CHAT, "answer": "2", "verifier": "math"}, "malformed", "must be user"),
     ({"prompt": [{"role": "tool", "content": "x"}], "answer": "2", "verifier": "math"}, "malformed", "'tool'"),
     ({"prompt": [{"role": "user", "content": ["x"]}], "answer": "2", "verifier": "math"}, "malformed", "text content"),
-    ({**GOOD, "metadata": "x"}, "malformed", "metadata"),
+    ({**GOOD, "metadata": None, "function": "\ud800"}, "bad tests", "must be the name of a function"),
+    ({**GOOD, "choices": ["\ud800"]}, "malformed", "unpaired surrogate"),
+    ({**GOOD, "prompt": '[{"role": "user", "content": "x"}]', "question": "y"}, "malformed", "remove one of them"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"}, "malformed", "text content"),
     ({**GOOD, "answer": ["2"]}, "malformed", "type list"),
     ({**GOOD, "answer": True}, "malformed", "type bool"),
     ({**GOOD, "domain": "somms"}, "malformed", "has no such [[domain]]"),
@@ -177,7 +180,7 @@ BAD: list[tuple[Any, str, str]] = [
     (code_row("assert P(1) == P(1)"), "bad tests", "both sides"),
     ({**code_row("assert f(1)"), "function": "class"}, "bad tests", "function = 'class'"),
     ({**GOOD, "question": "long " * 600}, "too long", "allows 512"),
-    (questions(4)[3], "duplicate", "line 4"),
+    ({**GOOD, "question": "x" * (MAX_QUESTION + 1)}, "too long", "more than 1,048,576 characters"),
     ({"reward_model": {"ground_truth": "2"}, "data_source": "gsm8k"}, "no question", "neither"),
     ({"reward_model": "2", "prompt": "q", "data_source": "gsm8k"}, "malformed", "ground_truth"),
     ({"reward_model": {"ground_truth": None}, "prompt": "q", "data_source": "gsm8k"}, "no answer", "needs"),
@@ -248,7 +251,8 @@ def test_no_value_of_a_column_is_more_than_a_bad_row(column: str, tmp_path: Path
     rows = [{**row, "question": f"{row['question']} {i}"} if row.get("question") == "q" else row
             for i, row in enumerate(rows)]  # fmt: skip
     [[pools]] = read_pools(config_of(write_jsonl(tmp_path / "rows.jsonl", rows)), cache_dir=tmp_path)
-    assert pools.train.row_statistics.rows == len(rows) == len(pools.train.items) + pools.train.row_statistics.bad
+    counted = pools.train.row_statistics
+    assert counted.rows == len(rows) == len(pools.train.items) + counted.bad + counted.repeated
 
 
 @pytest.mark.parametrize("ground_truth", ODD_VALUES)
@@ -333,14 +337,6 @@ def test_parquet_has_the_same_items_as_jsonl(tokenizer: PreTrainedTokenizerBase,
     of_jsonl = load(config_of(jsonl), tokenizer)
     entries = [prompt.entry for prompt in of_jsonl.sources[0].train]
     assert [prompt.entry for prompt in of_parquet.sources[0].train] == entries == json.loads(json.dumps(entries))
-
-
-def test_what_json_cannot_hold_is_malformed(tmp_path: Path) -> None:
-    rows = [{**row, "metadata": {"raw": b"x"}} for row in questions(3)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    [[pools]] = read_pools(config_of(tmp_path / "rows.parquet"), cache_dir=tmp_path)
-    assert pools.train.row_statistics.reasons == {"malformed": 3}
-    assert "row 0 its metadata can't be written as JSON" in str(pools.train.row_statistics.problem(0.5))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 no, it is not"])
@@ -430,6 +426,8 @@ def test_check_data_prints_a_row_a_source(tmp_path: Path, capfd: pytest.CaptureF
         "domain": "sums",
         "source": "rows.jsonl",
         "rows": 100,
+        "repeated": 0,
+        "contradicting": 0,
         "bad": 2,
         "reasons": {"malformed": 1, "no answer": 1},
     }
