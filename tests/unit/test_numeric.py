@@ -6,6 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_mcpo.rewards.answers import numeric
+from megatron_mcpo.rewards.number_parser import last_number
 from megatron_mcpo.rewards.voting import stated_number
 from tests.support.paths import DATA
 
@@ -75,6 +76,59 @@ def test_no_wrong_answer_of_gsm8k_is_right() -> None:
     assert len(wrong) > 500
     assert [(v, w) for v, w in wrong if score(str(v), f"So it is {w}.")] == []
     assert all(score(str(v), f"So it is {v:,}.") for v in values)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3½", "3.5"),
+        ("¾", "0.75"),
+        ("１，２３４", "1234"),
+        ("1.23 × 10^5", "123000"),
+        (r"1.23 \times 10^{-2}", "0.0123"),
+        ("1.23*10**5 m", "123000"),
+        (r"so \frac{3}{4}", "0.75"),
+        (r"3, \frac{3}{4} cm", "0.75"),
+        ("**-5 km", "-5"),
+        ("_12.5_ apples", "12.5"),
+        ("US$5 each", "5"),
+        ("10 kg CO2", "10"),
+        ("12\n- 5", "5"),
+    ],
+)
+def test_a_number_is_read_in_these_forms_too(text: str, number: str) -> None:
+    assert score(number, text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x12.5", "H42", "12.5½", "1 234", "3/4 × 10^5", "2 * -5", "3:5", "10 km - 5", r"\frac{x}{5}", "50%:30", "f(5)"],
+)
+def test_a_part_of_something_is_no_number(text: str) -> None:
+    assert [score(answer, text) for answer in ("5", "-5", "0.5", "234", "42", "12.5", "2", "30")] == [0.0] * 8
+
+
+def test_no_text_takes_the_parser_more_than_linear_time() -> None:
+    for text in (
+        "9",
+        "1/",
+        "- ",
+        "(",
+        "5 ",
+        r"\frac{",
+        "*",
+        " ",
+        "a",
+        "a b ",
+        "1,",
+        "*a",
+        "{,}",
+        r"\text{",
+        "5 km/",
+        "−",
+    ):
+        last_number(text * 30_000 + "5")
+        last_number("5" + text * 30_000)
 
 
 def test_a_vote_keeps_large_whole_numbers_apart() -> None:
