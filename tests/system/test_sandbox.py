@@ -353,15 +353,26 @@ def _computes(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.parametrize(("number", "stopped"), [(4000, ""), (10**7, "files")])
+def test_files_without_content_have_a_limit_too(number: int, stopped: str) -> None:
+    code = f"import os\nfor number in range({number}):\n    os.close(os.open(f'/tmp/{{number}}', os.O_CREAT))\nprint(7)"
+    job = {"mode": "program", "code": code}
+    allowed("bubblewrap")
+    outcome = process.run(job, b"", level="bubblewrap", seconds=60.0)
+    assert outcome.stopped == stopped and (outcome.output == b"7\n") == (not stopped)
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_filter_refuses_and_allows(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     x86 = machine == "x86_64"
     numbers = {"ptrace": 101 if x86 else 117, "socket": 41 if x86 else 198, "read": 0 if x86 else 63}
     clone = 56 if x86 else 220
+    of_kernel = {"setxattr": 188 if x86 else 5, "io_setup": 206 if x86 else 0, "inotify_init1": 294 if x86 else 26}
     arch = 0xC000003E if x86 else 0xC00000B7
     assert _verdict(arch, numbers["read"]) == 0x7FFF0000
     assert _verdict(arch, numbers["ptrace"]) == _verdict(arch, numbers["socket"]) == 0x00050001
+    assert {_verdict(arch, call) for call in of_kernel.values()} == {0x00050001}
     assert _verdict(arch, 435) == 0x00050000 | 38  # clone3: not implemented
     assert _verdict(arch, clone, 0x003D0F00) == 0x7FFF0000  # a thread
     assert _verdict(arch, clone, 0x00000011) == 0x00050001  # fork

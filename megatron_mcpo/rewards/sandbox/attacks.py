@@ -13,16 +13,7 @@ Replaced in programs: @CANARY@ (a file), @PACKAGE@, @HOME@, @PORT@ (TCP and UDP 
 path), @PARENT@ (the id of the process that scores), @VICTIM@ (of a process that sleeps).
 """
 
-_CALL = """
-import ctypes, platform
-libc = ctypes.CDLL(None, use_errno=True)
-def call(x86_64, aarch64, *arguments):
-    number = x86_64 if platform.machine() == "x86_64" else aarch64
-    result = libc.syscall(ctypes.c_long(number), *arguments)
-    assert result >= 0, ctypes.get_errno()
-    return result
-"""
-_ESCAPED = "\nprint('ESCAPED')\n"
+from megatron_mcpo.rewards.sandbox.exhaustion import CALL, ESCAPED, EXHAUSTION
 
 _READING = {
     "read a file of the host": ("secret", "print(open('@CANARY@').read())"),
@@ -55,227 +46,183 @@ _READING = {
     "find a descriptor left open": (
         "escape",
         "import os\nfound = []\nfor fd in range(3, 256):\n    try:\n        os.fstat(fd)\n    except OSError:\n"
-        "        continue\n    found.append(fd)\nassert found" + _ESCAPED,
+        "        continue\n    found.append(fd)\nassert found" + ESCAPED,
     ),
     "read the environment": ("secret", "import os\nprint(os.environ['MCPO_SECRET'])"),
     "read another process's environment": (
         "secret",
         "text = open('/proc/@VICTIM@/environ').read()\nprint(text.split('MCPO_SECRET=')[1].split('\\0')[0])",
     ),
-    "read init's environment": ("escape", "open('/proc/1/environ').read()" + _ESCAPED),
-    "read the parent's memory map": ("escape", "open('/proc/@PARENT@/maps').read()" + _ESCAPED),
-    "read the users": ("escape", "open('/etc/passwd').read()" + _ESCAPED),
-    "read the passwords": ("escape", "open('/etc/shadow').read()" + _ESCAPED),
-    "read the repository": ("escape", "open('@PACKAGE@/__init__.py').read()" + _ESCAPED),
+    "read init's environment": ("escape", "open('/proc/1/environ').read()" + ESCAPED),
+    "read the parent's memory map": ("escape", "open('/proc/@PARENT@/maps').read()" + ESCAPED),
+    "read the users": ("escape", "open('/etc/passwd').read()" + ESCAPED),
+    "read the passwords": ("escape", "open('/etc/shadow').read()" + ESCAPED),
+    "read the repository": ("escape", "open('@PACKAGE@/__init__.py').read()" + ESCAPED),
     "list the home": (
         "escape",
-        "import os\nassert set(os.listdir('@HOME@')) - {'.pyenv', '.local'}" + _ESCAPED,
+        "import os\nassert set(os.listdir('@HOME@')) - {'.pyenv', '.local'}" + ESCAPED,
     ),
     "read a disk": (
         "escape",
         "import os, stat\nfor major in (8, 252, 253, 254, 259):\n    "
         "os.mknod(f'/tmp/disk{major}', stat.S_IFBLK | 0o600, os.makedev(major, 0))\n"
-        "    open(f'/tmp/disk{major}', 'rb').read(1)" + _ESCAPED,
+        "    open(f'/tmp/disk{major}', 'rb').read(1)" + ESCAPED,
     ),
     "read kernel messages": (
         "escape",
-        _CALL + "b = ctypes.create_string_buffer(99)\ncall(103, 116, 3, b, 99)" + _ESCAPED,
+        CALL + "b = ctypes.create_string_buffer(99)\ncall(103, 116, 3, b, 99)" + ESCAPED,
     ),
 }
 
 _WRITING = {
-    "change a file of the host": ("escape", "open('@CANARY@', 'a').write('changed')" + _ESCAPED),
-    "delete a file of the host": ("escape", "import os\nos.remove('@CANARY@')" + _ESCAPED),
+    "change a file of the host": ("escape", "open('@CANARY@', 'a').write('changed')" + ESCAPED),
+    "delete a file of the host": ("escape", "import os\nos.remove('@CANARY@')" + ESCAPED),
     "write beside Python's modules": (
         "escape",
-        "import os\nfolder = os.path.dirname(os.__file__)\nopen(folder + '/mcpo_attack.py', 'w').write('x')" + _ESCAPED,
+        "import os\nfolder = os.path.dirname(os.__file__)\nopen(folder + '/mcpo_attack.py', 'w').write('x')" + ESCAPED,
     ),
     "write into site-packages": (
         "escape",
-        "import sysconfig\nopen(sysconfig.get_path('purelib') + '/mcpo_attack.pth', 'w').write('import os')" + _ESCAPED,
+        "import sysconfig\nopen(sysconfig.get_path('purelib') + '/mcpo_attack.pth', 'w').write('import os')" + ESCAPED,
     ),
-    "write into the root folder": ("escape", "open('/mcpo_attack', 'w').write('x')" + _ESCAPED),
-    "write into shared memory": ("escape", "open('/dev/shm/mcpo_attack', 'w').write('x')" + _ESCAPED),
+    "write into the root folder": ("escape", "open('/mcpo_attack', 'w').write('x')" + ESCAPED),
+    "write into shared memory": ("escape", "open('/dev/shm/mcpo_attack', 'w').write('x')" + ESCAPED),
     "leave a named shared memory": (
         "escape",
         "from multiprocessing import shared_memory\nshared_memory.SharedMemory('mcpo_attack', create=True, size=4096)"
-        + _ESCAPED,
+        + ESCAPED,
     ),
     "fill the disk": (
         "escape",
         "import os\nfor number in range(64):\n    with open(f'/tmp/mcpo_attack{number}', 'wb') as file:\n"
-        "        file.write(bytes(2**22))" + _ESCAPED,
+        "        file.write(bytes(2**22))" + ESCAPED,
     ),
     "write one huge file": (
         "escape",
-        "with open('/tmp/mcpo_attack', 'wb') as file:\n    file.truncate(2**40)" + _ESCAPED,
+        "with open('/tmp/mcpo_attack', 'wb') as file:\n    file.truncate(2**40)" + ESCAPED,
     ),
     "change how the kernel writes cores": (
         "escape",
-        "open('/proc/sys/kernel/core_pattern', 'r+').write('|/tmp/x')" + _ESCAPED,
+        "open('/proc/sys/kernel/core_pattern', 'r+').write('|/tmp/x')" + ESCAPED,
     ),
 }
 
 _NETWORK = {
     "connect over TCP": (
         "escape",
-        "import socket\nsocket.create_connection(('127.0.0.1', @PORT@), 2).sendall(b'x')" + _ESCAPED,
+        "import socket\nsocket.create_connection(('127.0.0.1', @PORT@), 2).sendall(b'x')" + ESCAPED,
     ),
     "send over UDP": (
         "escape",
-        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', @PORT@))"
-        + _ESCAPED,
+        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', @PORT@))" + ESCAPED,
     ),
     "connect to a Unix socket": (
         "escape",
-        "import socket\nsocket.socket(socket.AF_UNIX).connect('@SOCKET@')" + _ESCAPED,
+        "import socket\nsocket.socket(socket.AF_UNIX).connect('@SOCKET@')" + ESCAPED,
     ),
     "connect to an abstract Unix socket": (
         "escape",
-        "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0@SOCKET@')" + _ESCAPED,
+        "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0@SOCKET@')" + ESCAPED,
     ),
     "fetch over HTTP": (
         "escape",
         "import urllib.request\ntry:\n    urllib.request.urlopen('http://127.0.0.1:@PORT@/', timeout=2).read()\n"
-        "except ConnectionResetError:\n    pass" + _ESCAPED,
+        "except ConnectionResetError:\n    pass" + ESCAPED,
     ),
-    "ask for a name": ("escape", "import socket\nsocket.gethostbyname('example.com')" + _ESCAPED),
-    "wait for connections": ("escape", "import socket\nsocket.create_server(('0.0.0.0', 0))" + _ESCAPED),
-    "talk to the kernel over netlink": ("escape", "import socket\nsocket.socket(16, 3, 0).bind((0, 0))" + _ESCAPED),
-    "read packets": ("escape", "import socket\nsocket.socket(17, 3, 768)" + _ESCAPED),
+    "ask for a name": ("escape", "import socket\nsocket.gethostbyname('example.com')" + ESCAPED),
+    "wait for connections": ("escape", "import socket\nsocket.create_server(('0.0.0.0', 0))" + ESCAPED),
+    "talk to the kernel over netlink": ("escape", "import socket\nsocket.socket(16, 3, 0).bind((0, 0))" + ESCAPED),
+    "read packets": ("escape", "import socket\nsocket.socket(17, 3, 768)" + ESCAPED),
 }
 
 _PROCESSES = {
-    "fork": ("escape", "import os\nif os.fork() == 0:\n    os._exit(0)\nos.wait()" + _ESCAPED),
+    "fork": ("escape", "import os\nif os.fork() == 0:\n    os._exit(0)\nos.wait()" + ESCAPED),
     "fork bomb": ("escape", "import os\nwhile True:\n    os.fork()"),
     "run a shell": (
         "escape",
-        "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)" + _ESCAPED,
+        "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)" + ESCAPED,
     ),
     "become a shell": ("escape", "import os\nos.execv('/bin/sh', ['sh', '-c', 'echo ESCAPED'])"),
     "processes by multiprocessing": (
         "escape",
-        "import multiprocessing as m\np = m.get_context('fork').Process(target=print)\np.start()\np.join()" + _ESCAPED,
+        "import multiprocessing as m\np = m.get_context('fork').Process(target=print)\np.start()\np.join()" + ESCAPED,
     ),
     "daemon that outlives": (
         "escape",
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(1)\n"
-        "        open('@CANARY@', 'a').write('changed')\n        time.sleep(600)\n    os._exit(0)" + _ESCAPED,
+        "        open('@CANARY@', 'a').write('changed')\n        time.sleep(600)\n    os._exit(0)" + ESCAPED,
     ),
     "thread bomb": (
         "escape",
         "import threading, time\nthreading.stack_size(32768)\nfor _ in range(2000):\n"
-        "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()" + _ESCAPED,
+        "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()" + ESCAPED,
     ),
     "thread that outlives": (
         "forge",
         "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\nprint('nonce-')",
     ),
-    "kill the parent": ("escape", "import os\nos.kill(@PARENT@, 9)" + _ESCAPED),
-    "kill another process": ("escape", "import os\nos.kill(@VICTIM@, 9)" + _ESCAPED),
+    "kill the parent": ("escape", "import os\nos.kill(@PARENT@, 9)" + ESCAPED),
+    "kill another process": ("escape", "import os\nos.kill(@VICTIM@, 9)" + ESCAPED),
     "kill all processes": ("forge", "import os\nos.kill(-1, 9)\nprint('nonce-')"),
     "kill the process group": ("forge", "import os\nos.killpg(0, 9)"),
     "trace the parent": (
         "escape",
-        "import ctypes\nassert ctypes.CDLL(None).ptrace(16, @PARENT@, None, None) == 0" + _ESCAPED,
+        "import ctypes\nassert ctypes.CDLL(None).ptrace(16, @PARENT@, None, None) == 0" + ESCAPED,
     ),
     "trace another process": (
         "escape",
-        "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, None, None) == 0" + _ESCAPED,
+        "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, None, None) == 0" + ESCAPED,
     ),
     "read the parent's memory": (
         "escape",
-        _CALL + "b = ctypes.create_string_buffer(8)\nv = (ctypes.c_size_t * 2)(ctypes.addressof(b), 8)\n"
-        "call(310, 270, @PARENT@, v, 1, v, 1, 0)" + _ESCAPED,
+        CALL + "b = ctypes.create_string_buffer(8)\nv = (ctypes.c_size_t * 2)(ctypes.addressof(b), 8)\n"
+        "call(310, 270, @PARENT@, v, 1, v, 1, 0)" + ESCAPED,
     ),
     "take a descriptor of the parent": (
         "escape",
-        _CALL + "call(438, 438, call(434, 434, @PARENT@, 0), 0, 0)" + _ESCAPED,
+        CALL + "call(438, 438, call(434, 434, @PARENT@, 0), 0, 0)" + ESCAPED,
     ),
 }
 
 _KERNEL = {
-    "become root": ("escape", "import os\nos.setuid(0)" + _ESCAPED),
-    "new user namespace": ("escape", "import os\nos.unshare(os.CLONE_NEWUSER)" + _ESCAPED),
-    "new user namespace by clone": ("escape", _CALL + "call(56, 220, 0x10000011, 0, 0, 0, 0)" + _ESCAPED),
+    "become root": ("escape", "import os\nos.setuid(0)" + ESCAPED),
+    "new user namespace": ("escape", "import os\nos.unshare(os.CLONE_NEWUSER)" + ESCAPED),
+    "new user namespace by clone": ("escape", CALL + "call(56, 220, 0x10000011, 0, 0, 0, 0)" + ESCAPED),
     "mount": (
         "escape",
-        "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0" + _ESCAPED,
+        "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0" + ESCAPED,
     ),
-    "unmount": ("escape", "import ctypes\nassert ctypes.CDLL(None).umount2(b'/tmp', 2) == 0" + _ESCAPED),
-    "change the root": ("escape", "import os\nos.chroot('/tmp')" + _ESCAPED),
-    "open a file by its handle": ("escape", _CALL + "call(304, 265, -100, ctypes.c_char_p(bytes(99)), 0)" + _ESCAPED),
-    "keyring": ("escape", _CALL + "call(248, 217, b'user', b'mcpo', b'x', 1, -3)" + _ESCAPED),
-    "io_uring": ("escape", _CALL + "call(425, 425, 1, ctypes.create_string_buffer(120))" + _ESCAPED),
-    "bpf": ("escape", _CALL + "call(321, 280, 0, ctypes.create_string_buffer(120), 72)" + _ESCAPED),
-    "userfaultfd": ("escape", _CALL + "call(323, 282, 1)" + _ESCAPED),
+    "unmount": ("escape", "import ctypes\nassert ctypes.CDLL(None).umount2(b'/tmp', 2) == 0" + ESCAPED),
+    "change the root": ("escape", "import os\nos.chroot('/tmp')" + ESCAPED),
+    "open a file by its handle": ("escape", CALL + "call(304, 265, -100, ctypes.c_char_p(bytes(99)), 0)" + ESCAPED),
+    "keyring": ("escape", CALL + "call(248, 217, b'user', b'mcpo', b'x', 1, -3)" + ESCAPED),
+    "io_uring": ("escape", CALL + "call(425, 425, 1, ctypes.create_string_buffer(120))" + ESCAPED),
+    "bpf": ("escape", CALL + "call(321, 280, 0, ctypes.create_string_buffer(120), 72)" + ESCAPED),
+    "userfaultfd": ("escape", CALL + "call(323, 282, 1)" + ESCAPED),
     "performance counters": (
         "escape",
-        _CALL + "call(298, 241, ctypes.create_string_buffer(bytes([1, 0, 0, 0, 112]), 112), 0, -1, -1, 0)" + _ESCAPED,
+        CALL + "call(298, 241, ctypes.create_string_buffer(bytes([1, 0, 0, 0, 112]), 112), 0, -1, -1, 0)" + ESCAPED,
     ),
     "32-bit system calls": (
         "escape",
         "import ctypes, mmap, platform\nassert platform.machine() == 'x86_64'\nm = mmap.mmap(-1, 4096, prot=7)\n"
         "m.write(bytes.fromhex('b814000000cd80c3'))\naddress = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
-        "assert ctypes.CFUNCTYPE(ctypes.c_int)(address)() > 0" + _ESCAPED,
+        "assert ctypes.CFUNCTYPE(ctypes.c_int)(address)() > 0" + ESCAPED,
     ),
     "set the clock": (
         "escape",
-        "import time\ntime.clock_settime(time.CLOCK_REALTIME, time.time())" + _ESCAPED,
+        "import time\ntime.clock_settime(time.CLOCK_REALTIME, time.time())" + ESCAPED,
     ),
-    "set the host's name": ("escape", "import socket\nsocket.sethostname('attacked')" + _ESCAPED),
+    "set the host's name": ("escape", "import socket\nsocket.sethostname('attacked')" + ESCAPED),
     "raise a limit": (
         "escape",
-        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))" + _ESCAPED,
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))" + ESCAPED,
     ),
-    "raise the priority": ("escape", "import os\nos.setpriority(os.PRIO_PROCESS, 0, -20)" + _ESCAPED),
+    "raise the priority": ("escape", "import os\nos.setpriority(os.PRIO_PROCESS, 0, -20)" + ESCAPED),
     "type on the terminal": (
         "escape",
-        "import fcntl, termios\nfcntl.ioctl(open('/dev/tty', 'w'), termios.TIOCSTI, b'x')" + _ESCAPED,
+        "import fcntl, termios\nfcntl.ioctl(open('/dev/tty', 'w'), termios.TIOCSTI, b'x')" + ESCAPED,
     ),
-}
-
-_EXHAUSTION = {
-    "memory bomb": (
-        "escape",
-        "data = bytearray(3 * 2**30)\nfor i in range(0, len(data), 4096):\n    data[i] = 1" + _ESCAPED,
-    ),
-    "memory bomb of small objects": ("escape", "data = []\nwhile True:\n    data.append([0] * 1000)"),
-    "memory that is mapped": (
-        "escape",
-        "import mmap\nm = mmap.mmap(-1, 3 * 2**30)\nfor i in range(0, len(m), 4096):\n    m[i] = 1" + _ESCAPED,
-    ),
-    "memory in files without a name": (
-        "escape",
-        "import os\nfor _ in range(40):\n    os.write(os.memfd_create('x'), bytes(2**23))" + _ESCAPED,
-    ),
-    "memory of System V": (
-        "escape",
-        _CALL + "call(29, 194, 0, 2**28, 0o1600)" + _ESCAPED,
-    ),
-    "many open files": ("escape", "files = [open('/dev/null') for _ in range(2000)]" + _ESCAPED),
-    "endless loop": ("escape", "while True:\n    pass"),
-    "endless sleep": ("escape", "import time\ntime.sleep(600)" + _ESCAPED),
-    "endless power": ("escape", "print(9**9**9)"),
-    "endless regular expression": ("escape", "import re\nwhile True:\n    re.match('(a|aa)+$', 'a' * 60 + 'b')"),
-    "endless text of a number": (
-        "escape",
-        "import sys\nsys.set_int_max_str_digits(0)\nn = 7 ** 10**7\nwhile True:\n    str(n)",
-    ),
-    "deaf to signals": (
-        "escape",
-        "import signal\nfor number in range(1, 65):\n    try:\n        signal.signal(number, signal.SIG_IGN)\n"
-        "    except (OSError, ValueError):\n        pass\nwhile True:\n    pass",
-    ),
-    "deep recursion": (
-        "escape",
-        "import sys\nsys.setrecursionlimit(10**9)\nf = lambda n: f(n + 1)\nclass C:\n    def __getattr__(self, name):\n"
-        "        return getattr(self, name + 'x')\nC().x",
-    ),
-    "deep nesting of source": ("escape", "(" * 10_000 + ")" * 10_000),
-    "flood of output": ("escape", "while True:\n    print('x' * 1000)"),
-    "flood of errors": ("escape", "import sys\nwhile True:\n    print('x' * 1000, file=sys.stderr)"),
-    "closed output": ("escape", "import os, time\nos.close(1)\ntime.sleep(600)"),
 }
 
 _FORGERY = {
@@ -381,7 +328,7 @@ _FORGERY = {
 }
 
 ATTACKS: dict[str, tuple[str, str]] = {
-    **_READING, **_WRITING, **_NETWORK, **_PROCESSES, **_KERNEL, **_EXHAUSTION, **_FORGERY,
+    **_READING, **_WRITING, **_NETWORK, **_PROCESSES, **_KERNEL, **EXHAUSTION, **_FORGERY,
 }  # fmt: skip
 
 HARMLESS = (

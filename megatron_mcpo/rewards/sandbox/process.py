@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,19 @@ OUTPUT_BYTES = 2**20
 VALUES_BYTES = 2**22
 """Bytes of encoded values after which a program is ended: some 200,000 numbers."""
 
+MAX_FILES = 4096
+"""Files, folders and links of a program after which it is ended: each takes a KiB of the kernel's memory.
+
+They are counted from outside: bubblewrap can't limit them in its tmpfs (nr_inodes), and where AppArmor allows mounts to
+bubblewrap alone no other process can.
+"""
+
+MAX_PENDING = 1024
+"""Signals and timers of a program that may wait; the kernel's default grows with the host's memory."""
+
+COUNT_SECONDS = 0.05
+"""How often the files are counted."""
+
 START_SECONDS = 2.0
 """Where a program has less time than this and did not start, it timed out; with more time the sandbox failed."""
 
@@ -42,7 +55,7 @@ class Outcome:
 
     output: bytes
     exit_code: int | None
-    stopped: Literal["", "time", "output"] = ""
+    stopped: Literal["", "time", "output", "files"] = ""
 
 
 def run(
@@ -59,6 +72,7 @@ def run(
         "RLIMIT_CPU": math.ceil(seconds) + 1,
         "RLIMIT_FSIZE": bubblewrap.TEMPORARY_BYTES,
         "RLIMIT_NOFILE": 64,
+        "RLIMIT_SIGPENDING": MAX_PENDING,
         "RLIMIT_CORE": 0,
     }
     if level == "bubblewrap":  # elsewhere it counts the user's other processes too
@@ -69,7 +83,7 @@ def run(
         stdin_fd = _readable(stack, "stdin", stdin)
         complaints = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "r+b"))
         info, info_fd = os.pipe()
-        stack.callback(os.close, info)
+        namespace = stack.enter_context(_Namespace(info))
         with os.fdopen(info_fd, "wb") as far_end:
             command, fds = _command(stack, level, info_fd=info_fd, as_root=as_root)
             process = subprocess.Popen(
@@ -85,9 +99,10 @@ def run(
                 extra_groups=[] if as_root else None,
             )
         try:
-            outcome = _watch(process, deadline=time.monotonic() + seconds, output_bytes=output_bytes)
+            until = time.monotonic() + seconds
+            outcome = _watch(process, None if level == "insecure" else namespace, until, output_bytes=output_bytes)
         finally:
-            _end(process, level, info)
+            _end(process, level, namespace)
         too_late = outcome.stopped == "time" and seconds < START_SECONDS
         if not outcome.output.startswith(harness.STARTED) and not too_late:
             complaints.seek(0)
@@ -123,15 +138,67 @@ def _harness() -> str:
     return Path(harness.__file__).read_text(encoding="utf-8")
 
 
-def _watch(process: subprocess.Popen[bytes], *, deadline: float, output_bytes: int) -> Outcome:
-    """Read its output to the end, or until it is too long or too late."""
+class _Namespace:
+    """The process namespace of one sandbox, seen from outside. A context manager."""
+
+    def __init__(self, info: int):
+        """info: the end of a pipe to which bubblewrap writes which process is the namespace's first"""
+        self._info = info
+        self._temporary: int | None = None
+
+    def __enter__(self) -> "_Namespace":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._info)
+        self.release()
+
+    @cached_property
+    def first_process(self) -> int | None:
+        """Return the process with which the namespace ends; None before bubblewrap has said which."""
+        os.set_blocking(self._info, False)
+        with contextlib.suppress(BlockingIOError, ValueError):
+            return json.loads(os.read(self._info, 4096))["child-pid"]
+        return None
+
+    def num_files(self) -> int:
+        """Return how many files, folders and links are in /tmp there. Call it once the harness has STARTED.
+
+        Raises SandboxError where this machine does not let them be counted.
+        """
+        if self._temporary is None:
+            try:
+                self._temporary = os.open(f"/proc/{self.first_process}/root/tmp", os.O_PATH)
+            except (FileNotFoundError, ProcessLookupError):  # it has ended
+                return 0
+            except OSError as error:
+                raise SandboxError(f"the files of the sandbox can't be counted: {error}") from error
+        found = os.fstatvfs(self._temporary)
+        return found.f_files - found.f_ffree
+
+    def release(self) -> None:
+        """Let the files end with the namespace."""
+        if self._temporary is not None:
+            os.close(self._temporary)
+            self._temporary = None
+
+
+def _watch(
+    process: subprocess.Popen[bytes], namespace: _Namespace | None, deadline: float, *, output_bytes: int
+) -> Outcome:
+    """Read its output to the end, or until it is too long or too late, or has too many files in its namespace."""
     assert process.stdout is not None
     output = bytearray()
     fd = process.stdout.fileno()
     while True:
         remaining = deadline - time.monotonic()
-        if remaining <= 0 or not select.select([fd], [], [], remaining)[0]:
+        if remaining <= 0:
             return Outcome(bytes(output), None, "time")
+        is_ready = select.select([fd], [], [], min(remaining, COUNT_SECONDS))[0]
+        if namespace is not None and output.startswith(harness.STARTED) and namespace.num_files() > MAX_FILES:
+            return Outcome(bytes(output), None, "files")
+        if not is_ready:
+            continue
         chunk = os.read(fd, 65536)
         if not chunk:
             break
@@ -144,16 +211,16 @@ def _watch(process: subprocess.Popen[bytes], *, deadline: float, output_bytes: i
         return Outcome(bytes(output), None, "time")
 
 
-def _end(process: subprocess.Popen[bytes], level: ProcessLevel, info: int) -> None:
-    """End it with all that it started. info: where bubblewrap writes which process is the sandbox's first."""
+def _end(process: subprocess.Popen[bytes], level: ProcessLevel, namespace: _Namespace) -> None:
+    """End it with all that it started."""
+    namespace.release()
     if level == "insecure":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    elif process.poll() is None:
+    elif process.poll() is None and namespace.first_process is not None:
         # With its first process a PID namespace ends, and then bubblewrap itself, which waits for that.
-        os.set_blocking(info, False)
-        with contextlib.suppress(BlockingIOError, ValueError, ProcessLookupError, subprocess.TimeoutExpired):
-            os.kill(json.loads(os.read(info, 4096))["child-pid"], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.kill(namespace.first_process, signal.SIGKILL)
             process.wait(5.0)
     process.kill()
     process.wait()
