@@ -101,6 +101,11 @@ class VerifierConfig(Section):
         description="of numeric: largest |x - y| / max(1, |y|) between response x and answer y; unset: whole numbers "
         "must be equal, others within 1e-6",
     )
+    compare: Literal["lines", "tokens"] = Field(
+        "lines",
+        description="of code: how printed output is compared; lines: line by line, without blanks around them; tokens: "
+        "word by word, however they are spaced, where numbers with a fraction agree within 1e-6",
+    )
     pattern: str | None = Field(None, description="of format: regular expression that the whole response has to match")
     buffer_tokens: PositiveInt | None = Field(
         None,

@@ -205,15 +205,20 @@ def _texts(values: Any, name: str) -> list[str]:
     return list(values)
 
 
-def _tests(tests: Any) -> list[dict[str, str]]:
+def _tests(tests: Any) -> list[dict[str, Any]]:
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise RowError("bad tests", "its tests must be a list that is not empty")
     plain = []
     for number, test in enumerate(tests):
         # A Parquet struct has all fields of all rows, null where a row lacks them.
         fields = {k: v for k, v in test.items() if v is not None} if isinstance(test, Mapping) else {}
+        if isinstance(fields.get("arguments"), list) and set(fields) <= {"arguments", "result"}:
+            plain.append({"arguments": fields["arguments"], "result": fields.get("result")})
+            continue
         if set(fields) not in ({"input", "output"}, {"assert"}) or not all(isinstance(v, str) for v in fields.values()):
-            raise RowError("bad tests", f"tests[{number}] has neither input and output nor assert, as texts")
+            raise RowError(
+                "bad tests", f"tests[{number}] has neither input and output nor assert, as texts, nor arguments"
+            )
         plain.append(fields)
     return plain
 

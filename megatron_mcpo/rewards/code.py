@@ -8,9 +8,10 @@ one. Exit codes, patched builtins, exit handlers and objects that equal everythi
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, parse_tests, same_lines
+from megatron_mcpo.rewards.code_prelude import with_prelude
+from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, parse_tests, same_output
 from megatron_mcpo.rewards.sandbox import harness, process
 from megatron_mcpo.rewards.sandbox.levels import Level
 
@@ -22,17 +23,22 @@ _PYTHON = re.compile(r"py(thon)?[0-9.]*", re.IGNORECASE)
 
 MAX_CODE_BYTES = 2**18
 
+type Comparison = Literal["lines", "tokens"]
 
-def score(entry: dict[str, Any], response: str, *, level: Level, seconds: float = 8.0) -> float:
+
+def score(
+    entry: dict[str, Any], response: str, *, level: Level, seconds: float = 8.0, compare: Comparison = "lines"
+) -> float:
     """Return 1.0 if the program in `response` passes every test of `entry["tests"]`, else 0.0.
 
     `extract_code` says which part of the response is the program. A test is
-    {"input": text, "output": text}, judged by the lines of standard output without outer blanks and an exit code of 0,
-    or {"assert": statements} (code_tests.py says what it may hold).
+    {"input": text, "output": text}, judged by standard output and an exit code of 0, {"assert": statements}
+    (code_tests.py says what it may hold), or {"arguments": list, "result": value} for the function entry["function"].
     Args:
         entry: the item
         response: the model's text
         level: as available_level found it; the trainer's process asks, once, so that no probe takes a response's time
+        compare: how outputs are compared, see code_tests.same_output
         seconds: for all the tests together; a program that takes longer is incorrect. They must be fewer than the
             deadline of the worker process that this runs in.
 
@@ -43,7 +49,8 @@ def score(entry: dict[str, Any], response: str, *, level: Level, seconds: float 
         None of these says that the response is incorrect.
     """
     inputs, asserts = parse_tests(entry)
-    code = extract_code(response)
+    function = entry.get("function")
+    code = with_prelude(extract_code(response, function), function)
     if len(code.encode(errors="replace")) > MAX_CODE_BYTES or "\0" in code:
         return 0.0
     code = code.encode(errors="replace").decode()
@@ -51,19 +58,25 @@ def score(entry: dict[str, Any], response: str, *, level: Level, seconds: float 
     if level == "interpreter":
         from megatron_mcpo.rewards.sandbox import interpreter
 
-        return float(interpreter.passes(code, inputs, asserts, deadline))
+        return float(interpreter.passes(code, inputs, asserts, deadline, compare))
     return float(
-        all(_prints(code, test, level, deadline) for test in inputs)
+        all(_prints(code, test, level, deadline, compare) for test in inputs)
         and (not asserts.checks or _asserts_hold(code, asserts, level, deadline))
     )
 
 
-def extract_code(response: str) -> str:
+def extract_code(response: str, function: str | None = None) -> str:
     """Return the last fenced block that is labelled as Python, else the last without a label, else the last.
 
-    Where there is no complete block, return the whole text.
+    Where there is no complete block, return the whole text. function: where some blocks define it, these alone count:
+    what follows may be an example of its use.
     """
     blocks = list(_blocks(response))
+    if function is not None:
+        defines = re.compile(
+            rf"^[ \t]*(?:async[ \t]+)?def[ \t]+{re.escape(function)}\b|^{re.escape(function)}[ \t]*=", re.M
+        )
+        blocks = [block for block in blocks if defines.search(block[1])] or blocks
     python = [code for label, code in blocks if _PYTHON.fullmatch(label)]
     bare = [code for label, code in blocks if not label]
     return (python or bare or [code for _, code in blocks] or [response])[-1]
@@ -88,7 +101,7 @@ def _left(deadline: float) -> float:
     return deadline - time.monotonic()
 
 
-def _prints(code: str, test: InputTest, level: process.ProcessLevel, deadline: float) -> bool:
+def _prints(code: str, test: InputTest, level: process.ProcessLevel, deadline: float, compare: Comparison) -> bool:
     """Tell whether the program turns the test's input into its output."""
     if _left(deadline) <= 0:
         return False
@@ -99,7 +112,8 @@ def _prints(code: str, test: InputTest, level: process.ProcessLevel, deadline: f
         seconds=_left(deadline),
         output_bytes=process.OUTPUT_BYTES + len(test.stdout.encode()),
     )
-    return outcome.exit_code == 0 and same_lines(outcome.output.decode(errors="replace"), test.stdout)
+    found = outcome.output.decode(errors="replace")
+    return outcome.exit_code == 0 and same_output(found, test.stdout, compare)
 
 
 def _asserts_hold(code: str, tests: AssertTests, level: process.ProcessLevel, deadline: float) -> bool:

@@ -94,7 +94,7 @@ VERIFIERS: dict[str, Verifier] = {
         check_item=answers.correct_number,
         stated=voting.stated_number,
     ),
-    "code": Verifier(function=f"{_HERE}.code:score", of_rows=True, ends_itself=True),
+    "code": Verifier(function=f"{_HERE}.code:score", keys=("compare",), of_rows=True, ends_itself=True),
     "format": Verifier(
         function=f"{_HERE}.answers:response_format",
         keys=("pattern",),

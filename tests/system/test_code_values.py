@@ -144,6 +144,13 @@ def test_the_program_is_in_a_fenced_block(text: str, code: str) -> None:
         "assert f(2) == Fraction(1717)",
         "assert sum(f(2), 1717) == 0",
         "assert sorted(f(2), key=lambda x: x % 1717) == []",
+        "assert f(2).startswith('1717') and not f(2).lower().endswith('1717')",
+        "assert f(2)[0].startswith('1717') == True",
+        "assert f(2).split(sep='1717') == f(2).strip('1717').replace('1717', '')".replace("f(2).strip", "'x'.strip"),
+        "assert f(2).count(1717) == 1 and f(2).index(1717) == 0 and f(2).get(1717) == 5",
+        "assert f(2).issubset({1717}) or f(2).__eq__(1717)",
+        "assert getattr(f(2), 'x', 1717) == 1717",
+        "assert isinstance(f(2), int) and f'{f(2):>5}' == ' 1717'",
     ],
 )
 def test_nothing_that_is_expected_is_in_what_the_program_evaluates(test: str) -> None:

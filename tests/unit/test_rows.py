@@ -112,10 +112,9 @@ def test_unit_tests_of_verls_code_sets() -> None:
     ]
     calls = entry({"fn_name": "add", "inputs": [[1, [2]], '1\n"a"'], "outputs": [3, "[4]"]})
     assert calls["function"] == "add" and calls["answer"] is None
-    assert [test["assert"] for test in calls["tests"]] == [
-        "assert add(1, [2]) == 3",
-        "assert add(1, 'a') in ([4], 4)",
-    ]
+    assert calls["tests"] == [{"arguments": [1, [2]], "result": 3}, {"arguments": [1, "a"], "result": [4]}]
+    nothing = entry({"fn_name": "f", "inputs": [[1]], "outputs": [None]})
+    assert nothing["tests"] == [{"arguments": [1], "result": None}]
 
 
 def code_row(*tests: str) -> dict[str, Any]:

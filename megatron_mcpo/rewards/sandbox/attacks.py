@@ -7,6 +7,7 @@ escape   it prints ESCAPED, after a deed that must not succeed
 secret   it prints what the file @CANARY@, the variable MCPO_SECRET or an inherited descriptor holds
 forge    it prints a text that starts with "nonce-", which it can't know
 assert   its function f returns a number which it can't know, for 7
+method   its function f returns a text with a beginning which it can't know, for 7
 twice    it prints ESCAPED when it is run for a second test
 
 Replaced in programs: @CANARY@ (a file), @PACKAGE@, @HOME@, @PORT@ (TCP and UDP on 127.0.0.1), @SOCKET@ (a Unix socket's
@@ -320,6 +321,21 @@ _FORGERY = {
     "value without end": ("assert", "def f(x):\n    v = []\n    v.append(v)\n    return v"),
     "endless iterator": ("assert", "import itertools\ndef f(x):\n    return itertools.count()"),
     "value that is slow to hash": ("assert", "def f(x):\n    return {i * (2**61 - 1) for i in range(50_000)}"),
+    "object whose methods say yes": (
+        "method",
+        "class E:\n    def startswith(self, *a):\n        return True\n    def __getattr__(self, name):\n"
+        "        return lambda *a, **k: True\ndef f(x):\n    return E()",
+    ),
+    "text whose methods say yes": (
+        "method",
+        "class E(str):\n    def startswith(self, *a):\n        return True\ndef f(x):\n    return E('x')",
+    ),
+    "text that is read from the test": (
+        "method",
+        "import re, sys\ndef f(x):\n    frame, seen = sys._getframe(), ''\n    while frame:\n"
+        "        seen += str(frame.f_locals) + str(frame.f_globals)\n        frame = frame.f_back\n"
+        "    found = re.findall('[0-9a-f]{32}', seen)\n    return found[0] if found else ''",
+    ),
     "exception that resists": (
         "assert",
         "class E(BaseException):\n    def __del__(self):\n        while True:\n            pass\n"

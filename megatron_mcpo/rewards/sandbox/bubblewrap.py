@@ -17,6 +17,9 @@ NOBODY = 65534
 TEMPORARY_BYTES = 16 * 2**20
 """Size of the only folder that can be written to, /tmp, in memory."""
 
+_TIME_ZONES = Path("/usr/share/zoneinfo")
+"""What zoneinfo reads: outside of the sandbox too, the standard library has no time zones of its own."""
+
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 
 # Prints the shared libraries that Python and its extension modules map, without those that need a screen or terminal.
@@ -46,7 +49,7 @@ class PythonFiles:
 
     def parents(self) -> list[Path]:
         """Return the folders to make for them, outer ones first."""
-        places = [self.executable, self.library, *self.shared, Path(os.devnull)]
+        places = [self.executable, self.library, *self.shared, Path(os.devnull), _TIME_ZONES]
         places += [self.loader] if self.loader else []
         return sorted({parent for place in places for parent in place.parents} - {Path("/"), Path("/tmp")})
 
@@ -129,9 +132,12 @@ def _installed() -> list[Path]:
     return [*found, Path(on_system)] if on_system else found
 
 
-def command(bubblewrap: Path, *, info_fd: int, seccomp_fd: int, user_namespace_fd: int | None) -> list[str]:
+def command(
+    bubblewrap: Path, *, info_fd: int, seccomp_fd: int, user_namespace_fd: int | None, stdin_fd: int
+) -> list[str]:
     """Return the command line in front of Python's own arguments.
 
+    stdin_fd: what /dev/stdin holds; without /proc it can't be a link to descriptor 0
     user_namespace_fd: that of `root_user_namespace`, where the parent is root; None: bubblewrap makes one.
     """
     files = python_files()
@@ -158,6 +164,8 @@ def command(bubblewrap: Path, *, info_fd: int, seccomp_fd: int, user_namespace_f
     if files.loader is not None:
         arguments += ["--ro-bind", str(files.loader.resolve()), str(files.loader)]
     arguments += ["--dev-bind", os.devnull, os.devnull]
+    arguments += ["--perms", "0444", "--ro-bind-data", str(stdin_fd), "/dev/stdin"]
+    arguments += ["--ro-bind-try", str(_TIME_ZONES), str(_TIME_ZONES)]
     arguments += [
         "--chdir",
         "/tmp",

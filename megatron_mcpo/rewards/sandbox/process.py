@@ -81,11 +81,12 @@ def run(
     with contextlib.ExitStack() as stack:
         job_fd = _readable(stack, "job", json.dumps({**job, **shell}).encode())
         stdin_fd = _readable(stack, "stdin", stdin)
+        shown = stdin if job["mode"] == "program" else b""
         complaints = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "r+b"))
         info, info_fd = os.pipe()
         namespace = stack.enter_context(_Namespace(info))
         with os.fdopen(info_fd, "wb") as far_end:
-            command, fds = _command(stack, level, info_fd=info_fd, as_root=as_root)
+            command, fds = _command(stack, level, shown, info_fd=info_fd, as_root=as_root)
             process = subprocess.Popen(
                 [*command, "-I", "-S", "-B", "-X", "utf8", "-c", _harness(), str(job_fd)],
                 pass_fds=[job_fd, far_end.fileno(), *fds],
@@ -112,15 +113,18 @@ def run(
 
 
 def _command(
-    stack: contextlib.ExitStack, level: ProcessLevel, *, info_fd: int, as_root: bool
+    stack: contextlib.ExitStack, level: ProcessLevel, stdin: bytes, *, info_fd: int, as_root: bool
 ) -> tuple[list[str], list[int]]:
     """Return the start of the command line, and the descriptors that it names."""
     if level == "insecure":
         return [sys.executable], []
     seccomp_fd = _readable(stack, "seccomp", filter_bytes())
+    stdin_fd = _readable(stack, "/dev/stdin", stdin)
     user_fd = bubblewrap.root_user_namespace() if as_root else None
-    command = bubblewrap.command(bubblewrap.usable(), info_fd=info_fd, seccomp_fd=seccomp_fd, user_namespace_fd=user_fd)
-    return command, [seccomp_fd] if user_fd is None else [seccomp_fd, user_fd]
+    command = bubblewrap.command(
+        bubblewrap.usable(), info_fd=info_fd, seccomp_fd=seccomp_fd, user_namespace_fd=user_fd, stdin_fd=stdin_fd
+    )
+    return command, [seccomp_fd, stdin_fd] if user_fd is None else [seccomp_fd, stdin_fd, user_fd]
 
 
 def _readable(stack: contextlib.ExitStack, name: str, content: bytes) -> int:
