@@ -1,11 +1,16 @@
 """Run verifiers in worker processes that can be killed: the trainer's side of worker.py.
 
 Plain subprocesses, not multiprocessing: its children import the trainer's main module again, torch and all.
+
+A worker is not trusted: a verifier that was led astray can write to its socket what it likes. A reply counts only where
+it names the message that it answers, and is a score from 0 to 1 or an error; a worker that says anything else is
+replaced, and the response in its hands is an error.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,15 +18,28 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_mcpo.rewards.verifier_queue import Verdict, VerifierQueue
+from megatron_mcpo.rewards.worker import checked_score, printable
 
 STARTUP_SECONDS = 300.0
 """A worker may take so long to import a verifier on a crowded machine."""
+
+NUM_STARTS = 3
+"""How many workers in a row may die while they start: one may have been killed from outside."""
+
+MAX_REPLY_BYTES = 2**16
+
+_KILL_SECONDS = 5.0
+"""How long processes of a worker are looked for, where they fork on while they are killed."""
+
+_MARK = "MCPO_WORKER"
+"""Variable in the environment of a worker, by which a process that left its session is still known as its own."""
 
 
 class VerificationError(RuntimeError):
@@ -30,6 +48,10 @@ class VerificationError(RuntimeError):
     def __init__(self, message: str, *, timed_out: bool):
         super().__init__(message)
         self.timed_out = timed_out
+
+
+class UnexpectedReply(ConnectionError):
+    """A worker sent what no worker sends: its verifier writes to the socket."""
 
 
 class VerifierUnavailable(RuntimeError):
@@ -61,6 +83,8 @@ class _Worker:
         self._requested: set[str] = set()
         self._importing: deque[str] = deque()
         self._buffer = b""
+        self._num_sent = self._num_received = 0
+        self._mark = secrets.token_hex(16)
         self._socket, far_end = socket.socketpair()
         with far_end:
             command = [sys.executable, "-W", "ignore", "-m", "megatron_mcpo.rewards.worker"]
@@ -68,24 +92,27 @@ class _Worker:
                 [*command, str(far_end.fileno()), str(memory_bytes)],
                 pass_fds=[far_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=_worker_environment(),
+                env=_worker_environment() | {_MARK: self._mark},
                 start_new_session=True,  # so that processes that the verifier forks are killed with it
             )
         for function in functions:
             self._request(function)
 
     def wait_ready(self, function: str | None = None) -> None:
-        """Wait for all imports, with that of `function`. Raises VerifierUnavailable where one fails."""
+        """Wait for all imports, with that of `function`.
+
+        Raises VerifierUnavailable where one fails or takes too long, ConnectionError where the worker died.
+        """
         if function is not None and function not in self._requested:
             self._request(function)
         while self._importing:
             name = self._importing[0]
             try:
                 reply = self._receive(time.monotonic() + STARTUP_SECONDS)
-            except (TimeoutError, ConnectionError) as error:
+            except TimeoutError as error:
                 raise VerifierUnavailable(f"verifier {name!r}: its worker did not start: {error}") from error
             if "error" in reply:
-                raise VerifierUnavailable(reply["error"])
+                raise VerifierUnavailable(printable(str(reply["error"])))
             self._importing.popleft()
 
     def ask(self, task: Task, *, timeout: float) -> float:
@@ -105,9 +132,14 @@ class _Worker:
             timeout,
         )
         reply = self._receive(deadline)
-        if "error" in reply:
-            raise VerificationError(reply["error"], timed_out=reply["timed_out"])
-        return reply["score"]
+        if set(reply) == {"task", "error", "timed_out"}:
+            raise VerificationError(printable(str(reply["error"])), timed_out=reply["timed_out"] is True)
+        if set(reply) != {"task", "score"} or not isinstance(reply["score"], float):
+            raise UnexpectedReply(f"it sent {printable(str(reply))[:80]}")
+        try:
+            return checked_score(reply["score"])
+        except ValueError as error:
+            raise UnexpectedReply(f"it sent no score: {error}") from error
 
     def kill(self) -> int:
         """End the process and everything that it started; return its exit code (negative: the signal)."""
@@ -115,6 +147,11 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (left := list(self._left_behind())) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._socket.close()
         return self._process.returncode if exit_code is None else exit_code
 
@@ -124,19 +161,44 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # a worker that has died is noticed when its reply is awaited
             self._send({"import": function}, STARTUP_SECONDS)
 
+    def _left_behind(self) -> Iterator[int]:
+        """Yield the processes of the worker's session, and those that left it and have the worker's environment."""
+        mark = f"{_MARK}={self._mark}".encode()
+        for folder in Path("/proc").iterdir():
+            try:
+                is_left = mark in (folder / "environ").read_bytes() or os.getsid(int(folder.name)) == self._process.pid
+                if is_left and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    yield int(folder.name)
+            except (OSError, ValueError):  # another user's, one that has ended, or no process
+                continue
+
     def _send(self, message: dict[str, Any], timeout: float) -> None:
+        self._num_sent += 1
         self._socket.settimeout(timeout)
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        self._socket.sendall(json.dumps({**message, "task": self._num_sent}).encode() + b"\n")
 
     def _receive(self, deadline: float) -> dict[str, Any]:
+        """Return the reply to the oldest message without one.
+
+        Raises TimeoutError, ConnectionError, or UnexpectedReply for anything but one JSON object that names it.
+        """
+        self._num_received += 1
         while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_REPLY_BYTES:
+                raise UnexpectedReply(f"it sent more than {MAX_REPLY_BYTES} bytes")
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = self._socket.recv(65536)
             if not chunk:
                 raise ConnectionResetError("it closed the connection")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict) or reply.get("task") != self._num_received:
+            raise UnexpectedReply(f"it sent {printable(line[:80].decode(errors='replace'))}")
+        return reply
 
 
 def _worker_environment() -> dict[str, str]:
@@ -166,7 +228,7 @@ class WorkerPool:
 
     def wait_ready(self) -> None:
         """Wait until a worker has imported its verifiers. Raises VerifierUnavailable."""
-        self._workers[0].wait_ready()
+        self._ready(0)
 
     def run(self, tasks: Sequence[Task], *, max_error_rate: float) -> list[Verdict]:
         """Return a verdict for every task, in order; verifier_queue.py says which are not tried.
@@ -201,8 +263,7 @@ class WorkerPool:
             raise
 
     def _verify(self, slot: int, task: Task) -> Verdict:
-        worker = self._workers[slot]
-        worker.wait_ready(task.function)
+        worker = self._ready(slot, task.function)
         try:
             return Verdict(score=worker.ask(task, timeout=self.timeout))
         except VerificationError as error:
@@ -210,8 +271,27 @@ class WorkerPool:
         except TimeoutError:
             self._replace(slot)
             return Verdict(error=f"no answer within {self.timeout:g} s, worker killed", timed_out=True)
+        except UnexpectedReply as error:
+            self._replace(slot)
+            return Verdict(error=f"worker killed: {error}")
         except ConnectionError:
             return Verdict(error=f"worker died (exit code {self._replace(slot)})")
+
+    def _ready(self, slot: int, function: str | None = None) -> _Worker:
+        """Return a worker that has imported its verifiers, with `function`. One that dies meanwhile is replaced."""
+        for _ in range(NUM_STARTS):
+            worker = self._workers[slot]
+            try:
+                worker.wait_ready(function)
+            except ConnectionError:
+                exit_code = self._replace(slot)
+            else:
+                return worker
+        names = ", ".join(map(repr, dict.fromkeys([*self._functions, *([function] if function else [])])))
+        raise VerifierUnavailable(
+            f"verifier {names}: {NUM_STARTS} workers died while they imported it (exit code {exit_code}); import it in "
+            "a Python of your own, with rewards.memory_gib of address space"
+        )
 
     def _replace(self, slot: int) -> int:
         """Kill a lost worker, start another, and return the exit code of the first."""

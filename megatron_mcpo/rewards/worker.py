@@ -4,6 +4,7 @@ Run as `python -m megatron_mcpo.rewards.worker FD MEMORY_BYTES` (its address spa
 never a pickle, so that a verifier which was led astray cannot run code in the trainer.
   {"import": "module:name"}  gets the reply {"ready": true} or {"error": text}
   {"function", "options", "entry", "response", "deadline"}  {"score": number} or {"error": text, "timed_out": bool}
+Every message has a number, "task", which its reply repeats.
 What a verifier of your own gets and returns: `score_response`.
 Imports neither torch nor types.py: a worker starts as fast as its verifiers import.
 """
@@ -50,8 +51,12 @@ def checked_score(value: Any) -> float:
 
 def describe(error: BaseException) -> str:
     """Return type and message, safe to print: the message may quote the model's text."""
-    text = str(error).encode("unicode_escape", "backslashreplace").decode("ascii")
-    return f"{type(error).__name__}: {text[:500]}"
+    return f"{type(error).__name__}: {printable(str(error))}"
+
+
+def printable(text: str) -> str:
+    """Return the beginning of a text that somebody else wrote, without control characters."""
+    return text.encode("unicode_escape", "backslashreplace").decode("ascii")[:500]
 
 
 def score_response(verifier: Callable[..., Any], task: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +121,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = _Replies()
     for line in connection.makefile("r", encoding="utf-8"):
-        connection.sendall(json.dumps(replies.to(json.loads(line))).encode() + b"\n")
+        message = json.loads(line)
+        connection.sendall(json.dumps({**replies.to(message), "task": message["task"]}).encode() + b"\n")
 
 
 def silence_output() -> None:

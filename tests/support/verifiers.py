@@ -58,6 +58,35 @@ def fork(entry: dict[str, Any], response: str) -> float:
     return 1.0
 
 
+def leave_the_session(entry: dict[str, Any], response: str) -> float:
+    """Leave a grandchild behind, in a session and a process group of its own, and write down its id."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        grandchild = os.fork()
+        if grandchild == 0:
+            time.sleep(600)
+        else:
+            Path(entry["pid_file"]).write_text(str(grandchild))
+        os._exit(0)
+    os.waitpid(child, 0)
+    if response == "and die":
+        os._exit(3)
+    return 1.0
+
+
+def say(entry: dict[str, Any], response: str) -> float:
+    """Write the response to the worker's own socket, with a new line for every ¶."""
+    os.write(int(sys.argv[1]), response.replace("¶", "\n").encode())
+    return 0.0
+
+
+def flood(entry: dict[str, Any], response: str) -> float:
+    """Write to the worker's own socket without end."""
+    while True:
+        os.write(int(sys.argv[1]), b"x" * 2**16)
+
+
 def heavy_modules(entry: dict[str, Any], response: str) -> float:
     """Raise when the worker holds a module that it must not pay for."""
     heavy = sorted({"torch", "vllm", "megatron", "transformers"} & set(sys.modules))

@@ -201,6 +201,70 @@ def test_close_ends_what_the_verifier_forked(tmp_path: Path) -> None:
     assert _gone_soon(int(pid_file.read_text()))
 
 
+@pytest.mark.parametrize("response", ["and return", "and die"])
+def test_what_left_the_session_ends_with_its_worker(tmp_path: Path, response: str) -> None:
+    pid_file = tmp_path / "pid"
+    with scorer_of(function("tests.support.verifiers:leave_the_session"), timeout=5.0) as scorer:
+        [scored] = scorer.score([group(response, pid_file=str(pid_file))])
+    assert (scored.rewards == (1.0,)) == (response == "and return")
+    assert _gone_soon(int(pid_file.read_text()))
+
+
+LIES = [
+    '{"score": 1.0}¶',
+    '{"task": 3, "score": 1.0}¶',
+    '{"task": 2, "score": 0.0}¶{"task": 2, "score": 1.0}¶{"task": 3, "score": 1.0}¶',
+    '{"task": 2, "score": NaN}¶',
+    '{"task": 2, "score": true, "error": "x"}¶',
+    '{"task": 2, "score": 1e9}¶',
+    '{"task": 2, "score": "1"}¶',
+    '{"task": 2, "score": null}¶',
+    '{"task": 2, "error": "x"}¶',
+    '{"task": 2}¶',
+    "[1]¶",
+    "[" * 50_000 + "¶",
+    "no JSON \x1b]0;title\x07¶",
+    "x" * 70_000,
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=range(len(LIES)))
+def test_what_a_verifier_writes_to_the_socket_is_no_score(lie: str) -> None:
+    """A second response must not get the score that was written ahead for it. Message 1 was the import."""
+    with scorer_of(function("tests.support.verifiers:say"), workers=1, timeout=5.0) as scorer:
+        scored = scorer.score([group(lie), group("¶", index=1), group(".", index=2)])
+    assert all(1.0 not in result.rewards for result in scored)
+    assert "worker killed: it sent" in str(scored[0].error) + str(scored[1].error)
+    assert all(str(result.error).isprintable() for result in scored)
+
+
+def test_a_flood_of_a_worker_is_not_held_in_memory() -> None:
+    with scorer_of(function("tests.support.verifiers:flood"), timeout=20.0) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert "worker killed: it sent more than" in str(scored.error)
+
+
+@pytest.mark.parametrize("num_deaths", [2, 3])
+def test_a_worker_that_is_killed_while_it_starts_is_replaced(
+    tmp_path: Path, num_deaths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dying.py").write_text(
+        "import os, pathlib, signal\n"
+        f"starts = pathlib.Path({str(tmp_path / 'starts')!r})\n"
+        "with starts.open('a') as file:\n    file.write('x')\n"
+        f"if len(starts.read_text()) <= {num_deaths}:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def right(entry, response):\n    return 1.0\n"
+    )
+    with scorer_of(function("dying:right"), workers=1) as scorer:
+        if num_deaths < 3:
+            scorer.wait_ready()
+            assert scorer.score([group("x")])[0].rewards == (1.0,)
+        else:
+            with pytest.raises(VerifierUnavailable, match=r"'dying:right': 3 workers died .*exit code -9"):
+                scorer.score([group("x")])
+
+
 def test_workers_end_with_a_trainer_that_was_killed() -> None:
     code = """
 import os, signal
