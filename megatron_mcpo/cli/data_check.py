@@ -2,8 +2,8 @@
 
 This needs no GPU and no weights: of the model's folder it reads config.json and the tokenizer. The table has a line per
 source: its rows, those that repeat a question (they are left out), the bad ones, and how many are bad for which reason
-(megatron_mcpo/data/rows.py), with the first of each. Exit code 1: a run would be refused, for too many bad rows, too few
-good ones, or tokens that the model has not; 2: the configuration is bad or data can't be read.
+(megatron_mcpo/data/rows.py), with the first of each. Exit code 1: a run would be refused, for too many bad rows, too
+few good ones, or tokens that the model has not; 2: the configuration is bad or data can't be read.
 """
 
 import json
