@@ -34,16 +34,9 @@ def main(arguments: Sequence[str]) -> int:
         if problems := allowlist.problems(config) + missing_files(config):
             raise ConfigError(problems)
         # Late: a bad configuration is refused before torch is imported.
-        from megatron_mcpo.data.domains import inspect_domains, token_problems
-        from megatron_mcpo.data.generators import CACHE
-        from megatron_mcpo.data.tokenizer import check_config, load_tokenizer, stop_token_ids
+        from megatron_mcpo.data.inspection import inspect
 
-        model = from_folder(Path(config.model.path), with_weights=False)
-        check_config(Path(config.model.path))
-        tokenizer = load_tokenizer(config)
-        stop_token_ids(model, tokenizer)
-        inspection = inspect_domains(config, tokenizer, cache_dir=CACHE)
-        problems = inspection.problems + token_problems(inspection.domains, tokenizer, model.vocab_size)
+        inspection, problems = inspect(config, from_folder(Path(config.model.path), with_weights=False))
     except ConfigError as error:
         return options.refuse(error)
     if known.json:

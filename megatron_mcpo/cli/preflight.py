@@ -12,7 +12,7 @@ from megatron_mcpo.config.hf_files import tokenizer_problems
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.reporting.loggers import check_trackers
-from megatron_mcpo.rewards import allowlist, rules
+from megatron_mcpo.rewards import allowlist, functions, rules
 from megatron_mcpo.rollout.server_client import server_problems
 from megatron_mcpo.storage import checkpoint_files, run_folder
 from megatron_mcpo.weights.mapping import tensor_problems
@@ -49,6 +49,8 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
         ConfigError: It holds all problems, but for those of servers, which are asked only if nothing else is wrong.
     """
     problems = _found(OF_CONFIG, config)
+    if not problems:
+        problems += functions.problems(config)  # whose modules are known to be there
     layout, model = None, None
     try:
         layout = config.layout(world_size)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from megatron_mcpo.cli import options
 from megatron_mcpo.cli.launch import launch, on_rank, started_ranks
 from megatron_mcpo.cli.preflight import check
-from megatron_mcpo.config.config import ConfigError, load
+from megatron_mcpo.config.config import Config, ConfigError, load
+from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.summary import arithmetic, empty_terms, slow_arithmetic
 from megatron_mcpo.distributed.preemption import hold_signals
 from megatron_mcpo.storage.run_folder import forecast
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check configuration, model and files, print the layout and stop (rows: mcpo data check)",
+        help="check all that a start checks before it builds a model, rows too, say what it would do, and stop",
     )
     parser.add_argument(
         "--ranks",
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load(known.config, overrides)
         layout, model = check(config, world_size if known.ranks is None else known.ranks)
-        outlook = forecast(config) if known.dry_run else []
+        outlook = [*_check_data(config, model), *forecast(config)] if known.dry_run else []
     except ConfigError as error:
         return options.refuse(error)
     if os.environ.get("RANK", "0") == "0" and (known.dry_run or world_size):
@@ -62,3 +63,13 @@ def main(arguments: Sequence[str]) -> int:
         run(config, layout, model, verbose=known.verbose)
 
     return on_rank(train)
+
+
+def _check_data(config: Config, model: ModelConfig) -> list[str]:
+    """Read all data as a start does; return what a user should know of them. Raises ConfigError as a start does."""
+    from megatron_mcpo.data.inspection import inspect
+
+    inspection, problems = inspect(config, model)
+    if problems:
+        raise ConfigError(problems)
+    return [note for domain in inspection.domains for note in domain.notes]

@@ -13,7 +13,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.data.domains import Domain, load_domains, token_problems
 from megatron_mcpo.data.generators import CACHE
-from megatron_mcpo.data.tokenizer import check_config, load_tokenizer, stop_token_ids
+from megatron_mcpo.data.inspection import read_tokens
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups, agree
@@ -66,21 +66,25 @@ def load_inputs(config: Config, layout: Layout, model: ModelConfig) -> Inputs:
             check_hardware(config.engine.quantization)
     check_files(Path(config.model.path), groups)
     with parallel.together(groups):
-        check_config(Path(config.model.path))
-        tokenizer = load_tokenizer(config)
-        stops = stop_token_ids(model, tokenizer)
+        tokens = read_tokens(config, model)
     domains: list[Domain] | None = None
     for turn in (groups.rank == 0, groups.rank != 0):  # the other ranks find the items in the cache
         with parallel.together(groups):
             if turn:
-                domains = load_domains(config, tokenizer, cache_dir=CACHE)
+                domains = load_domains(config, tokens.tokenizer, cache_dir=CACHE)
     assert domains is not None
     with parallel.together(groups):
-        if problems := token_problems(domains, tokenizer, model.vocab_size):
+        if problems := token_problems(domains, tokens.tokenizer, model.vocab_size):
             raise ConfigError(problems)
         notes = rules.where_code_runs(config, [domain.verifiers_of_rows for domain in domains])
     notes = [*notes, *(note for domain in domains for note in domain.notes)]
-    return Inputs(groups=groups, tokenizer=tokenizer, stop_token_ids=stops, domains=domains, notes=notes)
+    return Inputs(
+        groups=groups,
+        tokenizer=tokens.tokenizer,
+        stop_token_ids=tokens.stop_token_ids,
+        domains=domains,
+        notes=notes,
+    )
 
 
 @contextmanager

@@ -37,14 +37,7 @@ def save_chat_model(folder: Path, *, experts: bool = False, trained: bool = True
     trained: False for a random model, which answers with any characters
     spread: of random numbers that are added to all weights, so that a random model's logits are apart
     """
-    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIALS)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-
+    save_chat_tokenizer(folder)
     model = _random_model(experts=experts)
     if trained:
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(_trained(experts)).items()})
@@ -52,6 +45,17 @@ def save_chat_model(folder: Path, *, experts: bool = False, trained: bool = True
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
     model.save_pretrained(folder)
+
+
+def save_chat_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that has a token per character, with a chat template."""
+    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
 
 
 def _trained(experts: bool) -> Path:

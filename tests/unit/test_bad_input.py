@@ -217,12 +217,34 @@ def test_a_folder_without_what_prompts_need_is_refused(
 
 def dry_run(config: str, folder: Path, *overrides: str) -> str:
     path = folder / "config.toml"
-    path.write_text(config)
+    path.write_text(
+        config.replace("max_prompt_tokens = 64", "max_prompt_tokens = 200").replace("sources", "shots = 0\nsources")
+    )
     command = [sys.executable, "-m", "megatron_mcpo", "train", str(path), "--dry-run", *overrides]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert not (folder / "runs").exists()
     return result.stdout
+
+
+def test_a_dry_run_reads_the_rows_that_a_start_reads(model: Path, tmp_path: Path) -> None:
+    """All of which a start would refuse, after minutes in a queue."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "What is 1 + 1?"}\n' * 3)
+    path = tmp_path / "config.toml"
+    text = CONFIG.replace("MODEL", str(model)).replace('{ generator = "count_bits" }', '{ file = "rows.jsonl" }')
+    path.write_text(text.replace('name = "bits"', 'name = "bits"\nverifiers = [{ kind = "math" }]'))
+    command = [sys.executable, "-m", "megatron_mcpo", "train", str(path), "--dry-run"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert refused.returncode == 2 and "source 'rows.jsonl'" in refused.stderr, refused.stderr
+    assert "3 of 3 rows are bad" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["absent", "pi"])
+def test_a_function_that_no_worker_can_import_is_refused_at_once(model: Path, tmp_path: Path, name: str) -> None:
+    config = CONFIG.replace("MODEL", str(model))
+    verifiers = f'verifiers = [{{ kind = "function", function = "math:{name}" }}]'
+    message = refuse(config.replace('name = "bits"', f'name = "bits"\n{verifiers}'), tmp_path)
+    assert f"verifiers[0].function = 'math:{name}': must be a function that a worker can import (" in message
 
 
 def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) -> None:

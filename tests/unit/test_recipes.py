@@ -28,6 +28,7 @@ from megatron_mcpo.weights.mapping import hf_shapes
 from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.shards import cut_dim, shard_slices
 from tests.support.paths import ROOT
+from tests.support.tiny_run import save_chat_tokenizer
 
 RECIPES = sorted((ROOT / "examples").glob("*/h100_*.toml"))
 GPUS_A_NODE = 8
@@ -97,6 +98,17 @@ def save_empty_weights(folder: Path, model: ModelConfig) -> None:
         file.truncate(8 + len(encoded) + size)
 
 
+def write_rows(path: Path) -> None:
+    """Write rows of the kind that the file's name promises."""
+    kind: dict[str, object] = {"answer": "4"}
+    if "mbpp" in path.name:
+        kind = {"verifier": "code", "function": "f", "tests": [{"assert": "assert f(1) == 2"}]}
+    elif "gsm8k" not in path.name and "math" not in path.name:
+        kind = {"verifier": "choice", "choices": ["red", "green"], "answer": "B"}
+    rows = [{"question": f"Question {number} of {path.stem}?", **kind} for number in range(8)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 @pytest.mark.parametrize("ranks", [True, False], ids=["of the job", "the fewest"])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_passes_the_dry_run(
@@ -107,14 +119,13 @@ def test_a_recipe_passes_the_dry_run(
     original = ROOT / config.model.path
     shutil.copytree(original, folder)
     save_empty_weights(folder, from_folder(original, with_weights=False))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "chat_template.jinja").touch()
+    save_chat_tokenizer(folder)
     monkeypatch.chdir(tmp_path)
     Path("datasets").mkdir()
     for source in (source for domain in config.domain for source in domain.sources):
         for name in (source.file, source.held_out_file):
             if name:
-                Path(name).touch()
+                write_rows(Path(name))
     run = [str(path), "--model.path", str(folder)]
     nodes = gpus_of(path) // GPUS_A_NODE
     if ranks:
