@@ -89,10 +89,14 @@ def marked(text: str) -> str:
 
 
 def last_statement(text: str) -> str:
-    """Return the last line of a text that is not blank: what follows "answer is", or else all but a list's mark."""
+    """Return the line behind the last "answer is" of a text, else its last line without a list's mark."""
+    *others, said = _ANSWER.split(text)
+    lines = said.strip(" \t\r\n.,;:").split("\n")
+    if others and lines[0]:
+        return lines[0]
     lines = text.strip().split("\n")
     marks = _LIST_MARK if len(lines) == 1 else _LIST_MARK_OR_DASH
-    return _ANSWER.split(marks.sub("", lines[-1], count=1))[-1]
+    return marks.sub("", lines[-1], count=1)
 
 
 def without_emphasis(text: str) -> str:

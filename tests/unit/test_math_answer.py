@@ -131,6 +131,10 @@ RIGHT = [
     ("34", "Answer: 17*2"),
     ("34", "Answer: 34 (since 35-1=34)"),
     ("34", "Answer: 34\n\nCheck: 34 + 1 = 35"),
+    ("34", "The answer is 34.\n\n34 + 1 = 35"),
+    ("35", "I look for the answer.\n\n34 + 1 = 35"),
+    ("35", "The answer (see above) is 35"),
+    (r"2\sqrt{2}", "### Answer\n\n2\\sqrt{2}"),
     (r"\{1, 2\}", "1 and 2"),
 ]
 WRONG = [
