@@ -5,6 +5,7 @@ takes too long incorrect. The worker's deadline takes their place. It never eval
 handed to sympy's parser only if it consists of digits and operators.
 """
 
+import logging
 import re
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_mcpo.rewards.boxes import after_hashes, last_boxed
 from megatron_mcpo.rewards.latex import as_latex, is_bare, last_statement, marked, without_emphasis
 
 math_verify_fixes.apply()
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 _ROUNDING = 0.01
 """Largest relative error of a decimal that an equation may have."""

@@ -86,7 +86,9 @@ def test_one_response_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert tried(capsys, *given, "The correct option is (B).") == (0, [outcome(1.0, "B")])
     assert tried(capsys, *given, "C") == (0, [outcome(0.0, "C")])
     assert main(["reward", "try", *given, "<think>B</think>C"]) == 0
-    assert capsys.readouterr().out == "score 0, incorrect, extracted 'C'\n"
+    assert capsys.readouterr() == ("score 0, incorrect, extracted 'C'\n", "")
+    assert main(["reward", "try", "--kind", "math", "--answer", "6", "--response", "It is 6."]) == 0
+    assert capsys.readouterr() == ("score 1, correct, extracted '6'\n", "")
 
 
 def test_kind_and_answer_replace_those_of_a_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
