@@ -78,6 +78,9 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
         # Tokens in, tokens out is all that a run asks for; chat would need the tokenizer.
         "tokens_only": True,
         "disable_uvicorn_access_log": True,
+        # By default every page that a browser on this machine shows may control the engine and read its answers.
+        "allowed_origins": [],
+        "middleware": "megatron_mcpo.rollout.browser_guard.BrowserGuard",
         "host": host,
         "port": port,
     }

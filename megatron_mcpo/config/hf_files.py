@@ -195,6 +195,10 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     names = (read_json(index, problems) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ConfigError(problems or [f"{index}: must have a table weight_map of file names. Download it again."])
+    outside = sorted({file for file in names.values() if file != Path(file).name or file in ("", "..")})
+    if outside:
+        rule = f"must name files of this folder (it names {outside[0][:80]!r})"
+        raise ConfigError([f"{index}: {rule}. Download it again."])
     return {name: folder / file for name, file in names.items()}
 
 

@@ -46,6 +46,9 @@ class StagingFolder:
         """
         if final.exists() or final.is_symlink():
             raise ConfigError([f"{final}: must not exist; give another folder, or delete it"])
+        for path in (_place(final), _place(final) / _PARTS, _place(final) / _JOB):
+            if path.is_symlink():  # what lies behind it would be deleted or overwritten
+                raise ConfigError([f"{path}: must not be a link; delete it, or give another folder than {final}"])
         try:
             (_place(final) / _PARTS).mkdir(parents=True, exist_ok=True)
             staging = cls(final, (_place(final) / _JOB).open("a+", encoding="utf-8"))
@@ -58,7 +61,7 @@ class StagingFolder:
             staging._job.truncate(0)  # first: a folder that is partly deleted must not look like one of this job
             for path in staging.path.iterdir():
                 if path.name != _JOB:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             (staging.path / _PARTS).mkdir()
             staging._job.write(text)
             staging._job.flush()

@@ -3,9 +3,11 @@
 Each worker sends one request at a time, so rewards.workers is the number of concurrent requests. The response is pasted
 into the judge's instruction unchanged, so a response can address the judge: what a judge rewards is what the policy
 learns. The openai client sends one attempt; the loop over attempts is ours, because the client's retries know neither
-the deadline that all attempts share nor that a reply without a score is a failed attempt.
+the deadline that all attempts share nor that a reply without a score is a failed attempt. Its time-outs are those of
+one read each, so that a reply which trickles would never end: the deadline is that of an asyncio task.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -25,11 +27,12 @@ _WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and every 5xx: other refusals would
 
 # Made while the verifier is imported, which takes none of a response's time. A redirect leads to a host that the
 # configuration does not name: it counts as a refusal.
-_HTTP = openai.DefaultHttpxClient(follow_redirects=False)
+_HTTP = openai.DefaultAsyncHttpxClient(follow_redirects=False)
+_LOOP = asyncio.new_event_loop()
 _API_KEY = re.compile("[!-~]+")
 
 _PLACE = re.compile(r"\{(question|answer|response)\}")
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\.?\d[\d.,eE/%+-]*(?:\s*/\s*\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\.?\d[\d.,eE/%+-]*(?:\s*/\s*\d+)?(?!\w)")
 _MARKUP = r"(?:[\s*_\"'`]|\([^()\n]{0,80}\))*+"
 _LABELLED = re.compile(
     r"(?P<bound>\b(?:max(?:imum)?|min(?:imum)?|highest|lowest|best|worst|perfect|full|possible)\s+)?"
@@ -73,7 +76,7 @@ def score(
     deadline = time.monotonic() + seconds
     api_key = None if api_key_file is None else _read(api_key_file).strip()
     ask = partial(
-        _client(url.rstrip("/"), api_key).chat.completions.with_raw_response.create,
+        _client(url.rstrip("/"), api_key).chat.completions.with_streaming_response.create,
         model=model,
         messages=[{"role": "user", "content": _instruction(prompt, entry, response)}],
         temperature=0,
@@ -99,13 +102,14 @@ def _instruction(path: str, entry: dict[str, Any], response: str) -> str:
 
 
 @cache
-def _client(url: str, api_key: str | None) -> openai.OpenAI:
+def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
     """Return a client that takes nothing from the environment: address and key are the configuration's alone."""
     if api_key is not None and not _API_KEY.fullmatch(api_key):  # the HTTP library's own error would quote it
         raise ValueError("api_key_file: must hold a key of printable ASCII characters without blanks; correct the file")
     ambient = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
     try:
-        return openai.OpenAI(api_key=api_key or "sent by no request", base_url=url, max_retries=0, http_client=_HTTP)
+        key = api_key or "sent by no request"
+        return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=_HTTP)
     finally:
         os.environ.update(ambient)
 
@@ -121,18 +125,35 @@ def _reply(ask: Callable[..., Any], deadline: float) -> str:
     if left <= 0:
         raise TimeoutError("the judge gave no reply that can be used in time")
     try:
-        content = ask(timeout=left).content
+        content = _LOOP.run_until_complete(asyncio.wait_for(_content(ask), left))
     except openai.APIStatusError as error:
         reason = f"HTTP {error.status_code}: {error.response.text[:300]}"
         if error.status_code < 500 and error.status_code not in _WORTH_ANOTHER_TRY:
             raise PermissionError(f"{error.request.url}: refused with {reason}") from None
         raise JudgeError(reason) from None
-    except openai.APITimeoutError:
+    except TimeoutError:
         raise TimeoutError("the judge gave no reply that can be used in time") from None
     except openai.APIConnectionError as error:
-        cause = error.__cause__ or error
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:  # the HTTP library wraps the kernel's reason
+            cause = inner
         raise JudgeError(f"{type(cause).__name__}: {cause}") from None
     return _said(content)
+
+
+async def _content(ask: Callable[..., Any]) -> bytes:
+    """Return the body of the reply, of one that is too long the beginning. Raises JudgeError where it breaks off."""
+    content = b""
+    async with ask(timeout=None) as response:
+        chunks = aiter(response.iter_bytes())
+        while len(content) <= _LONGEST_REPLY:
+            try:
+                content += await anext(chunks)
+            except StopAsyncIteration:
+                break
+            except Exception as error:  # the HTTP library's own, which the client does not translate here
+                raise JudgeError(f"{type(error).__name__}: {error}") from None
+    return content
 
 
 def _said(content: bytes) -> str:

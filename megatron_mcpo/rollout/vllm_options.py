@@ -90,5 +90,5 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return flags

@@ -57,7 +57,7 @@ class Sender:
     def __init__(self, towards: tuple[str, int], tag: str):
         """Open a store at the address by which the server reaches this machine. towards: host and port of the server"""
         host = _own_address(*towards)
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        self._store = _store_at(host)
         self.meeting = Meeting(host=host, port=self._store.port, tag=tag)
         self._group: Any = None
 
@@ -124,6 +124,20 @@ def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.
     gloo._timeout = TIMEOUT
     gloo._threads = 2
     return backend(named, rank, size, gloo)
+
+
+def _store_at(host: str) -> dist.TCPStore:
+    """Open a store that listens on one address of this machine; by itself it listens on all."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, 0), family=family)
+    return dist.TCPStore(
+        host,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=TIMEOUT,
+        master_listen_fd=listening.detach(),  # the store closes it
+    )
 
 
 def _own_address(host: str, port: int) -> str:

@@ -6,10 +6,11 @@ both with an unrestricted unpickler, which calls whatever a pickle names.
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -42,7 +43,8 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def read_metadata(folder: Path) -> Metadata:
     """Return the table of contents. Raises ValueError where it is damaged, or names anything that is not plain data.
 
-    Reading the same bytes afterwards with the ordinary unpickler calls the same names, and no others.
+    Reading the same bytes afterwards with the ordinary unpickler calls the same names, and no others, and sets
+    attributes of the same new objects.
     """
     with (folder / METADATA).open("rb") as file:
         try:
@@ -74,7 +76,15 @@ class _NotPlainError(ValueError):
     pass
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
+    """The unpickler in Python, as the one in C can't be told what may be changed.
+
+    The opcode BUILD sets attributes of whatever lies on the stack: of a class, an enumeration's member or a function it
+    would change that of this process, for good, even where the file is refused afterwards.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _PLAIN_DATA:
@@ -82,3 +92,15 @@ class _PlainUnpickler(pickle.Unpickler):
         raise _NotPlainError(
             f"{METADATA} names {module}.{name}, which no table of contents needs and which may run code"
         )
+
+    def _build(self) -> None:
+        stack: list[Any] = self.stack  # type: ignore[attr-defined]
+        kind = type(stack[-2]) if len(stack) > 1 else type(None)
+        if (kind.__module__, kind.__qualname__) not in _PLAIN_DATA or issubclass(kind, Enum):
+            raise _NotPlainError(
+                f"{METADATA} sets attributes of a {kind.__qualname__}, which no table of contents does and which would "
+                "change this program"
+            )
+        self.load_build()  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = _build

@@ -4,6 +4,7 @@ Not covered: TLS, proxies, and judges that can be talked into a score by the res
 """
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,10 @@ def lower_case(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items()}
 
 
+TRICKLE = "a byte every now and then"
+BROKEN = "not all of it"
+
+
 class Judge:
     """A server that keeps what it was asked."""
 
@@ -48,10 +53,24 @@ class Judge:
                 status, reply = behaviour(len(judge.requests) - 1, body["messages"][0]["content"])
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(reply.encode())))
+                if reply == TRICKLE:
+                    self._trickle()
+                if reply == BROKEN:
+                    self.end_headers()
+                    self.wfile.write(b"{")
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
                 if status in (302, 307):
                     self.send_header("Location", reply)
                 self.end_headers()
                 self.wfile.write(reply.encode())
+
+            def _trickle(self) -> None:
+                """Send a byte of the header now and then, as long as somebody reads it."""
+                while True:
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.2)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -224,6 +243,7 @@ def test_the_score_of_a_reply(echo: tuple[Judge, Scorer], said: str, score: floa
         (chat("-0.5"), "single score from 0 to 1"),
         (chat("1.5"), "single score from 0 to 1"),
         (chat("nan"), "single score from 0 to 1"),
+        (chat("score: 0x1"), "single score from 0 to 1"),
         (chat("v0"), "single score from 0 to 1"),
         (chat("0.3 (scale: 0 to 1)"), "single score from 0 to 1"),
         (chat("9/10, so 0"), "single score from 0 to 1"),
@@ -262,9 +282,26 @@ def test_a_slow_judge_has_timed_out_and_its_worker_lives(
     assert quick.rewards == (1.0,)
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_reply_that_trickles_has_timed_out(start: Callable[[Behaviour], Judge], prompt: str, status: int) -> None:
+    """Each read ends in time, and no byte is the last."""
+    judge = start(lambda number, asked: chat("1") if "R quick" in asked else (status, TRICKLE))
+    with scorer_of(settings(judge, prompt, retries=50), timeout=5.0) as scorer:
+        slow, quick = scorer.score([group("slow"), group("quick", index=1)])
+    assert slow.timed_out and "TimeoutError: the judge" in str(slow.error)
+    assert quick.rewards == (1.0,)
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(start: Callable[[Behaviour], Judge], prompt: str) -> None:
+    judge = start(lambda number, asked: chat("0.5") if number else (200, BROKEN))
+    with scorer_of(settings(judge, prompt, retries=1), timeout=30.0) as scorer:
+        [scored] = scorer.score([group("x")])
+    assert (scored.rewards, len(judge.requests)) == ((0.5,), 2)
+
+
 def test_nobody_there(start: Callable[[Behaviour], Judge], prompt: str) -> None:
     judge = start(lambda number, asked: chat("1"))
     judge.close()
     with scorer_of(settings(judge, prompt, retries=1)) as scorer:
         [scored] = scorer.score([group("x")])
-    assert "2 attempts failed" in str(scored.error) and "refused" in str(scored.error)
+    assert "2 attempts failed" in str(scored.error) and "ConnectionRefusedError" in str(scored.error)

@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -122,6 +124,24 @@ def test_a_server_starts_without_warnings_that_nobody_can_act_on(servers: list[S
         log = server.log.read_text()
         assert f"{server.url} answers after" in log and "Application startup complete" in log
         assert not re.search("warn|Traceback", log.partition("answers after")[2], flags=re.IGNORECASE), log
+
+
+def status(server: Server, headers: dict[str, str]) -> tuple[int, str | None]:
+    """Return the status of a request, and which origin may read the answer."""
+    request = Request(f"{server.url}/weight_info", headers=headers)
+    try:
+        with urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers.get("Access-Control-Allow-Origin")
+    except HTTPError as error:
+        return error.code, error.headers.get("Access-Control-Allow-Origin")
+
+
+def test_a_server_answers_no_browser(folder: Path, servers: list[Server]) -> None:
+    assert status(servers[0], {}) == (200, None)
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert status(servers[0], headers) == (403, None)
+    flags = serve.server_command(load(folder / "config.toml", []), host="127.0.0.1", port=1)[1]
+    assert flags[flags.index("--allowed-origins") + 1] == "[]"
 
 
 def test_two_ranks_feed_two_servers(folder: Path, servers: list[Server], fresh: dict[str, Any]) -> None:

@@ -82,6 +82,17 @@ def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
     assert all(word in problem for word in (*names, "model.safetensors.index.json", "missing")), problem
 
 
+@pytest.mark.parametrize("name", ["../1.safetensors", "/etc/passwd", "sub/1.safetensors", "..", ""])
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for place in (tmp_path, folder / "sub"):
+        save_file({"a": np.zeros(3)}, place / "1.safetensors")
+    write_index(folder, {"a": name})
+    [problem] = problems_of(folder)
+    assert f"must name files of this folder (it names {name!r})" in problem
+
+
 def test_an_index_without_a_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors")
     write_index(tmp_path, {})
