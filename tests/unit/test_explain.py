@@ -81,7 +81,7 @@ CASES: list[tuple[tuple[str | int, ...], Any, str, str]] = [
         "run.trackers[1] = 1: must be 'wandb', 'mlflow' or 'trackio'. Choose one of the allowed values.",
     ),
     (("run", "steps"), 0, "greater_than", "run.steps = 0: must be greater than 0. Raise it."),
-    (("rewards", "timeout"), 0.0, "greater_than", "rewards.timeout = 0.0: must be greater than 0. Raise it."),
+    (("optimizer", "lr"), 0.0, "greater_than", "optimizer.lr = 0.0: must be greater than 0. Raise it."),
     (("run", "keep_every"), -1, "greater_than_equal", "run.keep_every = -1: must be at least 0. Raise it."),
     (("optimizer", "beta1"), 1.0, "less_than", "optimizer.beta1 = 1.0: must be less than 1. Lower it."),
     (("contrastive", "threshold"), 1.5, "less_than_equal", "contrastive.threshold = 1.5: must be at most 1. Lower it."),

@@ -188,7 +188,7 @@ def field(**fields: Any) -> Callable[[Path], None]:
         (fifo(INDEX), f"{INDEX}: must be a file (it is a pipe or a device)"),
         (fifo("config.json"), "config.json: must be a file (it is a pipe or a device)"),
         (fifo("chat_template.jinja"), "chat_template.jinja: must be a file (it is a pipe or a device)"),
-        (shard_in_a_pipe, "2.safetensors: must be a file (it is a folder, a pipe or a device)"),
+        (shard_in_a_pipe, "2.safetensors: must be a file (it is a pipe or a device)"),
         (deep("config.json"), "config.json: must be JSON (maximum recursion depth exceeded"),
         (deep("generation_config.json"), "generation_config.json: must be JSON (maximum recursion depth exceeded"),
         (deep(INDEX), f"{INDEX}: must be JSON (maximum recursion depth exceeded"),

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.conversation import PromptMaker
-from megatron_mcpo.data.tokenizer import load_tokenizer
 from megatron_mcpo.data.item_pools import Pool
 from megatron_mcpo.data.row_statistics import RowStatistics
 from megatron_mcpo.data.rows import Item
+from megatron_mcpo.data.tokenizer import load_tokenizer
 from megatron_mcpo.rewards.registry import stated_answer
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rewards.thoughts import final_answer, opened_thoughts
