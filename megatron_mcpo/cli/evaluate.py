@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mcpo.cli import options
-from megatron_mcpo.cli.launch import launch, on_rank, started_ranks
+from megatron_mcpo.cli.launch import become_rank, launch, on_rank, started_ranks
 from megatron_mcpo.cli.preflight import check
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.hf_files import is_sharded, read_json
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate with command-line arguments; return the exit code."""
     known, overrides = _parser().parse_known_args(arguments)
     world_size = started_ranks()
+    if world_size:
+        become_rank()
     try:
         step, model_path = _weights(known.checkpoint, known.hf)
         # Nothing is tracked, and the frozen model is all that there is on the device.

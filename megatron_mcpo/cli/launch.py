@@ -4,21 +4,33 @@ Started by itself such a subcommand becomes torchrun for as many ranks as the la
 torchrun) it is one of these ranks.
 """
 
+import contextlib
+import faulthandler
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from tempfile import TemporaryDirectory
 
+import psutil
+
 from megatron_mcpo.cli.options import FAILED, REFUSED, refuse, say_why
-from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.distributed.preemption import GRACE_SECONDS, SIGNALS
+from megatron_mcpo.config.config import ConfigError, RunError
+from megatron_mcpo.distributed.preemption import GRACE_SECONDS, SIGNALS, die_with_parent
 
 INTERRUPTED = 130
 
 _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """End the ranks where they are: nothing is saved."""
+
+INTERRUPTED_CODES = tuple(128 + number for number in _ENDING)
+"""What `launch` returns after one of these signals."""
+
+_LONGEST_END = 20.0
+"""Seconds from such a signal until ranks that have not ended are killed: one that waits for another can't end."""
 
 
 def started_ranks() -> int | None:
@@ -27,13 +39,19 @@ def started_ranks() -> int | None:
     return int(size) if size else None
 
 
+def become_rank() -> None:
+    """Let this rank end with its launcher, and write its stack if native code crashes."""
+    die_with_parent()
+    faulthandler.enable()
+
+
 def on_rank(work: Callable[[], None]) -> int:
     """Do a rank's work; return the exit code."""
     try:
         work()
     except ConfigError as error:
         return refuse(error)
-    except FloatingPointError as error:  # the same one on every rank
+    except (RunError, FloatingPointError) as error:  # the same one on every rank
         say_why(str(error))
         return FAILED
     except KeyboardInterrupt:
@@ -62,7 +80,7 @@ def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:
         f"--shutdown-timeout={GRACE_SECONDS}",
     ]
     try:
-        with TemporaryDirectory(prefix="torchrun-") as folder:
+        with TemporaryDirectory(prefix="torchrun-") as folder, _killing_what_can_not_end():
             options += ["--log-dir", folder]  # that it makes anyway, and would leave behind
             torchrun.run(torchrun.parse_args([*options, "-m", "megatron_mcpo", subcommand, *arguments]))
     except ChildFailedError as error:
@@ -74,3 +92,33 @@ def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _kill_descendants() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+@contextlib.contextmanager
+def _killing_what_can_not_end() -> Iterator[None]:
+    """Kill the descendants of this process that are left some seconds after a signal that ends the ranks.
+
+    Signals are seen by a thread, because the main thread waits for the ranks.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        while received := os.read(reading, 1):
+            if received[0] in _ENDING:
+                time.sleep(_LONGEST_END)
+                _kill_descendants()
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)

@@ -7,10 +7,11 @@ torchrun (or srun torchrun) it is one of these ranks.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 
 from megatron_mcpo.cli import options
-from megatron_mcpo.cli.launch import launch, on_rank, started_ranks
+from megatron_mcpo.cli.launch import INTERRUPTED_CODES, become_rank, launch, on_rank, started_ranks
 from megatron_mcpo.cli.preflight import check
 from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.model import ModelConfig
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--ranks: needs --dry-run; a run has the ranks that torchrun starts")
     world_size = started_ranks()
     if world_size:
+        become_rank()
         hold_signals()
     try:
         config = load(known.config, overrides)
@@ -55,7 +57,13 @@ def main(arguments: Sequence[str]) -> int:
     if known.dry_run:
         return 0
     if world_size is None:
-        return launch("train", arguments, layout.world_size)
+        code = launch("train", arguments, layout.world_size)
+        if code in INTERRUPTED_CODES:
+            next_time = next(line for line in forecast(config) if line.startswith("would "))
+            print(
+                f"interrupted: steps after the last checkpoint are lost; the same command {next_time}", file=sys.stderr
+            )
+        return code
 
     def train() -> None:
         from megatron_mcpo.trainer.setup import run

@@ -46,6 +46,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class RunError(RuntimeError):
+    """The error of a run that had to end, which its user can do something about; the same on every rank."""
+
+
 class Config(Section):
     """Everything a run depends on."""
 

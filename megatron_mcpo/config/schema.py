@@ -61,6 +61,11 @@ class RunConfig(Section):
         "a new one begins; latest, or a run's name or folder: this one, with the settings that are given now, and also "
         "if it is finished (`--resume RUN` is short for it)",
     )
+    collective_timeout: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        600.0,
+        description="seconds without any progress of any rank, or with a rank that is silent, after which the job is "
+        "ended and says which rank is where; up to three times as long at the start and where a step pauses for long",
+    )
     trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
         [],
         description="experiment trackers that get the metrics, in addition to metrics.jsonl and TensorBoard; each is "

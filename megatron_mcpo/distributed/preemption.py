@@ -6,7 +6,11 @@ a rank starts must therefore be ended by closing its pipe or by SIGKILL, never b
 Imports no torch.
 """
 
+import ctypes
+import os
 import signal
+import sys
+from multiprocessing import resource_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -14,14 +18,29 @@ GRACE_SECONDS = 1800
 """How long torchrun lets the ranks end their step and save; a rank that waits that long for another fails."""
 
 _handled: set[int] = set()
+_PR_SET_PDEATHSIG = 1
 
 
 def hold_signals() -> None:
     """Block the signals from now on in this process, its threads and the processes that it starts."""
-    # Also handle them: Python's multiprocessing unblocks SIGTERM when it starts its resource tracker.
+    # Also handle them, and block them twice: Python's multiprocessing unblocks SIGTERM when it starts its resource
+    # tracker, which it does once. A handler alone would not run while the main thread waits for another rank.
     for number in SIGNALS:
         signal.signal(number, lambda number, _: _handled.add(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, however that ends: nobody would wait for it any more.
+
+    The parent is the thread that started this process; torchrun's main thread starts the ranks.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended just before
+        sys.exit(128 + signal.SIGKILL)
 
 
 def asked_to_stop() -> bool:

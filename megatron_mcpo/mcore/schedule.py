@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_mcpo import progress
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.mcore.model import unwrap
@@ -53,6 +54,7 @@ def run(
     """
 
     def forward(data: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[[Any], tuple[Tensor, Any]]]:
+        progress.tick()
         micro = next(data)
 
         def finish(raw: Any) -> tuple[Tensor, MicroOutput]:

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_mcpo import progress
+from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.rewards.verifier_queue import Verdict, VerifierQueue
 from megatron_mcpo.rewards.worker import checked_score, printable
 
@@ -54,8 +56,11 @@ class UnexpectedReply(ConnectionError):
     """A worker sent what no worker sends: its verifier writes to the socket."""
 
 
-class VerifierUnavailable(RuntimeError):
-    """No worker can be started, or a verifier doesn't import."""
+class VerifierUnavailable(ConfigError):
+    """No worker can be started, or a verifier doesn't import: for the user to correct."""
+
+    def __init__(self, problem: str):
+        super().__init__([problem])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +263,7 @@ class WorkerPool:
         try:
             while (number := queue.take()) is not None:
                 queue.settle(number, self._verify(slot, tasks[number]))
+                progress.tick()
         except BaseException:
             queue.stop()
             raise

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from megatron_mcpo.config.config import Config
+from megatron_mcpo.config.config import Config, RunError
 from megatron_mcpo.config.domain_schema import DomainConfig, RewardsConfig, VerifierConfig
 from megatron_mcpo.rewards.pool import Task, WorkerPool
 from megatron_mcpo.rewards.registry import ROW_VERIFIERS, VERIFIERS, Check, check_of
@@ -25,7 +25,7 @@ _TaskKey = tuple[Hashable, str, str]
 """Item, what the verifier gets of the response, name and position of the verifier."""
 
 
-class TooManyErrors(RuntimeError):
+class TooManyErrors(RunError):
     """Verifiers failed on a larger share of a step's groups than the configuration allows."""
 
 

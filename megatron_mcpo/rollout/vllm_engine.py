@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
+from megatron_mcpo import progress
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.hf_config import from_folder
@@ -105,6 +106,7 @@ class VllmEngine:
         )
         with self._fatal("construction"):
             self._llm = _build(options, distributed=distributed, job_tag=job_tag)
+            _count_steps(self._llm.llm_engine)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
         """Complete every request, as engine.Engine.generate says. The samples of a greedy request are copies of one.
@@ -321,6 +323,17 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
             distributed_executor_backend="external_launcher" if distributed else "uni",
             enable_sleep_mode=uses_gpu(),
         )
+
+
+def _count_steps(engine: Any) -> None:
+    """Count every decoding step as progress of this process."""
+    step = engine.step
+
+    def counted() -> Any:
+        progress.tick()
+        return step()
+
+    engine.step = counted
 
 
 def _plain_parameters(model: Any) -> dict[str, Tensor] | None:

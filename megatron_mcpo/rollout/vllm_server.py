@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from megatron_mcpo import progress
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked
 from megatron_mcpo.rollout.server_client import TIMEOUT_SECONDS, Client, ServerError
@@ -176,6 +177,7 @@ class VllmServers:
             if failed is not None:
                 failed.result()
             self._on_all(_Server.check_version)
+            progress.tick()  # a server that answers may decode for long; _GENERATION_SECONDS is its limit
 
     def _buckets(self, units: Iterable[Bucketful]) -> Iterator[Bucketful]:
         """Divide units of tensors into buckets without dividing a unit."""
@@ -231,6 +233,7 @@ class _Server:
 
     def load(self, bucket: Bucketful) -> None:
         """Send some tensors, which the server loads."""
+        progress.tick()
         said = Bucket.of(bucket, self._tag).as_json()
         self._alongside("/update_weights", {"update_info": said}, lambda failed: self._send(bucket, failed))
 
@@ -268,6 +271,7 @@ class _Server:
         """Return `num_samples` completions of a request."""
         asked = {"token_ids": list(request.token_ids), "sampling_params": sampling_options(request)}
         answer = self._client.post("/inference/v1/generate", asked, timeout=_GENERATION_SECONDS)
+        progress.tick()
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         completions = tuple(_completion(choice, version) for choice in choices)
         return completions * (request.num_samples // len(completions))

@@ -17,6 +17,7 @@ NEUTRAL_KEYS = frozenset(
         "run.checkpoint_every",
         "run.keep_checkpoints",
         "run.keep_every",
+        "run.collective_timeout",
         "engine.engine_check_every",
         "engine.verify_sync",
         "algorithm.diagnose_every",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_mcpo import progress
 from megatron_mcpo.distributed.parallel import Groups, gather_objects, together
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.decoding import ResponseDecoder
@@ -79,7 +80,7 @@ class Collector:
         groups: list[RolloutGroup] = []
         # The ranks of an engine wait for each other: one that fails must end at once, for torchrun to end the others.
         completed = self._generate([prompts[i] for i in mine], [sampling.first_seed(i) for i in mine], sampling)
-        with together(self.groups):
+        with together(self.groups), progress.phase("verification of responses"):
             if self.scorer is not None:
                 groups = self.scorer.score(completed) if score else completed
         share = list(zip(mine, groups, strict=True)) if groups else []

@@ -27,7 +27,9 @@ from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.weights.hf_io import check_files
 from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose_weight_sync
 
-_COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+_COLLECTIVE_TIMEOUT_SECONDS = 86400.0
+"""A rank may wait for as long as others work; where none does, the watchdog ends the job after run.collective_timeout.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_mcpo import progress
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
@@ -16,6 +17,7 @@ from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups, agree
+from megatron_mcpo.distributed.watchdog import watching
 from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.run_logger import RunLogger
@@ -29,6 +31,12 @@ from megatron_mcpo.weights.hf_write import read_assets
 
 def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) -> None:
     """Train as the configuration says. Raises ConfigError for errors that only show when files are opened."""
+    with watching(config.run.collective_timeout):
+        _train(config, layout, model, verbose=verbose)
+    parallel.destroy()
+
+
+def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) -> None:
     inputs = load_inputs(config, layout, model)
     groups = inputs.groups
     with ExitStack() as closing:
@@ -74,7 +82,6 @@ def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) ->
         )
         trainer.run()
         _conclude(trainer, run_logger)
-    parallel.destroy()
 
 
 def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[str], None]) -> dict[str, float]:
@@ -82,15 +89,17 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
 
     note: called on every rank with what happens. Raises as `run`.
     """
-    inputs = load_inputs(config, layout, model)
-    frozen = Reference(config, model, inputs.groups)
-    for text in inputs.notes:
-        note(text)
-    with build_parts(config, model, inputs, frozen, note) as parts:
-        parts.engine.wake()
-        parts.weight_sync.sync(frozen.version)
-        note(f"weight sync verified: {parts.engine_check.compare_weights()}")
-        metrics = evaluate(parts.collector, inputs.domains, config)
+    with watching(config.run.collective_timeout):
+        inputs = load_inputs(config, layout, model)
+        frozen = Reference(config, model, inputs.groups)
+        for text in inputs.notes:
+            note(text)
+        with build_parts(config, model, inputs, frozen, note) as parts:
+            parts.engine.wake()
+            parts.weight_sync.sync(frozen.version)
+            note(f"weight sync verified: {parts.engine_check.compare_weights()}")
+            with progress.phase("evaluation"):
+                metrics = evaluate(parts.collector, inputs.domains, config)
     parallel.destroy()
     return metrics
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from megatron_mcpo import progress
 from megatron_mcpo.algo.contrastive import Contrast
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.data.batch import make_batch, minibatches
@@ -85,6 +86,7 @@ class Trainer:
             self.evaluate()
         while self.step < config.run.steps and not self.must_stop():
             self.step += 1
+            progress.at_step(self.step)
             self.seconds = {}
             with self.timed("step"):
                 collected = self.collect()
@@ -101,7 +103,8 @@ class Trainer:
             if self.is_due(config.evaluation.every):
                 self.evaluate()
         self.checkpoint()
-        self.checkpoints.finish()
+        with progress.phase("save"):
+            self.checkpoints.finish()
 
     def is_due(self, every: int) -> bool:
         """Return whether this step is a multiple of `every`, or the last one."""
@@ -196,17 +199,22 @@ class Trainer:
 
     def check_engine(self) -> None:
         """Stop the run where the engine doesn't sample from the weights that are trained."""
-        self.run_logger.note(f"engine/trainer log-prob mismatch: {self.engine_check.check()}")
+        with progress.phase("engine check"):
+            mismatch = self.engine_check.check()
+        self.run_logger.note(f"engine/trainer log-prob mismatch: {mismatch}")
 
     def evaluate(self) -> None:
         """Evaluate, unless this step was evaluated before the resume or the job is stopping."""
         if not self.run_logger.has_evaluation(self.step) and not self.must_stop():
-            self.run_logger.evaluation(self.step, evaluate(self.collector, self.domains, self.config))
+            with progress.phase("evaluation"):
+                metrics = evaluate(self.collector, self.domains, self.config)
+            self.run_logger.evaluation(self.step, metrics)
 
     def checkpoint(self) -> None:
         """Save a checkpoint, unless this step has one."""
         if self.saved < self.step:
-            self.checkpoints.save(self.step, {"stream": self.stream.state_dict()})
+            with progress.phase("save"):
+                self.checkpoints.save(self.step, {"stream": self.stream.state_dict()})
             trim()
             self.saved = self.step
 
@@ -240,7 +248,8 @@ class Trainer:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to its phase of this step."""
         start = time.monotonic()
-        yield
+        with progress.phase(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
 

@@ -8,6 +8,7 @@ from math import prod
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_mcpo import progress
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups
@@ -167,6 +168,7 @@ def _finish(transfer: _Transfer, groups: Groups, stats: TransferStats) -> dict[_
 
     All buffers go one leg before any goes the next, so that the calls of a group have the same order on all its ranks.
     """
+    progress.tick()
     works = transfer.works
     for leg in _legs(groups.layout)[1:]:
         _wait(works)

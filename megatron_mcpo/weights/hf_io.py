@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_mcpo import progress
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.hf_files import Header, is_sharded, read_headers
 from megatron_mcpo.config.layout import Layout
@@ -157,6 +158,7 @@ def load_source(chunks: Sequence[nn.Module], model: ModelConfig, source: Source,
     matched = match_parameters(chunks, model, groups)
     with together(groups), torch.no_grad():
         for parameter, tensor in matched:
+            progress.tick()
             if tensor is not None:
                 _fill(tensor, parameter, source, groups)
 

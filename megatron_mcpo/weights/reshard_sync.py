@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_mcpo import progress
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.parallel import Groups, gather_objects
 from megatron_mcpo.weights.buckets import fill_buckets
@@ -171,6 +172,7 @@ class ReshardSync:
         return stats
 
     def _exchange(self, bucket: _Bucket, parameters: Mapping[str, Tensor], stats: TransferStats) -> None:
+        progress.tick()
         outgoing = {peer: self._staged(slices) for peer, slices in bucket.sends.items()}
         incoming = {peer: self._staged(slices) for peer, slices in bucket.receives.items()}
         for peer, slices in bucket.sends.items():

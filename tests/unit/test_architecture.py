@@ -23,6 +23,7 @@ OUTSIDE = ("tools", "benchmarks", "docs", "examples")
 LAYERS: dict[str, int] = {
     "config": 0,
     "types": 0,
+    "progress": 0,
     "algo": 1,
     "distributed": 1,
     "storage": 1,
@@ -62,6 +63,8 @@ WITHOUT_TORCH = (
     "storage.run_folder",
     "storage.checkpoint_files",
     "distributed.preemption",
+    "distributed.liveness",
+    "progress",
     "reporting.accuracy",
     "weights.reshard_plan",
     "rewards.allowlist",
