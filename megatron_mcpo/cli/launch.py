@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from tempfile import TemporaryDirectory
 
 import psutil
@@ -28,6 +28,8 @@ _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 INTERRUPTED_CODES = tuple(128 + number for number in _ENDING)
 """What `launch` returns after one of these signals."""
+
+_CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 _LONGEST_END = 20.0
 """Seconds from such a signal until ranks that have not ended are killed: one that waits for another can't end."""
@@ -84,10 +86,10 @@ def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:
             options += ["--log-dir", folder]  # that it makes anyway, and would leave behind
             torchrun.run(torchrun.parse_args([*options, "-m", "megatron_mcpo", subcommand, *arguments]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, status = first_failure({rank: (each.timestamp, each.exitcode) for rank, each in error.failures.items()})
+        code = status if status > 0 else 128 - status
         if code not in (REFUSED, INTERRUPTED):
-            print(f"rank {rank} of {num_ranks} failed with exit code {code}: see above", file=sys.stderr)
+            print(f"rank {rank} of {num_ranks} {_how(status)}", file=sys.stderr)
         return code
     except SignalException as error:
         return 128 + error.sigval
@@ -98,6 +100,24 @@ def _kill_descendants() -> None:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             process.kill()
+
+
+def first_failure(failures: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return rank and exit status of the failure that caused the others, from (second, exit status) of each rank.
+
+    When a rank crashes, those that wait for it fail within the same second: the crash is the cause.
+    """
+    first = min(second for second, _ in failures.values())
+    at_once = {rank: status for rank, (second, status) in failures.items() if second <= first + 1}
+    return min(at_once.items(), key=lambda pair: (-pair[1] not in _CRASHES, pair[0]))
+
+
+def _how(status: int) -> str:
+    """Return how a rank ended, by its exit status; a signal's is negative."""
+    if status >= 0:
+        return f"failed with exit code {status}: see above"
+    reason = ": usually by the kernel, because memory ran out" if status == -signal.SIGKILL else ": see above"
+    return f"was ended by {signal.Signals(-status).name}{reason}"
 
 
 @contextlib.contextmanager

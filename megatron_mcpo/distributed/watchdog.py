@@ -87,13 +87,14 @@ class _Watchdog(threading.Thread):
 
     def run(self) -> None:
         before, answered = time.monotonic(), 0.0
-        while not self._ending.wait(self._interval):
+        while not self._ending.is_set():
             # A clock that stands still while this process does: others can't be blamed for that time.
-            self._clock += min(time.monotonic() - before, _STORE_SECONDS)
+            self._clock += min(time.monotonic() - before, self._silence / 2)
             before = time.monotonic()
             with suppress(RuntimeError):  # all errors of a store are
                 self._turn(progress.look())
                 answered = self._clock
+            self._ending.wait(self._interval)
             if self._clock - answered >= self._limit:
                 _say([f"the store of the job has not answered for {self._clock - answered:.0f} s: this rank ends"])
                 self._end(End(lines=[], stacks=[], kill={}))

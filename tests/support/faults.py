@@ -3,12 +3,15 @@
 This process keeps the store, as torchrun's agent does, and nobody restarts or ends the ranks.
 """
 
+import importlib
 import os
+import resource
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,7 @@ def running(
     processes: list[Any] = [
         _SERVER.Process(target=_main, args=(rank, ranks, store.port, arguments, log, prepare)) for rank in range(ranks)
     ]
-    log.touch()
+    log.write_text("")
     for process in processes:
         process.start()
     family = [psutil.Process(process.pid) for process in processes]
@@ -77,7 +80,34 @@ def running(
         psutil.wait_procs(family, timeout=10)
 
 
-def in_call(owner: Any, name: str, fault: Fault, *, rank: int, number: int = 1) -> None:
+PHASES: dict[str, tuple[str, str, int]] = {
+    "start": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "__init__", 1),
+    "rollout": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "generate", 4),
+    "score": ("megatron_mcpo.rewards.scorer:Scorer", "score", 3),
+    "update": ("megatron_mcpo.mcore.policy:Policy", "update", 2),
+    "sync": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "update", 3),
+    "save": ("megatron_mcpo.mcore.saving:Saving", "write", 2),
+    "evaluate": ("megatron_mcpo.trainer.trainer", "evaluate", 2),
+}
+"""Where a phase of step 2 begins: owner, function, number of the call."""
+
+EVERY_STEP = (
+    *("--parallel.data", "2", "--run.steps", "3", "--run.checkpoint_every", "1", "--run.keep_every", "1"),
+    *("--evaluation.every", "1", "--engine.engine_check_every", "3", "--run.collective_timeout", "24"),
+)
+"""Settings of a run that goes through all phases in every step."""
+
+
+def at_phase(phase: str, fault: Fault, *, rank: int = 1, number: int | None = None) -> None:
+    """Let a fault happen on one rank when a phase begins: that of step 2, or for the `number`-th time."""
+    path, name, usual = PHASES[phase]
+    number = usual if number is None else number
+    module, _, attribute = path.partition(":")
+    owner = importlib.import_module(module)
+    in_call(getattr(owner, attribute) if attribute else owner, name, fault, rank=rank, number=number)
+
+
+def in_call(owner: Any, name: str, fault: Fault, *, rank: int, number: int) -> None:
     """Let a fault happen on one rank when it calls a function of a module or class for the `number`-th time."""
     honest: Callable[..., Any] = getattr(owner, name)
     calls = []
@@ -93,6 +123,50 @@ def in_call(owner: Any, name: str, fault: Fault, *, rank: int, number: int = 1) 
 
 def signal_self(number: int) -> None:
     os.kill(os.getpid(), number)
+
+
+def fill(folder: Path) -> None:
+    """Write until the disk is full."""
+    with (folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def fill_tmp(folder: Path) -> None:
+    """Make a full disk the folder of temporary files."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    fill(folder)
+
+
+def lower_file_limit(number: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
+
+
+def jump_clock(seconds: float) -> None:
+    """Set this process's wall clock; other clocks go on."""
+    honest = time.time
+    time.time = lambda: honest() + seconds
+
+
+def kill_verifiers() -> None:
+    """Kill the processes that verify responses for this rank."""
+    for process in psutil.Process().children():
+        if "megatron_mcpo.rewards.worker" in process.cmdline():
+            process.kill()
+
+
+def poison_gradient() -> None:
+    """Let the next look at the gradients find a NaN in them."""
+    from megatron_mcpo.mcore.policy import Policy
+
+    honest = Policy._gradients_finite
+
+    def poisoned(policy: Policy) -> bool:
+        policy.gradient_buffers[0].grad_data[0] = float("nan")
+        Policy._gradients_finite = honest  # type: ignore[method-assign]
+        return honest(policy)
+
+    Policy._gradients_finite = poisoned  # type: ignore[method-assign, assignment]
 
 
 def _main(

@@ -12,11 +12,22 @@ from pathlib import Path
 import pytest
 
 from megatron_mcpo.cli import options, submit
+from megatron_mcpo.cli.launch import first_failure
 from megatron_mcpo.config.config import load
 from megatron_mcpo.storage.run_folder import RunFolder
 from tests.support import tiny_run
 from tests.support.paths import ROOT
 from tests.support.program import write_config
+
+# Of rank -> (second, exit status): the one that the launcher names.
+FAILURES: list[tuple[dict[int, tuple[int, int]], int]] = [
+    ({0: (7, 1), 1: (7, 1)}, 0),
+    ({0: (9, 1), 1: (7, 3)}, 1),
+    ({0: (7, 1), 1: (7, -9)}, 1),  # rank 0 lost the connection to a rank that was killed
+    ({0: (7, 1), 1: (8, -11)}, 1),
+    ({0: (7, 1), 1: (7, -15)}, 0),  # torchrun ended rank 1, because rank 0 had failed
+    ({0: (7, 1), 1: (37, -9)}, 0),
+]
 
 SCRIPT = "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --time=1\n"
 
@@ -77,6 +88,13 @@ def test_what_leaves_the_number_of_ranks_open_is_refused(
     with pytest.raises(SystemExit, match="2"):
         submit.parse(arguments, SCRIPT)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("failures", "named"), FAILURES)
+def test_the_rank_that_is_named_is_the_one_that_others_followed(
+    failures: dict[int, tuple[int, int]], named: int
+) -> None:
+    assert first_failure(failures) == (named, failures[named][1])
 
 
 @pytest.fixture(scope="module")
