@@ -64,7 +64,8 @@ class RunConfig(Section):
     collective_timeout: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         600.0,
         description="seconds without any progress of any rank, or with a rank that is silent, after which the job is "
-        "ended and says which rank is where; up to three times as long at the start and where a step pauses for long",
+        "ended and says which rank is where; up to three times as long at the start and where a step pauses for long; "
+        "at least 1.5 times rewards.timeout",
     )
     trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
         [],

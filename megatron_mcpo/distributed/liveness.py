@@ -144,6 +144,8 @@ class Judge:
             allowed = self.limit if self._beats[rank] else _MOST * self.limit
             if now - self._heard[rank] >= allowed:
                 return f"a rank has been silent for {now - self._heard[rank]:.0f} s{self._key}"
+        if any(beat and beat.phase == ENDED for beat in self._beats):
+            return None  # what is left has no progress to show, for example the last upload of a tracker
         allowed = _MOST * self.limit if self._starting else min(_MOST, self._pauses) * self.limit
         if now - self._moved >= allowed:
             return f"no rank has made any progress for {now - self._moved:.0f} s{self._key}"

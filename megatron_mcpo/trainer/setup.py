@@ -31,7 +31,7 @@ from megatron_mcpo.weights.hf_write import read_assets
 
 def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) -> None:
     """Train as the configuration says. Raises ConfigError for errors that only show when files are opened."""
-    with watching(config.run.collective_timeout):
+    with watching(_patience(config)):
         _train(config, layout, model, verbose=verbose)
     parallel.destroy()
 
@@ -89,7 +89,7 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
 
     note: called on every rank with what happens. Raises as `run`.
     """
-    with watching(config.run.collective_timeout):
+    with watching(_patience(config)):
         inputs = load_inputs(config, layout, model)
         frozen = Reference(config, model, inputs.groups)
         for text in inputs.notes:
@@ -102,6 +102,11 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
                 metrics = evaluate(parts.collector, inputs.domains, config)
     parallel.destroy()
     return metrics
+
+
+def _patience(config: Config) -> float:
+    """Return the seconds without progress after which the job hangs: a verifier and its next worker may need more."""
+    return max(config.run.collective_timeout, 1.5 * config.rewards.timeout)
 
 
 def _conclude(trainer: Trainer, run_logger: RunLogger) -> None:

@@ -146,6 +146,12 @@ def test_ranks_that_have_ended_are_not_silent() -> None:
     assert job.run(90, silent=(0, 1)) is None and job.said == []
 
 
+def test_at_the_end_the_last_rank_may_take_its_time() -> None:
+    job = Job(2)
+    job.change(1, phase=ENDED)
+    assert job.run(10 * LIMIT, silent=(1,)) is None
+
+
 def test_the_next_judge_knows_since_when_the_one_before_is_silent() -> None:
     job = Job(4, rank=1, since=-40.0)
     end = job.run(2 * LIMIT, silent=(0,), working=(1,))
