@@ -1,6 +1,6 @@
 """Try every fault in every phase of a run, and say what became of it.
 
-`.venv/bin/python -m benchmarks.faults [--only FAULT,...] [--json] [--out benchmarks/results/NAME.json]`
+`.venv/bin/python -m benchmarks.faults [--only FAULT,...] [--phases PHASE,...] [--json] [--out FILE]`
 Each row is a run of two ranks with a tiny model, in which one fault happens to one rank when a phase of step 2 begins.
 A run that ends is started again without the fault. `same`: whether its metrics, evaluations and rollouts are in the end
 those of a run without faults. Needs root, to mount small disks.
@@ -47,7 +47,7 @@ ONLY_IN = {"NaN gradient": ("update",), "verifier death": ("start", "score", "ev
 """Phases in which a fault can happen, where it can't in all of them."""
 
 
-def measure(wanted: list[str]) -> Iterator[dict[str, Any]]:
+def measure(wanted: list[str], phases: list[str]) -> Iterator[dict[str, Any]]:
     """Yield a row per fault and phase."""
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -59,7 +59,8 @@ def measure(wanted: list[str]) -> Iterator[dict[str, Any]]:
         whole = figures(folder / "whole" / "runs" / "tiny")
         for fault in wanted:
             for phase in ONLY_IN.get(fault, tuple(PHASES)):
-                yield _cell(fault, phase, folder, whole)
+                if phase in phases:
+                    yield _cell(fault, phase, folder, whole)
 
 
 def _cell(fault: str, phase: str, folder: Path, whole: Figures) -> dict[str, Any]:
@@ -107,8 +108,9 @@ def _words(output: str) -> list[str]:
 def main() -> int:
     parser = options(__doc__ or "")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(FAULTS), help="faults to try")
+    parser.add_argument("--phases", type=lambda text: text.split(","), default=list(PHASES), help="phases to try")
     known = parser.parse_args()
-    return write_rows("faults", measure(known.only), known)
+    return write_rows("faults", measure(known.only, known.phases), known)
 
 
 if __name__ == "__main__":

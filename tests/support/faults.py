@@ -82,14 +82,14 @@ def running(
 
 PHASES: dict[str, tuple[str, str, int]] = {
     "start": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "__init__", 1),
-    "rollout": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "generate", 4),
-    "score": ("megatron_mcpo.rewards.scorer:Scorer", "score", 3),
+    "rollout": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "generate", 5),
+    "score": ("megatron_mcpo.rewards.scorer:Scorer", "score", 4),
     "update": ("megatron_mcpo.mcore.policy:Policy", "update", 2),
     "sync": ("megatron_mcpo.rollout.vllm_engine:VllmEngine", "update", 3),
     "save": ("megatron_mcpo.mcore.saving:Saving", "write", 2),
     "evaluate": ("megatron_mcpo.trainer.trainer", "evaluate", 2),
 }
-"""Where a phase of step 2 begins: owner, function, number of the call."""
+"""Where a phase of step 2 begins in a run with EVERY_STEP: owner, function, number of the call."""
 
 EVERY_STEP = (
     *("--parallel.data", "2", "--run.steps", "3", "--run.checkpoint_every", "1", "--run.keep_every", "1"),
