@@ -58,9 +58,8 @@ def measure(wanted: list[str], phases: list[str]) -> Iterator[dict[str, Any]]:
         assert codes == [0, 0], output
         whole = figures(folder / "whole" / "runs" / "tiny")
         for fault in wanted:
-            for phase in ONLY_IN.get(fault, tuple(PHASES)):
-                if phase in phases:
-                    yield _cell(fault, phase, folder, whole)
+            for phase in [phase for phase in ONLY_IN.get(fault, tuple(PHASES)) if phase in phases]:
+                yield _cell(fault, phase, folder, whole)
 
 
 def _cell(fault: str, phase: str, folder: Path, whole: Figures) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -17,11 +18,10 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from megatron_mcpo.cli.main import INTERRUPTED
 from megatron_mcpo.cli.options import FAILED, REFUSED, refuse, say_why
 from megatron_mcpo.config.config import ConfigError, RunError
 from megatron_mcpo.distributed.preemption import GRACE_SECONDS, SIGNALS, die_with_parent
-
-INTERRUPTED = 130
 
 _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """End the ranks where they are: nothing is saved."""
@@ -30,6 +30,8 @@ INTERRUPTED_CODES = tuple(128 + number for number in _ENDING)
 """What `launch` returns after one of these signals."""
 
 _CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+
+_OPEN_FILES = 65536
 
 _LONGEST_END = 20.0
 """Seconds from such a signal until ranks that have not ended are killed: one that waits for another can't end."""
@@ -42,9 +44,10 @@ def started_ranks() -> int | None:
 
 
 def become_rank() -> None:
-    """Let this rank end with its launcher, and write its stack if native code crashes."""
+    """Let this rank end with its launcher, open enough files, and write its stack if native code crashes."""
     die_with_parent()
     faulthandler.enable()
+    _allow_open_files()
 
 
 def on_rank(work: Callable[[], None]) -> int:
@@ -56,8 +59,6 @@ def on_rank(work: Callable[[], None]) -> int:
     except (RunError, FloatingPointError) as error:  # the same one on every rank
         say_why(str(error))
         return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return 0
 
 
@@ -66,6 +67,7 @@ def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:
 
     Returns the exit code of the rank that failed first, which torchrun would hide.
     """
+    _allow_open_files()
     # Ranks that share the cores must not each start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     from torch.distributed import run as torchrun
@@ -94,6 +96,14 @@ def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files: every rank has connections to all others, and files of several libraries."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if 0 <= soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _kill_descendants() -> None:

@@ -1,6 +1,7 @@
 """The command `mcpo`: find the subcommand, import its module, run it. Imports no torch, so that help is immediate.
 
-Exit codes of all subcommands: 0: done; 1: a check or a run failed; 2: bad input, which is explained on stderr.
+Exit codes of all subcommands: 0: done; 1: a check or a run failed; 2: bad input, which is explained on stderr; 130:
+ended by Ctrl-C.
 """
 
 import difflib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from megatron_mcpo import __version__
 
 REFUSED = 2
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """Run a subcommand. That the reader of its output closes it, as `head` does, is not an error."""
+    """Run a subcommand. Ctrl-C, or a reader that closes the output, as `head` does, is not an error of the program."""
     if name in _WITH_RANKS and (problem := _rank_problem()):
         print(problem, file=sys.stderr)
         return REFUSED
     try:
         code = _function(COMMANDS[name])(arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:
         if not _output_is_closed():
             raise

@@ -1,5 +1,6 @@
 """Collect everything that can be known to be wrong with a run before torch is imported."""
 
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,21 @@ from megatron_mcpo.rollout.server_client import server_problems
 from megatron_mcpo.storage import checkpoint_files, run_folder
 from megatron_mcpo.weights.mapping import tensor_problems
 
+_LEAST_OPEN_FILES = 1024
+"""Of a rank; the tiny models of the tests need about 130."""
+
+
+def open_file_problems() -> list[str]:
+    """Return a line if processes of this user may open too few files."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY or most >= _LEAST_OPEN_FILES:
+        return []
+    return [
+        f"ulimit -n = {most}: must be at least {_LEAST_OPEN_FILES} (every rank has open files and connections to all "
+        "others). Raise the hard limit of the shell or the job."
+    ]
+
+
 # A check returns a line (key, value, rule, fix) per problem. A new check of a folder is a line in one of these tables.
 OF_CONFIG: tuple[Callable[[Config], list[str]], ...] = (
     allowlist.problems,
@@ -25,6 +41,7 @@ OF_CONFIG: tuple[Callable[[Config], list[str]], ...] = (
     check_trackers,
     run_folder.resume_problems,
     checkpoint_files.init_from_problems,
+    lambda _: open_file_problems(),
 )
 OF_MODEL: tuple[Callable[[Config, ModelConfig], list[str]], ...] = (
     lambda config, model: tensor_problems(model, Path(config.model.path)),

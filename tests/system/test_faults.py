@@ -19,6 +19,7 @@ import ctypes
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,13 +143,21 @@ def test_nothing_was_lost(run: Run, whole: Figures, model: Path, tmp_path: Path)
     assert figures(run.folder) == whole
 
 
-def family_of(launcher: psutil.Popen) -> list[psutil.Process]:
-    """Wait until a launcher's ranks have begun; return all of its processes."""
-    deadline = time.monotonic() + 400
-    while len(ranks := [each for each in launcher.children() if holds_signals(each)]) < 2:
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.05)
-    return [*launcher.children(recursive=True), *ranks]
+@contextmanager
+def launched(model: Path, folder: Path) -> Iterator[tuple[psutil.Popen, list[psutil.Process]]]:
+    """Start the program as a user does; provide its process and, once they have begun, those of its ranks."""
+    config = write_config(model, folder)
+    with (folder / "log").open("w") as log:
+        launcher = psutil.Popen(command(config, *PIPELINE), cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 400
+        while len(ranks := [each for each in launcher.children() if holds_signals(each)]) < 2:
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.05)
+        yield launcher, ranks
+    finally:
+        for process in [*launcher.children(recursive=True), launcher] if launcher.is_running() else []:
+            process.kill()
 
 
 def holds_signals(process: psutil.Process) -> bool:
@@ -158,24 +167,38 @@ def holds_signals(process: psutil.Process) -> bool:
 
 
 def test_ctrl_c_ends_a_rank_that_can_not_answer(model: Path, tmp_path: Path) -> None:
-    config = write_config(model, tmp_path)
-    with (tmp_path / "log").open("w") as log:
-        launcher = psutil.Popen(command(config, *PIPELINE), cwd=ROOT, stdout=log, stderr=log)
-    family = family_of(launcher)
-    family[-1].suspend()
-    launcher.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs([launcher, *family], timeout=90)
-    assert not alive and launcher.returncode == 130
+    with launched(model, tmp_path) as (launcher, ranks):
+        ranks[1].suspend()
+        launcher.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs([launcher, *ranks], timeout=90)
+        assert not alive and launcher.returncode == 130
     words = (tmp_path / "log").read_text()
     assert "interrupted: steps after the last checkpoint are lost; the same command would " in words
     assert "Traceback" not in words
 
 
+def test_a_rank_that_was_killed_is_named_by_the_launcher(model: Path, tmp_path: Path) -> None:
+    with launched(model, tmp_path) as (launcher, ranks):
+        ranks[1].kill()
+        _, alive = psutil.wait_procs([launcher, *ranks], timeout=120)
+        assert not alive and launcher.returncode == 128 + signal.SIGKILL
+    assert "rank 1 of 2 was ended by SIGKILL: usually by the kernel, because memory ran out" in (
+        (tmp_path / "log").read_text()
+    )
+
+
+def test_too_few_open_files_are_refused(model: Path, tmp_path: Path) -> None:
+    """The soft limit is raised as far as the hard one allows."""
+    start = command(write_config(model, tmp_path), "--dry-run")
+    for limit, code in (("-n 64", 2), ("-Sn 64", 0)):
+        shell = ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *start]
+        ended = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == code, ended.stderr
+        assert ("ulimit -n = 64: must be at least 1024" in ended.stderr) == (code == 2)
+
+
 def test_ranks_end_with_their_launcher(model: Path, tmp_path: Path) -> None:
-    config = write_config(model, tmp_path)
-    with (tmp_path / "log").open("w") as log:
-        launcher = psutil.Popen(command(config, *PIPELINE), cwd=ROOT, stdout=log, stderr=log)
-    family = family_of(launcher)
-    launcher.kill()
-    _, alive = psutil.wait_procs([launcher, *family], timeout=60)
-    assert not alive
+    with launched(model, tmp_path) as (launcher, ranks):
+        launcher.kill()
+        _, alive = psutil.wait_procs([launcher, *ranks], timeout=60)
+        assert not alive
