@@ -27,6 +27,8 @@ class Beat:
     """What a rank says of itself.
 
     number: grows with every beat; count, phase, step: see progress.Progress
+    host: its name, for people; machine: what tells machines and containers apart, whose names may be equal
+    pid, born: the process and when it was started, since numbers of processes are used again
     stopping: whether it was asked to stop
     """
 
@@ -35,7 +37,9 @@ class Beat:
     phase: str
     step: int
     host: str
+    machine: str
     pid: int
+    born: int
     stopping: bool
 
     def encode(self) -> str:
@@ -56,12 +60,13 @@ class Beat:
 class End:
     """The end of a job.
 
-    lines: why; stacks: the ranks that write theirs; kill: for some live ranks, the silent processes of their hosts
+    lines: why; stacks: the ranks that write theirs
+    kill: for some live ranks, the silent processes (pid, born) of their machines
     """
 
     lines: list[str]
     stacks: list[int]
-    kill: dict[int, list[int]]
+    kill: dict[int, list[tuple[int, int]]]
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -69,7 +74,8 @@ class End:
     @staticmethod
     def decode(text: str) -> "End":
         values = json.loads(text)
-        return End(**{**values, "kill": {int(rank): pids for rank, pids in values["kill"].items()}})
+        kill = {int(rank): [(pid, born) for pid, born in found] for rank, found in values["kill"].items()}
+        return End(lines=values["lines"], stacks=values["stacks"], kill=kill)
 
 
 @dataclass(kw_only=True)
@@ -166,11 +172,11 @@ class Judge:
         usual = Counter(places.values()).most_common(1)[0][0] if places else ""
         different = [rank for rank, place in places.items() if place != usual]
         by_place = sorted(places, key=lambda rank: places[rank])
-        first_of_host = {beat.host: rank for rank, beat in reversed(live)}
-        kill: dict[int, list[int]] = {}
+        neighbours = {beat.machine: rank for rank, beat in reversed(live)}
+        kill: dict[int, list[tuple[int, int]]] = {}
         for beat in (self._beats[rank] for rank in silent):
-            if beat and beat.host in first_of_host:
-                kill.setdefault(first_of_host[beat.host], []).append(beat.pid)
+            if beat and beat.machine in neighbours:
+                kill.setdefault(neighbours[beat.machine], []).append((beat.pid, beat.born))
         lines = [
             f"{reason}: the job ends here",
             *(f"  {self._about(rank, now)}" for rank in silent),

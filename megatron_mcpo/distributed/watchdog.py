@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from socket import gethostname
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ _SILENCE_SECONDS = 30.0
 _STORE_SECONDS = 20.0
 _KILL_SECONDS = 2.0
 _JUDGE = "judge"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
@@ -78,6 +80,12 @@ class _Watchdog(threading.Thread):
         self._limit = limit
         self._interval = min(_BEAT_SECONDS, limit / 8)
         self._silence = min(_SILENCE_SECONDS, limit / 2)
+        self._identity: dict[str, Any] = {
+            "host": gethostname(),
+            "machine": _BOOT.read_text().strip() + os.readlink("/proc/self/ns/pid"),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+        }
         self._ending = threading.Event()
         self._judge: Judge | None = None
         self._number = 0
@@ -142,19 +150,27 @@ class _Watchdog(threading.Thread):
 
     def _beat(self, now: progress.Progress) -> None:
         self._number += 1
-        beat = Beat(number=self._number, **asdict(now), host=gethostname(), pid=os.getpid(), stopping=asked_to_stop())
+        beat = Beat(number=self._number, **asdict(now), **self._identity, stopping=asked_to_stop())
         self._store.set(self._keys[self._rank], beat.encode())
 
     def _end(self, end: End) -> NoReturn:
         """End this process, and for the judge the silent ones of its host."""
         if self._rank in end.stacks:
             _say([f"rank {self._rank}: what its threads do, the last call first", *_stacks()])
-        if pids := end.kill.get(self._rank):
+        if pids := [pid for pid, born in end.kill.get(self._rank, ()) if _born(pid) == born]:
             # Later than this process, so that torchrun sees a rank that failed, not one that was killed.
             command = f"sleep {_KILL_SECONDS:g}; kill -KILL {' '.join(map(str, pids))}"
             subprocess.Popen(["/bin/sh", "-c", command], start_new_session=True, stderr=subprocess.DEVNULL)
         sys.stdout.flush()
         os._exit(FAILED)
+
+
+def _born(pid: int) -> int | None:
+    """Return when a process was started, in the kernel's ticks since boot; None where there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        return None
 
 
 def _say(lines: Sequence[str]) -> None:

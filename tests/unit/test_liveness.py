@@ -19,8 +19,8 @@ class Job:
     def __init__(self, num_ranks: int, *, phase: str = "update", **judge: float):
         about = dict(number=0, count=0, phase=phase, step=7, stopping=False)
         self.beats: list[Beat | None] = [
-            Beat(host="ab"[rank * 2 // num_ranks], pid=100 + rank, **about)  # type: ignore[arg-type]
-            for rank in range(num_ranks)
+            Beat(host=host, machine=f"boot of {host}", pid=100 + rank, born=7, **about)  # type: ignore[arg-type]
+            for rank, host in enumerate("aabb"[4 - num_ranks :])
         ]
         self.judge = Judge(**{"limit": LIMIT, "silence": SILENCE, "rank": 0, "since": 0.0, **judge})  # type: ignore[arg-type]
         self.now = 0.0
@@ -75,8 +75,16 @@ def test_a_rank_that_stays_silent_ends_the_job_and_is_killed_by_its_neighbour() 
         "  ranks 1-2: in update of step 7",
         "  the same command resumes a run from its last checkpoint",
     ]
-    assert (end.stacks, end.kill) == ([0], {2: [103]})
+    assert (end.stacks, end.kill) == ([0], {2: [(103, 7)]})
     assert End.decode(end.encode()) == end
+
+
+def test_hosts_of_one_name_are_told_apart() -> None:
+    job = Job(4)
+    for rank in (2, 3):
+        job.change(rank, host="a")
+    end = job.run(2 * LIMIT, silent=(3,))
+    assert end is not None and end.kill == {2: [(103, 7)]}
 
 
 def test_a_host_that_vanished_has_nobody_to_kill() -> None:
@@ -135,7 +143,7 @@ def test_asked_to_stop_a_job_does_not_wait_for_a_silent_rank() -> None:
     end = job.run(25, silent=(1,))
     assert end is not None and job.now == 50 + SILENCE
     assert end.lines[0].startswith("the job was asked to stop, and can't save without every rank")
-    assert end.kill == {0: [101]}
+    assert end.kill == {0: [(101, 7)]}
 
 
 def test_ranks_that_have_ended_are_not_silent() -> None:
@@ -156,7 +164,7 @@ def test_the_next_judge_knows_since_when_the_one_before_is_silent() -> None:
     job = Job(4, rank=1, since=-40.0)
     end = job.run(2 * LIMIT, silent=(0,), working=(1,))
     assert end is not None and job.now == LIMIT - 40
-    assert job.said[0].startswith("rank 0 (a, pid 100) has been silent for 45 s") and end.kill == {1: [100]}
+    assert job.said[0].startswith("rank 0 (a, pid 100) has been silent for 45 s") and end.kill == {1: [(100, 7)]}
 
 
 def test_ranks_are_named_as_spans() -> None:
