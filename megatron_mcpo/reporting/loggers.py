@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import threading
 import tomllib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,6 +196,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _without_writer
         # Events of steps that the interrupted run logged after its checkpoint are hidden: they come again.
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step if first_step > 1 else 0)
 
@@ -212,6 +214,12 @@ class _TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _without_writer(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but not for TensorBoard's writer: `log` raises its error in the main thread."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 class _Wandb:

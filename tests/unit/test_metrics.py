@@ -125,6 +125,7 @@ def test_a_full_disk_is_told_once_and_costs_no_line(folder: Path) -> None:
     assert done.stderr.count("metrics.jsonl: could not be written") == 1
     assert done.stderr.count("step_000003.jsonl: could not be written") == 1
     assert int(done.stdout) >= 2
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
