@@ -19,6 +19,7 @@ import pytest
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.rewards import allowlist
+from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.scorer import Scorer, TooManyErrors, check_error_rate
 from megatron_mcpo.types import RolloutGroup, StopReason
 from tests.support.scoring import HOSTILE, completion, config_of, function, group, scorer_of
