@@ -100,7 +100,7 @@ def _run(config: Path, prepare: Callable[[], None] | None) -> tuple[list[int | N
 
 def _words(output: str) -> list[str]:
     """Return the lines that say what happened: not those of tables, stacks and a run without faults."""
-    lines = [line for line in output.splitlines() if re.match(r"[A-Za-z\[]", line)]
+    lines = [line for line in output.splitlines() if re.match(r"[A-Za-z/]", line)]
     return [line[:300] for line in lines if not _USUAL.match(line)][:8]
 
 

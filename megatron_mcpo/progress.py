@@ -49,14 +49,12 @@ def at_step(step: int) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Name the phase of a block; blocks may be nested."""
+    """Name the phase of a block; blocks may be nested. One that fails keeps it, for the words about its end."""
     _phases.append(name)
     tick()
-    try:
-        yield
-    finally:
-        _phases.pop()
-        tick()
+    yield
+    _phases.pop()
+    tick()
 
 
 def look() -> Progress:

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from megatron_mcpo import progress
 from megatron_mcpo.cli.main import INTERRUPTED
 from megatron_mcpo.cli.options import FAILED, REFUSED, refuse, say_why
 from megatron_mcpo.config.config import ConfigError, RunError
@@ -32,6 +33,9 @@ INTERRUPTED_CODES = tuple(128 + number for number in _ENDING)
 _CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 _OPEN_FILES = 65536
+
+_GLOO = "gloo/transport/tcp/pair.cc"
+"""Is in the message of every error of gloo's connections."""
 
 _LONGEST_END = 20.0
 """Seconds from such a signal until ranks that have not ended are killed: one that waits for another can't end."""
@@ -59,7 +63,20 @@ def on_rank(work: Callable[[], None]) -> int:
     except (RunError, FloatingPointError) as error:  # the same one on every rank
         say_why(str(error))
         return FAILED
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        now = progress.look()
+        say_why(f"{now.phase} of step {now.step}: another rank has ended; its own words or the launcher's say why")
+        return FAILED
     return 0
+
+
+def _lost_a_rank(error: BaseException | None) -> bool:
+    """Return whether an error follows from another rank's end: its stack would bury the words of that one."""
+    while error is not None and _GLOO not in str(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def launch(subcommand: str, arguments: Sequence[str], num_ranks: int) -> int:

@@ -9,6 +9,7 @@ What a verifier of your own gets and returns: `score_response`.
 Imports neither torch nor types.py: a worker starts as fast as its verifiers import.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -120,9 +121,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = _Replies()
-    for line in connection.makefile("r", encoding="utf-8"):
-        message = json.loads(line)
-        connection.sendall(json.dumps({**replies.to(message), "task": message["task"]}).encode() + b"\n")
+    with contextlib.suppress(ConnectionError):  # the trainer was killed
+        for line in connection.makefile("r", encoding="utf-8"):
+            message = json.loads(line)
+            connection.sendall(json.dumps({**replies.to(message), "task": message["task"]}).encode() + b"\n")
 
 
 def silence_output() -> None:

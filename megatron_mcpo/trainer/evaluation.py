@@ -39,6 +39,19 @@ def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) ->
     )
 
 
+def left_out(metrics: Mapping[str, float], domains: Sequence[Domain]) -> list[str]:
+    """Return a warning if accuracies are those of fewer items than there are, because their verifier failed."""
+    counts = {domain.name: len(domain.held_out) - round(metrics[f"items/{domain.name}"]) for domain in domains}
+    where = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    if not where:
+        return []
+    num_items = sum(len(domain.held_out) for domain in domains)
+    return [
+        f"WARNING: the verifier failed on {sum(counts.values())} of {num_items} held-out items, which the accuracies "
+        f"leave out ({where})"
+    ]
+
+
 def item_of(group: RolloutGroup, settings: DomainConfig) -> Item:
     """Return what accuracy is computed from: whether each response is correct, and its answer for the vote."""
     kind = voting_kind(settings, group.prompt.entry)

@@ -23,7 +23,7 @@ from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.run_folder import RunFolder
-from megatron_mcpo.trainer.evaluation import evaluate
+from megatron_mcpo.trainer.evaluation import evaluate, left_out
 from megatron_mcpo.trainer.parts import build_parts, load_inputs
 from megatron_mcpo.trainer.trainer import Trainer
 from megatron_mcpo.weights.hf_write import read_assets
@@ -100,6 +100,8 @@ def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[
             note(f"weight sync verified: {parts.engine_check.compare_weights()}")
             with progress.phase("evaluation"):
                 metrics = evaluate(parts.collector, inputs.domains, config)
+            for warning in left_out(metrics, inputs.domains):
+                note(warning)
     parallel.destroy()
     return metrics
 

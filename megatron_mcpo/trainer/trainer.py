@@ -24,7 +24,7 @@ from megatron_mcpo.rollout.engine import Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
 from megatron_mcpo.trainer.engine_check import EngineCheck
-from megatron_mcpo.trainer.evaluation import evaluate
+from megatron_mcpo.trainer.evaluation import evaluate, left_out
 from megatron_mcpo.trainer.gradient_diagnostics import domain_gradients, term_gradients
 from megatron_mcpo.trainer.objective import Objective, Prepared, Scored
 from megatron_mcpo.types import RolloutGroup, Update
@@ -209,6 +209,8 @@ class Trainer:
             with progress.phase("evaluation"):
                 metrics = evaluate(self.collector, self.domains, self.config)
             self.run_logger.evaluation(self.step, metrics)
+            for warning in left_out(metrics, self.domains):
+                self.run_logger.note(warning)
 
     def checkpoint(self) -> None:
         """Save a checkpoint, unless this step has one."""

@@ -121,6 +121,10 @@ def test_a_crash_of_native_code_leaves_its_stack(run: Run) -> None:
     with run.start(partial(at_phase, "update", partial(ctypes.string_at, 0), number=1)) as ranks:
         assert ranks.codes(timeout=400) == [1, -signal.SIGSEGV]
         assert "Fatal Python error: Segmentation fault" in ranks.output and "in _train" in ranks.output
+        assert (
+            "update of step 2: another rank has ended; its own words" in ranks.output
+            and "Traceback" not in ranks.output
+        )
 
 
 def test_too_many_failed_verifications_are_a_line(run: Run) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.reporting.accuracy import (
     Item,
     accuracy_metrics,
@@ -21,6 +22,8 @@ from megatron_mcpo.reporting.accuracy import (
     mean_and_worst,
     pass_at_k,
 )
+from megatron_mcpo.trainer.evaluation import left_out
+from tests.support.scoring import group
 
 
 def item(answers: str, right: str) -> Item:
@@ -160,3 +163,12 @@ def test_null_in_a_file_is_not_known() -> None:
     row = {"step": 2, "sums": 0.5, "logic": None, "mean": None, "worst": None, "items/sums": 4.0}
     found = domain_accuracies(row)
     assert found["sums"] == 0.5 and math.isnan(found["logic"]) and len(found) == 2
+
+
+def test_items_that_could_not_be_verified_are_counted_in_a_line() -> None:
+    held_out = (group("any").prompt,) * 4
+    domains = [Domain(name=name, sources=(), held_out=held_out, notes=()) for name in ("algebra", "words")]
+    assert left_out({"items/algebra": 4.0, "items/words": 4.0}, domains) == []
+    assert left_out({"items/algebra": 4.0, "items/words": 1.0}, domains) == [
+        "WARNING: the verifier failed on 3 of 8 held-out items, which the accuracies leave out (words 3)"
+    ]
