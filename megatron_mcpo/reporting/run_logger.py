@@ -29,6 +29,7 @@ class RunLogger:
         folder: RunFolder | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        stop_token_ids: Sequence[int],
         first_step: int,
         evaluated: bool,
         verbose: bool,
@@ -39,6 +40,7 @@ class RunLogger:
             config: of the run
             folder: of the run, on the rank that logs; None on the others
             tokenizer: decodes the prompts of the rollout dump
+            stop_token_ids: of the tokens that end a response
             first_step: the last step that is done already, 0 for a new run
             evaluated: whether the evaluation of that step is on file
             verbose: print every metric in every step
@@ -46,6 +48,7 @@ class RunLogger:
         self._config = config
         self._folder = folder
         self._tokenizer = tokenizer
+        self._stop_tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in stop_token_ids]
         self._evaluated = {first_step} if evaluated else set[int]()
         self._step = first_step
         self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
@@ -67,7 +70,7 @@ class RunLogger:
         self._log.log(step, metrics)
         self._console.step(step, metrics)
         self._recent.append({"step": step, **metrics})
-        for warning in signal_notes(self._config, list(self._recent)):
+        for warning in signal_notes(self._config, list(self._recent), self._stop_tokens):
             self.note(warning)
         if step == JUDGED_AT and (text := contrast_note(self._config, read_jsonl(self._folder.path / METRICS))):
             self.note(text)

@@ -19,18 +19,23 @@ _NO_ADVANTAGE = (
 _NO_ANCHOR = "no correct rollout has the partners of either contrastive term, so that both terms are left out"
 
 
-def signal_notes(config: Config, steps: Sequence[Mapping[str, Any]]) -> list[str]:
+def signal_notes(config: Config, steps: Sequence[Mapping[str, Any]], stop_tokens: Sequence[str]) -> list[str]:
     """Return the warnings that are due after the last of these steps; each of them once for a span of such steps.
 
-    steps: the last lines of metrics.jsonl, at most WINDOW, in order
+    Args:
+        config: of the run
+        steps: the last lines of metrics.jsonl, at most WINDOW, in order
+        stop_tokens: those that end a response
     """
     now, limit = steps[-1], config.rollout.max_response_tokens
     notes = []
-    truncated = now.get("truncated")
-    if now["step"] == 1 and truncated is not None and truncated >= _CUT_OFF:
+    truncated = now.get("truncated") or 0.0
+    if _just_lasted(steps, 1, lambda row: row.get("truncated") == 1):
+        notes.append(_all_cut_off(config, stop_tokens))
+    elif now["step"] == 1 and truncated >= _CUT_OFF:
         notes.append(
-            f"WARNING: {truncated:.0%} of the responses were cut off at rollout.max_response_tokens = {limit}: a "
-            "response without its end is mostly judged incorrect. Raise it."
+            f"WARNING: {truncated:.0%} of the responses were cut off at max_response_tokens = {_limits(config)}: a "
+            "response without its end is mostly judged incorrect. Raise rollout.max_response_tokens."
         )
     if _just_lasted(steps, _NO_ADVANTAGE_STEPS, lambda row: row.get("nonzero_advantage") == 0):
         notes.append(f"WARNING: for {_NO_ADVANTAGE_STEPS} steps {_NO_ADVANTAGE.format(limit=limit)}.")
@@ -46,6 +51,19 @@ def nothing_learned(config: Config, steps: Sequence[Mapping[str, Any]]) -> str |
         return None
     why = _NO_ADVANTAGE.format(limit=config.rollout.max_response_tokens)
     return f"WARNING: nothing was learned: in all {len(steps)} steps {why}."
+
+
+def _all_cut_off(config: Config, stop_tokens: Sequence[str]) -> str:
+    return (
+        f"WARNING: all responses were cut off at max_response_tokens = {_limits(config)}, none ended with "
+        f"{' or '.join(map(repr, stop_tokens))}. Raise rollout.max_response_tokens; if the responses are complete, the "
+        "model ends them with another token: add its id to eos_token_id in generation_config.json."
+    )
+
+
+def _limits(config: Config) -> str:
+    limits = sorted(set(config.response_limits))
+    return f"{limits[0]}" if len(limits) == 1 else f"{limits[0]} to {limits[-1]}"
 
 
 def _has_no_anchor(row: Mapping[str, Any]) -> bool:

@@ -63,7 +63,6 @@ class Collector:
         self._decoder = ResponseDecoder(tokenizer)
         self.groups = groups
         self.stop_token_ids = stop_token_ids
-        self.stop_tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in stop_token_ids]
         self.num_engines = num_engines
         self.my_engines = my_engines
 

@@ -24,7 +24,7 @@ from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.run_folder import RunFolder
 from megatron_mcpo.trainer.evaluation import evaluate, left_out
-from megatron_mcpo.trainer.parts import build_parts, load_inputs
+from megatron_mcpo.trainer.parts import Inputs, build_parts, load_inputs
 from megatron_mcpo.trainer.trainer import Trainer
 from megatron_mcpo.weights.hf_write import read_assets
 
@@ -53,7 +53,7 @@ def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool)
             notes.append(_init_from(Path(config.model.init_from), checkpoints))
         notes += _begin_items(config, folder, stream, loaded, groups)
         resumed = loaded.step if loaded else None
-        run_logger = _open_run_logger(config, folder, inputs.tokenizer, groups, resumed=resumed, verbose=verbose)
+        run_logger = _open_run_logger(config, folder, inputs, resumed=resumed, verbose=verbose)
         closing.callback(run_logger.close)
         for note in [
             *notes,
@@ -205,8 +205,7 @@ def _open_folder(config: Config, groups: Groups) -> RunFolder | None:
 def _open_run_logger(
     config: Config,
     folder: RunFolder | None,
-    tokenizer: PreTrainedTokenizerBase,
-    groups: Groups,
+    inputs: Inputs,
     *,
     resumed: int | None,
     verbose: bool,
@@ -217,9 +216,17 @@ def _open_run_logger(
     if folder is not None:
         folder.truncate_after(-1 if resumed is None else resumed)
         evaluated = folder.evaluated(first_step)
-    evaluated = agree(evaluated, groups)
-    with parallel.together(groups):
-        run_logger = RunLogger(config, folder, tokenizer, first_step=first_step, evaluated=evaluated, verbose=verbose)
+    evaluated = agree(evaluated, inputs.groups)
+    with parallel.together(inputs.groups):
+        run_logger = RunLogger(
+            config,
+            folder,
+            inputs.tokenizer,
+            stop_token_ids=inputs.stop_token_ids,
+            first_step=first_step,
+            evaluated=evaluated,
+            verbose=verbose,
+        )
     for note in folder.notes if folder else ():
         run_logger.note(note)
     if resumed is not None:

@@ -18,7 +18,6 @@ from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_metrics
-from megatron_mcpo.reporting.truncation_note import truncation_note
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling
@@ -75,7 +74,6 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.bytes_received = 0
         self.updates_skipped = 0
-        self.all_cut = False
 
     def run(self) -> None:
         """Train to the last step, or until the job is preempted; then wait until the checkpoint is on disk."""
@@ -231,9 +229,6 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(self.groups),
         }
         self.run_logger.step(self.step, metrics, learned)
-        if metrics["truncated"] == 1 and not self.all_cut:
-            self.run_logger.note(truncation_note(self.config, self.step, self.collector.stop_tokens))
-        self.all_cut = metrics["truncated"] == 1
         self.stop_on_skipped_updates(learned)
 
     def stop_on_skipped_updates(self, learned: Sequence[BatchReport]) -> None:

@@ -112,7 +112,9 @@ class MadeRun:
         self.folder = RunFolder.open(config)
         self.path = self.folder.path
         self.tokenizer = character_tokenizer()
-        self.run_logger = RunLogger(config, self.folder, self.tokenizer, first_step=0, evaluated=False, verbose=False)
+        self.run_logger = RunLogger(
+            config, self.folder, self.tokenizer, stop_token_ids=[], first_step=0, evaluated=False, verbose=False
+        )
         self.sizes = {"prompts": prompts, "samples": samples}
         self.num_minibatches = num_minibatches
         self.reports: dict[int, list[BatchReport]] = {}

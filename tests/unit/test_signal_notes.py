@@ -21,14 +21,20 @@ def row(step: int, *, advantage: float | None = 0.5, anchors: float = 4.0, trunc
 
 def said(config: Config, *rows: dict[str, Any]) -> list[list[str]]:
     """What is said after each of these steps."""
-    return [signal_notes(config, rows[max(0, i - 5) : i + 1]) for i in range(len(rows))]
+    return [signal_notes(config, rows[max(0, i - 5) : i + 1], ["<eos>", "<end>"]) for i in range(len(rows))]
 
 
 @pytest.mark.parametrize(("truncated", "warned"), [(0.5, True), (0.49, False), (None, False)])
 def test_half_of_the_responses_cut_off_in_the_first_step_is_said(truncated: float | None, warned: bool) -> None:
     first, second = said(MCPO, row(1) | {"truncated": truncated}, row(2) | {"truncated": truncated})
-    assert [("rollout.max_response_tokens = 16" in note) for note in first] == [True] * warned
+    assert [("cut off at max_response_tokens = 16: a" in note) for note in first] == [True] * warned
     assert second == []
+
+
+def test_responses_that_are_all_cut_off_are_said_with_the_tokens_that_would_end_them() -> None:
+    notes = said(MCPO, *(row(i, truncated=share) for i, share in enumerate([1, 1, 0.9, 1, 1], 1)))
+    assert [len(found) for found in notes] == [1, 0, 0, 1, 0]
+    assert "all responses were cut off at max_response_tokens = 16, none ended with '<eos>' or '<end>'." in notes[0][0]
 
 
 def test_three_steps_without_an_advantage_are_said_once_for_every_span() -> None:

@@ -19,7 +19,6 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.data.domains import load_domains, token_problems
 from megatron_mcpo.data.tokenizer import check_config, load_tokenizer, stop_token_ids
-from megatron_mcpo.reporting.truncation_note import truncation_note
 from tests.support.data_configs import make_config
 from tests.support.tiny_run import CHAT_TEMPLATE, VOCAB, save_chat_model
 
@@ -168,8 +167,3 @@ def test_an_endless_loop_ends_the_process_with_a_line() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("domain x: the chat template: must take less than 0 s (an endless loop, or an expre")
-
-
-def test_rollouts_that_are_all_cut_are_warned_of_with_the_tokens_that_would_end_them() -> None:
-    note = truncation_note(make_config({"name": "a", "sources": [{"generator": "chain_sum"}]}), 3, ["<eos>", "<end>"])
-    assert "step 3: all rollouts were cut at max_response_tokens = 16, none ended with '<eos>' or '<end>'." in note
