@@ -200,6 +200,39 @@ def tiers(results: Path) -> str:
     return _with_machine(content, table(["tier", "tests", "seconds of all tests", "slowest files"], lines))
 
 
+def faults(results: Path) -> str:
+    """Return what became of a run after each fault in each phase, and how often nothing was lost."""
+    content = _read(results, "faults_cpu.json")
+    rows = content["faults"]
+    phases = list(dict.fromkeys(row["phase"] for row in rows if row["fault"] == "SIGKILL"))
+    cells = {(row["fault"], row["phase"]): row for row in rows}
+    kinds = list(dict.fromkeys(row["fault"] for row in rows))
+    lines = [[kind, *(_outcome(cells.get((kind, phase))) for phase in phases)] for kind in kinds]
+    survived, same = (sum(bool(test(row)) for row in rows) for test in (_survived, lambda row: row["same"]))
+    hung = sum(row["result"] == "hung" for row in rows)
+    counts = (
+        f"{len(rows)} runs: {survived} survived, {len(rows) - survived - hung} ended, {hung} hung. Those that ended "
+        f"were started again. Then {same} had the metrics, evaluations and rollouts of a run without a fault, bit for "
+        f"bit; {len(rows) - same} had left something out and said so.\n"
+    )
+    return _with_machine(content, table(["fault", *phases], lines) + "\n" + counts)
+
+
+def _survived(row: dict[str, Any]) -> bool:
+    return bool(row["result"] == "survived")
+
+
+def _outcome(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if _survived(row):
+        return "survives" if row["same"] else "survives, says what it left out"
+    if row["result"] == "hung":
+        return "hangs"
+    code = max((code for code in row["codes"] if code is not None), default=1)
+    return f"ends, exit code {code}" if code else "saves, exit code 0"
+
+
 def cost(results: Path) -> str:
     """Return what the methods cost on GPUs by the planner's prediction, each against GRPO without a KL term."""
     rows = _read(results, "cost.json")["cost"]

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "push": benchmarks.push,
     "scaling": benchmarks.scaling,
     "tiers": benchmarks.tiers,
+    "faults": benchmarks.faults,
     "cost": benchmarks.cost,
     "study_a": study.results_a,
     "study_b": study.results_b,

@@ -188,13 +188,15 @@ class _Builder:
         own_held = num_held if pools.held_out is None else 0
         num_train = min(num_usable - own_held, items)
         requested = self._domain.shots + share + items
+        evaluates = f"evaluates {num_held}" + (f" of the {share} that evaluation.items asks for" * (num_held < share))
+        severity = "WARNING: " * (num_held < share)  # an accuracy of fewer items than asked for has a wider interval
         if pools.train.origin is None and num_shots + num_usable < requested:
             self._notes.append(
-                f"{where}: {num_shots + num_usable} unique questions ({requested} requested): {num_train} train, "
-                f"{num_held} held out, {num_shots} few-shot"
+                f"{severity}{where}: has {num_shots + num_usable} unique questions of {requested} requested: trains on "
+                f"{num_train}, {evaluates}, shows {num_shots} in prompts"
             )
         elif num_held < share:
-            self._notes.append(f"{where}: {num_held} held-out questions ({share} requested by evaluation.items)")
+            self._notes.append(f"{severity}{where}: {evaluates}")
         if pools.train.origin and num_train < num_usable - own_held:
             self._notes.append(
                 f"{where}: training on {num_train} of {num_usable - own_held} questions; raise domain.items for more"

@@ -67,7 +67,7 @@ class RowStatistics:
         """Return a line on the bad rows and one on the repeated ones, where there are any."""
         notes = []
         if self.bad:
-            notes.append(f"{self.where}: {self.bad} of {self.rows} rows are skipped: {self._listed()}")
+            notes.append(f"WARNING: {self.where}: {self.bad} of {self.rows} rows are skipped: {self._listed()}")
         if self.repeated:
             others = (
                 f", {self.contradicting} with another answer, of which the first counts" if self.contradicting else ""

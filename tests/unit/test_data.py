@@ -80,8 +80,8 @@ def test_sizes_follow_the_configuration_where_the_generator_can(domains: list[Do
     assert held_out == {"chain_sum": 8, "count_bits": 2}
     assert [len(source.train) for source in arithmetic.sources] == [40, 11]
     assert arithmetic.notes == (
-        "domain 'arithmetic', source 'count_bits': 15 unique questions (44 requested): "
-        "11 train, 2 held out, 2 few-shot",
+        "domain 'arithmetic', source 'count_bits': has 15 unique questions of 44 requested: trains on 11, evaluates 2, "
+        "shows 2 in prompts",
     )
 
 
@@ -254,6 +254,21 @@ def test_rows_are_taken_in_a_fixed_shuffle_and_the_surplus_is_told(
     )
     again = load_domains(make_config(domain, seed=9), tokenizer, cache_dir=tmp_path)
     assert again == [loaded]
+
+
+def test_fewer_held_out_questions_than_asked_for_are_a_warning(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    domain = {
+        "name": "sums",
+        "shots": 0,
+        "items": 60,
+        "sources": [{"file": write(tmp_path / "r.jsonl", sums(range(20)))}],
+    }
+    [loaded] = load(tokenizer, domain)
+    assert loaded.notes == (
+        "WARNING: domain 'sums', source 'r.jsonl': evaluates 5 of the 10 that evaluation.items asks for",
+    )
 
 
 def test_a_file_may_serve_several_domains(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
