@@ -99,7 +99,7 @@ def test_under_another_layout_it_goes_on_with_the_same_prompts(
     pairs = zip(completions(rollouts[name]), completions(expected_rollouts[name]), strict=True)
     others = [mine != theirs for mine, theirs in pairs]
     assert len(others) == 32 and sum(others) <= 3
-    for key in ("entropy", "loss/cross_domain", "grad_norm"):
+    for key in ("entropy", "grad_norm"):
         assert rows[EPOCH][key] == pytest.approx(expected_rows[EPOCH][key], rel=0.1 + 4 * sum(others) / 32), key
     assert {name: prompts(text) for name, text in rollouts.items()} == {
         name: prompts(text) for name, text in expected_rollouts.items()
