@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     def evaluate() -> None:
         from megatron_mcpo.trainer.setup import measure
 
-        metrics = measure(config, layout, model, _note)
+        metrics = measure(config, layout, model, _note, run=_run_of(known.checkpoint))
         if os.environ["RANK"] != "0":
             return
         row = _row(config, step, metrics, baseline)
@@ -125,7 +125,8 @@ def _weights(checkpoint: Path | None, hf: Path | None) -> tuple[int, list[str]]:
 
 def _check_items(config: Config, checkpoint: Path | None) -> None:
     """Refuse more held-out items than the run kept apart: the others are items that it trained on."""
-    run = None if checkpoint is None else checkpoint.resolve().parent.parent / CONFIG
+    folder = _run_of(checkpoint)
+    run = None if folder is None else folder / CONFIG
     own = [d.name for d in config.domain if any(not s.held_out_file and not s.held_out_split for s in d.sources)]
     if run is None or not run.is_file() or not own:
         return
@@ -138,6 +139,11 @@ def _check_items(config: Config, checkpoint: Path | None) -> None:
                 "source a held_out_file or held_out_split."
             ]
         )
+
+
+def _run_of(checkpoint: Path | None) -> Path | None:
+    """Return the folder of a checkpoint's run."""
+    return None if checkpoint is None else checkpoint.resolve().parent.parent
 
 
 def _check_out(path: Path | None) -> None:

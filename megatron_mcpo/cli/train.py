@@ -17,7 +17,8 @@ from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.summary import arithmetic, empty_terms, slow_arithmetic
 from megatron_mcpo.distributed.preemption import hold_signals
-from megatron_mcpo.storage.run_folder import forecast
+from megatron_mcpo.storage import run_items
+from megatron_mcpo.storage.run_folder import forecast, run_that_goes_on
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,8 +77,15 @@ def main(arguments: Sequence[str]) -> int:
 def _check_data(config: Config, model: ModelConfig) -> list[str]:
     """Read all data as a start does; return what a user should know of them. Raises ConfigError as a start does."""
     from megatron_mcpo.data.inspection import inspect
+    from megatron_mcpo.data.stream import PromptStream
 
-    inspection, problems = inspect(config, model)
+    run = run_that_goes_on(config)
+    inspection, problems = inspect(config, model, splits=run_items.read_splits(run))
     if problems:
         raise ConfigError(problems)
-    return [note for domain in inspection.domains for note in domain.notes]
+    notes = [note for domain in inspection.domains for note in domain.notes]
+    if run is None:
+        return notes
+    weights = [domain.weight for domain in config.domain]
+    stream = PromptStream(inspection.domains, weights=weights, seed=config.run.seed, data=config.data)
+    return [*run_items.notes_of_changes(run, stream.digests(), allowed=config.data.allow_changed), *notes]

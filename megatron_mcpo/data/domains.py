@@ -1,9 +1,10 @@
 """Build domains: prompts to train on and held-out prompts, with few-shot examples, as token ids."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megatron_mcpo.config.config import Config, ConfigError
@@ -12,6 +13,7 @@ from megatron_mcpo.data.conversation import PromptMaker, choose_shots
 from megatron_mcpo.data.item_pools import Pool, SourcePools, held_out_shares, read_pools
 from megatron_mcpo.data.row_statistics import RowStatistics
 from megatron_mcpo.data.rows import Item
+from megatron_mcpo.storage.run_items import Split
 from megatron_mcpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class Source:
     name: str
     weight: float
     train: tuple[Prompt, ...]
+    split: Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +61,50 @@ class Inspection:
     """One for every source and for every file or split of held-out items, in the configuration's order."""
 
 
-def load_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> list[Domain]:
+def load_domains(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    cache_dir: Path,
+    splits: Mapping[str, Split] = MappingProxyType({}),
+) -> list[Domain]:
     """Return the configuration's domains, in its order. Raises ConfigError with all problems: see `inspect_domains`."""
-    inspection = inspect_domains(config, tokenizer, cache_dir=cache_dir)
+    inspection = inspect_domains(config, tokenizer, cache_dir=cache_dir, splits=splits)
     if inspection.problems:
         raise ConfigError(inspection.problems)
     return inspection.domains
 
 
-def inspect_domains(config: Config, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: Path) -> Inspection:
+def inspect_domains(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    cache_dir: Path,
+    splits: Mapping[str, Split] = MappingProxyType({}),
+) -> Inspection:
     """Read and tokenize all items; return the domains with what is wrong with them.
 
     Items depend on domains and sources only, not on run.seed, so that runs with other seeds are judged on the same
     held-out questions. A source with too few unique questions is divided: few-shot examples first, then at most a
-    quarter of the rest is held out. Problems: sources with more bad rows than data.max_bad_rows, or with fewer than
-    shots + 4 unique questions. Raises ConfigError for generators that fail and files that can't be read.
+    quarter of the rest is held out. A run that goes on keeps what it held out, also where items were added: splits has
+    what it did with a source, by DOMAIN/SOURCE.
+    Problems: sources with more bad rows than data.max_bad_rows, or with fewer than shots + 4 unique questions.
+    Raises ConfigError for generators that fail and files that can't be read.
     """
     domains: list[Domain] = []
     problems: list[str] = []
     row_statistics: list[RowStatistics] = []
     for index, pools in enumerate(read_pools(config, cache_dir=cache_dir)):
-        builder = _Builder(config, tokenizer, index)
+        builder = _Builder(config, tokenizer, index, splits)
         domains.append(builder.build(pools))
         problems += builder.problems
         row_statistics += builder.row_statistics
     return Inspection(domains=domains, problems=problems, row_statistics=row_statistics)
+
+
+def splits_of(domains: Sequence[Domain]) -> dict[str, Split]:
+    """Return how every source was divided, by DOMAIN/SOURCE."""
+    return {f"{domain.name}/{source.name}": source.split for domain in domains for source in domain.sources}
 
 
 def token_problems(domains: Sequence[Domain], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[str]:
@@ -109,8 +131,9 @@ def token_problems(domains: Sequence[Domain], tokenizer: "PreTrainedTokenizerBas
 class _Builder:
     """The builder of one domain; what is wrong with it is in `problems`."""
 
-    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", index: int):
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", index: int, splits: Mapping[str, Split]):
         self._config = config
+        self._splits = splits
         self._domain = config.domain[index]
         self._maker = PromptMaker(
             self._domain,
@@ -130,23 +153,29 @@ class _Builder:
         held_out: list[Prompt] = []
         shares = held_out_shares(domain, self._config.evaluation.items)
         for source, pools, share in zip(domain.sources, sources, shares, strict=True):
-            train, held = self._split(pools, share)
-            built.append(Source(name=pools.train.name, weight=source.weight, train=train))
+            train, held, split = self._split(pools, share)
+            built.append(Source(name=pools.train.name, weight=source.weight, train=train, split=split))
             held_out += held
         return Domain(name=domain.name, sources=tuple(built), held_out=tuple(held_out), notes=tuple(self._notes))
 
-    def _split(self, pools: SourcePools, share: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    def _split(self, pools: SourcePools, share: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], Split]:
         """Return the training prompts and `share` held-out prompts of one source; both empty where it has too few."""
         pool, domain = pools.train, self._domain
-        shots = choose_shots(pool.items, domain.shots)
+        earlier = self._splits.get(f"{domain.name}/{pool.name}")
+        shots = _chosen_before(pool.items, earlier, domain.shots) or choose_shots(pool.items, domain.shots)
         chosen = {item.position for item in shots}
         rest = [item for item in pool.items if item.position not in chosen]
         from_itself = share if pools.held_out is None else 0
+        kept: set[int] | None = None
+        if earlier is not None:
+            kept = {item.position for item in rest if item.key_bits in earlier.held_out}
+            rest.sort(key=lambda item: item.position not in kept)
+            from_itself = len(kept)
         most = self._most_items(pool)
         usable, num_usable = _first(self._maker.prompts(pool, rest, shots), from_itself + most)
         self._judge(pool.row_statistics)
         if pool.row_statistics.rows == 0:
-            return (), ()
+            return (), (), Split()
         if len(shots) < domain.shots or num_usable < FEWEST_QUESTIONS:
             apart = "" if pools.held_out is None else " that are not held out"
             self.problems.append(
@@ -154,14 +183,18 @@ class _Builder:
                 f"{domain.shots} few-shot examples, with answers, and {FEWEST_QUESTIONS} more. Add questions (a "
                 "generator: wider options; a file: other rows) or lower shots"
             )
-            return (), ()
-        if num_usable < from_itself + most:
+            return (), (), Split()
+        if kept is not None:
+            from_itself = sum(prompt.index in kept for prompt in usable)
+        elif num_usable < from_itself + most:
             from_itself = min(from_itself, num_usable // FEWEST_QUESTIONS)
         train, held = usable[from_itself:], usable[:from_itself]
+        split = _split_of(rest, shots, held)
+        held = held[:share]
         if pools.held_out is not None:
             train, held = usable, self._held_out(pools.held_out, shots, share)
         self._tell_sizes(pools, share, num_shots=len(shots), num_usable=num_usable, num_held=len(held))
-        return tuple(train), tuple(held)
+        return tuple(train), tuple(held), split
 
     def _most_items(self, pool: Pool) -> int:
         return self._domain.items or (GENERATED_ITEMS if pool.origin is None else sys.maxsize)
@@ -201,6 +234,22 @@ class _Builder:
             self._notes.append(
                 f"{where}: training on {num_train} of {num_usable - own_held} questions; raise domain.items for more"
             )
+
+
+def _chosen_before(items: Sequence[Item], earlier: Split | None, num: int) -> list[Item]:
+    """Return the worked examples that a run had, in their order; none where they are not `num`, or not all there."""
+    if earlier is None or len(earlier.shots) != num:
+        return []
+    found = {item.key_bits: item for item in items if item.key_bits in earlier.shots}
+    return [found[bits] for bits in earlier.shots] if len(found) == num else []
+
+
+def _split_of(rest: Sequence[Item], shots: Sequence[Item], held: Sequence[Prompt]) -> Split:
+    positions = {prompt.index for prompt in held}
+    return Split(
+        shots=tuple(item.key_bits for item in shots),
+        held_out=frozenset(item.key_bits for item in rest if item.position in positions),
+    )
 
 
 def _first(prompts: Iterator[Prompt], num: int) -> tuple[list[Prompt], int]:

@@ -79,6 +79,11 @@ class Item:
         text = "\0".join("\n".join(line.rstrip() for line in turn.splitlines()) for turn in turns)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
+    @property
+    def key_bits(self) -> int:
+        """Return the first 64 bits of the key."""
+        return int.from_bytes(self.key[:8])
+
 
 def generated_item(position: int, item: Mapping[str, Any]) -> Item:
     """Return the item that a reasoning-gym generator made."""

@@ -169,6 +169,12 @@ def _resumable(config: Config) -> Path | None:
     raise AssertionError("itertools.count ended")
 
 
+def run_that_goes_on(config: Config) -> Path | None:
+    """Return the folder of the run that this configuration would resume from a checkpoint; None for a new beginning."""
+    path = _resumable(config)
+    return path if path is not None and step_files(path / "checkpoints") else None
+
+
 def named_run(config: Config) -> Path | None:
     """Return the folder of the run that run.resume names, by name in run.dir or by path; None for auto and never."""
     name = config.run.resume
@@ -195,6 +201,11 @@ def named_run_problems(path: Path, config: Config) -> list[str]:
     except ConfigError as error:
         return [f"{where}: {problem}" for problem in error.problems]
     problems = fixed_problems(theirs, config)
+    if config.model.init_from not in (None, theirs.model.init_from):
+        problems.append(
+            f"model.init_from = {config.model.init_from!r}: must not be set for a run that goes on ({path} has weights "
+            "of its own). Leave it out, or begin a new run without --resume"
+        )
     if (path / "FINISHED").exists() and config.run.steps <= theirs.run.steps:
         problems.append(
             f"run.steps = {config.run.steps}: must be above {theirs.run.steps} ({path} is finished after as many). "

@@ -84,12 +84,18 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 def changes(theirs: Config, ours: Config) -> list[str]:
     """Return a line for every setting that a resumed run changes, with both values."""
-    there, here = settings(theirs), settings(ours)
+    there, here = _by_domain(settings(theirs)), _by_domain(settings(ours))
     return [
-        f"{key}: changed" if isinstance(here[key], list) else f"{key}: {there[key]} before, {here[key]} from here on"
-        for key in here
-        if there[key] != here[key]
+        f"{key}: {there.get(key)} before, {here.get(key)} from here on"
+        for key in there | here
+        if there.get(key) != here.get(key)
     ]
+
+
+def _by_domain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which every key of every domain is one."""
+    domains = {f"domain {d['name']}: {key}": value for d in values["domain"] for key, value in d.items()}
+    return {key: value for key, value in values.items() if key != "domain"} | domains
 
 
 def fixed_problems(theirs: Config, ours: Config) -> list[str]:

@@ -22,6 +22,7 @@ from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.vllm_engine import VllmEngine, check_hardware
 from megatron_mcpo.rollout.vllm_server import VllmServers
+from megatron_mcpo.storage import run_items
 from megatron_mcpo.trainer.collector import Collector
 from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.weights.hf_io import check_files
@@ -57,9 +58,10 @@ class Inputs:
     notes: list[str]
 
 
-def load_inputs(config: Config, layout: Layout, model: ModelConfig) -> Inputs:
+def load_inputs(config: Config, layout: Layout, model: ModelConfig, *, run: Path | None) -> Inputs:
     """Join the process group, check the machine and the model's files, and load the data; rank 0 makes the items.
 
+    run: the folder of a run whose held-out items stay held out, as rank 0 sees it; None for a new division
     Raises ConfigError for everything that a user may have to correct, the same on every rank.
     """
     groups = parallel.init(layout, seed=config.run.seed, timeout_seconds=_COLLECTIVE_TIMEOUT_SECONDS)
@@ -69,11 +71,13 @@ def load_inputs(config: Config, layout: Layout, model: ModelConfig) -> Inputs:
     check_files(Path(config.model.path), groups)
     with parallel.together(groups):
         tokens = read_tokens(config, model)
+        splits = run_items.read_splits(run) if groups.rank == 0 else {}
+    splits = agree(splits, groups)
     domains: list[Domain] | None = None
     for turn in (groups.rank == 0, groups.rank != 0):  # the other ranks find the items in the cache
         with parallel.together(groups):
             if turn:
-                domains = load_domains(config, tokens.tokenizer, cache_dir=CACHE)
+                domains = load_domains(config, tokens.tokenizer, cache_dir=CACHE, splits=splits)
     assert domains is not None
     with parallel.together(groups):
         if problems := token_problems(domains, tokens.tokenizer, model.vocab_size):

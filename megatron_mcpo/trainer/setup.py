@@ -13,6 +13,7 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.summary import empty_terms, slow_arithmetic
+from megatron_mcpo.data.domains import splits_of
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
@@ -22,7 +23,7 @@ from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.storage import run_items
-from megatron_mcpo.storage.run_folder import RunFolder
+from megatron_mcpo.storage.run_folder import RunFolder, run_that_goes_on
 from megatron_mcpo.trainer.evaluation import evaluate, left_out
 from megatron_mcpo.trainer.parts import Inputs, build_parts, load_inputs
 from megatron_mcpo.trainer.trainer import Trainer
@@ -37,7 +38,7 @@ def run(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) ->
 
 
 def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool) -> None:
-    inputs = load_inputs(config, layout, model)
+    inputs = load_inputs(config, layout, model, run=run_that_goes_on(config))
     groups = inputs.groups
     with ExitStack() as closing:
         folder = _open_folder(config, groups)
@@ -51,7 +52,7 @@ def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool)
         loaded = checkpoints.load()
         if loaded is None and config.model.init_from is not None:
             notes.append(_init_from(Path(config.model.init_from), checkpoints))
-        notes += _begin_items(config, folder, stream, loaded, groups)
+        notes += _begin_items(config, folder, stream, loaded, inputs)
         resumed = loaded.step if loaded else None
         run_logger = _open_run_logger(config, folder, inputs, resumed=resumed, verbose=verbose)
         closing.callback(run_logger.close)
@@ -84,13 +85,17 @@ def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool)
         _conclude(trainer, run_logger)
 
 
-def measure(config: Config, layout: Layout, model: ModelConfig, note: Callable[[str], None]) -> dict[str, float]:
+def measure(
+    config: Config, layout: Layout, model: ModelConfig, note: Callable[[str], None], *, run: Path | None
+) -> dict[str, float]:
     """Evaluate the model in model.path as a run does; the same metrics on every rank. No optimizer is built.
 
-    note: called on every rank with what happens. Raises as `run`.
+    note: called on every rank with what happens
+    run: the folder of the run that the weights are of, if any
+    Raises as `run`.
     """
     with watching(_patience(config)):
-        inputs = load_inputs(config, layout, model)
+        inputs = load_inputs(config, layout, model, run=run)
         frozen = Reference(config, model, inputs.groups)
         for text in inputs.notes:
             note(text)
@@ -128,13 +133,13 @@ def _init_from(path: Path, checkpoints: Checkpoints) -> str:
 
 
 def _begin_items(
-    config: Config, folder: RunFolder | None, stream: PromptStream, loaded: Loaded | None, groups: Groups
+    config: Config, folder: RunFolder | None, stream: PromptStream, loaded: Loaded | None, inputs: Inputs
 ) -> list[str]:
     """Continue the order of prompts, keep what the items are, and return what has changed of them.
 
     Raises ConfigError, the same on every rank, where items are missing that the run had.
     """
-    with parallel.together(groups):
+    with parallel.together(inputs.groups):
         if loaded is not None and loaded.step > config.run.steps:
             raise ConfigError(
                 [f"run.steps = {config.run.steps}: must be at least {loaded.step} (the checkpoint's step). Raise it."]
@@ -143,11 +148,12 @@ def _begin_items(
         notes: list[str] = []
         if folder is not None:
             digests, allowed = stream.digests(), config.data.allow_changed
-            notes = run_items.notes_of_changes(folder.path, digests, changed, allowed=allowed)
+            if loaded is not None:
+                notes = run_items.notes_of_changes(folder.path, digests, changed, allowed=allowed)
             if loaded is None or changed:
-                run_items.write(folder.path, digests)
+                run_items.write(folder.path, digests, splits_of(inputs.domains))
             folder.adopt_settings()
-    return agree(notes, groups)
+    return agree(notes, inputs.groups)
 
 
 def _loading_notes(loaded: Loaded, layout: Layout) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_mcpo.data.domains import Domain, Source
+from megatron_mcpo.storage.run_items import Split
 from megatron_mcpo.types import Prompt
 
 
@@ -15,6 +16,7 @@ def made_up_domain(index: int, sizes: Sequence[int], weights: Sequence[float] | 
                 Prompt(domain=index, source=f"s{i}", index=k, token_ids=(k,), entry={"question": str(k)})
                 for k in range(size)
             ),
+            split=Split(),
         )
         for i, (size, weight) in enumerate(zip(sizes, weights or [1.0] * len(sizes), strict=True))
     ]

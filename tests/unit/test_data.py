@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import SourceConfig
-from megatron_mcpo.data.domains import Domain, load_domains
+from megatron_mcpo.data.domains import Domain, load_domains, splits_of
 from megatron_mcpo.data.generators import ItemRequest, generate
 from megatron_mcpo.data.tokenizer import load_tokenizer
 from megatron_mcpo.types import Prompt
@@ -269,6 +269,34 @@ def test_fewer_held_out_questions_than_asked_for_are_a_warning(
     assert loaded.notes == (
         "WARNING: domain 'sums', source 'r.jsonl': evaluates 5 of the 10 that evaluation.items asks for",
     )
+
+
+def test_what_was_held_out_stays_held_out_where_rows_are_added(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Also worked examples stay what they are, and the order of the rows has no influence."""
+    domain = {"name": "sums", "sources": [{"file": write(tmp_path / "rows.jsonl", sums(range(30)))}]}
+    [before] = load(tokenizer, domain)
+    write(tmp_path / "rows.jsonl", sums(range(29, -1, -1)))
+    assert texts(load(tokenizer, domain)[0]) == texts(before)
+    write(tmp_path / "rows.jsonl", sums(range(300, 330)) + sums(range(30)))
+    [anew] = load(tokenizer, domain)
+    config = make_config(domain)
+    [after] = load_domains(config, tokenizer, cache_dir=tmp_path, splits=splits_of([before]))
+    held, train = texts(before)
+    assert texts(anew)[0] != held, "30 new rows of 60 are held out, too, in a new run"
+    assert texts(after)[0] == held and set(train) < set(texts(after)[1]) and len(texts(after)[1]) == len(train) + 30
+    assert splits_of([after]) == splits_of([before])
+    fewer = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"items": 3})})
+    [after] = load_domains(fewer, tokenizer, cache_dir=tmp_path, splits=splits_of([before]))
+    assert texts(after)[0] == held[:3] and not set(held) & set(texts(after)[1])
+    write(tmp_path / "rows.jsonl", [row for row in sums(range(30)) if row["question"] != question(before.held_out[0])])
+    [after] = load_domains(config, tokenizer, cache_dir=tmp_path, splits=splits_of([before]))
+    assert texts(after) == (held[1:], train)
+
+
+def texts(domain: Domain) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    return [p.token_ids for p in domain.held_out], [p.token_ids for p in domain.sources[0].train]
 
 
 def test_a_file_may_serve_several_domains(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

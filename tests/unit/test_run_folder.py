@@ -21,6 +21,7 @@ from megatron_mcpo.config.config import Config, ConfigError, load
 from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.files import read_jsonl, step_files, write_atomically
 from megatron_mcpo.storage.run_folder import FOLDERS, RunFolder, forecast, resume_problems
+from megatron_mcpo.storage.run_items import Split
 from megatron_mcpo.storage.run_settings import differences
 
 FILE = """
@@ -258,6 +259,21 @@ def test_limits_never_make_a_new_run(file: Path) -> None:
     folder.close()
 
 
+def test_weights_of_another_run_are_for_a_beginning(file: Path) -> None:
+    fresh(file)
+    (problem,) = resume_problems(config_of(file, "--resume", "first", "--init-from", "elsewhere"))
+    assert problem.startswith("model.init_from = 'elsewhere': must not be set for a run that goes on")
+    fresh(file, "--init-from", "elsewhere", "--run.name", "begun")
+    assert resume_problems(config_of(file, "--resume", "begun")) == []
+    assert resume_problems(config_of(file, "--resume", "begun", "--init-from", "elsewhere")) == []
+
+
+def test_changes_of_a_domain_are_said_key_by_key(file: Path) -> None:
+    fresh(file)
+    file.write_text(FILE.replace('name = "logic"', 'name = "logic"\nweight = 2.5'))
+    assert forecast(config_of(file, "--resume", "first"))[1:] == ["domain logic: weight: 1.0 before, 2.5 from here on"]
+
+
 def test_what_a_start_would_do_is_said_before(file: Path) -> None:
     assert forecast(config_of(file)) == [f"would begin {file.parent / 'runs' / 'first'}"]
     path = fresh(file)
@@ -278,19 +294,26 @@ def test_what_a_start_would_do_is_said_before(file: Path) -> None:
 
 def test_changes_of_items_are_counted(tmp_path: Path) -> None:
     big = 2**64 - 1
-    run_items.write(tmp_path, {"math/a.jsonl": [1, 2, big], "code/b": [4]})
+    splits = {"math/a.jsonl": Split(shots=(9, big), held_out=frozenset((7, big))), "code/b": Split()}
+    run_items.write(tmp_path, {"math/a.jsonl": [1, 2, big], "code/b": [4]}, splits)
+    assert run_items.read_splits(tmp_path) == splits
 
     def notes(now: list[int], *, allowed: bool = False) -> list[str]:
         return run_items.notes_of_changes(
             tmp_path, {"math/a.jsonl": now, "code/b": [4]}, ["math/a.jsonl"], allowed=allowed
         )
 
+    assert notes([1, 2, big]) == [
+        "math/a.jsonl: the items have changed since the checkpoint; the source begins its next epoch"
+    ]
+
     counts = "math/a.jsonl: {} of 3 items were removed or changed, {} were added; the source begins its next epoch"
     assert notes([big, 2, 1, 7, 8]) == [counts.format(0, 2)]
     with pytest.raises(ConfigError, match=r"2 of 3 items were removed or changed, 1 were added.*--data.allow_changed"):
         notes([1, 9])
     assert notes([1, 9], allowed=True) == [counts.format(2, 1)]
-    assert run_items.notes_of_changes(tmp_path, {}, [], allowed=False) == []
+    assert run_items.notes_of_changes(tmp_path / "none", {"code/b": [4]}, [], allowed=False) == []
+    assert run_items.read_splits(tmp_path / "none") == run_items.read_splits(None) == {}
     (tmp_path / "items.npz").write_bytes(b"PK")
     with pytest.raises(ConfigError, match=r"items.npz: can't be read"):
         notes([1])
