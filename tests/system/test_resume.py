@@ -130,7 +130,10 @@ def test_by_name_it_goes_on_with_other_settings_and_is_extended_with_more_data(
     assert figures(run)[0][: 2 * EPOCH] == rows and len(figures(run)[0]) == 2 * EPOCH + 1
     config.write_text(config.read_text().replace(f"items = {4 * EPOCH + 4}", f"items = {4 * EPOCH - 4}"))
     fewer = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 2), ranks=2)
-    assert fewer.returncode == 2 and "8 of 16 items were removed or changed, 0 were added" in fewer.stderr
+    counts = "8 of 16 items were removed or changed, 0 were added"
+    assert fewer.returncode == 2 and counts in fewer.stderr
+    foreseen = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 2), "--dry-run", ranks=1)
+    assert foreseen.returncode == 2 and counts in foreseen.stderr
 
 
 def prompts(rollouts: str) -> list[str]:
