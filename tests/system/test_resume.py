@@ -132,7 +132,7 @@ def test_by_name_it_goes_on_with_other_settings_and_is_extended_with_more_data(
     fewer = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 2), ranks=2)
     counts = "8 of 16 items were removed or changed, 0 were added"
     assert fewer.returncode == 2 and counts in fewer.stderr
-    foreseen = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 2), "--dry-run", ranks=1)
+    foreseen = train_forked(config, *given, "--run.steps", str(2 * EPOCH + 2), "--dry-run", ranks=2)
     assert foreseen.returncode == 2 and counts in foreseen.stderr
 
 
