@@ -13,12 +13,16 @@ _WRAPPED = re.compile(
 _ABOUT = re.compile(r"\s*(?:\\approx|\\simeq|\\sim|≈|≃|~|=)(?![A-Za-z])\s*")
 
 _EMPHASIS = re.compile(r"(?<![\w*)])\*{1,3}(?=[^\s*])([^*\n]{1,200})(?<=\S)\*{1,3}(?![\w*(])")
+_BOLD = re.compile(r"\*\*[^\s*].*[^\s*]\*\*")
+_STARS = re.compile(r"(?<!\*)\*{1,3}$")
+"""The end of bold or italic type that began before a statement, as in **Answer: 42**."""
 _DOLLARS = re.compile(r"\$\s*+(?:,\s*+)?\$")
 _DOLLAR = re.compile(r"\\?\$")
 _CURRENCY = re.compile(r"[€£¥₹]\s?(?=[0-9.])|(?<=[0-9])\s?[€£¥₹]")
 
 _SYMBOLS = {"√": r"\sqrt ", "∞": r"\infty ", "°": r"^\circ ", "−": "-", "π": r"\pi ", "×": r"\times ", "·": r"\cdot "}
 _SYMBOL = re.compile("|".join(_SYMBOLS))
+_ROOT = re.compile(r"√\s{0,9}([0-9]{1,300}(?:\.[0-9]{1,300})?)")
 _POWER = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
 _FULL_WIDTH = re.compile("[！-～]")
@@ -34,6 +38,7 @@ _ALONE = re.compile(r"(?:(?<=\s)-)?[0-9]{0,300}\\frac\{[0-9]{1,300}\}\{[0-9]{1,3
 
 _LIST_MARK = re.compile(r"\s*(?:[*•]|\(?(?:[0-9]{1,2}|[a-z])[.)])\s+")
 _LIST_MARK_OR_DASH = re.compile(rf"\s*-\s+|{_LIST_MARK.pattern}")
+"""Marks at the beginning of a line; a dash is a minus sign in a text of one line."""
 
 _ANSWER = re.compile(r"\banswers?\b[*_]*(?:\s+(?:is|are)\b)?[*_]*[:：]?[*_]*\s*", re.IGNORECASE)
 
@@ -61,6 +66,7 @@ def as_latex(answer: str) -> str:
     text = _POWER.sub(_power, text)
     text = _FRACTION.sub(_fraction, text)
     text = _FULL_WIDTH.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _SYMBOL.sub(lambda match: _SYMBOLS[match[0]], text).replace("**", "^")
     text = _NAME.sub(lambda match: f"\\{match[0]} ", text)
     text = _SEPARATOR.sub("", text).strip()
@@ -93,10 +99,12 @@ def last_statement(text: str) -> str:
     *others, said = _ANSWER.split(text)
     lines = said.strip(" \t\r\n.,;:").split("\n")
     if others and lines[0]:
-        return lines[0]
+        line, stars = lines[0], _STARS.search(lines[0])
+        return line.removesuffix(stars[0]) if stars and line.count(stars[0]) % 2 else line
     lines = text.strip().split("\n")
-    marks = _LIST_MARK if len(lines) == 1 else _LIST_MARK_OR_DASH
-    return marks.sub("", lines[-1], count=1)
+    mark = (_LIST_MARK if len(lines) == 1 else _LIST_MARK_OR_DASH).match(lines[-1])
+    line = lines[-1][mark.end() :] if mark else lines[-1]
+    return line[2:-2] if _BOLD.fullmatch(line) and line.count("**") == 2 else line
 
 
 def without_emphasis(text: str) -> str:
