@@ -4,6 +4,8 @@ Scored in this process by the function that the workers call. Not covered: what 
 (its own tests), and time limits (test_verifiers.py).
 """
 
+import time
+
 import math_verify
 import pytest
 from math_verify import grader
@@ -136,7 +138,32 @@ RIGHT = [
     ("35", "The answer (see above) is 35"),
     (r"2\sqrt{2}", "### Answer\n\n2\\sqrt{2}"),
     (r"\{1, 2\}", "1 and 2"),
+    ("12", "First 20 apples.\n20 - 8 = 12"),
+    *(("12", text) for text in ("3 * 4", "First\n20 - 8", "First\n3 * 4", "1) 3 * 4", "First\n(a) 3 + 9 = 12")),
+    ("2x - 5", "So\n2x - 5"),
+    ("6", "C(4,2) = 6"),
+    ("42", "**Answer: 42**"),
+    ("6", "**2 * 3 = 6**"),
+    ("5", "√25 = 5"),
 ]
+WORKED = [
+    *(("12", f"{text} = 12") for text in ("15% of 80", "LCM of 4 and 6", "Sum of digits of 93", "1100_2", "27 % 15")),
+    *(("12", f"{text} = 12") for text in ("So 15% of 80", "The sum of 5, 7", "LCM(4, 6)", "3 times 4", "AB = 3 * 4")),
+    *(("12", f"{text} = 12") for text in (r"27 \bmod 15", "(2)(6)", "2(6)", "1,200 / 100", "sin(90) * 12", "Angle 3")),
+    *(
+        ("12", f"{text} = 12")
+        for text in (r"$27 \bmod 15$", r"$\frac{1}{2}(24)$", "<<3*4=12>>12 or 24/2", "So $5 + $7")
+    ),
+    *(("10", f"2 + 2 = 4{mark} 4 + 6 = 10") for mark in (",", ";", ".", " and")),
+    *(("20", text) for text in ("100 - 80 = 20%", "10/50 * 100 = 20%", "10/50 = 0.20 = 20%", "100% - 80% = 20%")),
+    *(("1200", text) for text in ("12 * 100 = 1,200", "She pays 12 * $100 = $1200", r"$12 \cdot 100 = 1{,}200$")),
+    *(("3", text) for text in ("log2(8) = 3", r"$\log_2 8 = 3$", "2x = 6, x = 3", r"$2y = 6 \implies y = 3$")),
+    ("2", "112 mod 10 = 2"),
+    ("18", "She makes 9 * 2 = $18 every day at the farmer's market."),
+    (r"\frac{3}{4}", r"$P(A) = \frac{6}{8} = \frac{3}{4}$"),
+    (r"2\sqrt{3}", "√12 = 2√3"),
+]
+"""Last lines with an equation that holds, though math-verify may read something else."""
 WRONG = [
     *(("6", text) for text in ("7=6", boxed("7=6"), "$7=6$", "so 7 = 6", boxed("5 = 7 = 6"), boxed("x = 7 = 6"))),
     *(("3", boxed(text)) for text in (r"\neq 3", r"x \neq 3", r"x \not= 3", "x ≠ 3", "3 \\neq 4", "4 != 3", "not 3")),
@@ -150,10 +177,17 @@ WRONG = [
     ("1.6", "It is 1.6e-19"),
     *(("36", text) for text in ("34 35 36", "$34$ $35$ $36$", "34 = 35 = 36", boxed("34, 35, 36"), "34, 35, 36")),
     *(("34", f"Answer: 34{rest}") for rest in (" or 35 or 36", ", 35, 36", " and 35", " + 1")),
+    ("34", "3 * 4"),
+    ("2x5", "So\n2x - 5"),
+    *(("12", f"{text} = 12") for text in ("20 - 7", "So 20 - 7", "Hence, 20 - 7", "Note: 20 - 7", "Steps\n- 20 - 7")),
+    *(("13", f"{text} = 13") for text in ("He pays $4 * $3. So $4 * $3", r"so $4 \times 3", "The answer is 4 * 3")),
+    (r"\frac{1}{3}", r"So $\frac{1}{2} = \frac{1}{3}$."),
+    *((answer, "27 mod 15 = 12") for answer in ("27", "15", "0")),
+    *((answer, "2x = 6, x = 3") for answer in ("6", "2")),
 ]
 
 
-@pytest.mark.parametrize(("answer", "response"), RIGHT)
+@pytest.mark.parametrize(("answer", "response"), [*RIGHT, *WORKED])
 def test_right(answer: str, response: str) -> None:
     assert score({"answer": answer}, response) == 1.0
 
@@ -181,6 +215,14 @@ def test_wrong(answer: str, response: str) -> None:
 )
 def test_plain_text_becomes_latex(written: str, latex: str) -> None:
     assert as_latex(written) == latex
+
+
+@pytest.mark.parametrize("text", ["1 = 1. ", "so 1 ", "is (", "2 * ", "=", r"\times", r"\frac{1}{2}", "**", "**a"])
+def test_a_long_response_without_a_box_is_scored_in_time(text: str) -> None:
+    started = time.monotonic()
+    score({"answer": "7"}, text * 50_000)
+    score({"answer": "7"}, "Answer: " + text * 50_000)
+    assert time.monotonic() - started < 5.0
 
 
 def test_a_long_answer_takes_linear_time() -> None:
