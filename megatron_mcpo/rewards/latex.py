@@ -53,15 +53,20 @@ _COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+|\b(?:pi|
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _UNIT = re.compile(r"[0-9]\s+[a-wA-Z](?![\w^(])")
 
+_BLANKS = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+")
+_SKNALB = re.compile(r"(?:[,;:! ]\\(?!\\)|dauqq?\\(?!\\)|[\s~.,;])+")
+"""Blanks and punctuation at the end of a text that is read backwards, which takes linear time."""
+
 _SIDE_BY_SIDE = re.compile(r"(?<=[0-9])(?<![_^][0-9])(?:\s|~|\\[,;: ]|\\q?quad)+(?=[0-9])")
 
 
 def as_latex(answer: str) -> str:
     """Return an answer in the notation of LaTeX, without markup around it."""
-    text = _ABOUT.sub("", answer, count=1) if _ABOUT.match(answer) else answer
+    text = answer[about.end() :] if (about := _ABOUT.match(answer)) else answer
     for _ in range(_LAYERS):
-        wrapped = _WRAPPED.fullmatch(text)
+        wrapped = _WRAPPED.fullmatch(_trimmed(text))
         text = wrapped[wrapped.lastindex or 0] if wrapped else text
+    text = _trimmed(text)
     text = _CURRENCY.sub("", without_emphasis(_DOLLAR.sub("", _DOLLARS.sub(", ", text))))
     text = _POWER.sub(_power, text)
     text = _FRACTION.sub(_fraction, text)
@@ -74,7 +79,14 @@ def as_latex(answer: str) -> str:
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     # Two numbers side by side are no product.
-    return _SIDE_BY_SIDE.sub(", ", text).rstrip(".,;")
+    return _trimmed(_SIDE_BY_SIDE.sub(", ", text))
+
+
+def _trimmed(text: str) -> str:
+    """Return a text without blanks, LaTeX's included, at its ends, and without punctuation at its end."""
+    text = text[match.end() :] if (match := _BLANKS.match(text)) else text
+    behind = _SKNALB.match(text[::-1])
+    return text[: len(text) - behind.end()] if behind else text
 
 
 def is_bare(text: str) -> bool:

@@ -145,6 +145,10 @@ RIGHT = [
     ("42", "**Answer: 42**"),
     ("6", "**2 * 3 = 6**"),
     ("5", "√25 = 5"),
+    *(("8", boxed(f"8{space}")) for space in (r"\,", r"\;", r"\:", r"\!", r"\ ", "~", r"\quad", r"\, \;", r"\,.")),
+    *(("8", boxed(text)) for text in (r"\,8", "~8", r"\quad 8", r"$8\,$", r"\; $8\,$\;.")),
+    (r"8\,", "It is 8."),
+    (r"8~", boxed(r"8\;")),
 ]
 WORKED = [
     *(("12", f"{text} = 12") for text in ("15% of 80", "LCM of 4 and 6", "Sum of digits of 93", "1100_2", "27 % 15")),
@@ -210,6 +214,8 @@ def test_wrong(answer: str, response: str) -> None:
         (r"\$5", "5"),
         ("$$x = 5$$", "x = 5"),
         (r"\[ 5 \]", "5"),
+        (r"\, 5\;", "5"),
+        (r"5 \\,", r"5 \\"),
         ("2*3*4", "2*3*4"),
     ],
 )
@@ -228,4 +234,6 @@ def test_a_long_response_without_a_box_is_scored_in_time(text: str) -> None:
 def test_a_long_answer_takes_linear_time() -> None:
     for text in ("9 " * 50_000, "1 2/" * 50_000, "*" * 100_000, "$" * 100_000, "1e" * 50_000, "$" + " " * 100_000):
         as_latex(text)
+    for text in ("~", r"\,", r"\quad", "\\ "):
+        as_latex(text * 50_000 + "x" + text * 50_000 + "y")
     as_latex("\\(" * 50_000 + "\\)" * 50_000)
