@@ -16,6 +16,7 @@ from megatron_mcpo.rewards import math_verify_fixes
 from megatron_mcpo.rewards.answers import correct_answer
 from megatron_mcpo.rewards.boxes import after_hashes, last_boxed
 from megatron_mcpo.rewards.latex import as_latex, is_bare, last_statement, marked, without_emphasis
+from megatron_mcpo.rewards.plain_text import equal_as_text
 
 math_verify_fixes.apply()
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -46,6 +47,9 @@ def score(entry: dict[str, Any], response: str) -> float:
     """
     correct = _expressions_of(correct_answer(entry))
     stated = expressions(response)
+    as_text = equal_as_text(str(correct[-1]), str(stated[-1])) if stated else None
+    if as_text is not None:
+        return float(as_text)
     return float(verify(correct, stated, allow_set_relation_comp=True, timeout_seconds=None))
 
 
@@ -55,7 +59,8 @@ def expressions(response: str) -> list[Any]:
     if boxed is None:
         return _found(after_hashes(response)[-_LONGEST_END:])
     found = _read(boxed[1])
-    return [] if any(map(_is_contradiction, found)) else found
+    has_base = "_" in boxed[1]  # which is not read: 110_2 = 6_{10}
+    return [] if not has_base and any(map(_is_contradiction, found)) else found
 
 
 @lru_cache(maxsize=1024)

@@ -149,6 +149,13 @@ RIGHT = [
     *(("8", boxed(text)) for text in (r"\,8", "~8", r"\quad 8", r"$8\,$", r"\; $8\,$\;.")),
     (r"8\,", "It is 8."),
     (r"8~", boxed(r"8\;")),
+    *(("ABCD", boxed(text)) for text in ("ABCD", "abcd", r"\text{ABCD}", "A B C D", "x = ABCD", r"A \cdot B C D")),
+    *(("HTTH", text) for text in ("It is $HTTH$.", boxed(r"\mathrm{HTTH}"))),
+    (r"\text{Evelyn}", boxed("Evelyn")),
+    *(("xy", boxed(text)) for text in ("yx", "xy", "x y", r"y \cdot x")),
+    *(("1001_2", boxed(text)) for text in ("1001_2", "1001_{2}", "1001", "1001_{(2)}", "9_{10} = 1001_2")),
+    ("1001", boxed("1001_2")),
+    ("6", boxed("110_2 = 6_{10}")),
 ]
 WORKED = [
     *(("12", f"{text} = 12") for text in ("15% of 80", "LCM of 4 and 6", "Sum of digits of 93", "1100_2", "27 % 15")),
@@ -187,6 +194,12 @@ WRONG = [
     *(("13", f"{text} = 13") for text in ("He pays $4 * $3. So $4 * $3", r"so $4 \times 3", "The answer is 4 * 3")),
     (r"\frac{1}{3}", r"So $\frac{1}{2} = \frac{1}{3}$."),
     *((answer, "27 mod 15 = 12") for answer in ("27", "15", "0")),
+    *(("ABCD", boxed(text)) for text in ("DCBA", r"\text{DCBA}", "ABC", "ABDC", "A B D C", "x = DCBA", "4")),
+    *(("HTTH", text) for text in ("It is $THHT$.", boxed("THHT"), boxed(r"\mathrm{HTHT}"))),
+    ("AB", boxed("BA")),
+    ("seat", boxed("east")),
+    (r"\text{CBA}", boxed("ABC")),
+    *(("1001_2", text) for text in (boxed("1001_3"), boxed("1001_{3}"), "It is $1001_3$.", "The answer is 1001_3.")),
     *((answer, "2x = 6, x = 3") for answer in ("6", "2")),
 ]
 
