@@ -7,6 +7,8 @@ math-verify reads 1.6e-19 as 1.6 e - 19, 1 3/4 as 1, 3\,000 as 3 times 0, 3 4 as
 import re
 import unicodedata
 
+from megatron_mcpo.rewards.units import without_unit
+
 _WRAPPED = re.compile(
     r"\s*(?:\$\$?(?P<dollar>[^$]+)\$\$?|\\\((?P<inline>.+)\\\)|\\\[(?P<display>.+)\\\])[.,;\s]*", re.DOTALL
 )
@@ -61,7 +63,7 @@ _SIDE_BY_SIDE = re.compile(r"(?<=[0-9])(?<![_^][0-9])(?:\s|~|\\[,;: ]|\\q?quad)+
 
 
 def as_latex(answer: str) -> str:
-    """Return an answer in the notation of LaTeX, without markup around it."""
+    """Return an answer in the notation of LaTeX, without markup around it and a unit behind it."""
     text = answer[about.end() :] if (about := _ABOUT.match(answer)) else answer
     for _ in range(_LAYERS):
         wrapped = _WRAPPED.fullmatch(_trimmed(text))
@@ -79,7 +81,7 @@ def as_latex(answer: str) -> str:
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     # Two numbers side by side are no product.
-    return _trimmed(_SIDE_BY_SIDE.sub(", ", text))
+    return without_unit(_trimmed(_SIDE_BY_SIDE.sub(", ", text)))
 
 
 def _trimmed(text: str) -> str:

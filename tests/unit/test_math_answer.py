@@ -92,7 +92,31 @@ def test_the_repair_of_math_verify_is_still_needed(monkeypatch: pytest.MonkeyPat
     assert math_verify.verify(charge, mass), "remove math_verify_fixes.py"
 
 
+UNITS = ("dollars", "points", "square units", "m/s", "cm^2", "cm^{2}", "cm²", "ft^3", "m^2", "km/h", "m/s^2", "Apples")
+UNITS += ("meters per second", "miles/hour", "units squared", "units^2", "sq ft", "cm", "kg", "hours", "degrees")
+NO_UNITS = ("x", "xyz", "pi", "sqrt 2", "log 10", "or 9", "and 9", "mod 3", "choose 3", "factorial", "squared")
+NO_UNITS += ("million", "hundred", "dozen", "halves", "apples and 9 pears", "dollars + 1", "x^2", "g^2", "a/b", "DNA")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_number_with_a_unit_is_that_number(unit: str) -> None:
+    assert score({"answer": "8"}, boxed(f"8 {unit}")) == score({"answer": f"8 {unit}"}, boxed("8")) == 1.0
+    assert score({"answer": f"8 {unit}"}, boxed(f"8 {unit}")) == 1.0
+    assert score({"answer": "8"}, boxed(f"9 {unit}")) == score({"answer": "8"}, boxed(f"18 {unit}")) == 0.0
+
+
+@pytest.mark.parametrize("words", NO_UNITS)
+def test_what_may_be_part_of_an_expression_is_no_unit(words: str) -> None:
+    assert score({"answer": "8"}, boxed(f"8 {words}")) == 0.0
+
+
 RIGHT = [
+    *(("1200", boxed(f"{number} dollars")) for number in ("1200", "1,200", "$1,200", "1200.00", r"1{,}200")),
+    *(
+        ("1.5", boxed(text))
+        for text in ("1.5 cups", "3/2 cups", "1 1/2 cups", r"\frac{3}{2} cups", r"1½\ cups", "1.5 cups.")
+    ),
+    ("-3", boxed("-3 points")),
     ("7", boxed("x = 3 + 4 = 7")),
     ("7", boxed("3 + 4 = 7")),
     ("0.67", boxed(r"\frac{2}{3} = 0.67")),
@@ -229,6 +253,9 @@ def test_wrong(answer: str, response: str) -> None:
         (r"\[ 5 \]", "5"),
         (r"\, 5\;", "5"),
         (r"5 \\,", r"5 \\"),
+        ("8 m", "8 m"),
+        ("8 ab", "8 ab"),
+        ("8 apples", "8"),
         ("2*3*4", "2*3*4"),
     ],
 )
@@ -247,6 +274,8 @@ def test_a_long_response_without_a_box_is_scored_in_time(text: str) -> None:
 def test_a_long_answer_takes_linear_time() -> None:
     for text in ("9 " * 50_000, "1 2/" * 50_000, "*" * 100_000, "$" * 100_000, "1e" * 50_000, "$" + " " * 100_000):
         as_latex(text)
+    for text in ("8 ", "8,000", "8 a", "a", "m/s", "8 apples per ", "million", "abc"):
+        as_latex("8 " + text * 50_000 + "!")
     for text in ("~", r"\,", r"\quad", "\\ "):
         as_latex(text * 50_000 + "x" + text * 50_000 + "y")
     as_latex("\\(" * 50_000 + "\\)" * 50_000)
