@@ -9,6 +9,7 @@ With --json one object for each response: score (0 to 1), correct, extracted (wh
 """
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import RewardsConfig
-from megatron_mcpo.data.files import Origin
+from megatron_mcpo.data.files import Origin, RawRow
 from megatron_mcpo.data.rows import RowError, parse_row
 from megatron_mcpo.data.verl import from_verl, is_verl
 from megatron_mcpo.rewards.pool import VerifierUnavailable
@@ -27,6 +28,9 @@ from megatron_mcpo.rewards.trial import Outcome, Trial, run_trials
 
 _QUESTION = "(no question)"
 """Of rows without one: no verifier of rows needs it."""
+
+_PREDICATE = re.compile(r"(?:has|is|names|contains|makes|can't)\b")
+"""How a RowError begins whose subject is the item."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,7 +64,7 @@ def _trials(known: Namespace) -> Iterator[Trial | RowError]:
     if known.pairs is None:
         yield _trial(_read(known.row) if known.row else {}, known, known.response)
         return
-    for _, row in Origin(path=str(known.pairs)).rows():
+    for row in _pairs(known.pairs):
         response = None if isinstance(row, RowError) else row.get("response")
         if isinstance(row, RowError):
             yield row
@@ -68,6 +72,13 @@ def _trials(known: Namespace) -> Iterator[Trial | RowError]:
             yield RowError("malformed", "has no column `response` with a text")
         else:
             yield _trial(row, known, response)
+
+
+def _pairs(path: Path) -> Iterator[RawRow]:
+    try:
+        yield from (row for _, row in Origin(path=str(path)).rows())
+    except ConfigError as error:
+        raise ConfigError([problem.replace("domain.sources:", "--pairs", 1) for problem in error.problems]) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -94,7 +105,12 @@ def _trial(row: Mapping[str, Any], known: Namespace, response: str) -> Trial | R
 
 
 def _unusable(error: RowError) -> Outcome:
-    return Outcome(score=None, correct=None, extracted=None, error=f"the item {error}")
+    text = str(error)
+    if text.startswith("its "):
+        sentence = f"the item's {text[4:]}"
+    else:
+        sentence = f"the item {text}" if _PREDICATE.match(text) else f"the item can't be used: {text}"
+    return Outcome(score=None, correct=None, extracted=None, error=sentence)
 
 
 def _print(outcomes: Sequence[Outcome], *, as_json: bool) -> None:

@@ -55,6 +55,14 @@ _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "tie_encoder_decoder": ((False, None), "only decoders are implemented"),
     "pruned_heads": (({}, None), "pruned heads are not implemented"),
 }
+_MUST_BE_OF: dict[Family, dict[str, tuple[tuple[Any, ...], str]]] = {
+    # Qwen3-Coder-30B-A3B states what the family is without them; transformers does not read them.
+    "qwen3_moe": {
+        "qkv_bias": ((False,), "biases of the attention's projections are implemented only as Qwen2 has them"),
+        "shared_expert_intermediate_size": ((0,), "experts that all tokens share are not implemented"),
+        "use_qk_norm": ((True,), "queries and keys of the family are normalized"),
+    },
+}
 _HONOURED_OF: dict[Family, set[str]] = {
     "qwen3_moe": {
         *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
@@ -99,6 +107,7 @@ def field_problems(values: dict[str, Any], family: Family) -> list[str]:
     A field in none of the tables is refused: it may change what the model computes without anyone noticing.
     """
     known = _HONOURED | _HONOURED_OF.get(family, set()) | _HARMLESS | _HARMLESS_OF.get(family, set())
+    must_be = _MUST_BE | _MUST_BE_OF.get(family, {})
     problems = []
     if values.get("auto_map"):
         problems.append(
@@ -109,8 +118,8 @@ def field_problems(values: dict[str, Any], family: Family) -> list[str]:
             "quantization_config: must be absent (quantized weights cannot be trained). Use the bf16 or fp32 model."
         )
     for key, value in values.items():
-        if key in _MUST_BE:
-            allowed, why = _MUST_BE[key]
+        if key in must_be:
+            allowed, why = must_be[key]
             if value not in allowed:
                 problems.append(f"{key} = {short(value)}: must be {allowed[0]!r} ({why}). {OTHER}.")
         elif key not in known:

@@ -15,7 +15,7 @@ from megatron_mcpo.rewards.code_tests import AssertTests, InputTest, parse_tests
 from megatron_mcpo.rewards.sandbox import harness, process
 from megatron_mcpo.rewards.sandbox.levels import Level
 
-_FENCE = re.compile(r"[ \t]*`{3,}[ \t]*(?P<label>[^\s`]*)[^`]*")
+_FENCE = re.compile(r"(?P<indentation>[ \t]*)`{3,}[ \t]*(?P<label>[^\s`]*)[^`]*")
 """A line of Markdown that begins or ends a block of code."""
 
 _PYTHON = re.compile(r"py(thon)?[0-9.]*", re.IGNORECASE)
@@ -85,6 +85,7 @@ def extract_code(response: str, function: str | None = None) -> str:
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """Yield label and content of every fenced block; a labelled fence begins one even in a block that never ended."""
     label: str | None = None
+    indentation = 0
     lines: list[str] = []
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         fence = _FENCE.fullmatch(line)
@@ -92,9 +93,20 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
             lines.append(line)
             continue
         if label is not None:
-            yield label, "".join(lines)
+            yield label, _without_indentation(lines, indentation)
+        indentation = len(fence["indentation"])
         label = fence["label"] if label is None or fence["label"] else None
         lines = []
+
+
+def _without_indentation(lines: list[str], fence: int) -> str:
+    """Return lines without as much indentation as their fence has, as in CommonMark: it may be part of a list.
+
+    Where the first line has less, they lose no more than that.
+    """
+    first = next((line for line in lines if line.strip()), "")
+    width = min(fence, len(first) - len(first.lstrip(" \t")))
+    return "".join(line[:width].lstrip(" \t") + line[width:] for line in lines)
 
 
 def _left(deadline: float) -> float:

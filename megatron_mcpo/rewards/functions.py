@@ -1,4 +1,4 @@
-"""Check that workers can import the functions that a configuration names as verifiers. Imports no torch."""
+"""Check that workers can import and call the functions that a configuration names as verifiers. Imports no torch."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ _GIB = 2**30
 
 
 def problems(config: Config) -> list[str]:
-    """Return one line (key, value, rule, fix) for every function that a worker can't import.
+    """Return one line (key, value, rule, fix) for every function that a worker can't import or call.
 
     A worker is started for each: a function is the user's own code, which has no business in the trainer.
     """
@@ -25,7 +25,7 @@ def _problems(config: Config) -> Iterator[str]:
             if reason:
                 yield (
                     f"domain {domain.name!r}: verifiers[{index}].function = {verifier.function!r}: must be a function "
-                    f"that a worker can import ({reason}). Correct it."
+                    f"that a worker can import, and call with an item and a response ({reason}). Correct it."
                 )
 
 

@@ -7,18 +7,24 @@ math-verify reads 1.6e-19 as 1.6 e - 19, 1 3/4 as 1, 3\,000 as 3 times 0, 3 4 as
 import re
 import unicodedata
 
+from megatron_mcpo.rewards.units import without_unit
+
 _WRAPPED = re.compile(
     r"\s*(?:\$\$?(?P<dollar>[^$]+)\$\$?|\\\((?P<inline>.+)\\\)|\\\[(?P<display>.+)\\\])[.,;\s]*", re.DOTALL
 )
 _ABOUT = re.compile(r"\s*(?:\\approx|\\simeq|\\sim|≈|≃|~|=)(?![A-Za-z])\s*")
 
 _EMPHASIS = re.compile(r"(?<![\w*)])\*{1,3}(?=[^\s*])([^*\n]{1,200})(?<=\S)\*{1,3}(?![\w*(])")
+_BOLD = re.compile(r"\*\*[^\s*].*[^\s*]\*\*")
+_STARS = re.compile(r"(?<!\*)\*{1,3}$")
+"""The end of bold or italic type that began before a statement, as in **Answer: 42**."""
 _DOLLARS = re.compile(r"\$\s*+(?:,\s*+)?\$")
 _DOLLAR = re.compile(r"\\?\$")
 _CURRENCY = re.compile(r"[€£¥₹]\s?(?=[0-9.])|(?<=[0-9])\s?[€£¥₹]")
 
 _SYMBOLS = {"√": r"\sqrt ", "∞": r"\infty ", "°": r"^\circ ", "−": "-", "π": r"\pi ", "×": r"\times ", "·": r"\cdot "}
 _SYMBOL = re.compile("|".join(_SYMBOLS))
+_ROOT = re.compile(r"√\s{0,9}([0-9]{1,300}(?:\.[0-9]{1,300})?)")
 _POWER = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
 _FULL_WIDTH = re.compile("[！-～]")
@@ -34,6 +40,7 @@ _ALONE = re.compile(r"(?:(?<=\s)-)?[0-9]{0,300}\\frac\{[0-9]{1,300}\}\{[0-9]{1,3
 
 _LIST_MARK = re.compile(r"\s*(?:[*•]|\(?(?:[0-9]{1,2}|[a-z])[.)])\s+")
 _LIST_MARK_OR_DASH = re.compile(rf"\s*-\s+|{_LIST_MARK.pattern}")
+"""Marks at the beginning of a line; a dash is a minus sign in a text of one line."""
 
 _ANSWER = re.compile(r"\banswers?\b[*_]*(?:\s+(?:is|are)\b)?[*_]*[:：]?[*_]*\s*", re.IGNORECASE)
 
@@ -48,19 +55,25 @@ _COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+|\b(?:pi|
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _UNIT = re.compile(r"[0-9]\s+[a-wA-Z](?![\w^(])")
 
+_BLANKS = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+")
+_SKNALB = re.compile(r"(?:[,;:! ]\\(?!\\)|dauqq?\\(?!\\)|[\s~.,;])+")
+"""Blanks and punctuation at the end of a text that is read backwards, which takes linear time."""
+
 _SIDE_BY_SIDE = re.compile(r"(?<=[0-9])(?<![_^][0-9])(?:\s|~|\\[,;: ]|\\q?quad)+(?=[0-9])")
 
 
 def as_latex(answer: str) -> str:
-    """Return an answer in the notation of LaTeX, without markup around it."""
-    text = _ABOUT.sub("", answer, count=1) if _ABOUT.match(answer) else answer
+    """Return an answer in the notation of LaTeX, without markup around it and a unit behind it."""
+    text = answer[about.end() :] if (about := _ABOUT.match(answer)) else answer
     for _ in range(_LAYERS):
-        wrapped = _WRAPPED.fullmatch(text)
+        wrapped = _WRAPPED.fullmatch(_trimmed(text))
         text = wrapped[wrapped.lastindex or 0] if wrapped else text
+    text = _trimmed(text)
     text = _CURRENCY.sub("", without_emphasis(_DOLLAR.sub("", _DOLLARS.sub(", ", text))))
     text = _POWER.sub(_power, text)
     text = _FRACTION.sub(_fraction, text)
     text = _FULL_WIDTH.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _SYMBOL.sub(lambda match: _SYMBOLS[match[0]], text).replace("**", "^")
     text = _NAME.sub(lambda match: f"\\{match[0]} ", text)
     text = _SEPARATOR.sub("", text).strip()
@@ -68,7 +81,14 @@ def as_latex(answer: str) -> str:
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     # Two numbers side by side are no product.
-    return _SIDE_BY_SIDE.sub(", ", text).rstrip(".,;")
+    return without_unit(_trimmed(_SIDE_BY_SIDE.sub(", ", text)))
+
+
+def _trimmed(text: str) -> str:
+    """Return a text without blanks, LaTeX's included, at its ends, and without punctuation at its end."""
+    text = text[match.end() :] if (match := _BLANKS.match(text)) else text
+    behind = _SKNALB.match(text[::-1])
+    return text[: len(text) - behind.end()] if behind else text
 
 
 def is_bare(text: str) -> bool:
@@ -93,10 +113,12 @@ def last_statement(text: str) -> str:
     *others, said = _ANSWER.split(text)
     lines = said.strip(" \t\r\n.,;:").split("\n")
     if others and lines[0]:
-        return lines[0]
+        line, stars = lines[0], _STARS.search(lines[0])
+        return line.removesuffix(stars[0]) if stars and line.count(stars[0]) % 2 else line
     lines = text.strip().split("\n")
-    marks = _LIST_MARK if len(lines) == 1 else _LIST_MARK_OR_DASH
-    return marks.sub("", lines[-1], count=1)
+    mark = (_LIST_MARK if len(lines) == 1 else _LIST_MARK_OR_DASH).match(lines[-1])
+    line = lines[-1][mark.end() :] if mark else lines[-1]
+    return line[2:-2] if _BOLD.fullmatch(line) and line.count("**") == 2 else line
 
 
 def without_emphasis(text: str) -> str:

@@ -12,10 +12,11 @@ _SPACE_AND_WORD = (
 )
 # Statements that do not count: "I don't think that the answer is B", "if the answer is B", "a wrong answer is B".
 _DENIED = rf"(?:n['’]t|\bnot|\bnever|\bdoubt|\bif|\bwhether){_SPACE_AND_WORD}{{0,5}}+\s++|\b(?:wrong|incorrect)\s++"
-# The names of an answer that must be linked to it: "the answer is (B)", "Answer: B", "final **answer**: B".
+# The names of an answer that must be linked to it: "the answer is (B)", "Answer: B", "final **answer**: B",
+# {"answer": "B"}.
 _NOUN = (
     r"(?:\b(?:answer(?:\s+(?:choice|option))?|Antwort|Lösung|réponse|reponse|respuesta|resposta|risposta|ответ|odpowiedź|antwoord)\b"
-    rf"|\b{_OPTION}|\b(?:option|choice)(?=\s*:)"
+    rf"|\b{_OPTION}|\b(?:option|choice)(?=[\"']?\s*:)"
     r"|答案|答え|正解|解答|정답)"
 )
 _VERB = (
@@ -24,7 +25,7 @@ _VERB = (
 )
 _ALONE = r"[*_$(]{0,4}(?-i:[A-Z])[*_$).!]{0,4}[ \t]*$"
 _LINK = (
-    rf"\*{{0,3}}(?:\s+{_VERB}|\s*[:=]|\s+[-–—]\s|[ \t]*\n|\s+(?={_ALONE})"
+    rf"(?:\*{{0,3}}|[\"'])(?:\s+{_VERB}|\s*[:=]|\s+[-–—]\s|[ \t]*\n|\s+(?={_ALONE})"
     r"|(?:应该是|應該是|是|为|為|应为|應為|选|選|は|은)\s*:?)\s*"
 )
 _STATEMENT = re.compile(

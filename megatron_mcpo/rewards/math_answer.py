@@ -16,6 +16,7 @@ from megatron_mcpo.rewards import math_verify_fixes
 from megatron_mcpo.rewards.answers import correct_answer
 from megatron_mcpo.rewards.boxes import after_hashes, last_boxed
 from megatron_mcpo.rewards.latex import as_latex, is_bare, last_statement, marked, without_emphasis
+from megatron_mcpo.rewards.plain_text import equal_as_text
 
 math_verify_fixes.apply()
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -23,7 +24,14 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 _ROUNDING = 0.01
 """Largest relative error of a decimal that an equation may have."""
 
-_EQUATION = re.compile(r"[0-9 .,+*/()^-]{1,200}(?:=[0-9 .,+*/()^-]{1,200})+\.?$")
+_SIDE = r"(?:[0-9 .+*/()^-]|\\times|\\cdot|\\[dt]?frac\{[0-9]{1,50}\}\{[0-9]{1,50}\}){1,200}"
+_EQUATION = re.compile(
+    r"(?:^|(?<![0-9]),[ ]|[.;:!?][ ]|\b(?:so|thus|hence|therefore|then|gets?|gives?|have|that|since|because|is)[ ])"
+    rf"(?P<sides>{_SIDE}(?:={_SIDE})+)$",
+    re.IGNORECASE,
+)
+_PRODUCT = re.compile(r"[0-9)] ?\(|\) ?[0-9]")
+"""A product without a sign: math-verify reads (6)(7) as 13."""
 
 _LONGEST_END = 2000
 """Characters at the end of a response without a box that are searched: its patterns take quadratic time."""
@@ -39,14 +47,20 @@ def score(entry: dict[str, Any], response: str) -> float:
     """
     correct = _expressions_of(correct_answer(entry))
     stated = expressions(response)
+    as_text = equal_as_text(str(correct[-1]), str(stated[-1])) if stated else None
+    if as_text is not None:
+        return float(as_text)
     return float(verify(correct, stated, allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def expressions(response: str) -> list[Any]:
     """Return what a response states: an expression, if it can be read, and its text; nothing where it has neither."""
     boxed = last_boxed(response)
-    found = _read(boxed[1]) if boxed else _found(after_hashes(response)[-_LONGEST_END:])
-    return [] if any(map(_is_contradiction, found)) else found
+    if boxed is None:
+        return _found(after_hashes(response)[-_LONGEST_END:])
+    found = _read(boxed[1])
+    has_base = "_" in boxed[1]  # which is not read: 110_2 = 6_{10}
+    return [] if not has_base and any(map(_is_contradiction, found)) else found
 
 
 @lru_cache(maxsize=1024)
@@ -65,14 +79,35 @@ def _read(content: str) -> list[Any]:
 
 
 def _found(end: str) -> list[Any]:
-    """Read the last line where it is a formula, else find the last expression of a text without a box."""
+    """Read the last line where it is a formula, else find the last expression of a text without a box.
+
+    An equation is taken for a contradiction only where it is arithmetic with numbers that stands for itself, at the end
+    of the last line: at its start, behind a mark of punctuation, or behind a word such as "so". In "15% of 80 = 12" it
+    does not. The last line may also be a derivation in notation that math-verify does not read, as in 27 mod 15 = 12:
+    then the last expression counts.
+    """
     statement = last_statement(end)
-    if is_bare(statement):
-        return _read(statement)
-    equation = _EQUATION.search(statement)
-    if equation and any(map(_is_contradiction, _read(equation[0]))):
+    if _is_false_arithmetic(statement):
         return []
+    found = _read(statement) if is_bare(statement) else []
+    if found and not ("=" in statement and _is_derivation(found[0])):
+        return found
     return list(parse(marked(without_emphasis(end)), parsing_timeout=None))
+
+
+def _is_false_arithmetic(statement: str) -> bool:
+    """Tell whether a statement ends in an equation of numbers, standing for itself, that does not hold."""
+    equation = _EQUATION.search(as_latex(statement))
+    if equation is None or _PRODUCT.search(equation["sides"]):
+        return False
+    return any(map(_is_contradiction, _read(equation["sides"])))
+
+
+def _is_derivation(expression: Any) -> bool:
+    """Tell whether a formula could not be read, does not hold as read, or holds equations that name no variable."""
+    if isinstance(expression, grader.FiniteSet):
+        return any(grader.is_equation(each) and not each.args[0].is_Symbol for each in expression.args)
+    return isinstance(expression, str) or _is_contradiction(expression)
 
 
 def _is_contradiction(expression: Any) -> bool:

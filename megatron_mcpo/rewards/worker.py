@@ -27,7 +27,10 @@ DUST = 1e-6
 
 
 def load_verifier(name: str) -> Callable[..., Any]:
-    """Return the function that "package.module:function" names. Raises ValueError when there is none."""
+    """Return the function that "package.module:function" names.
+
+    Raises ValueError where there is none, or where it can't be called with an item and a response.
+    """
     module_name, colon, function_name = name.partition(":")
     if not colon:
         raise ValueError(f"verifier {name!r}: must look like package.module:function")
@@ -37,7 +40,29 @@ def load_verifier(name: str) -> Callable[..., Any]:
         raise ValueError(f"verifier {name!r}: can't be imported: {error}") from error
     if not callable(verifier):
         raise ValueError(f"verifier {name!r}: is a {type(verifier).__name__}, not a function")
+    if not module_name.startswith("megatron_mcpo."):
+        _check_signature(name, verifier)
     return verifier
+
+
+def _check_signature(name: str, verifier: Callable[..., Any]) -> None:
+    """Raise ValueError where a function can't be called with two positional arguments.
+
+    Functions of this package may need options too; some of C's have no signature.
+    """
+    import inspect  # a worker whose verifier is not a user's starts without it
+
+    try:
+        signature = inspect.signature(verifier)
+    except (ValueError, TypeError):
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"verifier {name!r}: its signature is {signature}; it must be callable with two positional arguments, as "
+            f"function(entry, response): {error}"
+        ) from None
 
 
 def checked_score(value: Any) -> float:

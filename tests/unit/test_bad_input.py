@@ -239,12 +239,20 @@ def test_a_dry_run_reads_the_rows_that_a_start_reads(model: Path, tmp_path: Path
     assert "3 of 3 rows are bad" in refused.stderr and "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["absent", "pi"])
-def test_a_function_that_no_worker_can_import_is_refused_at_once(model: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("absent", "can't be imported"),
+        ("pi", "is a float, not a function"),
+        ("isqrt", "its signature is (n, /); it must be callable with two positional arguments"),
+    ],
+)
+def test_a_function_that_no_worker_can_use_is_refused_at_once(model: Path, tmp_path: Path, name: str, why: str) -> None:
     config = CONFIG.replace("MODEL", str(model))
     verifiers = f'verifiers = [{{ kind = "function", function = "math:{name}" }}]'
     message = refuse(config.replace('name = "bits"', f'name = "bits"\n{verifiers}'), tmp_path)
-    assert f"verifiers[0].function = 'math:{name}': must be a function that a worker can import (" in message
+    assert f"verifiers[0].function = 'math:{name}': must be a function that a worker can import, " in message
+    assert why in message
 
 
 def test_dry_run_prints_the_arithmetic_and_stops(model: Path, tmp_path: Path) -> None:

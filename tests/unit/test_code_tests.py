@@ -191,6 +191,20 @@ def test_an_example_of_the_function_s_use_is_not_the_program() -> None:
     assert extract_code(text, "g") == extract_code(text) == "print(f(3))\n"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. Do:\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done.",
+        "- Do:\n\n\t```python\n\tdef f(x):\n\t    return x\n\t```",
+        "   ```\ndef f(x):\n    return x\n   ```",
+        "  ```py\n\n def f(x):\n     return x\n```\n",
+        "    ```sh\n    ls\n    ```\n```python\ndef f(x):\n    return x\n```",
+    ],
+)
+def test_a_block_loses_the_indentation_of_its_fence(text: str) -> None:
+    assert extract_code(text).lstrip("\n") == "def f(x):\n    return x\n"
+
+
 ONE = [{"input": "3\n", "output": "3"}]
 
 

@@ -43,6 +43,8 @@ STATES_B = [
     ),
     *("Answer：B", "答案：Ｂ", "答案是B", "答案是 (B)", "正确答案是：B", "答案是B因为它", "故选：B。", "選B", "我选B"),
     *("Antwort: B", "Die richtige Antwort ist B, weil", "La réponse est B", "Respuesta: B", "La risposta è B."),
+    *('{"answer": "B"}', '{"answer":"B","reason":"A is wrong"}', "{'answer': 'B'}", '```json\n{"Answer": "B"}\n```'),
+    *('{"reason": "not A", "answer": "b"}', '{"choice": "B"}', '{\n  "answer": "B) bank",\n  "sure": 0.9\n}'),
     *("Ответ: B", "答え：B", "正解はB", "정답: B", "It is red and the answer is B", r"\boxed{Option B}"),
 ]
 STATES_NONE = [
@@ -63,6 +65,13 @@ STATES_NONE = [
         "The correct option is a bank",
         "Options B and C",
         "The answer may be known",
+    ),
+    *(
+        '{"answer": "B or C"}',
+        '{"answer": ["B", "C"]}',
+        '{"answer": ""}',
+        '{"answer": "A bank"}',
+        '{"wrong answer": "B"}',
     ),
     *("The correct option is B or C", "答案是B或者C, 答案：B/C", "B is correct only if it rains"),
 ]
@@ -106,6 +115,8 @@ def test_no_text_takes_more_than_linear_time() -> None:
         "'",
         "I ",
         "A\n",
+        'answer":"',
+        "answer'",
     ):
         stated_letter(text * 50_000)
     for text in ("answer" + " " * 200_000, "\n" * 200_000 + "B", "B\n" + " " * 200_000, "(" * 200_000):

@@ -271,6 +271,8 @@ def test_experts(tmp_path: Path) -> None:
     model = from_folder(write(tmp_path, QWEN3_MOE))
     assert model.experts == Experts(count=128, per_token=8, ffn_hidden_size=768, normalized=True)
     assert model.qk_norm
+    coder = {**QWEN3_MOE, "qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert from_folder(write(tmp_path, coder)) == model
 
 
 @pytest.mark.parametrize(
@@ -282,6 +284,9 @@ def test_experts(tmp_path: Path) -> None:
         ("num_experts_per_tok", 129),
         ("moe_intermediate_size", 0),
         ("shared_expert_intermediate_size", 4),
+        ("shared_expert_intermediate_size", None),
+        ("qkv_bias", True),
+        ("use_qk_norm", False),
     ],
 )
 def test_experts_that_are_not_built_are_refused(tmp_path: Path, field: str, value: Any) -> None:

@@ -56,6 +56,16 @@ PAIRS = [
         "6",
         outcome(None, None, "the item names no verifier, and the domain has no [[domain.verifiers]]"),
     ),
+    ({**CODE, "tests": []}, "6", outcome(None, None, "the item's tests must be a list that is not empty")),
+    (
+        {**CODE, "tests": [{}]},
+        "6",
+        outcome(
+            None,
+            None,
+            "the item can't be used: tests[0] has neither input and output nor assert, as texts, nor arguments",
+        ),
+    ),
     (
         {
             "data_source": "openai/gsm8k",
@@ -118,3 +128,12 @@ def test_a_row_that_can_not_be_read_is_refused_in_a_line(
         row.write_text(content)
     assert main(["reward", "try", "--row", str(row), "--response", "6"]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet"])
+def test_a_file_of_pairs_that_is_missing_is_named(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["reward", "try", "--pairs", str(tmp_path / name)]) == 2
+    message = capsys.readouterr().err
+    assert f"--pairs '{tmp_path / name}' can't be read" in message and "domain" not in message

@@ -4,6 +4,7 @@ Real data are some rows of GSM8K and CommonsenseQA (data/README.md). Not covered
 (test_judge.py), code, and what math-verify takes for equal beyond a few cases of each sort.
 """
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,40 @@ def test_real_answers_are_right_and_those_of_other_items_at_chance(
     value = str if kind == "choice" else lambda text: float(text.replace(",", ""))
     assert hits == [float(value(a) == value(other)) for a, other in pairs]
     assert chance[0] < sum(hits) / len(hits) < chance[1]
+
+
+def none() -> float:
+    return 1.0
+
+
+def one(entry: dict[str, Any]) -> float:
+    return 1.0
+
+
+def three(entry: dict[str, Any], response: str, third: int) -> float:
+    return 1.0
+
+
+def by_name(*, entry: dict[str, Any], response: str) -> float:
+    return 1.0
+
+
+def optional(entry: dict[str, Any], response: str, third: int = 3, *rest: int, key: str = "", **others: Any) -> float:
+    return 1.0
+
+
+def anything(*arguments: Any) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("function", [none, one, three, by_name])
+def test_a_function_that_can_not_be_called_with_two_arguments_is_refused(function: Any) -> None:
+    name = f"{__name__}:{function.__name__}"
+    with pytest.raises(ValueError, match="two positional arguments") as refused:
+        load_verifier(name)
+    assert name in str(refused.value) and str(inspect.signature(function)) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [f"{__name__}:optional", f"{__name__}:anything", "builtins:max", "math:gcd"])
+def test_a_function_that_can_be_called_with_two_arguments_is_accepted(name: str) -> None:
+    assert callable(load_verifier(name))
