@@ -271,8 +271,8 @@ def test_experts(tmp_path: Path) -> None:
     model = from_folder(write(tmp_path, QWEN3_MOE))
     assert model.experts == Experts(count=128, per_token=8, ffn_hidden_size=768, normalized=True)
     assert model.qk_norm
-    coder = {**QWEN3_MOE, "qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
-    assert from_folder(write(tmp_path, coder)) == model
+    coder = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert from_folder(write(tmp_path, {**QWEN3_MOE, **coder})) == model
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,7 @@ def test_experts(tmp_path: Path) -> None:
         ("num_experts", None),
         ("num_experts_per_tok", 129),
         ("moe_intermediate_size", 0),
-        ("shared_expert_intermediate_size", 4),
-        ("shared_expert_intermediate_size", None),
+        *(("shared_expert_intermediate_size", value) for value in (4, None)),
         ("qkv_bias", True),
         ("use_qk_norm", False),
     ],
