@@ -22,7 +22,6 @@ from megatron_mcpo.config.domain_schema import RewardsConfig
 from megatron_mcpo.data.files import Origin, RawRow
 from megatron_mcpo.data.rows import RowError, parse_row
 from megatron_mcpo.data.verl import from_verl, is_verl
-from megatron_mcpo.rewards.pool import VerifierUnavailable
 from megatron_mcpo.rewards.registry import ROW_VERIFIERS
 from megatron_mcpo.rewards.trial import Outcome, Trial, run_trials
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         judged = iter(run_trials([trial for trial in found if isinstance(trial, Trial)], RewardsConfig()))
     except ConfigError as error:
         return options.refuse(error)
-    except (ValueError, VerifierUnavailable) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return options.REFUSED
     outcomes = [next(judged) if isinstance(trial, Trial) else _unusable(trial) for trial in found]

@@ -95,9 +95,10 @@ def _pools(
 
 def _row_pool(config: Config, domain: DomainConfig, index: int, origin: Origin, *, name: str) -> Pool:
     row_statistics = RowStatistics(domain=domain.name, source=name, place=origin.place)
-    items = list(_distinct(_items(config, domain, origin, row_statistics), row_statistics))
+    distinct = _distinct(_items(config, domain, origin, row_statistics), row_statistics)
     seed = _item_seed(domain.name, index).to_bytes(4)
-    items.sort(key=lambda item: hashlib.blake2b(item.key, key=seed, digest_size=8).digest())
+    order = sorted(distinct, key=lambda key: hashlib.blake2b(key, key=seed, digest_size=8).digest())
+    items = [distinct[key] for key in order]
     return Pool(name=name, items=items, row_statistics=row_statistics, origin=origin)
 
 
@@ -129,16 +130,16 @@ def _check_domain(named: object, domain: str) -> None:
         raise RowError("malformed", f"domain = {named!r:.60}: the configuration has no such [[domain]]")
 
 
-def _distinct(items: Iterator[Item], row_statistics: RowStatistics) -> Iterator[Item]:
-    """Yield the first item of every question, and count the others."""
-    first: dict[bytes, str | None] = {}
+def _distinct(items: Iterator[Item], row_statistics: RowStatistics) -> dict[bytes, Item]:
+    """Return the first item of every question by its key, and count the others."""
+    first: dict[bytes, Item] = {}
     for item in items:
         key = item.key
         if key in first:
-            row_statistics.repeat(same_answer=first[key] == item.answer)
-            continue
-        first[key] = item.answer
-        yield item
+            row_statistics.repeat(same_answer=first[key].answer == item.answer)
+        else:
+            first[key] = item
+    return first
 
 
 def _generate(config: Config, cache_dir: Path) -> list[list[dict[str, Any]]]:

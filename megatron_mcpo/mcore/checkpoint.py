@@ -174,15 +174,10 @@ class Checkpoints:
             self._read_header(path, with_optimizer=False)
             saved = _check_contents(path).state_dict_metadata
         wanted: dict[str, Any] = _sharded_models(policy)
-        heads = [key for part in wanted.values() for key in part if _HEAD in key]
-        fits = all(
-            getattr(saved.get(part[key].key), "size", None) == torch.Size(part[key].global_shape)
-            for part in wanted.values()
-            for key in heads
-            if key in part
-        )
+        heads = [tensor for part in wanted.values() for key, tensor in part.items() if _HEAD in key]
+        fits = all(getattr(saved.get(head.key), "size", None) == torch.Size(head.global_shape) for head in heads)
         if not fits:
-            wanted = {n: {k: v for k, v in part.items() if k not in heads} for n, part in wanted.items()}
+            wanted = {n: {k: v for k, v in part.items() if _HEAD not in k} for n, part in wanted.items()}
         with policy.optimizer_on_device(), together(groups), _opening(path):
             loaded = dist_checkpointing.load(wanted, str(path))
             for number, chunk in enumerate(policy.chunks):

@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_mcpo import progress
 from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.domain_schema import RewardsConfig
 from megatron_mcpo.rewards.verifier_queue import Verdict, VerifierQueue
 from megatron_mcpo.rewards.worker import checked_score, printable
 
@@ -36,6 +37,8 @@ NUM_STARTS = 3
 """How many workers in a row may die while they start: one may have been killed from outside."""
 
 MAX_REPLY_BYTES = 2**16
+
+_GIB = 2**30
 
 _KILL_SECONDS = 5.0
 """How long processes of a worker are looked for, where they fork on while they are killed."""
@@ -218,18 +221,18 @@ class WorkerPool:
     A call's deadline starts when a worker gets it: neither the queue nor the worker's start-up counts.
     """
 
-    def __init__(self, functions: Sequence[str], *, num_workers: int, timeout: float, memory_bytes: int):
+    def __init__(self, functions: Sequence[str], rewards: RewardsConfig):
         """functions: "module:name" of the verifiers that every worker imports at its start; others when first used
 
-        timeout: seconds that a verification may take; memory_bytes: address space of a worker
+        rewards: how many workers there are, and their limits
         """
-        self.timeout = timeout
+        self.timeout = rewards.timeout
         self._functions = tuple(dict.fromkeys(functions))
-        self._memory_bytes = memory_bytes
+        self._memory_bytes = int(rewards.memory_gib * _GIB)
         self._closed = False
         self._lock = threading.Lock()
-        self._workers = [self._start() for _ in range(num_workers)]
-        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
+        self._workers = [self._start() for _ in range(rewards.workers)]
+        self._threads = ThreadPoolExecutor(rewards.workers, thread_name_prefix="verifier")
 
     def wait_ready(self) -> None:
         """Wait until a worker has imported its verifiers. Raises VerifierUnavailable."""

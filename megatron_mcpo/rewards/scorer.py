@@ -19,8 +19,6 @@ from megatron_mcpo.rewards.registry import ROW_VERIFIERS, VERIFIERS, Check, chec
 from megatron_mcpo.rewards.verifier_queue import Verdict
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 
-_GIB = 2**30
-
 _TaskKey = tuple[Hashable, str, str]
 """Item, what the verifier gets of the response, name and position of the verifier."""
 
@@ -39,12 +37,7 @@ class Scorer:
             DomainRules(domain, config.rewards, response_limit=limit)
             for domain, limit in zip(config.domain, config.response_limits, strict=True)
         ]
-        self._pool = WorkerPool(
-            [function for rules in self._rules for function in rules.functions],
-            num_workers=config.rewards.workers,
-            timeout=config.rewards.timeout,
-            memory_bytes=int(config.rewards.memory_gib * _GIB),
-        )
+        self._pool = WorkerPool([function for rules in self._rules for function in rules.functions], config.rewards)
 
     def __enter__(self) -> Self:
         return self

@@ -56,13 +56,7 @@ def run_trials(trials: Sequence[Trial], rewards: RewardsConfig) -> list[Outcome]
 def _verdicts(tasks: list[Task], rewards: RewardsConfig) -> list[Verdict]:
     if not tasks:
         return []
-    pool = WorkerPool(
-        sorted({task.function for task in tasks}),
-        num_workers=rewards.workers,
-        timeout=rewards.timeout,
-        memory_bytes=int(rewards.memory_gib * 2**30),
-    )
-    with closing(pool):
+    with closing(WorkerPool(sorted({task.function for task in tasks}), rewards)) as pool:
         return pool.run(tasks, max_error_rate=1.0)
 
 

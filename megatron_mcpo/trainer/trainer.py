@@ -80,7 +80,7 @@ class Trainer:
         config = self.config
         self.sync_weights(verify=True)
         self.check_engine()
-        if self.is_due(config.evaluation.every):
+        if self.is_due(config.evaluation.every) or self.is_last:
             self.evaluate()
         while self.step < config.run.steps and not self.must_stop():
             self.step += 1
@@ -96,17 +96,22 @@ class Trainer:
             if self.step % config.engine.engine_check_every == 0:
                 self.check_engine()
             self.checkpoints.advance()
-            if self.is_due(config.run.checkpoint_every):
+            if self.is_due(config.run.checkpoint_every) or self.is_last:
                 self.checkpoint()
-            if self.is_due(config.evaluation.every):
+            if self.is_due(config.evaluation.every) or self.is_last:
                 self.evaluate()
         self.checkpoint()
         with progress.phase("save"):
             self.checkpoints.finish()
 
     def is_due(self, every: int) -> bool:
-        """Return whether this step is a multiple of `every`, or the last one."""
-        return self.step % every == 0 or self.step == self.config.run.steps
+        """Return whether this step is a multiple of `every`; never with 0."""
+        return every > 0 and self.step % every == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether this step is the last one."""
+        return self.step == self.config.run.steps
 
     def must_stop(self) -> bool:
         """Return whether any rank was asked to stop: the same on every rank, and it stays True. Collective."""
@@ -175,9 +180,9 @@ class Trainer:
         """Measure every few steps how strong each term's gradient is, and whether terms and domains agree."""
         reaches_model = prepared.contrasted is not None and self.config.contrastive.mode == "loss"
         measures = []
-        if reaches_model and _is_due(self.step, self.config.contrastive.diagnose_every):
+        if reaches_model and self.is_due(self.config.contrastive.diagnose_every):
             measures.append(term_gradients)
-        if _is_due(self.step, self.config.algorithm.diagnose_every):
+        if self.is_due(self.config.algorithm.diagnose_every):
             measures.append(domain_gradients)
         found: dict[str, float] = {}
         for measure in measures:
@@ -248,11 +253,6 @@ class Trainer:
         with progress.phase(phase):
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
-
-
-def _is_due(step: int, every: int) -> bool:
-    """Return whether a step is a multiple of `every`; never with 0."""
-    return every > 0 and step % every == 0
 
 
 def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, float]:

@@ -269,8 +269,9 @@ def test_a_worker_that_is_killed_while_it_starts_is_replaced(
 def test_workers_end_with_a_trainer_that_was_killed() -> None:
     code = """
 import os, signal
+from megatron_mcpo.config.domain_schema import RewardsConfig
 from megatron_mcpo.rewards.pool import WorkerPool
-pool = WorkerPool(["tests.support.verifiers:slow"], num_workers=1, timeout=1.0, memory_bytes=2**32)
+pool = WorkerPool(["tests.support.verifiers:slow"], RewardsConfig(workers=1, timeout=1.0, memory_gib=4))
 pool.wait_ready()
 print(pool._workers[0]._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
