@@ -37,6 +37,9 @@ FORMAT = 3
 """The version of state.json and of the sharded files' content. The manifest has none, as it is read before this."""
 
 _HEAD = "contrastive_head"
+_EXTRA_STATE = "_extra_state"
+"""End of the keys of what Transformer Engine's modules save beside their parameters: nothing, with the FP8 recipes that
+can be chosen here (2.20.2). Plain torch modules have no such keys, and each kind loads what the other has saved."""
 _NEW_RUN = "or start a new run with --run.resume never"
 
 
@@ -180,8 +183,7 @@ class Checkpoints:
             wanted = {n: {k: v for k, v in part.items() if _HEAD not in k} for n, part in wanted.items()}
         with policy.optimizer_on_device(), together(groups), _opening(path):
             loaded = dist_checkpointing.load(wanted, str(path))
-            for number, chunk in enumerate(policy.chunks):
-                unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=fits)
+            _load_weights(policy, loaded, without=None if fits else _HEAD)
             policy.optimizer.reload_model_params()
         return all(gather_objects(fits, groups))
 
@@ -205,8 +207,7 @@ class Checkpoints:
             wanted["rng"] = _random_states(groups)
         with policy.optimizer_on_device(), together(groups), _opening(path):
             loaded = dist_checkpointing.load(wanted, str(path))
-            for number, chunk in enumerate(policy.chunks):
-                unwrap(chunk).load_state_dict(loaded[f"model{number}"])
+            _load_weights(policy, loaded)
             learning_rate.load_state(
                 policy.optimizer,
                 policy.lr_schedule,
@@ -328,10 +329,20 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
 
 def _sharded_models(policy: Policy) -> dict[str, dict[str, Any]]:
     """Return the weights of every chunk, described so that another layout can load them."""
+    chunks = [unwrap(chunk).sharded_state_dict(metadata=_sharding(policy)) for chunk in policy.chunks]
     return {
-        f"model{number}": unwrap(chunk).sharded_state_dict(metadata=_sharding(policy))
-        for number, chunk in enumerate(policy.chunks)
+        f"model{number}": {key: value for key, value in chunk.items() if not key.endswith(_EXTRA_STATE)}
+        for number, chunk in enumerate(chunks)
     }
+
+
+def _load_weights(policy: Policy, loaded: dict[str, Any], *, without: str | None = None) -> None:
+    """Hand out the weights that were loaded. without: what the keys of the parameters contain that stay as they are"""
+    for number, chunk in enumerate(policy.chunks):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
+        lost = [key for key in missing if not key.endswith(_EXTRA_STATE) and (without is None or without not in key)]
+        if lost or unexpected:
+            raise RuntimeError(f"parameters without values: {lost[:3]}; values without parameters: {unexpected[:3]}")
 
 
 def _sharding(policy: Policy) -> dict[str, Any]:

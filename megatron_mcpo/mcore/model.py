@@ -65,6 +65,9 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         gradient_accumulation_fusion=fuses_gradients(dtype),
+        # Unfused it is a loop over the sequences of a pack, with 13 kernels for each. The fused kernel ignores the
+        # attention factor of yarn (0.19.2).
+        apply_rope_fusion=uses_transformer_engine() and not _is_yarn(model),
         use_cpu_initialization=device().type != "cuda",
         perform_initialization=False,
         **_expert_options(model),
@@ -75,6 +78,10 @@ def transformer_config(
     for name, value in _yarn_options(model).items():
         setattr(config, name, value)
     return config
+
+
+def _is_yarn(model: ModelConfig) -> bool:
+    return model.rope_scaling is not None and model.rope_scaling.kind == "yarn"
 
 
 def _yarn_options(model: ModelConfig) -> dict[str, Any]:
@@ -171,7 +178,7 @@ def build_chunks(
             post_process=is_last,
             parallel_output=True,
             share_embeddings_and_output_weights=model.tied_embeddings,
-            position_embedding_type="yarn" if model.rope_scaling and model.rope_scaling.kind == "yarn" else "rope",
+            position_embedding_type="yarn" if _is_yarn(model) else "rope",
             rotary_base=model.rope_theta,
             rope_scaling=model.rope_scaling is not None and model.rope_scaling.kind == "llama3",
             rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.mcore import megatron_fixes
+from megatron_mcpo.mcore import megatron_fixes, spec
 from tests.support import tiny_models
 from tests.support.checkpoints import (
     HEAD,
@@ -128,6 +128,29 @@ def test_rates_and_length_are_those_of_the_configuration_that_resumes(models: di
         expected = (plain[name] - saved[name] + decay) * new / old
         error = ((resumed[name] - saved[name]) - expected).abs().max() / expected.abs().max()
         assert error < 1e-3, name
+
+
+class NormWithExtraState(spec.RMSNorm):
+    """Saves something beside its parameters, as every module of Transformer Engine does."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("saved_by", [spec.RMSNorm, NormWithExtraState])
+def test_modules_with_and_without_extra_state_load_each_others_checkpoints(
+    models: dict[str, Path], tmp_path: Path, saved_by: type[spec.RMSNorm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout = settings(models["tied"], "bf16"), Layout(pipeline=2)
+    (loaded_by,) = {spec.RMSNorm, NormWithExtraState} - {saved_by}
+    monkeypatch.setattr(spec, "RMSNorm", saved_by)
+    saved = whole([result[0] for result in run_ranks(2, train_save_train, config, layout, tmp_path)])
+    monkeypatch.setattr(spec, "RMSNorm", loaded_by)
+    loaded = whole([result[0] for result in run_ranks(2, load_train, config, layout, tmp_path)])
+    assert distance(loaded, saved)[0] == 0.0
 
 
 def test_a_new_run_begins_with_the_weights_of_a_checkpoint(models: dict[str, Path], tmp_path: Path) -> None:
