@@ -60,13 +60,15 @@ class Outcome:
 class Row:
     """A check that is run in a process of its own, so that a crash or a hang does not affect the others.
 
-    needs: modules without which it is skipped; seconds: after which it is killed
+    needs: modules without which it is skipped; oldest: packages and the versions below which it is
+    seconds: after which it is killed
     """
 
     name: str
     run: Callable[[], Outcome]
     seconds: int
     needs: tuple[str, ...] = ()
+    oldest: tuple[tuple[str, str], ...] = ()
 
 
 def _plain(value: float | str) -> float | str:

@@ -1,9 +1,10 @@
 """Check on one GPU what a CPU can't show: numbers against bands, speed and memory, weight syncs to vLLM.
 
-`tools/gpu_check.sh [--rows NAME ...] [--list] [--out FOLDER]` (one GPU, at most 20 minutes; see docs/gpu.md)
-Every row is a process of its own. At the end it prints a table and writes the figures to FOLDER/gpu-DEVICE.json and the
-measured rates to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes. Exit code 1: a figure lies outside its band,
-or a row crashed. A row whose modules are missing, or for which no time is left, is skipped with the reason.
+`tools/gpu_check.sh [--rows NAME ...] [--list] [--seconds N] [--resume FILE] [--out FOLDER]` (one GPU; docs/gpu.md)
+Every row is a process of its own. After each one the figures are written to FOLDER/gpu-DEVICE.json, and the measured
+rates to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes; a table is printed at the end. Exit code 1: a figure
+lies outside its band, or a row crashed. A row whose modules are missing or too old, or for which no time is left, is
+skipped with the reason.
 """
 
 import argparse
@@ -22,16 +23,23 @@ from typing import Any
 
 import psutil
 import torch
+from packaging.version import Version
 
 from benchmarks.gpu.outcome import Outcome, Row
 from benchmarks.measure import ROOT
 from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
+from megatron_mcpo.storage.files import write_atomically
 
 SECONDS = 20 * 60
-"""The time limit of all rows together."""
+"""The time limit of all rows together, unless --seconds says otherwise."""
+_DONE = ("passed", "failed")
+"""States of a row that --resume does not run again."""
 _KEPT_LOG = 4000
 """How many characters of a failed row's standard error are kept in the file."""
-ENGINE, PROGRAM = ("vllm",), ("vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard")
+ENGINE = ("vllm",)
+PROGRAM = (
+    "vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard", "math_verify", "pydantic_monty", "pyarrow", "pydantic"
+)  # fmt: skip
 
 
 def environment() -> Outcome:
@@ -63,8 +71,8 @@ def _of(module: str, name: str) -> Outcome:
     return check()
 
 
-def _row(module: str, name: str, seconds: int, *needs: str) -> Row:
-    return Row(name=name, run=partial(_of, module, name), seconds=seconds, needs=needs)
+def _row(module: str, name: str, seconds: int, *needs: str, oldest: tuple[tuple[str, str], ...] = ()) -> Row:
+    return Row(name=name, run=partial(_of, module, name), seconds=seconds, needs=needs, oldest=oldest)
 
 
 FP8 = ("transformer_engine",)
@@ -87,7 +95,8 @@ ROWS = {
         _row("engine", "conversion", 120),
         _row("engine", "engine", 240, *ENGINE),
         _row("engine", "engine_fp8", 240, *ENGINE),
-        _row("engine", "servers", 300, *ENGINE),
+        # A server says which weights it has since 0.28 only; in process 0.26 is enough.
+        _row("engine", "servers", 300, *ENGINE, oldest=(("vllm", "0.28"),)),
         _row("speed", "step_1_7b", 180),
         _row("speed", "step_8b", 180),
         _row("speed", "fp8_speed", 240, *FP8),
@@ -101,8 +110,10 @@ def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) ->
     missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if missing:
         return {"state": "skipped", "why": f"{', '.join(missing)} not installed"}
+    if too_old := [old for package, oldest in row.oldest if (old := _older(package, oldest))]:
+        return {"state": "skipped", "why": "; ".join(too_old)}
     if seconds_left < 1:
-        return {"state": "skipped", "why": f"the previous rows took all {SECONDS // 60} minutes; run it with --rows"}
+        return {"state": "skipped", "why": "the previous rows took all the time; run it with --rows or --resume"}
     limit, left = row.seconds, ""
     if seconds_left < limit:
         limit, left = int(seconds_left), " (all that was left)"
@@ -123,6 +134,15 @@ def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) ->
     if skipped:
         return {"state": "skipped", "why": skipped, **taken}
     return {"state": "failed" if failures else "passed", "why": "; ".join(failures), **taken, **outcome}
+
+
+def _older(package: str, oldest: str) -> str:
+    """Return a line if the installed version of a package is older than `oldest`."""
+    for name in (package, f"{package}-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.version(name)
+            return f"needs {package} {oldest}, this is {found}" if Version(found) < Version(oldest) else ""
+    return f"{package} not installed"
 
 
 def _kill(process: psutil.Process) -> None:
@@ -158,6 +178,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, f"{counts['passed']} passed, {counts['failed']} failed, {skipped} skipped"])
 
 
+def read(file: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Return the rows that a file of this device has done. Raises ValueError for a file of something else."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("device") != device:
+        raise ValueError(f"--resume = {str(file)!r}: must be what a check of this {device} wrote. Name another file.")
+    return {name: row for name, row in content["rows"].items() if name in ROWS and row["state"] in _DONE}
+
+
 def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list[Path]:
     """Write the figures, and the rates if they were measured; return the paths."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -169,7 +197,7 @@ def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list
         base = next((kind for kind in ("h200", "a100", "b200") if kind in name), "h100")
         files[folder / f"rates-{name}.json"] = {"base": base, "sources": [source], **rates}
     for path, content in files.items():
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return list(files)
 
 
@@ -177,6 +205,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all of them")
     parser.add_argument("--list", action="store_true", help="print the rows and their limits in seconds")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"limit of all rows together (default {SECONDS})")
+    parser.add_argument("--resume", type=Path, help="gpu-DEVICE.json of an earlier check, whose rows are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files")
     parser.add_argument("--here", action="store_true", help="run one row in this process and print its outcome")
     options = parser.parse_args(arguments)
@@ -190,13 +220,20 @@ def main(arguments: Sequence[str]) -> int:
     if options.here:
         print(ROWS[options.rows[0]].run().to_json())
         return 0
-    results = {}
-    deadline = time.monotonic() + SECONDS
-    for name in options.rows:
+    results: dict[str, dict[str, Any]] = {}
+    deadline, device_name = time.monotonic() + options.seconds, torch.cuda.get_device_name()
+    if options.resume is not None:
+        try:
+            results = read(options.resume, device_name)
+        except (OSError, ValueError) as error:
+            print(f"gpu_check: {error}", file=sys.stderr)
+            return 2
+    written: list[Path] = []
+    for name in [name for name in options.rows if name not in results]:
         command = [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", name]
         results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
         print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
-    written = write(results, torch.cuda.get_device_name(), options.out)
+        written = write(results, device_name, options.out)  # whoever lends the machine may end this at any moment
     print(table(results))
     print("written: " + ", ".join(map(str, written)))
     return int(any(result["state"] == "failed" for result in results.values()))

@@ -62,6 +62,11 @@ class Reload[Init: WeightTransferInitInfo, Update: WeightTransferUpdateInfo](Wei
     def shutdown(self) -> None:
         """Do nothing: there is nothing to close."""
 
+    @staticmethod
+    def trainer_send_weights(*_: Any, **__: Any) -> None:
+        """Refuse: the trainer sends by its own means. vLLM below 0.28 demands the method."""
+        raise NotImplementedError
+
 
 @dataclass
 class LiveTensors(WeightTransferUpdateInfo):

@@ -118,9 +118,14 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     cut = check(row, answering("import time; time.sleep(60)"), seconds_left=1.2)
     assert (cut["state"], cut["why"]) == ("failed", "took more than 1 s (all that was left)")
     late = check(row, answering("raise SystemExit('started')"), seconds_left=0)
-    assert late["state"] == "skipped" and "all 20 minutes" in late["why"]
+    assert late["state"] == "skipped" and "took all the time" in late["why"]
     lacking = check(Row(name="row", run=Outcome, seconds=1, needs=("no_such_module",)), answering(""))
     assert (lacking["state"], lacking["why"]) == ("skipped", "no_such_module not installed")
+    old = check(Row(name="row", run=Outcome, seconds=1, oldest=(("vllm", "99.1"),)), answering(""))
+    assert old["state"] == "skipped" and old["why"].startswith("needs vllm 99.1, this is 0.")
+    assert (
+        check(Row(name="row", run=Outcome, seconds=20, oldest=(("vllm", "0.20"),)), answering("1"))["state"] == "failed"
+    )
     cannot = check(row, answering(f"print({Outcome(skipped='no FP8 here').to_json()!r})"))
     assert (cannot["state"], cannot["why"]) == ("skipped", "no FP8 here")
     text = table({"first": failed, "second": crashed, "third": lacking, "fourth": cannot})
@@ -140,6 +145,34 @@ def test_the_planner_takes_the_rates_that_were_measured(tmp_path: Path) -> None:
     assert json.loads(figures.read_text())["rows"] == results
     gpu = hardware.load(str(measured))
     assert (gpu.gemm_tflops, gpu.copy_tbs, gpu.nvlink_gbs) == (700.0, 2.9, hardware.H100.nvlink_gbs)
+
+
+def test_rows_are_written_one_by_one_and_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    states = {"environment": "passed", "ceilings": "failed", "logprobs": "skipped"}
+
+    def fake(row: Row, command: list[str], *, seconds_left: float) -> dict[str, str]:
+        ran.append(row.name)
+        if row.name == "gradients":
+            raise KeyboardInterrupt
+        return {"state": states[row.name], "why": f"{seconds_left:.0f}"}
+
+    monkeypatch.setattr(run, "uses_gpu", lambda: True)
+    monkeypatch.setattr(run, "check", fake)
+    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "H200")
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--out", str(tmp_path), "--seconds", "70", "--rows", *states, "gradients"])
+    file = tmp_path / "gpu-h200.json"
+    kept = json.loads(file.read_text())["rows"]
+    assert {name: row["state"] for name, row in kept.items()} == states and kept["environment"]["why"] == "70"
+    ran.clear()
+    assert run.main(["--out", str(tmp_path), "--resume", str(file), "--rows", *states]) == 1
+    assert ran == ["logprobs"] and "1 passed, 1 failed, 1 skipped" in capsys.readouterr().out
+    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "H100")
+    assert run.main(["--resume", str(file)]) == 2
+    assert "must be what a check of this H100 wrote" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so_and_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
