@@ -11,16 +11,21 @@ import torch.distributed as dist
 from megatron_mcpo.distributed.device import uses_gpu
 from megatron_mcpo.distributed.parallel import Groups
 
+_most_in_use = 0
+"""Bytes of this rank's GPU."""
+
 
 def peak_memory_gib(groups: Groups) -> float:
     """Return the peak memory of the job in GiB. Collective over all ranks.
 
     On a CPU: the largest resident size so far of every rank plus the present one of its worker processes, summed. Pages
-    that processes share count once for each of them, so that this is an upper bound. On a GPU: the most memory that
-    torch had reserved on any one device.
+    that processes share count once for each of them, so that this is an upper bound. On a GPU: the most memory in use
+    on any one device when `look` was called, whoever uses it: torch counts neither graphs and NCCL nor that a sleeping
+    engine has given its memory back.
     """
     if uses_gpu():
-        peak = torch.tensor(float(torch.cuda.max_memory_reserved()), device=torch.device("cuda"))
+        look()
+        peak = torch.tensor(float(_most_in_use), device=torch.device("cuda"))
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.world)
         return peak.item() / 2**30
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -28,6 +33,14 @@ def peak_memory_gib(groups: Groups) -> float:
     total = torch.tensor(float(own + workers))
     dist.all_reduce(total, group=groups.world)
     return total.item() / 2**30
+
+
+def look() -> None:
+    """Note how much of this rank's GPU is in use, at the ends of phases; does nothing on a CPU."""
+    global _most_in_use
+    if uses_gpu():
+        free, total = torch.cuda.mem_get_info()
+        _most_in_use = max(_most_in_use, total - free)
 
 
 def trim() -> None:

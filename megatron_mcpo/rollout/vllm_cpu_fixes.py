@@ -49,8 +49,8 @@ def isolated(*, compile_kernels: bool) -> Iterator[None]:
     """Run a block of vLLM calls and undo its side effects afterwards.
 
     These are restored: the global generators of torch (CPU and the current CUDA device), python and numpy; the
-    environment; torch's patched functions; the thread count; what the garbage collector scans. vLLM's patches return
-    for the next block, because its CPU backend can't run on a CUDA build of torch without them.
+    environment; torch's patched functions and stream; the thread count; what the garbage collector scans. vLLM's
+    patches return for the next block, because its CPU backend can't run on a CUDA build of torch without them.
 
     compile_kernels: if False, vLLM's compiled helpers run eagerly, which saves seconds of C++ compiler on a CPU
     """
@@ -58,6 +58,7 @@ def isolated(*, compile_kernels: bool) -> Iterator[None]:
     environment = dict(os.environ)
     num_threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
     cuda_state = torch.cuda.get_rng_state() if uses_gpu() else None
+    stream = torch.cuda.current_stream() if uses_gpu() else None
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     if _vllm_values:
         _set_patched_values(_vllm_values)
@@ -75,6 +76,9 @@ def isolated(*, compile_kernels: bool) -> Iterator[None]:
         np.random.set_state(states[2])
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
+        if stream is not None:  # an engine with CUDA graphs leaves its own as the current one
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(stream)
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
         if gc.get_freeze_count() > frozen:

@@ -279,6 +279,8 @@ class _Server:
     def close(self) -> None:
         """Disconnect; threads that wait for an answer get a ServerError."""
         self._client.abort()
+        if self._sender is not None:
+            self._sender.close()
         self._sender = None
         self._posting.shutdown(wait=False)
 
@@ -290,7 +292,7 @@ class _Server:
 
     def _send(self, bucket: Bucketful, failed: Callable[[], bool]) -> None:
         assert self._sender is not None
-        self._sender.send((tensor for _, tensor in bucket), stop_when=failed)
+        self._sender.send([tensor for _, tensor in bucket], stop_when=failed)
 
     def _alongside(self, path: str, body: dict[str, Any], ours: Callable[[Callable[[], bool]], None]) -> Any:
         """Post a request while this side does its part, `ours`, which gets a test for the server's failure."""

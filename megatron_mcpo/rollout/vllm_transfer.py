@@ -98,6 +98,8 @@ class Broadcast(Reload[Any, Any]):
     def init_transfer_engine(self, init_info: Meeting) -> None:
         """Connect to a trainer, which replaces the previous one."""
         parallel = self.parallel_config
+        if self.receiver is not None:
+            self.receiver.close()
         self.receiver = Receiver(
             init_info, worker=parallel.rank, num_workers=parallel.world_size, device=torch.device(self.device)
         )

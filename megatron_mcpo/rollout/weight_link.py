@@ -5,7 +5,7 @@ The group is separate from the default process groups of both programs. It uses 
 
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -16,7 +16,11 @@ from torch import Tensor
 
 TIMEOUT = timedelta(seconds=60)
 """The longest wait for the other side, to connect and for one tensor."""
+_NEVER = timedelta(days=1)
+"""NCCL's own limit. What exceeds it ends the process; this module waits itself, and then gives up the group alone."""
 _POLL_SECONDS = 2e-4
+_ALIGNMENT = 16
+"""Bytes; a multiple of the size of every number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +68,23 @@ class Sender:
     def join(self, num_workers: int, device: torch.device) -> None:
         """Form the group; the workers call `Receiver` at the same time."""
         self._group = _group(self._store, self.meeting.host, rank=0, size=1 + num_workers, device=device)
+        self._device = device
 
-    def send(self, tensors: Iterable[Tensor], stop_when: Callable[[], bool]) -> None:
-        """Broadcast tensors; return early once `stop_when` says that the receivers have failed.
+    def send(self, tensors: Sequence[Tensor], stop_when: Callable[[], bool]) -> None:
+        """Broadcast the tensors of a bucket; return early once `stop_when` says that the receivers have failed.
 
-        Raises RuntimeError if a worker dies, or takes longer than TIMEOUT.
+        They travel as one: of a model with experts a bucket has thousands. Raises RuntimeError if a worker dies, or
+        takes longer than TIMEOUT.
         """
-        for tensor in tensors:
-            work = _broadcast(self._group, tensor.contiguous())
-            while not work.is_completed():
-                if stop_when():
-                    return
-                time.sleep(_POLL_SECONDS)
-            work.wait()
+        pieces = _pieces([(tensor.dtype, tensor.shape) for tensor in tensors])
+        flat = torch.empty(pieces[-1].stop if pieces else 0, dtype=torch.uint8, device=self._device)
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            flat[piece] = tensor.contiguous().view(-1).view(torch.uint8)
+        _broadcast(self._group, flat, stop_when)
+
+    def close(self) -> None:
+        """Leave the group, also where a worker waits in it or has ended."""
+        _abort(self._group)
 
 
 class Receiver:
@@ -93,29 +101,68 @@ class Receiver:
         own = _own_address(meeting.host, meeting.port)
         self._group = _group(self._store, own, rank=1 + worker, size=1 + num_workers, device=device)
 
+    def close(self) -> None:
+        """Leave the group of a trainer that may be gone."""
+        _abort(self._group)
+
     def receive(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
         """Return all tensors of a bucket. Raises RuntimeError if the trainer dies, or another one sends."""
         if bucket.tag != self.tag:
             raise RuntimeError(f"this server now gets its weights from {self.tag}, not from {bucket.tag}")
-        received = []
-        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
-            _broadcast(self._group, tensor).wait()
-            received.append((name, tensor))
-        return received
+        forms = [
+            (getattr(torch, dtype), torch.Size(shape))
+            for dtype, shape in zip(bucket.dtypes, bucket.shapes, strict=True)
+        ]
+        pieces = _pieces(forms)
+        flat = torch.empty(pieces[-1].stop if pieces else 0, dtype=torch.uint8, device=self._device)
+        _broadcast(self._group, flat, stop_when=lambda: False)
+        return [
+            (name, flat[piece].view(dtype).view(shape))
+            for name, piece, (dtype, shape) in zip(bucket.names, pieces, forms, strict=True)
+        ]
 
 
-def _broadcast(group: Any, tensor: Tensor) -> Any:
+def _pieces(forms: Sequence[tuple[torch.dtype, torch.Size]]) -> list[slice]:
+    """Return where each tensor lies in the bytes of a bucket, so that it can be viewed as what it is."""
+    pieces, start = [], 0
+    for dtype, shape in forms:
+        start = -(-start // _ALIGNMENT) * _ALIGNMENT
+        pieces.append(slice(start, start + shape.numel() * dtype.itemsize))
+        start = pieces[-1].stop
+    return pieces
+
+
+def _broadcast(group: Any, tensor: Tensor, stop_when: Callable[[], bool]) -> None:
+    """Broadcast a tensor from the first rank; return early as soon as `stop_when` says so.
+
+    Raises RuntimeError where the other side does not take part within TIMEOUT. The group is of no use in both cases.
+    """
     options = dist.BroadcastOptions()
     options.rootRank = 0
-    return group.broadcast([tensor], options)
+    work = group.broadcast([tensor], options)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not work.is_completed():
+        if stop_when():
+            _abort(group)
+            return
+        if time.monotonic() > deadline:
+            _abort(group)
+            raise RuntimeError(f"the other side has not taken part for {TIMEOUT.total_seconds():g} s")
+        time.sleep(_POLL_SECONDS)
+    work.wait()
+
+
+def _abort(group: Any) -> None:
+    """Give up a group of NCCL, whose kernels would wait for ever; gloo's threads end by themselves."""
+    if group is not None and group.name() == "nccl":
+        group.abort()
 
 
 def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.device) -> Any:
     named = dist.PrefixStore("weights", store)
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = TIMEOUT
+        nccl._timeout = _NEVER
         return dist.ProcessGroupNCCL(named, rank, size, nccl)
     # By default gloo takes the address of the host's name, which other hosts may not reach.
     backend: Any = dist.ProcessGroupGloo

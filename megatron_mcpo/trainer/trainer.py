@@ -11,7 +11,7 @@ from megatron_mcpo.data.batch import make_batch, minibatches
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed.gather import gather_rows
-from megatron_mcpo.distributed.memory import peak_memory_gib, trim
+from megatron_mcpo.distributed.memory import look, peak_memory_gib, trim
 from megatron_mcpo.distributed.parallel import Groups, anywhere
 from megatron_mcpo.distributed.preemption import asked_to_stop
 from megatron_mcpo.mcore.checkpoint import Checkpoints
@@ -252,6 +252,7 @@ class Trainer:
         start = time.monotonic()
         with progress.phase(phase):
             yield
+            look()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
 
