@@ -24,7 +24,7 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.mcore.offload import Offloaded, OptimizerMemory
 from megatron_mcpo.mcore.packing import MicroBatch, pack
-from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE, check_fp8
+from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE, check_context, check_fp8
 from megatron_mcpo.mcore.schedule import MicroOutput
 from megatron_mcpo.mcore.spec import shares_prompts
 from megatron_mcpo.types import Scores, TrainBatch, Update
@@ -62,6 +62,7 @@ class _Model:
         self.head = head
         self.version = 0
         check_fp8(config.model.fp8)
+        check_context(groups.layout.context, DTYPES[config.model.dtype])
         self.token_multiple = 1 if config.model.fp8 == "off" else TOKEN_MULTIPLE
         self.chunks: list[Any] = build_chunks(
             model,

@@ -41,6 +41,25 @@ def transformer_engine_problem() -> str | None:
     return None
 
 
+def layer_notes() -> list[str]:
+    """Return a warning where layers are plain torch modules on a GPU."""
+    problem = transformer_engine_problem() if uses_gpu() else None
+    if problem is None:
+        return []
+    return [
+        f"WARNING: layers are made of torch's modules: Transformer Engine is wanted on a GPU, {problem}. Attention is "
+        "computed sequence by sequence, which is slow. See docs/gpu.md."
+    ]
+
+
+def check_context(context: int, dtype: torch.dtype) -> None:
+    """Raise ConfigError where no attention divides fp32 sequences: that of Transformer Engine (2.20.2) needs bf16."""
+    if context > 1 and dtype is torch.float32 and uses_gpu() and transformer_engine_problem() is None:
+        raise ConfigError(
+            [f"parallel.context = {context}: must be 1 in fp32 on a GPU. Set it to 1, or model.dtype to 'bf16'."]
+        )
+
+
 def _cuda_version() -> tuple[int, ...]:
     return tuple(int(part) for part in (torch.version.cuda or "0").split("."))
 

@@ -21,6 +21,7 @@ from megatron_mcpo.distributed.parallel import Groups, agree
 from megatron_mcpo.distributed.watchdog import watching
 from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
+from megatron_mcpo.mcore.precision import layer_notes
 from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.run_folder import RunFolder, run_that_goes_on
@@ -62,6 +63,7 @@ def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool)
             *checkpoints.warnings(),
             *empty_terms(config),
             *slow_arithmetic(config),
+            *layer_notes(),
             *inputs.notes,
         ]:
             run_logger.note(note)

@@ -14,7 +14,7 @@ import torch
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.schema import Fp8
 from megatron_mcpo.mcore import precision
-from megatron_mcpo.mcore.precision import check_fp8, transformer_engine_problem
+from megatron_mcpo.mcore.precision import check_context, check_fp8, layer_notes, transformer_engine_problem
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +69,19 @@ def test_an_engine_that_cannot_be_imported_is_none(
     assert caplog.messages == [f"Transformer Engine is installed, {problem}: layers use torch's modules instead"]
     with pytest.raises(ConfigError, match="undefined symbol"):
         check_fp8("blockwise")
+    check_context(2, torch.float32)  # plain layers can
+    (warning,) = layer_notes()
+    assert warning.startswith(
+        f"WARNING: layers are made of torch's modules: Transformer Engine is wanted on a GPU, {problem}"
+    )
 
 
 def test_one_that_can_be_imported_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_engine(tmp_path, monkeypatch, "")
     pretend_gpu(monkeypatch, (9, 0), "13.0")
-    assert transformer_engine_problem() is None
+    assert transformer_engine_problem() is None and layer_notes() == []
     check_fp8("blockwise")
+    check_context(2, torch.bfloat16)
+    check_context(1, torch.float32)
+    with pytest.raises(ConfigError, match=r"parallel\.context = 2: must be 1 in fp32 on a GPU"):
+        check_context(2, torch.float32)
