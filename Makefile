@@ -7,6 +7,8 @@
 # make study-table    its results
 # make docs           the documentation's site, in build/docs
 # make env | model    only the environment | only the embedded model
+# make env-gpu        .venv-gpu, the environment for NVIDIA GPUs, beside .venv
+# make train-gpu      the quick start on one GPU; CONFIG and ARGS as above
 # make lock           resolve the requirements again
 # make clean          everything made here, except runs/
 CONFIG ?= examples/quickstart/config.toml
@@ -15,10 +17,15 @@ WORKERS ?= 2
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test test-system test-all study study-table docs env model lock clean
+.PHONY: train test test-system test-all study study-table docs env model env-gpu train-gpu lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
+
+train-gpu: CONFIG := examples/quickstart/gpu.toml
+train-gpu: env-gpu
+	@.venv-gpu/bin/python tools/embedded_model.py $(MODEL)
+	.venv-gpu/bin/python -m megatron_mcpo train $(CONFIG) $(ARGS)
 
 # One thread: tests start several ranks, and OpenMP's spinning threads would fight over the cores.
 # Offline: after `make model` nothing may be fetched.
@@ -54,6 +61,9 @@ docs: env
 env:
 	@tools/make_env.sh
 
+env-gpu:
+	@tools/make_env.sh gpu
+
 model: env
 	@$(PYTHON) tools/embedded_model.py $(MODEL)
 
@@ -63,6 +73,7 @@ UV_COMPILE := .venv/bin/uv pip compile --quiet --generate-hashes --python-versio
 lock: env
 	$(UV_COMPILE) requirements/bootstrap.in -o requirements/bootstrap.txt
 	$(UV_COMPILE) requirements/cpu.in --override requirements/overrides.txt -o requirements/cpu.lock
+	$(UV_COMPILE) requirements/gpu.in --override requirements/overrides.txt -o requirements/gpu.lock
 
 clean:
 	@tools/make_env.sh --remove
