@@ -27,6 +27,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.batch import make_batch
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.mcore import policy as policy_module
 from megatron_mcpo.mcore.head import ContrastiveHead, HeadSpec
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.trainer.objective import Objective, Scored
@@ -38,6 +39,8 @@ from tests.support.ranks import run_ranks
 BOUND = 1e-5
 HEAD = "contrastive_head"
 UPDATE = "update of "
+_BUCKET_ELEMENTS = 3000
+"""So few that gradients of the small models are reduced in several buckets, each during the backward pass."""
 LAYOUTS = {
     "dp1": Layout(),
     "dp2": Layout(data=2),
@@ -270,12 +273,17 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
 
 
 def found_changes(case: Case, ranks: Groups, objective_type: type[Objective]) -> dict[str, Tensor]:
-    """Return by how much the first update changes each parameter on ranks."""
+    """Return by how much the first update changes each parameter on ranks.
+
+    It follows another backward pass, because Megatron reduces gradients during a backward pass from the second one on.
+    """
     policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
     objective = objective_type(case.config, policy, ranks)
     scored = score(policy, case.config, case.groups, case.share_prompts)
     before = {name: tensor.clone() for name, tensor in _weights(policy).items()}
-    policy.update(scored.batch, objective.loss(objective.prepare(scored, step=1)))
+    loss = objective.loss(objective.prepare(scored, step=1))
+    policy.backward(scored.batch, loss)
+    policy.update(scored.batch, loss)
     return {name: tensor - before[name] for name, tensor in _weights(policy).items()}
 
 
@@ -322,6 +330,7 @@ def errors_on_this_rank(
 ) -> list[dict[str, float]]:
     """Return for each case the relative error of every parameter that this rank has."""
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
+    policy_module.BUCKET_ELEMENTS = _BUCKET_ELEMENTS
     errors = []
     for case in cases:
         found = found_gradients(case, ranks, objective_type)

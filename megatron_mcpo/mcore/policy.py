@@ -46,6 +46,9 @@ class LossInput:
     rollouts: tuple[int, ...]
 
 
+BUCKET_ELEMENTS: int | None = None
+"""Gradients are reduced in buckets of so many elements while the backward pass goes on; None: Megatron's 40 million."""
+
 LossFunction = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
 """Returns a micro-batch's share of the step's loss, which is the SUM over micro-batches and ranks, and metrics."""
 
@@ -160,7 +163,13 @@ class Policy(_Model):
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
         head = HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
         super().__init__(config, model, groups, head=head)
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        # Gathering weights during the next forward pass would gain nothing: a weight sync follows the update.
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            bucket_size=BUCKET_ELEMENTS,
+        )
         megatron_config = self.chunks[0].config
         self.chunks = [
             DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=number > 0)
@@ -177,6 +186,8 @@ class Policy(_Model):
         )
         num_updates = config.run.steps * config.batch.minibatches
         self.lr_schedule = learning_rate.make_schedule(self.optimizer, config.optimizer, num_updates=num_updates)
+        no_syncs = [chunk.no_sync for chunk in self.chunks]
+        megatron_config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
         megatron_config.finalize_model_grads_func = finalize_model_grads
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         self._offloaded = OptimizerMemory(self.optimizer, self.gradient_buffers) if config.optimizer.offload else None
@@ -209,7 +220,9 @@ class Policy(_Model):
             )
             for name, metric in metrics.items():
                 totals[name] = totals.get(name, torch.zeros((), device=metric.device)) + metric.detach().float()
-            return value * undo
+            # A bucket is reduced once all its parameters have a gradient, also those that the loss does not depend on.
+            outputs = output.logp_r.sum() if z_nD is None else output.logp_r.sum() + z_nD.sum()
+            return value * undo + 0 * outputs
 
         if self._offloaded:
             self._offloaded.take_gradients()

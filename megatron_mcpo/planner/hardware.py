@@ -24,7 +24,8 @@ class Gpu:
     copy_tbs: TB/s, bytes read plus bytes written, of a large copy; decode_share: the part of it that decoding reaches
     nvlink_gbs, network_gbs: GB/s that one GPU receives in a large collective, within a node and between nodes
     host_gbs: GB/s of a large copy between pinned host memory and the GPU, either way
-    message_us: what every message costs besides; engine_step_ms: what a decoding step costs besides, on the host
+    message_us: what every message costs besides; engine_step_ms: what a decoding step costs besides, on the host;
+        tensor_us: what the engine's loader costs for every full tensor of a weight sync, on the host
     busy: share of a training step's time that is spent in kernels; the rest is launches and gaps
     sources: one sentence for every number above
     """
@@ -41,6 +42,7 @@ class Gpu:
     host_gbs: float = 45.0
     message_us: float = 10.0
     engine_step_ms: float = 3.0
+    tensor_us: float = 110.0
     busy: float = 0.8
     per_node: int = 8
     sources: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class Gpu:
 
 _ASSUMED = (
     "decode_share 0.8, message_us 10, engine_step_ms 3: assumed",
+    "tensor_us 110: vLLM's loader on one core of an AMD EPYC, measured with small experts (benchmarks/loading.py)",
     "host_gbs 45: PCIe 5.0 x16 is 63 GB/s a direction, times 0.7, assumed; half of it where the host has PCIe 4.0",
     "busy 0.8: assumed; 0.8 x the kernels' ceiling of 55 % is 44 % MFU for 1.7B shapes, where good code has 40-48 %",
 )

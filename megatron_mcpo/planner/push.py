@@ -14,7 +14,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.vllm_server import BUCKET_BYTES as SERVER_BUCKET_BYTES
 from megatron_mcpo.weights.full_sync import BUCKET_BYTES
-from megatron_mcpo.weights.mapping import Place, Split, registry
+from megatron_mcpo.weights.mapping import Place, Split, hf_shapes, registry
 from megatron_mcpo.weights.reshard_plan import num_elements, overlap
 from megatron_mcpo.weights.reshard_sync import why_full_tensors
 from megatron_mcpo.weights.shards import shard_shape
@@ -42,6 +42,12 @@ def staged_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize: i
     neighbours = max(map(sum, pairwise(sizes))) * itemsize
     under_way = BUCKET_BYTES / 2 if layout.model_parallel * layout.expert > 1 else 0
     return under_way + neighbours + (SERVER_BUCKET_BYTES if config.engine.servers else 0)
+
+
+@cache
+def num_tensors(model: ModelConfig) -> int:
+    """Count the full tensors of a weight sync, which the engine loads one by one."""
+    return len(hf_shapes(model))
 
 
 @cache

@@ -13,7 +13,7 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
-from megatron_mcpo.planner.push import is_resharded, received_bytes
+from megatron_mcpo.planner.push import is_resharded, num_tensors, received_bytes
 from megatron_mcpo.planner.ranks import RankSize, total_params
 from megatron_mcpo.planner.step_shape import StepShape
 from megatron_mcpo.planner.wire import (
@@ -190,6 +190,8 @@ def sync_seconds(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, e
     elif layout.pipeline > 1:
         across = link(gpu, first=layout.world_size // layout.pipeline, ranks=layout.pipeline)
     seconds = max(received_bytes(config, model, layout, e)) / across + 4 * engine.weights / (gpu.copy_tbs * _TERA)
+    if not is_resharded(config, model):
+        seconds += num_tensors(model) * gpu.tensor_us * 1e-6
     if engine.in_ranks:
         return seconds
     # A rank sends every full tensor to each of its servers over the network.
@@ -221,7 +223,9 @@ def step_seconds(
     elements, shards = zip(*(buffers(chunk, layout) for size in sizes for chunk in size.chunks), strict=True)
     per_stage = len(elements) / len(sizes)
     optimizer = per_stage * (max(shards) * _OPTIMIZER_BYTES + max(elements) * _GRADIENT_BYTES) / (gpu.copy_tbs * _TERA)
-    update += shape.updates * (max(data_bytes(size, layout, e) for size in sizes) / of_data + optimizer)
+    reduced, gathered = (part / of_data for part in max(data_bytes(size, layout, e) for size in sizes))
+    # Gradients are reduced during the last micro-batch's backward pass.
+    update += shape.updates * (max(0.0, reduced - once.backward) + gathered + optimizer)
     update += gather_bytes(layout, shape, head) / of_data
     if config.optimizer.offload:
         state = max(trained_bytes(size, layout, e)["optimizer"] for size in sizes)

@@ -66,7 +66,7 @@ def wire_bytes(
     return {
         "tensor": tensor,
         "pipeline": pipeline,
-        "data": shape.updates * sum(data_bytes(size, layout, e) for size in sizes) * stage_ranks,
+        "data": shape.updates * sum(sum(data_bytes(size, layout, e)) for size in sizes) * stage_ranks,
         "context": context_bytes(model, layout, shape, e) * micros * (scores + 3 * updates) * layout.world_size,
         "expert": expert_bytes(config, model, layout, shape) * micros * layout.world_size,
         "sync": float(sum(received_bytes(config, model, layout, e))),
@@ -74,13 +74,13 @@ def wire_bytes(
     }
 
 
-def data_bytes(size: RankSize, layout: Layout, itemsize: int) -> float:
-    """Count one rank's bytes in an optimizer step: fp32 gradients are scattered, new weights gathered."""
-    total = 0.0
+def data_bytes(size: RankSize, layout: Layout, itemsize: int) -> tuple[float, float]:
+    """Count one rank's bytes in an optimizer step: fp32 gradients that are reduced, new weights that are gathered."""
+    others = 0.0
     for chunk in size.chunks:
         for elements, ranks in zip((chunk.dense, chunk.expert), shard_ranks(layout), strict=True):
-            total += (_FP32 + itemsize) * buffer_elements(elements, ranks) * (ranks - 1) / ranks
-    return total
+            others += buffer_elements(elements, ranks) * (ranks - 1) / ranks
+    return _FP32 * others, itemsize * others
 
 
 def context_bytes(model: ModelConfig, layout: Layout, shape: StepShape, itemsize: int) -> float:

@@ -332,9 +332,29 @@ def test_servers_leave_the_trainer_s_gpus_to_the_trainer() -> None:
     assert (found.engine.engines, inside.engine.engines) == (3, 3)
     assert found.seconds["rollout"] == inside.seconds["rollout"], "as many engines of the same kind"
     assert found.seconds["sync"] > inside.seconds["sync"]
+
     (missing,) = found.not_modelled
     assert "servers' GPUs" in missing and inside.not_modelled == []
     assert f"not modelled: {missing}" in plan_text.plan_lines(found)
+
+
+def test_a_sync_pays_for_every_tensor_that_the_engine_loads() -> None:
+    model = model_of("qwen3-30b-a3b")
+    config = config_for("qwen3-30b-a3b", parallel={"expert": 8})
+    tensors = 48 * (128 * 3 + 9) + 3  # experts; attention, its norms, the router and two norms; the ends
+    slow = replace(hardware.H100, tensor_us=hardware.H100.tensor_us + 1000)
+    usual, slower_load = (planning.plan(config, model, gpu, 1).seconds for gpu in (hardware.H100, slow))
+    assert slower_load["sync"] - usual["sync"] == pytest.approx(tensors * 1e-3)
+
+
+def test_gradients_are_reduced_behind_a_backward_pass_as_far_as_it_lasts() -> None:
+    config, model = config_for("qwen3-0.6b"), model_of("qwen3-0.6b")
+    rates = (400.0, 200.0, 1.0)  # GB/s; at the last one the reduction takes longer than a backward pass
+    gpus = [replace(hardware.H100, per_node=2, nvlink_gbs=rate) for rate in rates]
+    fast, slower, slowest = (planning.plan(config, model, gpu, 1).seconds["update"] for gpu in gpus)
+    weights = total_params(model)  # in bytes: each rank gets half of them from the other, in bf16
+    assert slower - fast == pytest.approx(weights * (1 / 200 - 1 / 400) / 1e9, rel=0.05)
+    assert slowest - fast > 1.5 * weights * (1 / 1 - 1 / 400) / 1e9
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("qwen3-32b", 0.5, 0.56), ("qwen3-30b-a3b", 0.5, 0.53)])
