@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_mcpo.config import model_rules
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.domain_rules import missing_files
-from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.environment import queue_in_order, vllm_on_cpu, vllm_problems
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.hf_files import tokenizer_problems
 from megatron_mcpo.config.layout import Layout
@@ -42,6 +42,7 @@ OF_CONFIG: tuple[Callable[[Config], list[str]], ...] = (
     run_folder.resume_problems,
     checkpoint_files.init_from_problems,
     lambda _: open_file_problems(),
+    lambda config: [] if config.engine.servers else vllm_problems(),
 )
 OF_MODEL: tuple[Callable[[Config, ModelConfig], list[str]], ...] = (
     lambda config, model: tensor_problems(model, Path(config.model.path)),
@@ -58,6 +59,8 @@ OF_LAYOUT: tuple[Callable[[Config, ModelConfig, Layout], list[str]], ...] = (
 def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
     """Return the layout and the model of a run in which nothing is known to be wrong.
 
+    Sets the variable of `queue_in_order`, because nothing that comes later is early enough.
+
     Args:
         config: A valid configuration.
         world_size: The number of ranks; None for the fewest that the configuration needs.
@@ -65,6 +68,7 @@ def check(config: Config, world_size: int | None) -> tuple[Layout, ModelConfig]:
     Raises:
         ConfigError: It holds all problems, but for those of servers, which are asked only if nothing else is wrong.
     """
+    queue_in_order(tensor=config.parallel.tensor, context=config.parallel.context)
     problems = _found(OF_CONFIG, config)
     if not problems:
         problems += functions.problems(config)  # whose modules are known to be there

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_mcpo.cli import options
 from megatron_mcpo.config.config import Config, ConfigError, load
-from megatron_mcpo.config.environment import vllm_on_cpu
+from megatron_mcpo.config.environment import vllm_on_cpu, vllm_problems
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import layout_problems
@@ -94,7 +94,8 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
 def _check(config: Config) -> None:
     """Check that vLLM can serve the model. Raises ConfigError with all problems."""
     model = from_folder(Path(config.model.path), with_weights=False)
-    problems = layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
+    problems = vllm_problems()
+    problems += layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
     problems += serving_problems(config, model, in_servers=True, on_cpu=vllm_on_cpu())
     if problems:
         raise ConfigError(problems)

