@@ -7,23 +7,27 @@
 # make study-table    its results
 # make docs           the documentation's site, in build/docs
 # make env | model    only the environment | only the embedded model
-# make env-gpu        .venv-gpu, the environment for NVIDIA GPUs, beside .venv
+# make env-gpu        .venv-gpu, the environment for NVIDIA GPUs, beside .venv, with Transformer Engine, which is compiled;
+#                     TE=no to go without, TE_WHEEL=PATH for a wheel of transformer-engine-torch that you have
 # make train-gpu      the quick start on one GPU; CONFIG and ARGS as above
 # make lock           resolve the requirements again
 # make clean          everything made here, except runs/
 CONFIG ?= examples/quickstart/config.toml
 ARGS ?=
 WORKERS ?= 2
+TE := yes
+TE_WHEEL :=
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test test-system test-all study study-table docs env model env-gpu train-gpu lock clean
+.PHONY: train test test-system test-all study study-table docs env model env-gpu gpu-is-here train-gpu lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
 
+# The GPU is looked for first, because the environment takes minutes and 10 GB.
 train-gpu: CONFIG := examples/quickstart/gpu.toml
-train-gpu: env-gpu
+train-gpu: gpu-is-here env-gpu
 	@.venv-gpu/bin/python tools/embedded_model.py $(MODEL)
 	.venv-gpu/bin/python -m megatron_mcpo train $(CONFIG) $(ARGS)
 
@@ -61,8 +65,17 @@ docs: env
 env:
 	@tools/make_env.sh
 
+# Exit code 3: it can't be compiled here. That was said, and the program runs without it.
 env-gpu:
 	@tools/make_env.sh gpu
+ifneq ($(TE),no)
+	@tools/build_te.sh $(TE_WHEEL) || [ $$? -eq 3 ]
+endif
+
+gpu-is-here:
+	@ls -d /dev/nvidia[0-9]* /usr/lib/wsl/lib/libcuda.so* 2>/dev/null | grep -q . || { echo "train-gpu: this machine \
+	has no NVIDIA GPU (/dev/nvidia0). Use one that has, or train on the CPU: make train. Only the environment: make env-gpu" \
+	>&2; exit 2; }
 
 model: env
 	@$(PYTHON) tools/embedded_model.py $(MODEL)
@@ -74,6 +87,7 @@ lock: env
 	$(UV_COMPILE) requirements/bootstrap.in -o requirements/bootstrap.txt
 	$(UV_COMPILE) requirements/cpu.in --override requirements/overrides.txt -o requirements/cpu.lock
 	$(UV_COMPILE) requirements/gpu.in --override requirements/overrides.txt -o requirements/gpu.lock
+	$(UV_COMPILE) requirements/te.in --no-deps --constraint requirements/gpu.lock -o requirements/te.lock
 
 clean:
 	@tools/make_env.sh --remove

@@ -83,7 +83,7 @@ fi
 
 of "${1:-cpu}"
 lock=requirements/$kind.lock
-digest=$(cat requirements/bootstrap.txt $lock pyproject.toml tools/make_env.sh | cksum)
+digest=$(cat requirements/bootstrap.txt "$lock" pyproject.toml tools/make_env.sh | cksum)
 
 if [ "$(line 1)" = "$here" ] && [ "$(line 2)" = "$digest" ] && works $env/bin/python; then
     exit 0
@@ -127,7 +127,7 @@ mark unfinished
 $env/bin/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 # Compiled here, because Python may not be able to keep what it compiles at a start (PYTHONDONTWRITEBYTECODE, as containers
 # set it; an environment that is read-only): every rank would compile thousands of files whenever it starts.
-$env/bin/uv pip sync --quiet --python $env/bin/python --compile-bytecode --require-hashes $lock
+$env/bin/uv pip sync --quiet --python $env/bin/python --compile-bytecode --require-hashes "$lock"
 # The lock's setuptools builds it: an isolated build would fetch an unpinned one.
 $env/bin/uv pip install --quiet --python $env/bin/python --no-deps --no-build-isolation -e .
 mark "$digest"

