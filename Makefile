@@ -88,6 +88,7 @@ lock: env
 	$(UV_COMPILE) requirements/cpu.in --override requirements/overrides.txt -o requirements/cpu.lock
 	$(UV_COMPILE) requirements/gpu.in --override requirements/overrides.txt -o requirements/gpu.lock
 	$(UV_COMPILE) requirements/te.in --no-deps --constraint requirements/gpu.lock -o requirements/te.lock
+	$(UV_COMPILE) requirements/vllm_0_26.in --no-deps -o requirements/vllm_0_26.lock
 
 clean:
 	@tools/make_env.sh --remove

