@@ -59,15 +59,21 @@ def slim(library: bytearray, arch: int) -> Slimmed:
         ValueError: It is not such a file.
     """
     done = Slimmed()
-    for start, end in _sections(library):
-        for region, entries in _regions(library, start, end):
-            stay = _runs_on(entries, arch)
-            done.lacking += not stay
-            for counter, group in ((done.found, entries), (done.kept, stay)):
-                for entry in group:
-                    counter[f"{'ptx' if entry.kind == _PTX else 'cubin'}{entry.arch}"] += entry.header + entry.code
-            _shorten(library, region, stay)
+    found = [region for start, end in _sections(library) for region in _regions(library, start, end)]
+    for region, entries in found:
+        stay = _runs_on(entries, arch)
+        done.lacking += not stay
+        done.found.update(_bytes_by_name(entries))
+        done.kept.update(_bytes_by_name(stay))
+        _shorten(library, region, stay)
     return done
+
+
+def _bytes_by_name(entries: list[Entry]) -> Counter[str]:
+    counter: Counter[str] = Counter()
+    for entry in entries:
+        counter[f"{'ptx' if entry.kind == _PTX else 'cubin'}{entry.arch}"] += entry.header + entry.code
+    return counter
 
 
 def _sections(library: bytearray) -> Iterator[tuple[int, int]]:

@@ -7,14 +7,27 @@
 # RANKS   on this node; without it one for each GPU that Slurm gave, or a single one
 # NODES   1; with more, HEAD is HOST:PORT of one of them, the same on all, and RUN_ID any word they share
 # LOGS    folder for what each rank prints (logs); the node's first rank also prints here
-# PYTHON  .venv/bin/python
+# NUMA    how ranks are bound to cores near their GPU: torchrun's --numa-binding, or `no`. Unless it is set: `node` where
+#         there are GPUs, several NUMA nodes and numactl, and all cores are ours
+# PYTHON  .venv/bin/python; on GPUs .venv-gpu/bin/python
 #
 # SIGTERM and SIGUSR1 end the run after the current step, saved; SIGINT (Ctrl-C) ends it at once.
-# gloo or NCCL is the program's choice. On a host with several networks set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.
+# gloo or NCCL is the program's choice. On a host with several networks set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
+# (docs/clusters.md has NCCL's other variables).
 set -euo pipefail
 
 ranks=${RANKS:-${SLURM_GPUS_ON_NODE:-1}}
 nodes=${NODES:-1}
+
+# Only with all cores: torchrun ends the job if a rank may use none of the NUMA node of its GPU. nproc obeys OpenMP's limit.
+near=()
+if [ -z "${NUMA:-}" ] && [ -e /dev/nvidia0 ] && [ -e /sys/devices/system/node/node1 ] &&
+    [ "$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" -eq "$(nproc --all)" ] && command -v numactl >/dev/null; then
+    NUMA=node
+fi
+if [ "${NUMA:-no}" != no ]; then
+    near=(--numa-binding="$NUMA")
+fi
 
 # Ranks that share the cores must not each start a thread for every core.
 threads=$(($(nproc) / ranks))
@@ -31,7 +44,7 @@ fi
 # --shutdown-timeout: after that long, torchrun kills ranks that were asked to stop. A step and a save take their time.
 # --max-restarts: after a crash the ranks start once more, from the last checkpoint. Where a node is lost, the others
 #   wait for ten minutes; Slurm notices within five and starts the whole job on other nodes.
-exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run "${meeting[@]}" \
+exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run "${meeting[@]}" "${near[@]}" \
     --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts=1 \
     --signals-to-handle=SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT --shutdown-timeout=1800 \
     --log-dir="${LOGS:-logs}" --redirects=3 --tee=3 --local-ranks-filter=0 \

@@ -408,13 +408,3 @@ def test_files_for_contributors_are_well_formed() -> None:
     for form in ("bug", "feature"):
         content = yaml.safe_load(text_of(ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml"))
         assert {"name", "description", "body"} <= content.keys()
-
-
-def test_kubernetes_example_is_yaml() -> None:
-    (block,) = fenced(text_of(DOCS / "clusters.md"), "yaml")
-    job = yaml.safe_load(block)["spec"]["replicatedJobs"][0]["template"]["spec"]
-    (container,) = job["template"]["spec"]["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert int(environment["NODES"]) == job["parallelism"] == job["completions"]
-    assert int(environment["RANKS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert (ROOT / container["command"][0]).exists()
