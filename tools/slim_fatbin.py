@@ -128,7 +128,7 @@ def _shorten(library: bytearray, region: int, stay: list[Entry]) -> None:
 
 
 def main() -> None:
-    """Slim the libraries that the command line names; print one line for each."""
+    """Slim the libraries that the command line names; print one line for each that has code for GPUs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("libraries", nargs="+", type=Path, metavar="LIBRARY")
     parser.add_argument("--arch", type=int, default=90, help="compute capability without the point (90: H100, H200)")
@@ -136,6 +136,8 @@ def main() -> None:
     for path in known.libraries:
         library = bytearray(path.read_bytes())
         done = slim(library, known.arch)
+        if not done.found:
+            continue
         path.write_bytes(library)
         found, kept = (sum(counter.values()) / 2**20 for counter in (done.found, done.kept))
         kinds = ", ".join(sorted(done.kept)) or "nothing"
