@@ -12,6 +12,7 @@
 #   3  program.tar.xz, model.0                   what the quick start imports, and the first part of its model
 #   4  model.1                                   the rest of the model
 set -euo pipefail
+shopt -s inherit_errexit
 out=$(realpath --canonicalize-missing "$1")
 arch=$2
 made=$out/archives
