@@ -295,8 +295,10 @@ _WORK = Section(
         Metric(keys=("tokens/trained",), meaning="Prompt and response tokens; a prompt counts once per rollout."),
         Metric(keys=("time/step",), meaning="Seconds of the whole step."),
         Metric(keys=("time/rollout",), meaning="Seconds of sampling and verifying."),
+        Metric(keys=("time/sleep",), meaning="Seconds in which the engine gives its GPU memory back; 0 on a CPU."),
         Metric(keys=("time/score",), meaning="Seconds of scoring with policy and reference."),
         Metric(keys=("time/update",), meaning="Seconds of contrast, backward passes and optimizer."),
+        Metric(keys=("time/wake",), meaning="Seconds in which the engine takes its GPU memory again; 0 on a CPU."),
         Metric(keys=("sync/seconds",), meaning="Seconds of the weight sync from trainer to engine."),
         Metric(keys=("time/verify",), meaning="Seconds of comparing the engine's weights (engine.verify_sync)."),
         Metric(keys=("time/diagnose",), meaning="Seconds of measuring gradients, in the steps that do."),
@@ -307,8 +309,9 @@ _WORK = Section(
         ),
         Metric(
             keys=("memory/peak_gib",),
-            meaning="On a GPU: the most memory that torch reserved on any device. On a CPU: the largest resident size "
-            "of every rank plus the present one of its workers, summed; an upper bound. GiB.",
+            meaning="On a GPU: the most memory in use on any device at the end of a phase, whoever uses it. On a CPU: "
+            "the largest resident size of every rank plus the present one of its workers, summed; an upper bound. "
+            "GiB.",
         ),
     ),
 )

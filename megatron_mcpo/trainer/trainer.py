@@ -133,6 +133,7 @@ class Trainer:
             collected = collect_with_nonzero_advantage(
                 self.collector, self.stream, prompts, sampling, rounds=config.data.resample
             )
+        with self.timed("sleep"):
             self.engine.sleep()
         self.stream.observe(collected.sampled)
         check_error_rate(
@@ -192,7 +193,8 @@ class Trainer:
 
     def sync_weights(self, *, verify: bool) -> None:
         """Bring the policy's weights into the engine. verify: stop the run where it then holds other values."""
-        self.engine.wake()
+        with self.timed("wake"):
+            self.engine.wake()
         with self.timed("sync"):
             self.bytes_received = self.weight_sync.sync(self.policy.version).received
         if verify:

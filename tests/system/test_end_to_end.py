@@ -34,8 +34,8 @@ FIXED_NAMES = {
     "loss/policy", "loss/kl", "loss/cross_domain", "loss/in_domain", "contrast/anchors_cross_domain",
     "contrast/anchors_in_domain", "contrast/negatives", "contrast/alignment", "contrast/uniformity",
     "entropy", "grad_norm", "lr", "engine/logprob_diff_mean",
-    "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/score", "time/update", "time/step",
-    "tokens/trained", "memory/peak_gib",
+    "engine/logprob_diff_max", "sync/seconds", "sync/bytes", "time/rollout", "time/sleep", "time/score", "time/update",
+    "time/wake", "time/step", "tokens/trained", "memory/peak_gib",
 }  # fmt: skip
 PAIR_OF_DOMAINS, DOMAIN = re.compile("/(divisors|letters)/(divisors|letters)$"), re.compile("/(divisors|letters)$")
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)]

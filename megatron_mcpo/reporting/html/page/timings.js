@@ -2,8 +2,10 @@
 
 const PHASES = [
   { name: "time/rollout", label: "rollout and rewards", colour: "#2a7fc1" },
+  { name: "time/sleep", label: "engine goes to sleep", colour: "#f0e442" },
   { name: "time/score", label: "scores", colour: "#56b4e9" },
   { name: "time/update", label: "update", colour: "#d55e00" },
+  { name: "time/wake", label: "engine wakes", colour: "#7b5ea7" },
   { name: "sync/seconds", label: "weight sync", colour: "#009e73" },
   { name: "time/verify", label: "check of the weight sync", colour: "#cc79a7" },
   { name: "time/diagnose", label: "gradients by term, domain", colour: "#e69f00" },
