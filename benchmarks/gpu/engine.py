@@ -1,11 +1,6 @@
-"""Check what surrounds the model: weight syncs to vLLM, checkpoints during training, the whole program."""
+"""Check the engine in the trainer's process: its weights bit by bit, both ways of syncing them, experts."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -14,26 +9,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import models
-from benchmarks.gpu.models import MEDIUM, SMALL, batch_of, seconds_of, signed_loss
-from benchmarks.gpu.outcome import Band, Outcome
-from benchmarks.measure import ROOT
-from megatron_mcpo.config.config import dump, load
-from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.device import device
-from megatron_mcpo.mcore.checkpoint import Checkpoints
-from megatron_mcpo.mcore.policy import Policy
+from benchmarks.gpu.models import FEW_EXPERTS, MEDIUM, QWEN3_30B_A3B_LAYERS, SMALL, batch_of, on_gpu, seconds_of, sized
+from benchmarks.gpu.outcome import Band, Outcome, Target
+from megatron_mcpo.distributed.device import uses_gpu
+from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.rollout.engine import Engine, SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
-from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.trainer.engine_check import TOLERANCE
 from megatron_mcpo.types import Completion, RolloutGroup
 from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose_weight_sync
-from tests.support.engine_server import Server
 
-BF16_APART, FP8_APART = (0.0, 0.04), (0.04, TOLERANCE["fp8_per_block"])
-"""Least and greatest mean difference of log-probs. On a CPU they were 0.016 in bf16 and 0.126 in FP8; a GPU has other
-kernels."""
+Learner = Policy | Reference
+BF16_APART = (0.0, 0.04)
+"""Least and greatest mean difference of log-probs. On a CPU it was 0.016 for MEDIUM; a GPU has other kernels."""
 _GIGA = 1e9
 
 
@@ -44,107 +32,106 @@ def engine() -> Outcome:
 
 def engine_fp8() -> Outcome:
     """Check an engine that rounds its layers to FP8. Log-probs as close as in bf16 mean that it did not round."""
-    return _in_process("fp8_per_block", FP8_APART)
+    # On a CPU the difference was 0.126 for MEDIUM; for SMALL it is 0.02, ten times that in bf16.
+    return _in_process("fp8_per_block", (sized(0.04, 0.01), TOLERANCE["fp8_per_block"]))
 
 
-def _in_process(quantization: Literal["none", "fp8_per_block"], apart: tuple[float, float]) -> Outcome:
-    """Check an engine in this process. apart: least and greatest mean difference of log-probs"""
-    low, high = apart
-    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
+def moe_push() -> Outcome:
+    """Measure what a tensor costs in a weight sync of 128 experts a layer; compare its engine bit by bit."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        models.save_model(folder, MEDIUM, dtype=torch.bfloat16)
-        learner = models.policy(models.settings(folder), groups)
-        sampler = VllmEngine(
-            folder,
-            dtype="bf16",
-            quantization=quantization,
-            tensor_parallel=1,
-            max_model_len=128,
-            max_concurrent=64,
-            kv_cache_gib=1.0,
-            gpu_memory_utilization=0.3,
-            distributed=True,
-            job_tag="gpu-check",
-        )
-    weight_sync, why = choose_weight_sync(learner.chunks, learner.model_config, groups, sampler, engine_ranks=1)
+        models.save_model(folder, sized(QWEN3_30B_A3B_LAYERS, FEW_EXPERTS), dtype=torch.bfloat16)
+        learner = models.reference(models.settings(folder), models.alone())
+        sampler = start_engine(folder, "none")
+    weight_sync = _ways(learner, sampler)[-1]
     weight_sync.sync(0)
-    figures = _speed(weight_sync, learner)
-    same_weights, before_sleep = _same_weights(learner, sampler), _apart(learner, sampler)
-    if quantization != "none":  # its kernels may keep scales in a layout of their own, which is then not compared
-        figures["tensors that can't be read"] = same_weights[1].value
-        same_weights = same_weights[:1]
-    follows = _follows(weight_sync, learner, sampler)
-    free_awake = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
-    sampler.sleep()
-    free_asleep = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
-    sampler.wake()
-    weight_sync.sync(1)
+    compared = sampler.compare(learner.weights())
+    figures = speed(weight_sync, learner)
+    num_tensors = sum(1 for _ in learner.weights())
     return Outcome(
         bands=(
-            *same_weights,
-            *follows,
-            Band(name="log-probs, mean difference", value=before_sleep, low=low, high=high),
-            Band(name="log-probs after sleep, mean difference", value=_apart(learner, sampler), low=low, high=high),
+            Band(name="tensors that differ", value=len(compared.different), low=0, high=0),
+            *follows(weight_sync, learner, sampler),
         ),
         figures={
-            "weight_sync": weight_sync.name + (f" ({why})" if why else ""),
-            "gib_free_asleep": (free_asleep - free_awake) / 2**30,
             **figures,
+            "tensors": num_tensors,
+            "milliseconds_a_tensor": 1000 * figures["seconds"] / num_tensors,
+            "tensors that can't be read": len(compared.unread),  # some kernels keep experts rearranged
+            "log-probs, mean difference": apart(learner, sampler),  # a router may choose another expert
         },
     )
 
 
-def servers() -> Outcome:
-    """Check weight syncs to a server, which is a process of its own on the same GPU.
-
-    NCCL refuses two ranks of one host on one GPU. Both sides therefore claim to be different hosts and communicate
-    through sockets, which is slower than between GPUs.
-    """
-    os.environ["NCCL_HOSTID"] = "trainer"
-    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
-    with TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        models.save_model(folder, MEDIUM, dtype=torch.bfloat16)
-        config = models.settings(folder, engine={"gpu_memory_utilization": 0.3, "kv_cache_gib": 1.0})
-        (folder / "config.toml").write_text(dump(config))
-        learner = models.policy(config, groups)
-        # Start it last: vLLM measures the GPU's memory at its start and requires that no one else changes it meanwhile.
-        server = Server(folder / "config.toml", folder / "log", {"NCCL_HOSTID": "server"})
-        stack.callback(server.kill)
-        server.wait_ready()
-        sampler = VllmServers(
-            [server.url],
-            learner.model_config,
-            max_model_len=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-            max_concurrent=64,
-            device=device(),
-            tag="gpu-check",
-        )
-        stack.callback(sampler.close)
-        weight_sync = FullTensorSync(chunks=learner.chunks, model=learner.model_config, groups=groups, engine=sampler)
-        weight_sync.sync(0)
-        figures = _speed(weight_sync, learner)
-        same_weights, apart = _same_weights(learner, sampler), _apart(learner, sampler)
-        follows = _follows(weight_sync, learner, sampler)
-    return Outcome(
-        bands=(
-            *same_weights,
-            *follows,
-            Band(name="log-probs, mean difference", value=apart, low=BF16_APART[0], high=BF16_APART[1]),
-        ),
-        figures=figures,
+def start_engine(folder: Path, quantization: Literal["none", "fp8_per_block"]) -> VllmEngine:
+    """Build an engine without weights in this process, which has a process group."""
+    return VllmEngine(
+        folder,
+        dtype="bf16",
+        quantization=quantization,
+        tensor_parallel=1,
+        max_model_len=128,
+        max_concurrent=64,
+        kv_cache_gib=sized(1.0, 0.1),
+        gpu_memory_utilization=0.3,
+        distributed=True,
+        job_tag="gpu-check",
     )
 
 
-def _speed(weight_sync: WeightSync, learner: Policy) -> dict[str, float | str]:
-    """Measure weight syncs after the first."""
+def _in_process(quantization: Literal["none", "fp8_per_block"], apart_in: tuple[float, float]) -> Outcome:
+    """Check an engine in this process. apart_in: least and greatest mean difference of log-probs"""
+    low, high = apart_in
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        models.save_model(folder, sized(MEDIUM, SMALL), dtype=torch.bfloat16)
+        learner = models.policy(models.settings(folder), models.alone())
+        sampler = start_engine(folder, quantization)
+    bands: list[Band] = []
+    targets: list[Target] = []
+    figures: dict[str, float | str] = {}
+    for weight_sync in _ways(learner, sampler):
+        way = weight_sync.name
+        weight_sync.sync(0)
+        same_weights, found = same(learner, sampler), speed(weight_sync, learner)
+        if quantization != "none":  # its kernels may keep scales in a layout of their own, which is then not compared
+            figures["tensors that can't be read"] = same_weights[1].value
+            same_weights = same_weights[:1]
+        before = Band(name="log-probs, mean difference", value=apart(learner, sampler), low=low, high=high)
+        checks = (*same_weights, before, *follows(weight_sync, learner, sampler))
+        bands += [Band(name=f"{way}: {each.name}", value=each.value, low=each.low, high=each.high) for each in checks]
+        targets += on_gpu(
+            Target(name=f"{way}: times a copy", value=found["seconds"] / found["copying"], goal=2.0, at_least=False)
+        )
+        figures |= {f"{way}: {key}": value for key, value in found.items()}
+    free_awake = torch.cuda.mem_get_info()[0] if uses_gpu() else 0
+    sleeping = seconds_of(sampler.sleep, repeats=1, warm_up=0)
+    free_asleep = torch.cuda.mem_get_info()[0] if uses_gpu() else 0
+    waking = seconds_of(sampler.wake, repeats=1, warm_up=0)
+    weight_sync.sync(1)
+    after = Band(name="log-probs after sleep, mean difference", value=apart(learner, sampler), low=low, high=high)
+    memory = {"gib_free_asleep": (free_asleep - free_awake) / 2**30, "seconds_sleep": sleeping, "seconds_wake": waking}
+    return Outcome(bands=(*bands, after), targets=tuple(targets), figures={**figures, **memory})
+
+
+def _ways(learner: Learner, sampler: VllmEngine) -> list[WeightSync]:
+    """Return the way that a run takes, if it writes into the engine's parameters, and that of full tensors."""
+    chunks, model, groups = learner.chunks, learner.model_config, learner.groups
+    chosen, _ = choose_weight_sync(chunks, model, groups, sampler, engine_ranks=1)
+    full = FullTensorSync(chunks=chunks, model=model, groups=groups, engine=sampler)
+    return [full] if chosen.name == full.name else [chosen, full]
+
+
+def speed(weight_sync: WeightSync, learner: Learner) -> dict[str, float]:
+    """Measure weight syncs after the first, and a copy of as many bytes on the device."""
     seconds = seconds_of(lambda: weight_sync.sync(0), repeats=5, warm_up=1)
-    size = sum(tensor.nbytes for _, tensor in learner.weights())
-    return {"seconds_push": seconds, "gigabytes_a_second": size / seconds / _GIGA}
+    tensors = [tensor for _, tensor in learner.weights()]
+    copying = seconds_of(lambda: [tensor.clone() for tensor in tensors], repeats=5, warm_up=1)
+    size = sum(tensor.nbytes for tensor in tensors)
+    return {"seconds": seconds, "copying": copying, "gigabytes_a_second": size / seconds / _GIGA}
 
 
-def _follows(weight_sync: WeightSync, learner: Policy, sampler: Engine) -> tuple[Band, ...]:
+def follows(weight_sync: WeightSync, learner: Learner, sampler: Engine) -> tuple[Band, ...]:
     """Push other weights, then the first ones again. The engine must follow both times, and a swap must be noticed.
 
     Equal weights in every push would hide one that does nothing, as where a CUDA graph reads the old addresses.
@@ -162,7 +149,7 @@ def _follows(weight_sync: WeightSync, learner: Policy, sampler: Engine) -> tuple
             parameter.copy_(value)
     weight_sync.sync(2)
     swapped = dict(learner.weights())
-    one, other = (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))
+    one, other = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1))
     swapped[one], swapped[other] = swapped[other], swapped[one]
     return (
         Band(name="tensors that differ after moving", value=different, low=0, high=0),
@@ -186,7 +173,7 @@ def _sampled(sampler: Engine) -> list[Completion]:
     return [completion for group in sampler.generate(_requests()) for completion in group]
 
 
-def _same_weights(learner: Policy, sampler: Engine) -> tuple[Band, ...]:
+def same(learner: Learner, sampler: Engine) -> tuple[Band, ...]:
     """Return the bands that hold if no tensor differs and every one could be compared."""
     compared = sampler.compare(learner.weights())
     return (
@@ -195,7 +182,7 @@ def _same_weights(learner: Policy, sampler: Engine) -> tuple[Band, ...]:
     )
 
 
-def _apart(learner: Policy, sampler: Engine) -> float:
+def apart(learner: Learner, sampler: Engine) -> float:
     """Return the mean difference of log-probs between engine and trainer on what the engine samples."""
     sampled = [
         type(group)(
@@ -211,7 +198,7 @@ def _apart(learner: Policy, sampler: Engine) -> float:
 
 
 def _asked() -> list[RolloutGroup]:
-    return models.rollouts(MEDIUM.vocab, prompts=8, samples=1, prompt=(20, 60), response=(1, 1))
+    return models.rollouts(sized(MEDIUM, SMALL).vocab, prompts=8, samples=1, prompt=(20, 60), response=(1, 1))
 
 
 def _requests() -> list[SamplingRequest]:
@@ -226,92 +213,3 @@ def _requests() -> list[SamplingRequest]:
         )
         for number, group in enumerate(_asked())
     ]
-
-
-def checkpoint() -> Outcome:
-    """Check that a checkpoint written while training continues holds the state at the time of the call."""
-    groups = parallel.init(Layout(), seed=0, timeout_seconds=600)
-    with TemporaryDirectory() as name:
-        folder = Path(name, "model")
-        models.save_model(folder, SMALL, dtype=torch.bfloat16)
-        learner = models.policy(models.settings(folder), groups)
-        sampled = models.rollouts(SMALL.vocab, prompts=6, samples=4, prompt=(20, 60), response=(1, 30))
-        batch = batch_of(sampled, learner)
-        learner.update(batch, signed_loss(batch))
-        saved = {each: tensor.clone() for each, tensor in learner.weights()}
-        kept = _checkpoints(learner, Path(name, "checkpoints"))
-        kept.save(1, {})
-        following = learner.update(batch, signed_loss(batch))
-        kept.finish()
-        fresh = models.policy(models.settings(folder), groups)
-        _checkpoints(fresh, Path(name, "checkpoints")).load()
-    different = sum(not torch.equal(tensor, saved[each]) for each, tensor in fresh.weights())
-    again = fresh.update(batch, signed_loss(batch))
-    return Outcome(
-        bands=(
-            Band(name="tensors that differ", value=different, low=0, high=0),
-            Band(
-                name="gradient norm of the next update, relative difference",
-                value=abs(again.grad_norm / following.grad_norm - 1),
-                low=0.0,
-                high=1e-3,
-            ),
-        )
-    )
-
-
-def _checkpoints(learner: Policy, folder: Path) -> Checkpoints:
-    return Checkpoints(
-        policy=learner,
-        folder=folder,
-        vocabulary="tokens",
-        assets={},
-        keep=2,
-        keep_every=0,
-        in_background=device().type != "cpu",
-        say=print,
-    )
-
-
-def conversion() -> Outcome:
-    """Check the conversion to Megatron's format and back, with the layers that the trainer has on this machine."""
-    with TemporaryDirectory() as name:
-        models.save_model(Path(name), SMALL, dtype=torch.bfloat16)
-        command = [sys.executable, "-m", "megatron_mcpo", "convert", "check", name, "--layouts", "tp2pp2", "--json"]
-        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    row = json.loads(output)
-    return Outcome(
-        bands=(
-            Band(name="bits that differ", value=row["bits"], low=0, high=0),
-            Band(name="largest difference of logits", value=row["logits"], low=0.0, high=1e-4),
-        )
-    )
-
-
-def program() -> Outcome:
-    """Run the quick start's first steps as a user starts them, with every weight sync verified."""
-    config = ROOT / "examples" / "quickstart" / "config.toml"
-    model = ROOT / load(config).model.path
-    if not model.exists():
-        return Outcome(skipped=f"{model}: no such folder; make it with `python tools/embedded_model.py {model}`")
-    with TemporaryDirectory() as name:
-        arguments = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
-        finished = subprocess.run(
-            [sys.executable, "-m", "megatron_mcpo", "train", str(config), *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if finished.returncode:
-            raise RuntimeError(finished.stdout[-2000:])
-        (lines,) = [path.read_text().splitlines() for path in Path(name).glob("*/metrics.jsonl")]
-    steps = [json.loads(line) for line in lines]
-    apart = max(step["engine/logprob_diff_mean"] for step in steps)
-    return Outcome(
-        bands=(
-            Band(name="steps", value=len(steps), low=3, high=3),
-            Band(name="engine and trainer, mean difference of log-probs", value=apart, low=0.0, high=0.1),
-        ),
-        figures={"seconds_step": steps[-1]["time/step"], "peak_gib": steps[-1]["memory/peak_gib"]},
-    )

@@ -1,5 +1,9 @@
-"""Make random models of real shapes, with rollouts and policies, for checks on the device of this machine."""
+"""Make random models of real shapes, with rollouts and policies, for checks on the device of this machine.
 
+On a CPU the shapes are small ones: rows are rehearsed there, so that a GPU does not spend its time on typing errors.
+"""
+
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,14 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from benchmarks.gpu.outcome import Band, Target
+from benchmarks.measure import memory
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.batch import make_batch
-from megatron_mcpo.distributed.device import device
+from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.device import device, uses_gpu
 from megatron_mcpo.distributed.parallel import Groups
-from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
+from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy, Reference
 from megatron_mcpo.mcore.precision import check_fp8
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, StopReason, TrainBatch
 from tests.support import tiny_models
@@ -24,7 +39,7 @@ from tests.support import tiny_models
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a dense Qwen3 model."""
+    """The sizes of a Qwen3 model, or of a Qwen3-MoE model: `ffn` is then the size of one of its experts."""
 
     hidden: int
     ffn: int
@@ -34,20 +49,46 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
 
 
 SMALL = Shape(hidden=256, ffn=512, layers=4, heads=4, kv_heads=2, head_dim=64, vocab=1000)
 MEDIUM = Shape(hidden=2048, ffn=6144, layers=8, heads=16, kv_heads=8, head_dim=128, vocab=8192)
 """Eight layers of Qwen3-1.7B's shapes, with a small vocabulary."""
+QWEN3_0_6B = Shape(hidden=1024, ffn=3072, layers=28, heads=16, kv_heads=8, head_dim=128, vocab=151_936, tied=True)
 QWEN3_1_7B = Shape(hidden=2048, ffn=6144, layers=28, heads=16, kv_heads=8, head_dim=128, vocab=151_936, tied=True)
 QWEN3_8B_LAYERS = Shape(hidden=4096, ffn=12288, layers=8, heads=32, kv_heads=8, head_dim=128, vocab=8192)
 """Eight layers of Qwen3-8B's shapes and a small vocabulary: the whole model and its optimizer would not fit one GPU."""
+QWEN3_30B_A3B_LAYERS = Shape(
+    hidden=2048, ffn=768, layers=4, heads=32, kv_heads=4, head_dim=128, vocab=8192, experts=128, experts_per_token=8
+)
+"""Four layers of Qwen3-30B-A3B's shapes and a small vocabulary: 2.5 billion parameters in 1,570 tensors."""
+
+FEW_EXPERTS = Shape(
+    hidden=256, ffn=128, layers=2, heads=4, kv_heads=2, head_dim=64, vocab=1000, experts=8, experts_per_token=2
+)
 
 
-def save_model(folder: Path, shape: Shape, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a random model and write it into `folder`."""
+def sized[T](on_gpu: T, on_cpu: T) -> T:
+    """Return what a row takes on this machine: the first on a GPU, the second, small one in a rehearsal on a CPU."""
+    return on_gpu if uses_gpu() else on_cpu
+
+
+def on_gpu[T: (Band, Target)](*checks: T) -> tuple[T, ...]:
+    """Return bands or targets of speed, or of a GPU's memory; none on a CPU, where sizes are others."""
+    return checks if uses_gpu() else ()
+
+
+def alone() -> Groups:
+    """Make this process the only rank."""
+    return parallel.init(Layout(), seed=0, timeout_seconds=600)
+
+
+def save_model(folder: Path, shape: Shape, *, dtype: torch.dtype, num_stop_tokens: int = 1) -> PreTrainedModel:
+    """Make a random model and write it into `folder`. num_stop_tokens: the first tokens, which end a response"""
     torch.manual_seed(0)
-    config = Qwen3Config(
+    sizes: dict[str, Any] = dict(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn,
@@ -58,13 +99,25 @@ def save_model(folder: Path, shape: Shape, *, dtype: torch.dtype) -> PreTrainedM
         max_position_embeddings=8192,
         tie_word_embeddings=shape.tied,
         bos_token_id=None,
-        eos_token_id=0,
+        eos_token_id=list(range(num_stop_tokens)),
     )
     with device():
-        model: Any = Qwen3ForCausalLM(config)
+        model: Any = _random(shape, sizes)
         model.to(dtype)
     model.save_pretrained(folder)
     return model
+
+
+def _random(shape: Shape, sizes: dict[str, Any]) -> PreTrainedModel:
+    if not shape.experts:
+        return Qwen3ForCausalLM(Qwen3Config(**sizes))
+    mixture: dict[str, Any] = dict(
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.experts_per_token,
+        moe_intermediate_size=shape.ffn,
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture))
 
 
 def settings(
@@ -73,12 +126,13 @@ def settings(
     tokens: int = 512,
     prompt: int = 60,
     response: int = 30,
-    model: dict[str, str] | None = None,
+    model: dict[str, str | bool] | None = None,
     engine: dict[str, float] | None = None,
+    optimizer: dict[str, bool] | None = None,
 ) -> Config:
     """Return a configuration for a model folder.
 
-    tokens: the most in a micro-batch; prompt, response: the longest; model, engine: keys of these sections
+    tokens: the most in a micro-batch; prompt, response: the longest; model, engine, optimizer: keys of these sections
     """
     return tiny_models.config(
         folder,
@@ -86,7 +140,12 @@ def settings(
         batch={"micro_batch_tokens": tokens},
         rollout={"max_prompt_tokens": prompt, "max_response_tokens": response},
         engine=engine or {},
+        optimizer=optimizer or {},
     )
+
+
+def reference(config: Config, groups: Groups) -> Reference:
+    return Reference(config, from_folder(Path(config.model.path)), groups)
 
 
 def policy(config: Config, groups: Groups) -> Policy:
@@ -117,7 +176,7 @@ def rollouts(
     return groups
 
 
-def batch_of(groups: Sequence[RolloutGroup], learner: Policy) -> TrainBatch:
+def batch_of(groups: Sequence[RolloutGroup], learner: Policy | Reference) -> TrainBatch:
     return make_batch(groups, num_data_ranks=1, data_rank=0, share_prompts=learner.shares_prompts)
 
 
@@ -164,6 +223,18 @@ def fp8_problem() -> str:
     except ConfigError as error:
         return "; ".join(error.problems)
     return ""
+
+
+def bytes_in_use() -> int:
+    """Return the bytes of torch's tensors on the GPU; on a CPU those of this process."""
+    return torch.cuda.memory_allocated() if uses_gpu() else memory("VmRSS")
+
+
+def make_deterministic() -> None:
+    """Let torch, cuBLAS and Transformer Engine take only kernels that compute the same bits again, where they can."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def wait() -> None:

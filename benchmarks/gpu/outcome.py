@@ -1,4 +1,4 @@
-"""Describe what a check on a GPU finds: figures, and bands that some of them must lie in."""
+"""Describe what a check on a GPU finds: figures, bands that some must lie in, targets that some should reach."""
 
 import json
 import math
@@ -23,6 +23,25 @@ class Band:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Target:
+    """A figure and what good code reaches. A target that is missed is said, and does not fail the row.
+
+    at_least: whether the figure should be `goal` or more; else `goal` or less
+    """
+
+    name: str
+    value: float
+    goal: float
+    at_least: bool
+
+    @property
+    def verdict(self) -> str:
+        """Return the goal and whether it is reached, for the table and the file."""
+        met = self.value >= self.goal if self.at_least else self.value <= self.goal
+        return f"target {'>=' if self.at_least else '<='} {self.goal:g}: {'reached' if met else 'missed'}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The result of a check.
 
@@ -31,6 +50,7 @@ class Outcome:
     """
 
     bands: tuple[Band, ...] = ()
+    targets: tuple[Target, ...] = ()
     figures: Mapping[str, float | str] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     skipped: str = ""
@@ -49,6 +69,7 @@ class Outcome:
         values: dict[str, Any] = {
             "figures": {name: _plain(value) for name, value in self.figures.items()},
             "bands": {band.name: [_plain(band.value), band.low, band.high] for band in self.bands},
+            "targets": {target.name: [_plain(target.value), target.verdict] for target in self.targets},
             "rates": dict(self.rates),
             "failures": self.failures,
             "skipped": self.skipped,

@@ -1,10 +1,11 @@
-"""Check on one GPU what a CPU can't show: numbers against bands, speed and memory, weight syncs to vLLM.
+"""Check on one GPU what a CPU can't show: numbers against bands, speed and memory, weight syncs to vLLM, training.
 
-`tools/gpu_check.sh [--rows NAME ...] [--list] [--seconds N] [--resume FILE] [--out FOLDER]` (one GPU; docs/gpu.md)
+`tools/gpu_check.sh [--rows NAME ...] [--list] [--seconds N] [--resume FILE] [--out FOLDER] [--rehearse]` (one GPU)
 Every row is a process of its own. After each one the figures are written to FOLDER/gpu-DEVICE.json, and the measured
 rates to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes; a table is printed at the end. Exit code 1: a figure
-lies outside its band, or a row crashed. A row whose modules are missing or too old, or for which no time is left, is
-skipped with the reason.
+lies outside its band, or a row crashed; a target that is missed is only said. A row whose modules are missing or too
+old, or for which no time is left, is skipped with the reason. --rehearse runs the rows on a CPU with small models: it
+shows that they run, and nothing about a GPU.
 """
 
 import argparse
@@ -16,8 +17,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,84 +25,20 @@ import psutil
 import torch
 from packaging.version import Version
 
-from benchmarks.gpu.outcome import Outcome, Row
+from benchmarks.gpu.outcome import Row
+from benchmarks.gpu.rows import ROWS
 from benchmarks.measure import ROOT
 from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
 from megatron_mcpo.storage.files import write_atomically
 
-SECONDS = 20 * 60
+SECONDS = 60 * 60
 """The time limit of all rows together, unless --seconds says otherwise."""
 _DONE = ("passed", "failed")
 """States of a row that --resume does not run again."""
 _KEPT_LOG = 4000
 """How many characters of a failed row's standard error are kept in the file."""
-ENGINE = ("vllm",)
-PROGRAM = (
-    "vllm", "reasoning_gym", "rich", "matplotlib", "tensorboard", "math_verify", "pydantic_monty", "pyarrow", "pydantic"
-)  # fmt: skip
-
-
-def environment() -> Outcome:
-    """Report the device and the versions of everything that computes on it."""
-    figures: dict[str, float | str] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    if uses_gpu():
-        properties = torch.cuda.get_device_properties(0)
-        figures |= {
-            "device": properties.name,
-            "memory_gib": properties.total_memory / 2**30,
-            "capability": f"{properties.major}.{properties.minor}",
-            "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        }
-    for package in ("transformer-engine", "transformer-engine-torch", "megatron-core", "vllm", "transformers"):
-        try:
-            figures[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            figures[package] = "not installed"
-    for extension in ("amp_C", "fused_weight_gradient_mlp_cuda"):
-        figures[f"apex's {extension}"] = "there" if importlib.util.find_spec(extension) else "not there"
-    return Outcome(figures=figures)
-
-
-def _of(module: str, name: str) -> Outcome:
-    """Run a check. Its module is imported late, because it imports Megatron-Core, which takes seconds."""
-    check: Callable[[], Outcome] = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
-    return check()
-
-
-def _row(module: str, name: str, seconds: int, *needs: str, oldest: tuple[tuple[str, str], ...] = ()) -> Row:
-    return Row(name=name, run=partial(_of, module, name), seconds=seconds, needs=needs, oldest=oldest)
-
-
-FP8 = ("transformer_engine",)
-ROWS = {
-    row.name: row
-    for row in (
-        Row(name="environment", run=environment, seconds=60),
-        _row("speed", "ceilings", 60),
-        _row("numbers", "logprobs", 120),
-        _row("layouts", "gradients", 180),
-        _row("layouts", "layouts", 240),
-        _row("layouts", "experts", 180),
-        _row("numbers", "recompute", 120),
-        _row("numbers", "fp8_products", 90, *FP8),
-        _row("numbers", "fp8", 180, *FP8),
-        _row("speed", "logprob", 90),
-        _row("speed", "contrastive_terms", 120),
-        _row("speed", "export", 120),
-        _row("engine", "checkpoint", 120),
-        _row("engine", "conversion", 120),
-        _row("engine", "engine", 240, *ENGINE),
-        _row("engine", "engine_fp8", 240, *ENGINE),
-        # A server says which weights it has since 0.28 only; in process 0.26 is enough.
-        _row("engine", "servers", 300, *ENGINE, oldest=(("vllm", "0.28"),)),
-        _row("speed", "step_1_7b", 180),
-        _row("speed", "step_8b", 180),
-        _row("speed", "fp8_speed", 240, *FP8),
-        _row("engine", "program", 300, *PROGRAM),
-    )
-}
+_REHEARSAL = "rehearsal on a CPU"
+"""The name of the device in the files of a rehearsal."""
 
 
 def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) -> dict[str, Any]:
@@ -171,6 +107,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         found = {**result.get("figures", {}), **{band: value[0] for band, value in result.get("bands", {}).items()}}
         said = [result["why"]] if result["why"] else []
+        said += [f"{key} {value[0]:.4g} ({value[1]})" for key, value in result.get("targets", {}).items()]
         said += [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()]
         lines.append(f"{name:20} {result['state']:8} {', '.join(said)}")
     counts = {state: sum(each["state"] == state for each in results.values()) for state in ("passed", "failed")}
@@ -187,12 +124,12 @@ def read(file: Path, device: str) -> dict[str, dict[str, Any]]:
 
 
 def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list[Path]:
-    """Write the figures, and the rates if they were measured; return the paths."""
+    """Write the figures, and the rates if they were measured on a GPU; return the paths."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / f"gpu-{name}.json": {"device": device, "rows": results}}
     rates = results.get("ceilings", {}).get("rates")
-    if rates:
+    if rates and device != _REHEARSAL:
         source = f"measured by tools/gpu_check.sh on one {device}"
         base = next((kind for kind in ("h200", "a100", "b200") if kind in name), "h100")
         files[folder / f"rates-{name}.json"] = {"base": base, "sources": [source], **rates}
@@ -201,42 +138,52 @@ def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list
     return list(files)
 
 
+def list_rows(rows: Sequence[Row]) -> str:
+    """Return a line per row with its limit and what it needs, and the sum of the limits."""
+    lines = [f"{row.name:20} {row.seconds:4} s  {', '.join(row.needs)}".rstrip() for row in rows]
+    return "\n".join([*lines, f"{len(rows)} rows, at most {sum(row.seconds for row in rows)} s"])
+
+
 def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if options.list:
+        print(list_rows([ROWS[name] for name in options.rows]))
+        return 0
+    if options.here:
+        print(ROWS[options.rows[0]].run().to_json())
+        return 0
+    if uses_gpu() == options.rehearse:
+        why = "--rehearse: must be left out on a GPU" if options.rehearse else why_no_gpu()
+        print(f"gpu_check: {why}", file=sys.stderr)
+        return 2
+    device = _REHEARSAL if options.rehearse else torch.cuda.get_device_name()
+    try:
+        results = read(options.resume, device) if options.resume else {}
+    except (OSError, ValueError) as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + options.seconds
+    written: list[Path] = []
+    for name in [name for name in options.rows if name not in results]:
+        command = [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", name]
+        results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
+        print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
+        written = write(results, device, options.out)  # whoever lends the machine may end this at any moment
+    print(table(results))
+    print("written: " + ", ".join(map(str, written)))
+    return int(any(result["state"] == "failed" for result in results.values()))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all of them")
     parser.add_argument("--list", action="store_true", help="print the rows and their limits in seconds")
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"limit of all rows together (default {SECONDS})")
     parser.add_argument("--resume", type=Path, help="gpu-DEVICE.json of an earlier check, whose rows are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files")
+    parser.add_argument("--rehearse", action="store_true", help="run the rows on a CPU, with small models")
     parser.add_argument("--here", action="store_true", help="run one row in this process and print its outcome")
-    options = parser.parse_args(arguments)
-    if options.list:
-        for row in ROWS.values():
-            print(f"{row.name:20} {row.seconds:4} s  {', '.join(row.needs)}")
-        return 0
-    if not uses_gpu():
-        print(f"gpu_check: {why_no_gpu()}", file=sys.stderr)
-        return 2
-    if options.here:
-        print(ROWS[options.rows[0]].run().to_json())
-        return 0
-    results: dict[str, dict[str, Any]] = {}
-    deadline, device_name = time.monotonic() + options.seconds, torch.cuda.get_device_name()
-    if options.resume is not None:
-        try:
-            results = read(options.resume, device_name)
-        except (OSError, ValueError) as error:
-            print(f"gpu_check: {error}", file=sys.stderr)
-            return 2
-    written: list[Path] = []
-    for name in [name for name in options.rows if name not in results]:
-        command = [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", name]
-        results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
-        print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
-        written = write(results, device_name, options.out)  # whoever lends the machine may end this at any moment
-    print(table(results))
-    print("written: " + ", ".join(map(str, written)))
-    return int(any(result["state"] == "failed" for result in results.values()))
+    return parser
 
 
 if __name__ == "__main__":
