@@ -14,9 +14,9 @@ from megatron_mcpo.distributed.device import uses_gpu
 
 ENGINE = ("vllm",)
 FP8 = ("transformer_engine",)
-TRAIN = ("vllm", "rich", "tensorboard", "pydantic", "psutil")
+TRAIN = ("vllm", "rich", "matplotlib", "sklearn", "filelock", "psutil", "pydantic")
 """What `mcpo train` imports besides what every row needs, where the configuration names a file and a function."""
-PROGRAM = (*TRAIN, "reasoning_gym", "math_verify", "pydantic_monty", "pyarrow", "matplotlib")
+PROGRAM = (*TRAIN, "tensorboard", "reasoning_gym", "math_verify", "pydantic_monty", "pyarrow")
 """What the quick start imports."""
 
 

@@ -50,16 +50,17 @@ def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) ->
         return {"state": "skipped", "why": "; ".join(too_old)}
     if seconds_left < 1:
         return {"state": "skipped", "why": "the previous rows took all the time; run it with --rows or --resume"}
-    limit, left = row.seconds, ""
-    if seconds_left < limit:
-        limit, left = int(seconds_left), " (all that was left)"
+    limit = min(row.seconds, int(seconds_left))
     start = time.monotonic()
     process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         _kill(process)
-        return {"state": "failed", "why": f"took more than {limit} s{left}"} | _log(process.communicate()[1])
+        log = _log(process.communicate()[1])
+        if limit < row.seconds:  # it has not had its time: --resume runs it again
+            return {"state": "skipped", "why": f"takes more than the {limit} s that were left"} | log
+        return {"state": "failed", "why": f"took more than {limit} s"} | log
     taken = {"row_seconds": round(time.monotonic() - start, 1)}
     outcome = _outcome(output)
     if process.returncode or outcome is None:
