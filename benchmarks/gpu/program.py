@@ -46,8 +46,8 @@ def program() -> Outcome:
     with TemporaryDirectory() as name:
         options = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
         _train(_QUICKSTART, options)
-        (folder,) = Path(name).iterdir()
-        steps = read_jsonl(folder / "metrics.jsonl")
+        (metrics,) = Path(name).glob("*/metrics.jsonl")
+        steps = read_jsonl(metrics)
     apart = max(step["engine/logprob_diff_mean"] for step in steps)
     return Outcome(
         bands=(
