@@ -1,8 +1,11 @@
 #!/bin/sh
 # Checks on one GPU what a CPU can't show, prints a table and writes benchmarks/results/gpu-<device>.json:
 #   tools/gpu_check.sh [--rows NAME ...] [--list] [--seconds N] [--resume FILE] [--out FOLDER] [--rehearse]
+# --rehearse runs the rows on a CPU, with small models.
 set -eu
 cd "$(dirname "$0")/.."
-python=.venv/bin/python
-[ -x "$python" ] || python=$(command -v python3)
+case " $* " in *" --rehearse "*) python=.venv/bin/python ;; *) python=.venv-gpu/bin/python ;; esac
+for python in "$python" .venv/bin/python "$(command -v python3)"; do
+  [ ! -x "$python" ] || break
+done
 exec "$python" -m benchmarks.gpu.run "$@"

@@ -87,7 +87,7 @@ ROWS = {
         _row("server", "servers", 300, *ENGINE, oldest=_SERVES),
         _row("server", "trainer_dies", 420, *ENGINE, oldest=_SERVES),
         # Larger and longer.
-        _row("program", "training_1_7b", 420, *TRAIN),
+        _row("program", "training_1_7b", 480, *TRAIN),
         _row("speed", "step_8b", 180),
         _row("speed", "fp8_speed", 240, *FP8),
         _row("program", "program", 300, *PROGRAM),
