@@ -39,8 +39,7 @@ from tests.support.ranks import run_ranks
 BOUND = 1e-5
 HEAD = "contrastive_head"
 UPDATE = "update of "
-_BUCKET_ELEMENTS = 3000
-"""So few that gradients of the small models are reduced in several buckets, each during the backward pass."""
+_BUCKET_ELEMENTS = 3000  # the gradients of the small models are reduced in several buckets
 LAYOUTS = {
     "dp1": Layout(),
     "dp2": Layout(data=2),
@@ -273,16 +272,13 @@ def found_gradients(case: Case, ranks: Groups, objective_type: type[Objective]) 
 
 
 def found_changes(case: Case, ranks: Groups, objective_type: type[Objective]) -> dict[str, Tensor]:
-    """Return by how much the first update changes each parameter on ranks.
-
-    It follows another backward pass, because Megatron reduces gradients during a backward pass from the second one on.
-    """
+    """Return by how much the first update changes each parameter on ranks."""
     policy = Policy(case.config, from_folder(Path(case.config.model.path)), ranks)
     objective = objective_type(case.config, policy, ranks)
     scored = score(policy, case.config, case.groups, case.share_prompts)
     before = {name: tensor.clone() for name, tensor in _weights(policy).items()}
     loss = objective.loss(objective.prepare(scored, step=1))
-    policy.backward(scored.batch, loss)
+    policy.backward(scored.batch, loss)  # Megatron reduces gradients during a backward pass from the second one on
     policy.update(scored.batch, loss)
     return {name: tensor - before[name] for name, tensor in _weights(policy).items()}
 

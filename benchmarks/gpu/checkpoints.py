@@ -18,10 +18,10 @@ from benchmarks.gpu.models import SMALL, batch_of, signed_loss
 from benchmarks.gpu.outcome import Band, Outcome
 from benchmarks.measure import ROOT
 from megatron_mcpo.distributed.device import device, uses_gpu
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.offload import state_tensors
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.mcore.precision import transformer_engine_problem
 from megatron_mcpo.mcore.spec import uses_transformer_engine
 
 _KINDS = ("TE", "torch", "TE")

@@ -16,8 +16,11 @@ from megatron_mcpo.config.environment import queue_in_order
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed import cpu_backend
 from megatron_mcpo.distributed.device import backend, uses_gpu
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 
-cpu_backend.apply()  # before the imports of Megatron-Core below
+# Before the imports of Megatron-Core below.
+cpu_backend.apply()
+transformer_engine_problem()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 

@@ -4,7 +4,10 @@ Importing any module of this folder prepares Megatron-Core for this machine, onc
 """
 
 from megatron_mcpo.distributed import cpu_backend
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 from megatron_mcpo.mcore import adam
 
-cpu_backend.apply()  # before any module of this folder imports Megatron-Core
+# Before any module of this folder imports Megatron-Core.
+cpu_backend.apply()
+transformer_engine_problem()
 adam.install()

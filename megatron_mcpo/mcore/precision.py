@@ -1,9 +1,5 @@
 """Say what FP8 means to Megatron-Core, and where it can run."""
 
-import functools
-import importlib
-import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -11,6 +7,7 @@ import torch
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.schema import Fp8
 from megatron_mcpo.distributed.device import uses_gpu
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 
 TOKEN_MULTIPLE = 128
 """The tokens of a rank's pack are a multiple of it: Transformer Engine's products need 16, its blocks are 128 long."""
@@ -19,26 +16,6 @@ _RECIPES = {"blockwise": ("e4m3", "blockwise"), "tensorwise": ("hybrid", "tensor
 _LEAST_CAPABILITY = (9, 0)
 _LEAST_CUDA = (12, 9)
 """What cuBLAS needs for blockwise products."""
-
-log = logging.getLogger(__name__)
-
-
-@functools.cache
-def transformer_engine_problem() -> str | None:
-    """Return why Transformer Engine's layers can't be used; None if they can.
-
-    If it is installed but cannot be imported, a warning says why, once: `pip install transformer-engine` alone brings
-    no layers for torch, and a build for another CUDA can't be loaded.
-    """
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "and it is not installed"
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # also OSError or RuntimeError, if a library is missing or has another version
-        reason = f"and it can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        log.warning("Transformer Engine is installed, %s: layers use torch's modules instead", reason)
-        return reason
-    return None
 
 
 def layer_notes() -> list[str]:

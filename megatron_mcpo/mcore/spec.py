@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed.device import device
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 from megatron_mcpo.mcore.attention import CoreAttention, PackedSelfAttention
-from megatron_mcpo.mcore.precision import transformer_engine_problem
 
 
 class RMSNorm(nn.Module):

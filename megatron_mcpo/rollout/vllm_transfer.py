@@ -65,7 +65,7 @@ class Reload[Init: WeightTransferInitInfo, Update: WeightTransferUpdateInfo](Wei
     @staticmethod
     def trainer_send_weights(*_: Any, **__: Any) -> None:
         """Refuse: the trainer sends by its own means. vLLM below 0.28 demands the method."""
-        raise NotImplementedError
+        raise TypeError("the trainer sends its weights itself (rollout/weight_link.py)")
 
 
 @dataclass

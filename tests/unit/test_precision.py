@@ -4,6 +4,8 @@ There is neither a GPU nor Transformer Engine on the usual machine: what torch s
 package that can't be imported. Not covered: one that can (tests/gpu).
 """
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,10 @@ import torch
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.schema import Fp8
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 from megatron_mcpo.mcore import precision
-from megatron_mcpo.mcore.precision import check_context, check_fp8, layer_notes, transformer_engine_problem
+from megatron_mcpo.mcore.precision import check_context, check_fp8, layer_notes
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +78,17 @@ def test_an_engine_that_cannot_be_imported_is_none(
     assert warning.startswith(
         f"WARNING: layers are made of torch's modules: Transformer Engine is wanted on a GPU, {problem}"
     )
+
+
+def test_megatron_can_be_imported_beside_one_that_cannot(tmp_path: Path) -> None:
+    """Megatron-Core expects no other error than that it is not installed."""
+    module = tmp_path / "transformer_engine" / "__init__.py"
+    module.parent.mkdir()
+    module.write_text("raise OSError('libcublas.so.13: undefined symbol')")
+    command = [sys.executable, "-c", "import megatron_mcpo.mcore.model"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "libcublas.so.13: undefined symbol" in run.stderr, run.stderr
 
 
 def test_one_that_can_be_imported_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
