@@ -9,6 +9,7 @@
 #
 #   1  te.tar.xz, project.tar.xz, site.tar.xz    Transformer Engine and Megatron-Core; what the project imports
 #   2  vllm.tar.xz, fa3.tar.xz                   vLLM 0.26.0, the newest for torch 2.11, and its FlashAttention 3
+#      tokenizer.tar.xz                          of the quick start's model, for training a random one
 #   3  program.tar.xz, model.0                   what the quick start imports, and the first part of its model
 #   4  model.1                                   the rest of the model
 set -euo pipefail
@@ -121,6 +122,13 @@ make_program() {
     pack program.tar.xz "$work/program"
 }
 
+# The rest of the model's folder: with its SHA256SUMS, so that tools/embedded_model.py completes it.
+make_tokenizer() {
+    "$python" tools/embedded_model.py "$work/tokens/tokenizer"
+    rm "$work/tokens/tokenizer/model.safetensors"
+    pack tokenizer.tar.xz "$work/tokens"
+}
+
 # load NUMBER FILE...: a folder with these files and their manifest.
 load() {
     local folder=$out/$1 bytes
@@ -143,12 +151,13 @@ if lacks site.tar.xz; then make_site; fi
 if lacks vllm.tar.xz || lacks fa3.tar.xz; then make_vllm; fi
 if lacks project.tar.xz; then make_project; fi
 if lacks program.tar.xz || lacks model; then make_program; fi
+if lacks tokenizer.tar.xz; then make_tokenizer; fi
 
 room=$((limit - $(stat -c %s "$made/program.tar.xz")))
 head -c "$room" "$made/model" >"$made/model.0"
 tail -c "+$((room + 1))" "$made/model" >"$made/model.1"
 rm -rf "$out"/[1-4]
 load 1 "$made"/{te,project,site}.tar.xz
-load 2 "$made"/{vllm,fa3}.tar.xz
+load 2 "$made"/{vllm,fa3,tokenizer}.tar.xz
 load 3 "$made"/{program.tar.xz,model.0}
 load 4 "$made/model.1"

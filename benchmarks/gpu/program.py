@@ -42,7 +42,7 @@ def program() -> Outcome:
     """Run the quick start's first steps as a user starts them, with every weight sync verified."""
     config = load(_QUICKSTART)
     model = ROOT / config.model.path
-    if not model.exists():
+    if not (model / "model.safetensors").is_file():
         return _no_model(model)
     with TemporaryDirectory() as name:
         options = ["--run.dir", name, "--run.steps", "3", "--engine.verify_sync", "true", "--evaluation.items", "4"]
