@@ -59,8 +59,24 @@ _EXAMPLE = "example: mcpo train examples/quickstart/config.toml --run.steps 5"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the subcommand that the arguments name; return its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the subcommand that the arguments name; return its exit code.
+
+    Ctrl-C, or a reader that closes the output, as `head` does, is not an error of the program.
+    """
+    try:
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _main(given: list[str]) -> int:
     # `python -m` does this; the console script does not, and a reward function often lies in the current folder.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
@@ -83,21 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """Run a subcommand. Ctrl-C, or a reader that closes the output, as `head` does, is not an error of the program."""
     if name in _WITH_RANKS and (problem := _rank_problem()):
         print(problem, file=sys.stderr)
         return REFUSED
-    try:
-        code = _function(COMMANDS[name])(arguments)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        if not _output_is_closed():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
+    return _function(COMMANDS[name])(arguments)
 
 
 def _rank_problem() -> str | None:

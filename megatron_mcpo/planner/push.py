@@ -34,14 +34,14 @@ def received_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize:
 
 
 def staged_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize: int) -> float:
-    """Return the bytes of buckets under way and two full tensors (see full_sync.export), and one bucket for servers.
+    """Return the bytes of buckets under way and two full tensors (see full_sync.export), and two buckets for servers.
 
     Slices from rank to rank take less, but after the first sync the engine is compared with full tensors.
     """
     sizes = [prod(shape) for mapping in registry(model) if not mapping.tied for shape in mapping.shapes]
     neighbours = max(map(sum, pairwise(sizes))) * itemsize
     under_way = BUCKET_BYTES / 2 if layout.model_parallel * layout.expert > 1 else 0
-    return under_way + neighbours + (SERVER_BUCKET_BYTES if config.engine.servers else 0)
+    return under_way + neighbours + (2 * SERVER_BUCKET_BYTES if config.engine.servers else 0)
 
 
 @cache
