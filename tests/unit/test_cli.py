@@ -117,8 +117,9 @@ def test_bad_input_has_exit_code_2(tmp_path: Path) -> None:
     assert answer.returncode == 2 and "none.toml" in answer.stderr and "Traceback" not in answer.stderr
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = f"set -o pipefail; {sys.executable} -m megatron_mcpo config keys | true"
+@pytest.mark.parametrize("arguments", ["config keys", "--help"])
+def test_a_closed_pipe_is_no_error(arguments: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m megatron_mcpo {arguments} | true"
     answer = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (answer.returncode, answer.stderr) == (0, ""), answer.stderr
 
