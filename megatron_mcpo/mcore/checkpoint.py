@@ -202,18 +202,20 @@ class Checkpoints:
         with together(groups), _opening(path):
             # Megatron loads this first, too, but before its ranks wait for each other: here none fails alone.
             dist_checkpointing.load_common_state_dict(str(path))
-        wanted = _sharded_state(policy, is_loading=True)
-        if header["ranks"] == groups.world_size:
-            wanted["rng"] = _random_states(groups)
-        with policy.optimizer_on_device(), together(groups), _opening(path):
-            loaded = dist_checkpointing.load(wanted, str(path))
-            _load_weights(policy, loaded)
-            learning_rate.load_state(
-                policy.optimizer,
-                policy.lr_schedule,
-                loaded["optimizer"],
-                num_updates=loaded["lr_schedule"]["num_steps"],
-            )
+        # Megatron-Core takes a step with zeros here, so that there are moments to load: on the device, as any step.
+        with policy.optimizer_on_device():
+            wanted = _sharded_state(policy, is_loading=True)
+            if header["ranks"] == groups.world_size:
+                wanted["rng"] = _random_states(groups)
+            with together(groups), _opening(path):
+                loaded = dist_checkpointing.load(wanted, str(path))
+                _load_weights(policy, loaded)
+                learning_rate.load_state(
+                    policy.optimizer,
+                    policy.lr_schedule,
+                    loaded["optimizer"],
+                    num_updates=loaded["lr_schedule"]["num_steps"],
+                )
         if "rng" in loaded:
             torch.set_rng_state(loaded["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
