@@ -14,7 +14,6 @@ import importlib.abc
 import importlib.machinery
 import logging
 import os
-import queue
 import sys
 import types
 import warnings
@@ -241,9 +240,6 @@ def _adapt(module: types.ModuleType) -> None:
         case "tensor_parallel.random":
             # The original queues the state until CUDA starts, which never happens here.
             names["_set_cuda_rng_state"] = _intercept("random._set_cuda_rng_state", _set_rng_state)
-        case "dist_checkpointing.strategies.filesystem_async":
-            # A save in this process needs no queue between processes; the original starts a manager process per rank.
-            names["_results_queue"] = queue.Queue()
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
