@@ -60,7 +60,8 @@ def learn(policy: Policy, seed: int) -> Update:
     generator = torch.Generator().manual_seed(seed)
     advantages_M = torch.randn(NUM_PROMPTS * NUM_SAMPLES, generator=generator)
     grad_MD = torch.randn(NUM_PROMPTS * NUM_SAMPLES, DIM, generator=generator) / 10
-    advantages_R, grad_ND = advantages_M[batch.rows_N][batch.rollout_R], grad_MD[batch.rows_N]
+    advantages_R = advantages_M[batch.rows_N][batch.rollout_R].to(policy.device)
+    grad_ND = grad_MD[batch.rows_N].to(policy.device)
 
     def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         assert x.z_nD is not None
