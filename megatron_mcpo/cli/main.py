@@ -41,6 +41,7 @@ COMMANDS = {
     "convert to-megatron": Command("convert_to_megatron", "convert a Hugging Face folder to Megatron", on_cpu=True),
     "convert to-hf": Command("convert_to_hf", "convert a Megatron checkpoint to a Hugging Face folder", on_cpu=True),
     "convert check": Command("convert_check", "convert there and back in several layouts, compare bits", on_cpu=True),
+    "doctor": Command("doctor", "say what this machine and environment have, what is wrong, and what mends it"),
     "report": Command("report", "write the HTML report of a run again"),
     "compare": Command("compare", "compare runs: a table, and curves with bands over seeds"),
     "config keys": Command("config_keys", "list the keys of a configuration with type, default, range and meaning"),

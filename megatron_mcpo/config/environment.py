@@ -50,6 +50,23 @@ def vllm_problems() -> list[str]:
     ]
 
 
+def foreign_apex() -> str | None:
+    """Return a warning about an installed package named apex that is not NVIDIA's; None if there is none."""
+    import importlib.machinery
+    import importlib.util
+
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return None
+    folders = found.submodule_search_locations or []
+    if any(importlib.machinery.PathFinder.find_spec("apex.normalization", [folder]) for folder in folders):
+        return None
+    return (
+        f"the package `apex` at {found.origin or list(folders)} is not NVIDIA's: it has no apex.normalization. The "
+        "one on the package index is an unrelated project; uninstall it"
+    )
+
+
 def queue_in_order(*, tensor: int, context: int) -> None:
     """Have a GPU begin kernels in the order in which they are queued, if the layout needs it; a user's value stays.
 

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
 from megatron_mcpo.mcore import learning_rate, megatron_fixes
 from megatron_mcpo.mcore.model import unwrap
@@ -31,7 +30,7 @@ from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import STATE
 from megatron_mcpo.storage.files import step_files
 from megatron_mcpo.weights import safe_unpickler
-from megatron_mcpo.weights.mapping import parameters
+from megatron_mcpo.weights.mapping import checkpoint_bytes
 
 FORMAT = 3
 """The version of state.json and of the sharded files' content. The manifest has none, as it is read before this."""
@@ -132,7 +131,8 @@ class Checkpoints:
     def warnings(self) -> list[str]:
         """Return a warning if the disk lacks room for the checkpoints that are kept and the one being written."""
         more = self.keep + 1 - len(step_files(self.folder))
-        size = self._approximate_bytes()
+        element_size = next(self.policy.chunks[0].parameters()).element_size()
+        size = checkpoint_bytes(self.policy.model_config, element_size=element_size)
         free = shutil.disk_usage(self.folder).free
         if free >= size * more:
             return []
@@ -221,16 +221,6 @@ class Checkpoints:
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
         policy.version = header["version"]
         return Loaded(step=header["step"], layout=header["layout"], state=header["state"], skipped=skipped)
-
-    def _approximate_bytes(self) -> int:
-        """Estimate the bytes of a checkpoint: every weight, its fp32 copy and two moments, without the head."""
-        rows = [
-            parameter.mapping
-            for parameter in parameters(self.policy.model_config, Layout())
-            if not parameter.mapping.tied
-        ]
-        count = sum(torch.Size(shape).numel() for row in rows for shape in row.shapes)
-        return count * (next(self.policy.chunks[0].parameters()).element_size() + 12)
 
     def _header(self, step: int) -> dict[str, Any]:
         """Return the content of state.json besides the loop's state."""

@@ -6,8 +6,6 @@ the same product. Only the compiled extension counts: the package `apex` of the 
 """
 
 import importlib
-import importlib.machinery
-import importlib.util
 import warnings
 from functools import cache
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from megatron_mcpo.config.environment import foreign_apex
 from megatron_mcpo.distributed.device import device
 
 EXTENSION = "fused_weight_gradient_mlp_cuda"
@@ -51,20 +50,6 @@ def extension_there() -> bool:
     except ImportError:
         return False
     return True
-
-
-def foreign_apex() -> str | None:
-    """Return a warning about an installed package named apex that is not NVIDIA's; None if there is none."""
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return None
-    folders = found.submodule_search_locations or []
-    if any(importlib.machinery.PathFinder.find_spec("apex.normalization", [folder]) for folder in folders):
-        return None
-    return (
-        f"the package `apex` at {found.origin or list(folders)} is not NVIDIA's: it has no apex.normalization. The "
-        "one on the package index is an unrelated project; uninstall it"
-    )
 
 
 def put_in() -> None:

@@ -7,6 +7,7 @@ and from 0 within a pipeline chunk in Megatron's.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from pathlib import Path
 
 from megatron_mcpo.config.hf_files import is_computed, is_sharded, read_headers, same_values
@@ -179,6 +180,11 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if not parameter.mapping.tied
         for name, shape in zip(parameter.hugging_face, parameter.mapping.shapes, strict=True)
     }
+
+
+def checkpoint_bytes(model: ModelConfig, *, element_size: int) -> int:
+    """Estimate the bytes of a checkpoint: every weight, its fp32 copy and two moments, without the head."""
+    return sum(map(prod, hf_shapes(model).values())) * (element_size + 12)
 
 
 def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:

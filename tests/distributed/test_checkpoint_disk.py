@@ -12,6 +12,7 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.storage.checkpoint_files import staging_of
+from megatron_mcpo.weights.mapping import checkpoint_bytes
 from tests.support import tiny_models
 from tests.support.checkpoints import build, checkpoints_of, close_gate, in_background, learn, names, settings, until
 from tests.support.disks import disk
@@ -51,7 +52,7 @@ def size(config: Config, tmp_path_factory: pytest.TempPathFactory) -> int:
         assert checkpoints._under_way is not None
         needed = checkpoints._under_way[1].num_bytes
         checkpoints.finish()
-        return needed, checkpoints._approximate_bytes()
+        return needed, checkpoint_bytes(checkpoints.policy.model_config, element_size=4)
 
     (needed, approximate), _ = run_ranks(2, save)
     found = sum(path.stat().st_size for path in (folder / "step_000001").iterdir())

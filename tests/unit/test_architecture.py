@@ -73,6 +73,7 @@ WITHOUT_TORCH = (
     "rollout.vllm_options",
     "rollout.server_client",
     "cli.config_keys",
+    "cli.doctor",
     "cli.preflight",
     "cli.train",
     "cli.evaluate",

@@ -33,7 +33,7 @@ def test_help_lists_every_subcommand_and_imports_nothing_heavy() -> None:
 
 
 def test_every_module_of_a_subcommand_is_there_and_no_other() -> None:
-    shared = {"main", "options", "launch", "preflight", "converting"}
+    shared = {"main", "options", "launch", "preflight", "converting", "machine", "probes"}
     modules = {path.stem for path in (ROOT / "megatron_mcpo" / "cli").glob("*.py")} - {"__init__"}
     assert {command.module for command in cli.COMMANDS.values()} == modules - shared
 
@@ -79,7 +79,7 @@ REQUIRED = {
 
 
 def test_the_subcommands_that_run_without_arguments_are_known() -> None:
-    assert cli.COMMANDS.keys() - REQUIRED.keys() == {"config keys", "sandbox check"}
+    assert cli.COMMANDS.keys() - REQUIRED.keys() == {"config keys", "doctor", "sandbox check"}
 
 
 @pytest.mark.parametrize("name", REQUIRED)
