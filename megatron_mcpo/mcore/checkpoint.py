@@ -7,6 +7,7 @@ its manifest. No checkpoint is trusted, therefore: nothing in one can run code (
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,9 +37,10 @@ FORMAT = 3
 """The version of state.json and of the sharded files' content. The manifest has none, as it is read before this."""
 
 _HEAD = "contrastive_head"
-_EXTRA_STATE = "_extra_state"
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
 """End of the keys of what Transformer Engine's modules save beside their parameters: nothing, with the FP8 recipes that
-can be chosen here (2.20.2). Plain torch modules have no such keys, and each kind loads what the other has saved."""
+can be chosen here (2.20.2). Experts that are multiplied together have one each, with a number from the second on. Plain
+torch modules have no such keys, and each kind loads what the other has saved."""
 _NEW_RUN = "or start a new run with --run.resume never"
 
 
@@ -323,7 +325,7 @@ def _sharded_models(policy: Policy) -> dict[str, dict[str, Any]]:
     """Return the weights of every chunk, described so that another layout can load them."""
     chunks = [unwrap(chunk).sharded_state_dict(metadata=_sharding(policy)) for chunk in policy.chunks]
     return {
-        f"model{number}": {key: value for key, value in chunk.items() if not key.endswith(_EXTRA_STATE)}
+        f"model{number}": {key: value for key, value in chunk.items() if not _EXTRA_STATE.search(key)}
         for number, chunk in enumerate(chunks)
     }
 
@@ -332,7 +334,7 @@ def _load_weights(policy: Policy, loaded: dict[str, Any], *, without: str | None
     """Hand out the weights that were loaded. without: what the keys of the parameters contain that stay as they are"""
     for number, chunk in enumerate(policy.chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
-        lost = [key for key in missing if not key.endswith(_EXTRA_STATE) and (without is None or without not in key)]
+        lost = [key for key in missing if not _EXTRA_STATE.search(key) and (without is None or without not in key)]
         if lost or unexpected:
             raise RuntimeError(f"parameters without values: {lost[:3]}; values without parameters: {unexpected[:3]}")
 

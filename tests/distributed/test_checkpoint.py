@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.mcore import megatron_fixes, spec
+from megatron_mcpo.mcore import checkpoint, megatron_fixes, spec
 from tests.support import tiny_models
 from tests.support.checkpoints import (
     HEAD,
@@ -151,6 +151,19 @@ def test_modules_with_and_without_extra_state_load_each_others_checkpoints(
     monkeypatch.setattr(spec, "RMSNorm", loaded_by)
     loaded = whole([result[0] for result in run_ranks(2, load_train, config, layout, tmp_path)])
     assert distance(loaded, saved)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "is_extra"),
+    [
+        ("decoder.layers.0.input_layernorm._extra_state", True),
+        ("decoder.layers.0.mlp.experts.experts.linear_fc1._extra_state127", True),
+        ("decoder.layers.0.input_layernorm.weight", False),
+    ],
+)
+def test_extra_states_of_experts_are_numbered(key: str, is_extra: bool) -> None:
+    """Transformer Engine's names; a checkpoint that has some of them and not others can't be written."""
+    assert bool(checkpoint._EXTRA_STATE.search(key)) is is_extra
 
 
 def test_a_new_run_begins_with_the_weights_of_a_checkpoint(models: dict[str, Path], tmp_path: Path) -> None:
