@@ -3,6 +3,8 @@
 #                     PYTEST_OPTIONS="--durations 20" for pytest
 # make test-system    the other tests: vLLM, whole programs, Slurm, the sandbox under attack, a browser
 # make test-all       both
+# make check-te       models of Transformer Engine's modules and their checkpoints, where it can be imported: in .venv-gpu, or
+#                     with TE_PYTHON=PROGRAM and TE_SITE=FOLDER, as tools/gpu_unpack.py leaves one
 # make study          what is missing of the comparison of methods (hours); ARGS="--level b --workers 1"
 # make study-table    its results
 # make docs           the documentation's site, in build/docs
@@ -17,10 +19,12 @@ ARGS ?=
 WORKERS ?= 2
 TE := yes
 TE_WHEEL :=
+TE_PYTHON := .venv-gpu/bin/python
+TE_SITE :=
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test test-system test-all study study-table docs env model env-gpu gpu-is-here train-gpu lock clean
+.PHONY: train test test-system test-all check-te study study-table docs env model env-gpu gpu-is-here train-gpu lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
@@ -49,6 +53,14 @@ test-system: model
 	$(PYTEST) --dist loadfile tests/system --deselect $(ONE_RUN)
 
 test-all: test test-system
+
+# The first line is the condition under which the tests are not skipped.
+check-te: export PYTHONPATH := $(if $(TE_SITE),$(TE_SITE):)$(CURDIR)
+check-te: export OMP_NUM_THREADS := 1
+check-te: export HF_HUB_OFFLINE := 1
+check-te:
+	$(TE_PYTHON) -c "import torch, transformer_engine.pytorch"
+	$(TE_PYTHON) -m pytest $(PYTEST_OPTIONS) tests/distributed/test_te_contract.py
 
 study: model
 	$(PYTHON) -m benchmarks.study.pretrain
