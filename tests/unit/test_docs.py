@@ -335,7 +335,9 @@ def test_tables_on_pages_are_complete() -> None:
 
     assert missing("rewards.md", get_args(VerifierKind)) == []
     assert missing("data.md", get_args(DataConfig.model_fields["mixing"].annotation)) == []
-    assert missing("gpu-validation.md", ROWS) == []
+    assert missing("gpu-validation.md", ROWS) == missing("gpu-claims.md", ROWS) == []
+    claims = [line.split("|")[1:-1] for line in text_of(DOCS / "gpu-claims.md").splitlines() if line.startswith("|")]
+    assert len(claims) > 20 and all(cell.strip() for row in claims for cell in row)
     families = {name.removesuffix("ForCausalLM").replace("Moe", "-MoE") for name in FAMILIES}
     for page in (ROOT / "README.md", DOCS / "conversion.md", DOCS / "limitations.md", DOCS / "quickstart.md"):
         assert {name for name in families if name not in text_of(page)} == set(), page.name
