@@ -19,6 +19,7 @@ from benchmarks.measure import forget_peak, memory, options, timed, write_rows
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import Experts, ModelConfig
 from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.memory import trim
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
 from megatron_mcpo.weights.mapping import parameters
@@ -159,7 +160,7 @@ class Engine:
     def __init__(self, model: ModelConfig, engine_ranks: int, rank: int):
         self.loading: list[float] = []
         shapes = engine_shapes(model, engine_ranks)
-        self.own = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        self.own = {name: torch.ones(shape, dtype=torch.bfloat16, device=device()) for name, shape in shapes.items()}
         self.places: dict[str, list[tuple[Tensor, int, int, int]]] = {}
         for parameter in parameters(model, Layout()):
             if parameter.mapping.tied:

@@ -1,4 +1,4 @@
-"""One MCPO step, a checkpoint and its loading on a pretend CUDA device, on two ranks: nothing is left on the host.
+"""One MCPO step, weight syncs and a checkpoint on a pretend CUDA device, on two ranks: nothing is left on the host.
 
 A process of its own pretends that there is a GPU (tests/support/pretend_cuda.py), so that the package and Megatron-Core
 take their roads for one; what it computes must be what a CPU computes. A tensor that was left on the host raises, which
@@ -50,6 +50,8 @@ def test_a_step_on_the_device_computes_what_a_cpu_computes(
         assert (found["fused"], expected["fused"]) == (case.dtype == "bf16", False)
         assert found["resumed_apart"] == expected["resumed_apart"] == []
         assert found["exported"] == pytest.approx(expected["exported"], rel=tolerance)
+        for mine, theirs in zip(found["synced"], expected["synced"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3)  # the engine is in bf16
         assert found["metrics"] == pytest.approx(expected["metrics"], rel=tolerance, abs=tolerance)
         assert found["metrics"]["update/grad_norm"] > 0
 

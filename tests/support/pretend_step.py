@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
+from benchmarks.push import Engine
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -29,6 +30,7 @@ from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_metrics
 from megatron_mcpo.trainer.gradient_diagnostics import domain_gradients, term_gradients
 from megatron_mcpo.trainer.objective import Objective, Scored
+from megatron_mcpo.weights.reshard_sync import FullTensorSync, choose_weight_sync
 from tests.support import tiny_models
 from tests.support.checkpoints import checkpoints_of, learn
 from tests.support.ranks import run_ranks
@@ -76,7 +78,7 @@ CASES = {
 def step(case: Case, models: Path, folder: Path) -> dict[str, Any]:
     """Run one step on this rank, save, learn more, load the checkpoint into a new policy and learn the same.
 
-    Returns the step's metrics, sums of the weights, and where parameters, optimizer state and results are.
+    Returns the step's metrics, sums of the weights as exported and as synced, and where the tensors of the policy are.
     """
     config = case.config(models)
     with _mode():
@@ -84,7 +86,8 @@ def step(case: Case, models: Path, folder: Path) -> dict[str, Any]:
         model = from_folder(Path(config.model.path))
         policy, reference = Policy(config, model, groups), Reference(config, model, groups)
         metrics = _learn(config, policy, reference)
-        found = {"metrics": metrics, "exported": _sums(policy), "places": sorted(_places(policy))}
+        found: dict[str, Any] = {"metrics": metrics, "exported": _sums(policy), "places": sorted(_places(policy))}
+        found["synced"] = [_synced(policy, only_full=only_full) for only_full in (True, False)]
         found["fused"] = policy.chunks[0].config.gradient_accumulation_fusion
         checkpoints = checkpoints_of(policy, folder, in_background=case.in_background)
         checkpoints.save(1, {"loop": 1})
@@ -159,6 +162,17 @@ def _learn(config: Config, policy: Policy, reference: Reference) -> dict[str, fl
         diagnosis=diagnosis,
     )
     return step_metrics([report], sampled, config.domain_names)
+
+
+def _synced(policy: Policy, *, only_full: bool) -> dict[str, float]:
+    """Return sums of an engine's parameters after a weight sync: of full tensors, or as a run would choose."""
+    model, groups = policy.model_config, policy.groups
+    engine = Engine(model, engine_ranks=1, rank=0)
+    sync, _ = choose_weight_sync(policy.chunks, model, groups, engine, engine_ranks=1)
+    if only_full:
+        sync = FullTensorSync(chunks=policy.chunks, model=model, groups=groups, engine=engine)
+    sync.sync(1)
+    return {name: tensor.double().abs().sum().item() for name, tensor in engine.own.items()}
 
 
 def _sums(policy: Policy) -> dict[str, float]:
