@@ -29,9 +29,11 @@ PYTHON := .venv/bin/python
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
 
-# The GPU is looked for first, because the environment takes minutes and 10 GB.
+# The GPU is looked for first, because the environment takes minutes and 10 GB. TE=no of `make env-gpu` is remembered.
+WITHOUT_TE := .venv-gpu/.without-te
 train-gpu: CONFIG := examples/quickstart/gpu.toml
-train-gpu: gpu-is-here env-gpu
+train-gpu: gpu-is-here
+	@$(MAKE) --no-print-directory env-gpu $(if $(wildcard $(WITHOUT_TE)),TE=no)
 	@.venv-gpu/bin/python tools/embedded_model.py $(MODEL)
 	.venv-gpu/bin/python -m megatron_mcpo train $(CONFIG) $(ARGS)
 
@@ -59,7 +61,8 @@ check-te: export PYTHONPATH := $(if $(TE_SITE),$(TE_SITE):)$(CURDIR)
 check-te: export OMP_NUM_THREADS := 1
 check-te: export HF_HUB_OFFLINE := 1
 check-te:
-	$(TE_PYTHON) -c "import torch, transformer_engine.pytorch"
+	@$(TE_PYTHON) -c "import torch, transformer_engine.pytorch" || { echo "check-te: $(TE_PYTHON) must be able to import \
+	Transformer Engine. Make such an environment: make env-gpu" >&2; exit 2; }
 	$(TE_PYTHON) -m pytest $(PYTEST_OPTIONS) tests/distributed/test_te_contract.py
 
 study: model
@@ -80,7 +83,10 @@ env:
 # Exit code 3: it can't be compiled here. That was said, and the program runs without it.
 env-gpu:
 	@tools/make_env.sh gpu
-ifneq ($(TE),no)
+ifeq ($(TE),no)
+	@touch $(WITHOUT_TE)
+else
+	@rm -f $(WITHOUT_TE)
 	@tools/build_te.sh $(TE_WHEEL) || [ $$? -eq 3 ]
 endif
 

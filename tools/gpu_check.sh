@@ -8,4 +8,8 @@ case " $* " in *" --rehearse "*) python=.venv/bin/python ;; *) python=.venv-gpu/
 for python in "$python" .venv/bin/python "$(command -v python3)"; do
   [ ! -x "$python" ] || break
 done
+if [ ! -x "$python" ]; then
+  echo "gpu_check: there is no Python here. Make an environment: make env-gpu" >&2
+  exit 2
+fi
 exec "$python" -m benchmarks.gpu.run "$@"

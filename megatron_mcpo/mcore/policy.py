@@ -315,9 +315,11 @@ class Policy(_Model):
         return [buffer for chunk in self.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
     def _gradients_finite(self) -> bool:
-        finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in self.gradient_buffers]).all().float()
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.world)
-        return bool(finite.item())
+        """Return whether all gradients are finite, and their norm in fp32, too. Collective over all ranks."""
+        norms = torch.stack([torch.linalg.vector_norm(buffer.grad_data) for buffer in self.gradient_buffers])
+        square = norms.double().square().sum()
+        dist.all_reduce(square, group=self.groups.world)
+        return square.item() < torch.finfo(torch.float32).max
 
     def _sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, float]:
         """Sum over data x context ranks of the last stage, then send the sums to the other stages."""

@@ -3,11 +3,14 @@
 The group is separate from the default process groups of both programs. It uses gloo on a CPU, NCCL on GPUs.
 """
 
+import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from threading import Lock, Thread
 from typing import Any, Self
 
 import torch
@@ -16,8 +19,10 @@ from torch import Tensor
 
 TIMEOUT = timedelta(seconds=60)
 """The longest wait for the other side, to connect and for one tensor."""
-_NEVER = timedelta(days=1)
-"""NCCL's own limit. What exceeds it ends the process; this module waits itself, and then gives up the group alone."""
+_UNWATCHED = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+"""Settings of torch (2.11, 2.13) with which no thread watches a group of NCCL, and `wait` raises what went wrong. By
+default a watching thread ends the whole process when the other side dies or is late: a trainer, or vLLM's worker."""
+_environment = Lock()
 _POLL_SECONDS = 2e-4
 _ALIGNMENT = 16
 """Bytes; a multiple of the size of every number."""
@@ -69,6 +74,7 @@ class Sender:
         """Form the group; the workers call `Receiver` at the same time."""
         self._group = _group(self._store, self.meeting.host, rank=0, size=1 + num_workers, device=device)
         self._device = device
+        _connect(self._group, device)
 
     def send(self, tensors: Sequence[Tensor], stop_when: Callable[[], bool]) -> None:
         """Broadcast the tensors of a bucket; return early once `stop_when` says that the receivers have failed.
@@ -100,6 +106,7 @@ class Receiver:
         self._store = dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=TIMEOUT)
         own = _own_address(meeting.host, meeting.port)
         self._group = _group(self._store, own, rank=1 + worker, size=1 + num_workers, device=device)
+        _connect(self._group, device)
 
     def close(self) -> None:
         """Leave the group of a trainer that may be gone."""
@@ -152,6 +159,28 @@ def _broadcast(group: Any, tensor: Tensor, stop_when: Callable[[], bool]) -> Non
     work.wait()
 
 
+def _connect(group: Any, device: torch.device) -> None:
+    """Broadcast one byte: NCCL connects to the other side with its first message only, and waits without a limit.
+
+    Raises RuntimeError if the other side does not come within TIMEOUT.
+    """
+    byte, errors = torch.zeros(1, dtype=torch.uint8, device=device), []
+
+    def first() -> None:
+        try:
+            _broadcast(group, byte, stop_when=lambda: False)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = Thread(target=first, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT.total_seconds())
+    if thread.is_alive():
+        raise RuntimeError(f"the other side has not connected within {TIMEOUT.total_seconds():g} s")
+    if errors:
+        raise errors[0]
+
+
 def _abort(group: Any) -> None:
     """Give up a group of NCCL, whose kernels would wait for ever; gloo's threads end by themselves."""
     if group is not None and group.name() == "nccl":
@@ -162,8 +191,9 @@ def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.
     named = dist.PrefixStore("weights", store)
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = _NEVER
-        return dist.ProcessGroupNCCL(named, rank, size, nccl)
+        nccl._timeout = TIMEOUT
+        with _unwatched():
+            return dist.ProcessGroupNCCL(named, rank, size, nccl)
     # By default gloo takes the address of the host's name, which other hosts may not reach.
     backend: Any = dist.ProcessGroupGloo
     gloo = backend._Options()
@@ -171,6 +201,20 @@ def _group(store: dist.Store, host: str, *, rank: int, size: int, device: torch.
     gloo._timeout = TIMEOUT
     gloo._threads = 2
     return backend(named, rank, size, gloo)
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Let the groups of NCCL that are made in a block have no watching thread; torch reads this when it makes one."""
+    with _environment:  # servers are met in threads
+        kept = {name: os.environ.get(name) for name in _UNWATCHED}
+        os.environ.update(_UNWATCHED)
+        try:
+            yield
+        finally:
+            for name in _UNWATCHED:
+                del os.environ[name]
+            os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def _store_at(host: str) -> dist.TCPStore:

@@ -89,9 +89,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder: Path) -> None:
     def check(config: Config) -> None:
         policy, batch = start(config)
         before = {name: tensor.clone() for name, tensor in policy.weights()}
-        update = policy.update(batch, maximise(float("nan")))
-        assert not update.applied and policy.version == 0
-        assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
+        for factor in (float("nan"), 1e30):  # of which every gradient is finite and the norm is not
+            update = policy.update(batch, maximise(factor))
+            assert not update.applied and policy.version == 0
+            assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())
         update = policy.update(batch, maximise(1.0))
         assert update.applied and policy.version == 1
         assert not all(torch.equal(tensor, before[name]) for name, tensor in policy.weights())

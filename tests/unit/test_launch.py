@@ -155,6 +155,33 @@ def test_without_options_the_fewest_ranks_are_checked(
     assert "The number of ranks is not known" in printed.err and "layout   2 rank(s)" in printed.err
 
 
+@pytest.mark.parametrize("chosen", [None, "mine/python"])
+def test_a_job_runs_in_the_environment_that_submits_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chosen: str | None
+) -> None:
+    """Jobs with GPUs must not run in the CPU environment, which would leave them unused."""
+    (tmp_path / "sbatch").write_text('#!/bin/sh\necho "$PYTHON"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    given = {"PYTHON": chosen} if chosen else {}
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    command = [sys.executable, "-m", "megatron_mcpo", "submit", "--nodes=1", "--", str(write_config(model, tmp_path))]
+    environment = {**usual, **given, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert job.stdout.split() == [chosen or sys.executable], job.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("PYTHON", raising=False)
+    assert submit.main(["--nodes=1", "--gpus-per-node=8", "--", "a.toml"]) == 2
+    assert "Submit with .venv-gpu/bin/mcpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variables", "said"), [({"RANKS": "0"}, "RANKS = '0'"), ({"NODES": "4"}, "HEAD must be")])
+def test_the_launch_script_says_what_is_wrong_with_its_variables(variables: dict[str, str], said: str) -> None:
+    script = ["bash", "examples/launch/torchrun.sh", "a.toml"]
+    usual = {"PATH": os.environ["PATH"]}
+    answer = subprocess.run(script, cwd=ROOT, env={**usual, **variables}, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 2 and said in answer.stderr
+
+
 @pytest.mark.parametrize("requeued", [True, False], ids=["requeued", "not requeued"])
 def test_a_requeue_that_fails_is_said_and_leaves_the_mark(model: Path, tmp_path: Path, requeued: bool) -> None:
     config = write_config(model, tmp_path)

@@ -374,7 +374,8 @@ def test_a_layout_that_needs_ordered_kernels_says_so_to_cuda_before_torch_is_the
 
 def test_make_train_gpu_looks_for_a_gpu_before_it_downloads_anything():
     """Elsewhere it ends with what to do, after no time."""
-    planned = subprocess.run(["make", "-n", "train-gpu"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = ["make", "-n", "--no-print-directory", "train-gpu"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     looks, *rest = [line for line in planned.stdout.replace("\\\n", " ").splitlines() if line.strip()]
     assert looks.startswith("ls -d /dev/nvidia") and any("make_env.sh gpu" in line for line in rest)
     if not Path("/dev/nvidia0").exists() and not Path("/usr/lib/wsl/lib").exists():

@@ -3,6 +3,7 @@
 Not covered: whole checkpoints (tests/distributed/test_checkpoint_refusals.py), NCCL's own sockets.
 """
 
+import os
 import pickle
 import socket
 import threading
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.convert.staging import StagingFolder
-from megatron_mcpo.rollout.weight_link import Receiver, Sender
+from megatron_mcpo.rollout.weight_link import _UNWATCHED, Receiver, Sender, _unwatched
 from megatron_mcpo.weights.safe_unpickler import read_metadata
 
 M = b"torch.distributed.checkpoint.metadata"
@@ -70,6 +71,17 @@ def test_the_weight_link_listens_on_one_address() -> None:
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", sender.meeting.port), 5)
     del receiver, sender
+
+
+def test_torch_settings_for_a_link_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other group of the process is watched as the user or torch wants it."""
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError, match="no group"), _unwatched():
+        assert [os.environ[name] for name in _UNWATCHED] == ["1", "0"]
+        raise RuntimeError("no group")
+    assert dict(os.environ) == before
 
 
 def _listening() -> list[tuple[str, int]]:
