@@ -14,18 +14,17 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from packaging.version import Version
 
 from benchmarks.gpu.outcome import Row
+from benchmarks.gpu.process import run_limited
 from benchmarks.gpu.rows import ROWS
 from benchmarks.measure import ROOT
 from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
@@ -51,26 +50,23 @@ def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) ->
     if seconds_left < 1:
         return {"state": "skipped", "why": "the previous rows took all the time; run it with --rows or --resume"}
     limit = min(row.seconds, int(seconds_left))
-    start = time.monotonic()
-    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        output, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        log = _log(process.communicate()[1])
-        if limit < row.seconds:  # it has not had its time: --resume runs it again
-            return {"state": "skipped", "why": f"takes more than the {limit} s that were left"} | log
-        return {"state": "failed", "why": f"took more than {limit} s"} | log
-    taken = {"row_seconds": round(time.monotonic() - start, 1)}
-    outcome = _outcome(output)
-    if process.returncode or outcome is None:
-        last = (errors.strip().splitlines() or ["no outcome"])[-1]
-        why = f"exit code {process.returncode}: {last[:300]}"
-        return {"state": "failed", "why": why, **taken} | _log(errors)
-    failures, skipped = outcome.pop("failures"), outcome.pop("skipped")
-    if skipped:
-        return {"state": "skipped", "why": skipped, **taken}
-    return {"state": "failed" if failures else "passed", "why": "; ".join(failures), **taken, **outcome}
+    finished = run_limited(command, limit)
+    outcome = _outcome(finished.output)
+    found = dict(outcome or {})
+    failures, skipped = found.pop("failures", []), found.pop("skipped", "")
+    found = {"row_seconds": round(finished.seconds, 1), **found}
+    log = {"log": finished.errors[-_KEPT_LOG:]}
+    if finished.exit_code is None and limit < row.seconds:  # it has not had its time: --resume runs it again
+        return {"state": "skipped", "why": f"takes more than the {limit} s that were left", **found, **log}
+    if finished.exit_code is None:
+        end = f"took more than {limit} s" + (", though it has printed what it found" if outcome else "")
+        return {"state": "failed", "why": "; ".join([*failures, end]), **found, **log}
+    if finished.exit_code or outcome is None:
+        last = (finished.errors.strip().splitlines() or ["no outcome"])[-1]
+        end = f"exit code {finished.exit_code}: {last[:300]}"
+        return {"state": "failed", "why": "; ".join([*failures, end]), **found, **log}
+    state = "skipped" if skipped else "failed" if failures else "passed"
+    return {"state": state, "why": skipped or "; ".join(failures), **found}
 
 
 def _older(package: str, oldest: str) -> str:
@@ -80,17 +76,6 @@ def _older(package: str, oldest: str) -> str:
             found = importlib.metadata.version(name)
             return f"needs {package} {oldest}, this is {found}" if Version(found) < Version(oldest) else ""
     return f"{package} not installed"
-
-
-def _kill(process: psutil.Process) -> None:
-    """Kill a process with the ranks and servers that it started, which would hold the GPU's memory and our pipes."""
-    for each in [*process.children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-
-
-def _log(errors: str) -> dict[str, str]:
-    return {"log": errors[-_KEPT_LOG:]}
 
 
 def _outcome(output: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ Not covered: any figure of a GPU, Transformer Engine, and the rows that start wh
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,33 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     text = table({"first": failed, "second": crashed, "third": lacking, "fourth": cannot, "fifth": fifth})
     assert "fifth                passed   MFU 0.41 (target >= 0.45: missed)" in text
     assert "first                failed   error = 2" in text and text.endswith("1 passed, 2 failed, 2 skipped")
+
+
+_DETACHES = """
+import os, subprocess, sys, time
+print({outcome!r}, flush=True)
+child = subprocess.Popen(["setsid", "sh", "-c", "sleep 61.5 & wait"])
+while os.getsid(child.pid) == os.getsid(0):
+    time.sleep(0.01)
+time.sleep({seconds})
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state", "why"),
+    [(0, "passed", ""), (60, "failed", "took more than 2 s, though it has printed what it found")],
+)
+def test_what_a_row_leaves_behind_neither_delays_nor_fails_it(seconds: int, state: str, why: str) -> None:
+    """A process in a session of its own keeps standard output open, and has no parent once the row has ended."""
+    others = set(psutil.Process().children(recursive=True))
+    printed = Outcome(figures={"seconds": 0.5}).to_json()
+    start = time.monotonic()
+    row = Row(name="row", run=Outcome, seconds=2)
+    result = check(row, answering(_DETACHES.format(outcome=printed, seconds=seconds)))
+    assert time.monotonic() - start < 5
+    assert (result["state"], result["why"], result["figures"]) == (state, why, {"seconds": 0.5})
+    assert set(psutil.Process().children(recursive=True)) <= others
+    assert not [each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [])[1:] == ["61.5"]]
 
 
 def test_rows_of_fp8_say_why_they_are_skipped() -> None:
