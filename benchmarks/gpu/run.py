@@ -1,10 +1,11 @@
 """Check on one GPU what a CPU can't show: numbers against bands, speed and memory, weight syncs to vLLM, training.
 
 `tools/gpu_check.sh [--rows NAME ...] [--list] [--seconds N] [--resume FILE] [--out FOLDER] [--rehearse]` (one GPU)
-Every row is a process of its own. After each one the figures are written to FOLDER/gpu-DEVICE.json, and the measured
-rates to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes; a table is printed at the end. Exit code 1: a figure
-lies outside its band, or a row crashed; a target that is missed is only said. A row whose modules are missing or too
-old, or for which no time is left, is skipped with the reason. --rehearse runs the rows on a CPU with small models: it
+Every row is a process of its own. After each one the figures are merged into FOLDER/gpu-DEVICE.json, and the measured
+rates written to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes; a table is printed at the end. Exit code 1: a
+figure lies outside its band, or a row crashed; a target that is missed is only said. 2: the arguments are wrong, or
+there is no GPU. 3: no row was run. A row whose modules are missing or too old, or for which no time is left, is skipped
+with the reason. --rehearse runs the rows on a CPU with small models: it
 shows that they run, and nothing about a GPU.
 """
 
@@ -13,7 +14,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -25,19 +25,15 @@ from packaging.version import Version
 
 from benchmarks.gpu.outcome import Row
 from benchmarks.gpu.process import run_limited
+from benchmarks.gpu.results import REHEARSAL, done, make_writable, merged, read, results_path, write
 from benchmarks.gpu.rows import ROWS
 from benchmarks.measure import ROOT
 from megatron_mcpo.distributed.device import uses_gpu, why_no_gpu
-from megatron_mcpo.storage.files import write_atomically
 
 SECONDS = 60 * 60
 """The time limit of all rows together, unless --seconds says otherwise."""
-_DONE = ("passed", "failed")
-"""States of a row that --resume does not run again."""
 _KEPT_LOG = 4000
 """How many characters of a failed row's standard error are kept in the file."""
-_REHEARSAL = "rehearsal on a CPU"
-"""The name of the device in the files of a rehearsal."""
 
 
 def check(row: Row, command: Sequence[str], *, seconds_left: float = SECONDS) -> dict[str, Any]:
@@ -93,35 +89,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         found = {**result.get("figures", {}), **{band: value[0] for band, value in result.get("bands", {}).items()}}
         said = [result["why"]] if result["why"] else []
-        said += [f"{key} {value[0]:.4g} ({value[1]})" for key, value in result.get("targets", {}).items()]
-        said += [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()]
+        said += [f"{key} {_number(value[0])} ({value[1]})" for key, value in result.get("targets", {}).items()]
+        said += [f"{key} {_number(value)}" for key, value in found.items()]
         lines.append(f"{name:20} {result['state']:8} {', '.join(said)}")
     counts = {state: sum(each["state"] == state for each in results.values()) for state in ("passed", "failed")}
     skipped = len(results) - sum(counts.values())
     return "\n".join([*lines, f"{counts['passed']} passed, {counts['failed']} failed, {skipped} skipped"])
 
 
-def read(file: Path, device: str) -> dict[str, dict[str, Any]]:
-    """Return the rows that a file of this device has done. Raises ValueError for a file of something else."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("device") != device:
-        raise ValueError(f"--resume = {str(file)!r}: must be what a check of this {device} wrote. Name another file.")
-    return {name: row for name, row in content["rows"].items() if name in ROWS and row["state"] in _DONE}
-
-
-def write(results: dict[str, dict[str, Any]], device: str, folder: Path) -> list[Path]:
-    """Write the figures, and the rates if they were measured on a GPU; return the paths."""
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / f"gpu-{name}.json": {"device": device, "rows": results}}
-    rates = results.get("ceilings", {}).get("rates")
-    if rates and device != _REHEARSAL:
-        source = f"measured by tools/gpu_check.sh on one {device}"
-        base = next((kind for kind in ("h200", "a100", "b200") if kind in name), "h100")
-        files[folder / f"rates-{name}.json"] = {"base": base, "sources": [source], **rates}
-    for path, content in files.items():
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-    return list(files)
+def _number(value: float | str) -> str:
+    """Return a figure with four digits. NaN and infinities are text in an outcome."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def list_rows(rows: Sequence[Row]) -> str:
@@ -133,7 +111,7 @@ def list_rows(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.list:
-        print(list_rows([ROWS[name] for name in options.rows]))
+        print(list_rows([ROWS[name] for name in options.rows or ROWS]))
         return 0
     if options.here:
         print(ROWS[options.rows[0]].run().to_json())
@@ -142,27 +120,45 @@ def main(arguments: Sequence[str]) -> int:
         why = "--rehearse: must be left out on a GPU" if options.rehearse else why_no_gpu()
         print(f"gpu_check: {why}", file=sys.stderr)
         return 2
-    device = _REHEARSAL if options.rehearse else torch.cuda.get_device_name()
+    device = REHEARSAL if options.rehearse else torch.cuda.get_device_name()
     try:
-        results = read(options.resume, device) if options.resume else {}
+        make_writable(options.out)
+        earlier = read(path, device) if (path := results_path(options.out, device)).exists() else {}
+        resumed = done(read(options.resume, device)) if options.resume else {}
     except (OSError, ValueError) as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
+    # A row that was named runs again, also if the file has it.
+    known = {**earlier, **resumed}
+    results = {} if options.rows else dict(resumed)
     deadline = time.monotonic() + options.seconds
-    written: list[Path] = []
-    for name in [name for name in options.rows if name not in results]:
+    for name in [name for name in options.rows or ROWS if name not in results]:
         command = [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", name]
         results[name] = check(ROWS[name], command, seconds_left=deadline - time.monotonic())
         print(f"{name}: {results[name]['state']} {results[name]['why']}", flush=True)
-        written = write(results, device, options.out)  # whoever lends the machine may end this at any moment
+        # Whoever lends the machine may end this at any moment.
+        known = merged(known, {name: results[name]})
+        write(known, device, options.out)
     print(table(results))
-    print("written: " + ", ".join(map(str, written)))
-    return int(any(result["state"] == "failed" for result in results.values()))
+    if others := known.keys() - results.keys():
+        print(f"the file also has {len(others)} rows of earlier checks: {', '.join(sorted(others))}")
+    print("written: " + ", ".join(map(str, write(known, device, options.out))))
+    return _exit_code(results)
+
+
+def _exit_code(results: dict[str, dict[str, Any]]) -> int:
+    """Return 1 if a row failed, 3 if none was run, else 0."""
+    if any(result["state"] == "failed" for result in results.values()):
+        return 1
+    if any(result["state"] == "passed" for result in results.values()):
+        return 0
+    print("gpu_check: no row was run: all were skipped", file=sys.stderr)
+    return 3
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all of them")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all of them; those named run again")
     parser.add_argument("--list", action="store_true", help="print the rows and their limits in seconds")
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"limit of all rows together (default {SECONDS})")
     parser.add_argument("--resume", type=Path, help="gpu-DEVICE.json of an earlier check, whose rows are kept")

@@ -20,7 +20,8 @@ from benchmarks.gpu import checkpoints, engine, layouts, models, numbers, progra
 from benchmarks.gpu.hash_verifier import score
 from benchmarks.gpu.models import SMALL
 from benchmarks.gpu.outcome import Band, Outcome, Row, Target
-from benchmarks.gpu.run import check, table, write
+from benchmarks.gpu.results import write
+from benchmarks.gpu.run import check, table
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed.device import why_no_gpu
@@ -204,6 +205,8 @@ def test_a_row_that_crashes_hangs_or_lacks_a_module_is_said_to() -> None:
     missed = Outcome(targets=(Target(name="MFU", value=0.41, goal=0.45, at_least=True),))
     fifth = check(row, answering(f"print({missed.to_json()!r})"))
     assert fifth["state"] == "passed"
+    unknown = Outcome(targets=(Target(name="MFU", value=math.nan, goal=0.45, at_least=True),))
+    assert "MFU nan (target >= 0.45: missed)" in table({"row": check(row, answering(f"print({unknown.to_json()!r})"))})
     text = table({"first": failed, "second": crashed, "third": lacking, "fourth": cannot, "fifth": fifth})
     assert "fifth                passed   MFU 0.41 (target >= 0.45: missed)" in text
     assert "first                failed   error = 2" in text and text.endswith("1 passed, 2 failed, 2 skipped")
@@ -272,11 +275,91 @@ def test_rows_are_written_one_by_one_and_are_not_run_again(
     kept = json.loads(file.read_text())["rows"]
     assert {name: row["state"] for name, row in kept.items()} == states and kept["environment"]["why"] == "70"
     ran.clear()
-    assert run.main(["--out", str(tmp_path), "--resume", str(file), "--rows", *states]) == 1
+    monkeypatch.setattr(run, "ROWS", {name: run.ROWS[name] for name in states})
+    assert run.main(["--out", str(tmp_path), "--resume", str(file)]) == 1
     assert ran == ["logprobs"] and "1 passed, 1 failed, 1 skipped" in capsys.readouterr().out
     monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "H100")
-    assert run.main(["--resume", str(file)]) == 2
+    assert run.main(["--resume", str(file), "--out", str(tmp_path)]) == 2
     assert "must be what a check of this H100 wrote" in capsys.readouterr().err
+
+
+def fake_rows(monkeypatch: pytest.MonkeyPatch, states: dict[str, str]) -> list[str]:
+    """Let the rows of a check on an "H200" end in these states at once; return the list of those that were run."""
+    ran: list[str] = []
+
+    def fake(row: Row, command: list[str], *, seconds_left: float) -> dict[str, str]:
+        ran.append(row.name)
+        return {"state": states[row.name], "why": ""}
+
+    monkeypatch.setattr(run, "uses_gpu", lambda: True)
+    monkeypatch.setattr(run, "check", fake)
+    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "H200")
+    return ran
+
+
+def states_in(file: Path) -> dict[str, str]:
+    return {name: row["state"] for name, row in json.loads(file.read_text())["rows"].items()}
+
+
+def test_results_of_earlier_checks_are_kept_and_named_rows_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = {"environment": "passed", "ceilings": "failed", "logprobs": "passed"}
+    ran, out, file = fake_rows(monkeypatch, states), ["--out", str(tmp_path)], tmp_path / "gpu-h200.json"
+    assert run.main([*out, "--rows", "logprobs", "ceilings", "environment"]) == 1
+    assert run.main([*out, "--rows", "environment"]) == 0
+    assert list(states_in(file).items()) == list(states.items())
+    said = capsys.readouterr().out
+    assert "1 passed, 0 failed" in said and "also has 2 rows of earlier checks: ceilings, logprobs" in said
+    ran.clear()
+    states |= {"ceilings": "passed", "logprobs": "skipped"}
+    assert run.main([*out, "--rows", "ceilings", "logprobs", "--resume", str(file)]) == 0
+    assert ran == ["ceilings", "logprobs"]
+    assert states_in(file) == {"environment": "passed", "ceilings": "passed", "logprobs": "passed"}
+
+
+def test_a_check_that_ran_nothing_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_rows(monkeypatch, {"fp8": "skipped", "fp8_products": "skipped"})
+    assert run.main(["--out", str(tmp_path), "--rows", "fp8", "fp8_products"]) == 3
+    assert "no row was run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("[", "Expecting value"),
+        ("\xff", "can't decode"),
+        ("[]", "another device"),
+        ('{"device": "H200"}', "no table of rows"),
+        ('{"device": "H200", "rows": []}', "no table of rows"),
+        ('{"device": "H200", "rows": {"fp8": {"why": ""}}}', "incomplete: fp8"),
+        ('{"device": "H200", "rows": {"fp8": {"state": "failed"}}}', "incomplete: fp8"),
+        ('{"device": "H200", "rows": {"fp8": {"state": "failed", "why": "", "bands": {"x": 1}}}}', "incomplete: fp8"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused_before_a_row_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str, why: str
+) -> None:
+    ran = fake_rows(monkeypatch, {})
+    file = tmp_path / "gpu-h200.json"
+    file.write_text(content, encoding="latin-1")
+    for arguments in (["--out", str(tmp_path)], ["--resume", str(file), "--out", str(tmp_path / "new")]):
+        assert run.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert str(file) in said and why in said and ran == []
+    assert file.read_text(encoding="latin-1") == content
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_a_row_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = fake_rows(monkeypatch, {})
+    (tmp_path / "file").touch()
+    for folder in (str(tmp_path / "file"), str(tmp_path / "file" / "x"), "/proc/x"):
+        assert run.main(["--out", folder]) == 2
+        assert folder in capsys.readouterr().err and ran == []
 
 
 def test_without_a_gpu_it_says_so_and_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
