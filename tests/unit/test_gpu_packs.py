@@ -5,7 +5,9 @@ Not covered: making the archives (tools/gpu_packs.sh, which downloads), and whet
 
 import hashlib
 import importlib.util
+import shutil
 import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -97,6 +99,51 @@ def test_a_load_that_is_not_whole_or_comes_too_early_is_refused(loads, capsys):
     assert gpu_unpack.main([str(site), str(loads / "1"), str(loads / "2")]) == 2
     assert "te.tar.xz: is missing" in capsys.readouterr().err
     assert not site.exists()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "why"),
+    [(b"", "it is empty"), (b"te.tar.xz 5\n", "not a list of files"), (b"a b c\n", "not a list"), (b"\xff", "decode")],
+)
+def test_a_manifest_that_lists_nothing_is_refused(loads, capsys, manifest, why):
+    (loads / "1" / "MANIFEST").write_bytes(manifest)
+    assert gpu_unpack.main([str(loads / "site"), str(loads / "1")]) == 2
+    assert why in capsys.readouterr().err and not (loads / "site").exists()
+
+
+def test_what_is_not_a_load_a_site_or_in_the_manifest_is_refused(loads, capsys):
+    site = loads / "site"
+    shutil.copy(loads / "2/vllm.tar.xz", loads / "1/more.tar.xz")
+    assert gpu_unpack.main([str(site), str(loads / "1")]) == 2
+    assert "1/more.tar.xz: is not in the MANIFEST" in capsys.readouterr().err
+    (loads / "2").rename(loads / "x")
+    assert gpu_unpack.main([str(site), str(loads / "x")]) == 2
+    assert "x: must be a folder named 1, 2, 3, 4" in capsys.readouterr().err
+    assert not site.exists()
+    site.touch()
+    assert gpu_unpack.main([str(site), str(loads / "3")]) == 2
+    assert "site: must be a folder" in capsys.readouterr().err
+
+
+def test_another_python_is_refused(loads, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_unpack, "_PYTHON", (3, 99))
+    assert gpu_unpack.main([str(loads / "site"), str(loads / "1")]) == 2
+    assert "python3: must be 3.99" in capsys.readouterr().err and not (loads / "site").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "why"), [("import sys; sys.version_info = (3, 11)", "must be Python 3.12"), ("", "no package nvidia")]
+)
+def test_the_environment_is_not_set_for_a_python_that_lacks_something(loads, before, why):
+    """The shell's python3 is ours without any package, after a line that changes what it says of itself."""
+    site = loads / "site"
+    assert gpu_unpack.main([str(site), str(loads / "1")]) == 0
+    python = f'python3() {{ {sys.executable} -I -S -c "{before}\n$2"; }}'
+    shown = subprocess.run(
+        ["sh", "-c", f"{python}; . {site}/environment.sh; echo $? $PYTHONPATH $LD_LIBRARY_PATH"],
+        env={}, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert shown.stdout == "2\n" and why in shown.stderr and "Traceback" not in shown.stderr
 
 
 def test_what_the_script_packs_is_what_the_unpacker_takes():
