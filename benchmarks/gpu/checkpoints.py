@@ -97,7 +97,10 @@ def te_checkpoint() -> Outcome:
                 for what, value in each["different"].items()
             ),
         ),
-        figures={"updates": sum(each["updates"] for each in found)},
+        figures={
+            "layers": " to ".join(each["layers"] for each in found),
+            "updates": sum(each["updates"] for each in found),
+        },
     )
 
 

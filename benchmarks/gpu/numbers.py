@@ -53,7 +53,6 @@ def logprobs() -> Outcome:
             Band(name="largest error", value=error_R.max().item(), low=1e-5, high=0.2),
             Band(name="packed or one by one, largest difference", value=apart_R.max().item(), low=0.0, high=0.1),
         ),
-        figures={"layers": "Transformer Engine" if uses_transformer_engine() else "torch"},
     )
 
 

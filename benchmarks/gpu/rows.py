@@ -5,12 +5,14 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from benchmarks.gpu.outcome import Outcome, Row
+from benchmarks.gpu.outcome import Band, Outcome, Row
 from megatron_mcpo.distributed.device import uses_gpu
+from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 
 ENGINE = ("vllm",)
 FP8 = ("transformer_engine",)
@@ -18,6 +20,8 @@ TRAIN = ("vllm", "rich", "matplotlib", "sklearn", "filelock", "psutil", "pydanti
 """What `mcpo train` imports besides what every row needs, where the configuration names a file and a function."""
 PROGRAM = (*TRAIN, "tensorboard", "reasoning_gym", "math_verify", "pydantic_monty", "pyarrow")
 """What the quick start imports."""
+_NO_LAYERS = ("ceilings", "logprob", "contrastive_terms", "fp8_products")
+"""Rows that build no model."""
 
 
 def environment() -> Outcome:
@@ -33,20 +37,33 @@ def environment() -> Outcome:
             "cudnn": str(torch.backends.cudnn.version()),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         }
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    problem = transformer_engine_problem()
     for package in ("transformer-engine", "transformer-engine-torch", "megatron-core", "vllm", "transformers"):
         try:
             figures[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             figures[package] = "not installed"
+    if installed and problem:
+        figures["transformer-engine"] = f"{figures['transformer-engine']}, {problem}"
     for extension in ("amp_C", "fused_weight_gradient_mlp_cuda"):
         figures[f"apex's {extension}"] = "there" if importlib.util.find_spec(extension) else "not there"
-    return Outcome(figures=figures)
+    broken = Band(name="Transformer Engine is installed and can't be imported", value=bool(problem), low=0, high=0)
+    return Outcome(bands=(broken,) if installed else (), figures=figures)
 
 
 def _of(module: str, name: str) -> Outcome:
-    """Run a check. Its module is imported late, because it imports Megatron-Core, which takes seconds."""
+    """Run a check and state its layers: without Transformer Engine a GPU's rows would pass on torch's.
+
+    Its module is imported late, because it imports Megatron-Core, which takes seconds.
+    """
     check: Callable[[], Outcome] = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
-    return check()
+    outcome = check()
+    if outcome.skipped or name in _NO_LAYERS:
+        return outcome
+    spec = importlib.import_module("megatron_mcpo.mcore.spec")
+    layers = "Transformer Engine" if spec.uses_transformer_engine() else "torch"
+    return replace(outcome, figures={"layers": layers, **outcome.figures})
 
 
 def _row(module: str, name: str, seconds: int, *needs: str, oldest: tuple[tuple[str, str], ...] = ()) -> Row:

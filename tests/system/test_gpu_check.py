@@ -6,6 +6,7 @@ Not covered: any figure of a GPU, Transformer Engine, and the rows that start wh
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,11 +17,12 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.gpu import checkpoints, engine, layouts, models, numbers, program, run, speed
+from benchmarks.gpu import checkpoints, models, numbers, program, run, speed
 from benchmarks.gpu.hash_verifier import score
 from benchmarks.gpu.models import SMALL
 from benchmarks.gpu.outcome import Band, Outcome, Row, Target
 from benchmarks.gpu.results import write
+from benchmarks.gpu.rows import ROWS
 from benchmarks.gpu.run import check, table
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.model import ModelConfig
@@ -61,34 +63,25 @@ def test_a_target_that_is_missed_is_said_and_fails_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        numbers.logprobs,
-        layouts.gradients,
-        numbers.recompute,
-        numbers.offload,
-        numbers.grouped_experts,
-        speed.logprob,
-        speed.export,
-        checkpoints.checkpoint,
-        engine.engine,
-    ],
+    "name",
+    ["logprobs", "gradients", "recompute", "offload", "grouped_experts", "logprob", "export", "checkpoint", "engine"],
 )
-def test_rows_stay_in_their_bands_in_bf16(row: Callable[[], Outcome]) -> None:
-    (outcome,) = run_ranks(1, row, timeout=540)
+def test_rows_stay_in_their_bands_in_bf16_and_state_their_layers(name: str) -> None:
+    (outcome,) = run_ranks(1, ROWS[name].run, timeout=540)
     assert outcome.bands and outcome.failures == []
+    assert outcome.figures.get("layers") == (None if name == "logprob" else "torch")
 
 
 @pytest.mark.parametrize("row", [numbers.short_rollouts, speed.ceilings, speed.contrastive_terms, speed.step_1_7b])
 def test_rows_that_only_measure_run_on_a_cpu(row: Callable[[], Outcome]) -> None:
     (outcome,) = run_ranks(1, row, timeout=540)
     assert outcome.failures == [] and outcome.targets == ()
-    numbers = {name: value for name, value in outcome.figures.items() if name != "layers"}
-    assert numbers and all(isinstance(value, float) and value > 0 for value in numbers.values())
+    assert outcome.figures and all(isinstance(value, float) and value > 0 for value in outcome.figures.values())
 
 
 def test_layouts_are_tried_on_ranks_of_their_own() -> None:
-    outcome = layouts.experts()
+    outcome = ROWS["experts"].run()
+    assert outcome.figures["layers"] == "torch"
     assert [band.name for band in outcome.bands[::3]] == ["dp2 least cosine", "ep2 least cosine"]
     assert outcome.failures == []
 
@@ -242,6 +235,19 @@ def test_what_a_row_leaves_behind_neither_delays_nor_fails_it(seconds: int, stat
 def test_rows_of_fp8_say_why_they_are_skipped() -> None:
     (outcome,) = run_ranks(1, numbers.fp8)
     assert "needs a GPU, and there is none" in outcome.skipped
+
+
+@pytest.mark.parametrize(("source", "state"), [("raise OSError('no libcudart')", "failed"), ("", "passed")])
+def test_a_broken_transformer_engine_fails_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, state: str
+) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text(source)
+    (tmp_path / "transformer_engine/pytorch.py").touch()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    result = check(ROWS["environment"], [sys.executable, "-m", "benchmarks.gpu.run", "--here", "--rows", "environment"])
+    assert result["state"] == state, result["why"]
+    assert ("(OSError: no libcudart)" in result["figures"]["transformer-engine"]) == (state == "failed")
 
 
 def test_the_planner_takes_the_rates_that_were_measured(tmp_path: Path) -> None:
