@@ -27,7 +27,8 @@ def transformer_engine_problem() -> str | None:
         return "and it is not installed"
     try:
         importlib.import_module(f"{_PACKAGE}.pytorch")
-    except Exception as error:  # also OSError or RuntimeError, if a library is missing or has another version
+    # Also OSError or RuntimeError, if a library is missing or has another version; some packages call sys.exit.
+    except (Exception, SystemExit) as error:
         reason = f"and it can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         log.warning("Transformer Engine is installed, %s: layers use torch's modules instead", reason)
         sys.modules[_PACKAGE] = None  # type: ignore[assignment]  # Python's way to say that there is no such module

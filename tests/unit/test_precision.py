@@ -63,12 +63,13 @@ def test_fp8_is_refused_with_the_reason(
     assert refused.value.problems == [f"model.fp8 = {fp8!r}: needs {said}; set it to 'off'"]
 
 
+@pytest.mark.parametrize("error", ["OSError", "SystemExit"])
 def test_an_engine_that_cannot_be_imported_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: str
 ) -> None:
-    pretend_engine(tmp_path, monkeypatch, "raise OSError('libcublas.so.13: undefined symbol')")
+    pretend_engine(tmp_path, monkeypatch, f"raise {error}('libcublas.so.13: undefined symbol')")
     pretend_gpu(monkeypatch, (9, 0), "13.0")
-    problem = "and it can't be imported (OSError: libcublas.so.13: undefined symbol)"
+    problem = f"and it can't be imported ({error}: libcublas.so.13: undefined symbol)"
     assert [transformer_engine_problem() for _ in range(2)] == [problem] * 2
     assert caplog.messages == [f"Transformer Engine is installed, {problem}: layers use torch's modules instead"]
     with pytest.raises(ConfigError, match="undefined symbol"):
