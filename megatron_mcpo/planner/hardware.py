@@ -5,6 +5,7 @@ measured; it is written down here so that nothing is hidden in a formula.
 """
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def load(name: str) -> Gpu:
     """Return a GPU of the table, or of a JSON file: {"base": a name of the table, and any of Gpu's numbers to replace}.
 
     Names of the table may be in capitals, as data sheets have them.
-    A measurement on the machine writes such a file (see docs/gpu.md); it must have "sources", a list of sentences.
-    Raises ConfigError for an unknown name, an unreadable file, an unknown key or a value that is not a positive number.
+    A measurement on the machine writes such a file (see docs/gpu-validation.md); it must have "sources", a list of
+    sentences. Those of the base follow them, because it has the other numbers.
+    Raises ConfigError for an unknown name, an unreadable file, an unknown key or a value that its key can't have.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]
@@ -129,21 +131,39 @@ def load(name: str) -> Gpu:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         base = GPUS[values.pop("base").lower()]
-        sources = tuple(map(str, values.pop("sources")))
+        sources = values.pop("sources")
+        if not isinstance(sources, list):
+            raise TypeError(f"sources = {sources!r}: must be a list")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
             [f'--gpu {name}: must be a JSON object with "base" ({", ".join(GPUS)}) and "sources" ({_said(error)})']
         ) from None
     values.pop("name", None)
-    numbers = {field.name for field in fields(Gpu)} - {"name", "sources"}
     problems = [
-        f"--gpu {name}: {key} = {value!r}: must be a positive number under one of {', '.join(sorted(numbers))}"
-        for key, value in values.items()
-        if key not in numbers or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+        f"--gpu {name}: {key} = {value!r}: {rule}" for key, value in values.items() if (rule := _rule(key, value))
     ]
     if problems:
         raise ConfigError(problems)
-    return replace(base, name=path.stem, sources=sources, **values)
+    kept = (f"the numbers that are not replaced are those of {base.name}: {sentence}" for sentence in base.sources)
+    return replace(base, name=path.stem, sources=(*map(str, sources), *kept), **values)
+
+
+_WHOLE = ("per_node",)
+_SHARES = ("decode_share", "busy")
+
+
+def _rule(key: str, value: object) -> str | None:
+    """Return the rule that a number of a file breaks; None if it breaks none. JSON may also have NaN and Infinity."""
+    numbers = {field.name for field in fields(Gpu)} - {"name", "sources"}
+    if key not in numbers:
+        return f"must be one of {', '.join(sorted(numbers))}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        return "must be a positive, finite number"
+    if key in _WHOLE and not isinstance(value, int):
+        return "must be a whole number"
+    if key in _SHARES and value > 1:
+        return "must be at most 1 (it is a share, not a percentage)"
+    return None
 
 
 def _said(error: Exception) -> str:

@@ -269,7 +269,9 @@ def test_measured_rates_replace_those_of_the_table(tmp_path: Path) -> None:
     file.write_text(json.dumps({"base": "h100", "gemm_tflops": 340, "sources": ["measured here"]}))
     measured = hardware.load(str(file))
     assert (measured.name, measured.gemm_tflops, measured.copy_tbs) == ("mine", 340, hardware.H100.copy_tbs)
-    assert measured.sources == ("measured here",)
+    # The other numbers are still the table's, and so is what is said of them.
+    assert measured.sources[0] == "measured here"
+    assert all(any(said.endswith(of) for said in measured.sources[1:]) for of in hardware.H100.sources)
     config, model = config_for("qwen3-0.6b"), model_of("qwen3-0.6b")
     slow, fast = (planning.plan(config, model, gpu, 1).seconds for gpu in (measured, hardware.H100))
     assert slow["update"] > 1.2 * fast["update"] and slow["sync"] == fast["sync"]
@@ -277,11 +279,30 @@ def test_measured_rates_replace_those_of_the_table(tmp_path: Path) -> None:
         '{"base": "h100"}',
         "[]",
         '{"base": "x", "sources": []}',
-        '{"base": "h100", "sources": [], "gemm": 1}',
+        '{"base": "h100", "sources": "measured here"}',
     ):
         file.write_text(text)
         with pytest.raises(ConfigError):
             hardware.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("number", "rule"),
+    [
+        ('"gemm": 1', "must be one of"),
+        ('"copy_tbs": 0', "must be a positive, finite number"),
+        ('"copy_tbs": NaN', "must be a positive, finite number"),
+        ('"copy_tbs": Infinity', "must be a positive, finite number"),
+        ('"busy": 50', "must be at most 1"),
+        ('"decode_share": 1.1', "must be at most 1"),
+        ('"per_node": 2.5', "must be a whole number"),
+    ],
+)
+def test_a_number_that_its_key_can_not_have_is_refused(tmp_path: Path, number: str, rule: str) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(f'{{"base": "h100", "sources": [], {number}}}')
+    with pytest.raises(ConfigError, match=rule):
+        hardware.load(str(file))
 
 
 def test_the_whole_table_has_sources() -> None:
