@@ -1,24 +1,43 @@
 """Look into a package in a process of its own, which a broken package may end: what `mcpo doctor` starts.
 
-`python -m megatron_mcpo.cli.probes NAME ARGUMENT ...` prints one JSON object in its last line.
+`python -m megatron_mcpo.cli.probes NAME ARGUMENT ...` prints a line with a mark and one JSON object.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 SECONDS = 120.0
 """The longest wait for a probe; importing torch takes a second, from a slow disk half a minute."""
 
 
+_MARK = "mcpo probe: "
+"""Begins the line with the answer: a package that is imported may print lines of its own, before it and after it."""
+_CUDA = re.compile(r"/.*/lib(cudart|cublas|cublasLt|cudnn|nccl)\.so[.\d]*")
+_OF_APEX = ("apex", "apex.contrib.layer_norm.layer_norm", "apex.normalization.fused_layer_norm")
+
+type Failure = Literal["import", "error", "ended"]
+
+
 class ProbeError(Exception):
-    """The error of a probe that failed, with the reason as its text."""
+    """The error of a probe that failed, with the reason as its text.
+
+    failure: what a program would see that does the same: an ImportError, another error (SystemExit counts as one), or
+        none, because its process ended or did not go on
+    """
+
+    def __init__(self, reason: str, failure: Failure) -> None:
+        super().__init__(reason)
+        self.failure = failure
 
 
 def ask(name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -36,12 +55,16 @@ def ask(name: str, *arguments: str, environment: Mapping[str, str] | None = None
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise ProbeError(f"no answer within {SECONDS:g} s") from None
+        raise ProbeError(f"no answer within {SECONDS:g} s", "ended") from None
     if answer.returncode < 0:
-        raise ProbeError(f"the process was ended by {signal.Signals(-answer.returncode).name}")
-    if answer.returncode:
-        raise ProbeError(" ".join((answer.stderr.strip().splitlines() or ["no reason given"])[-1].split())[:400])
-    found: dict[str, Any] = json.loads(answer.stdout.strip().splitlines()[-1])
+        raise ProbeError(f"the process was ended by {signal.Signals(-answer.returncode).name}", "ended")
+    answers = [line.removeprefix(_MARK) for line in answer.stdout.splitlines() if line.startswith(_MARK)]
+    if not answers:
+        said = " ".join((answer.stderr.strip().splitlines() or ["no reason given"])[-1].split())[:400]
+        raise ProbeError(f"the process ended with exit status {answer.returncode}: {said}", "ended")
+    found: dict[str, Any] = json.loads(answers[-1])
+    if "failure" in found:
+        raise ProbeError(found["reason"], found["failure"])
     return found
 
 
@@ -73,15 +96,31 @@ def of_torch() -> dict[str, Any]:
         "said": [
             text.split(" (Triggered internally")[0] for text in (str(each.message) for each in said) if "CUDA" in text
         ],
+        "libraries": loaded_libraries(),
     }
 
 
 def of_module(name: str) -> dict[str, Any]:
-    """Import a module beside torch, which loads the CUDA libraries that it needs."""
+    """Import a module beside torch, which loads the CUDA libraries that it needs; return those that are loaded then."""
     import torch  # noqa: F401
 
     importlib.import_module(name)
+    return {"libraries": loaded_libraries()}
+
+
+def of_apex() -> dict[str, Any]:
+    """Import what Megatron-Core (0.19.2) imports of NVIDIA apex at every start; it expects ImportError and no other."""
+    for name in _OF_APEX:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     return {}
+
+
+def loaded_libraries() -> list[str]:
+    """Return the files of CUDA's libraries that this process has loaded. Linux only: elsewhere there is no CUDA."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
+    return sorted({found[0] for line in lines if (found := _CUDA.search(line))})
 
 
 def of_run(asked: str) -> dict[str, Any]:
@@ -112,11 +151,21 @@ def of_run(asked: str) -> dict[str, Any]:
     return {"problems": problems}
 
 
-PROBES: dict[str, Callable[..., dict[str, Any]]] = {"torch": of_torch, "module": of_module, "run": of_run}
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {
+    "torch": of_torch,
+    "module": of_module,
+    "apex": of_apex,
+    "run": of_run,
+}
 
 
 def main(arguments: Sequence[str]) -> None:
-    print(json.dumps(PROBES[arguments[0]](*arguments[1:])))
+    try:
+        found = PROBES[arguments[0]](*arguments[1:])
+    except (Exception, SystemExit) as error:
+        failure: Failure = "import" if isinstance(error, ImportError) else "error"
+        found = {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", "failure": failure}
+    print(f"\n{_MARK}{json.dumps(found)}", flush=True)
 
 
 if __name__ == "__main__":

