@@ -5,8 +5,7 @@ Every row is a process of its own. After each one the figures are merged into FO
 rates written to FOLDER/rates-DEVICE.json, which `mcpo plan --gpu` takes; a table is printed at the end. Exit code 1: a
 figure lies outside its band, or a row crashed; a target that is missed is only said. 2: the arguments are wrong, or
 there is no GPU. 3: no row was run. A row whose modules are missing or too old, or for which no time is left, is skipped
-with the reason. --rehearse runs the rows on a CPU with small models: it
-shows that they run, and nothing about a GPU.
+with the reason. --rehearse runs the rows on a CPU with small models: it shows that they run, and nothing about a GPU.
 """
 
 import argparse
