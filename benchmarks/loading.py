@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from benchmarks.gpu.models import Shape, save_model
 from benchmarks.measure import options, write_rows
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
 
@@ -33,23 +33,10 @@ def loading_rows() -> Iterator[dict[str, Any]]:
 
 
 def _measured(folder: Path, experts: int) -> dict[str, Any]:
-    shape: dict[str, Any] = dict(
-        vocab_size=320,
-        hidden_size=128,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=experts,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=0,
-        dtype=torch.bfloat16,
+    shape = Shape(
+        hidden=128, ffn=64, layers=2, heads=4, kv_heads=2, head_dim=32, vocab=320, experts=experts, experts_per_token=2
     )
-    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape)).save_pretrained(folder)
+    save_model(folder, shape, dtype=torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
     engine = VllmEngine(
         folder,

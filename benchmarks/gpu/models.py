@@ -186,7 +186,7 @@ def signed_loss(batch: TrainBatch) -> LossFunction:
 
     def loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         value = -(x.logp_r * sign_R[x.response_r]).sum() / batch.num_response_tokens
-        return value + (0.0 if x.z_nD is None else 0.0 * x.z_nD.sum()), {"loss": value}
+        return value, {"loss": value}
 
     return loss
 

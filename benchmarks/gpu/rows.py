@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.outcome import Band, Outcome, Row
+from megatron_mcpo.cli.machine import EXTENSIONS
 from megatron_mcpo.distributed.device import uses_gpu
 from megatron_mcpo.distributed.transformer_engine import transformer_engine_problem
 
@@ -46,7 +47,7 @@ def environment() -> Outcome:
             figures[package] = "not installed"
     if installed and problem:
         figures["transformer-engine"] = f"{figures['transformer-engine']}, {problem}"
-    for extension in ("amp_C", "fused_weight_gradient_mlp_cuda"):
+    for extension in EXTENSIONS:
         figures[f"apex's {extension}"] = "there" if importlib.util.find_spec(extension) else "not there"
     broken = Band(name="Transformer Engine is installed and can't be imported", value=bool(problem), low=0, high=0)
     return Outcome(bands=(broken,) if installed else (), figures=figures)

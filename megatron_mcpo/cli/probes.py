@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class ProbeError(Exception):
         self.failure = failure
 
 
-def ask(name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def ask(name: str, *arguments: str) -> dict[str, Any]:
     """Return what a probe found. Raises ProbeError with the reason where it fails, crashes or takes too long."""
     # The child finds what this process finds, wherever it was started.
     searched = os.pathsep.join(path for path in sys.path if path)
@@ -48,7 +48,7 @@ def ask(name: str, *arguments: str, environment: Mapping[str, str] | None = None
     try:
         answer = subprocess.run(
             command,
-            env={**(os.environ if environment is None else environment), "PYTHONPATH": searched},
+            env={**os.environ, "PYTHONPATH": searched},
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,10 +1,14 @@
 """Repair defects of Megatron-Core on any device, for the versions that have them (CPU: distributed/cpu_backend.py)."""
 
+import queue
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
 _LOSES_PADDING = ("0.19.2",)
+_STARTS_MANAGER = ("0.19.2",)
 
 
 def count_padding(buffers: Iterable[Any]) -> None:
@@ -20,3 +24,12 @@ def count_padding(buffers: Iterable[Any]) -> None:
         for bucket in buffer.buckets[:-1]:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
+
+
+def need_no_manager() -> None:
+    """Make saves need no process beside the ranks: up to 0.19.2 each starts one at its first save, to hold a queue.
+
+    Here only threads of the rank write, which need no queue between processes.
+    """
+    if version("megatron-core") in _STARTS_MANAGER:
+        filesystem_async._results_queue = queue.Queue()

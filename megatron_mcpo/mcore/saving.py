@@ -8,7 +8,6 @@ Megatron-Core plans who writes what; its writer and its files are used as they a
 """
 
 import inspect
-import queue
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.mcore import megatron_fixes
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import Fingerprint
 
@@ -37,8 +36,7 @@ _BYTES_AN_ITEM = 2048
 """An upper bound of what torch.save adds to a tensor, and of its entry in the table of contents."""
 _BYTES_BESIDES = 1 << 20
 
-# Only threads of this process write: without this Megatron-Core (0.19.2) starts a manager process per rank for a queue.
-filesystem_async._results_queue = queue.Queue()
+megatron_fixes.need_no_manager()
 
 # Without the decorator, which turns off garbage collection in all threads.
 _write_bucket = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)

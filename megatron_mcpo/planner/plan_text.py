@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from megatron_mcpo.config.summary import arithmetic
 from megatron_mcpo.planner.hardware import GIB
 from megatron_mcpo.planner.planning import MemoryPlan
-from megatron_mcpo.planner.ranks import total_params
 from megatron_mcpo.planner.search import HEADROOM, TIGHT_COST, Change
+from megatron_mcpo.weights.mapping import total_params
 
 _SHOWN = 10
 

@@ -11,10 +11,11 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.activations import TRANSFORMER_ENGINE
 from megatron_mcpo.planner.hardware import GIB, Gpu
 from megatron_mcpo.planner.memory import EngineMemory, RankMemory, engine_memory, rank_memory
-from megatron_mcpo.planner.ranks import RankSize, built_size, rank_size, total_params
+from megatron_mcpo.planner.ranks import RankSize, built_size, rank_size
 from megatron_mcpo.planner.step_shape import StepShape, step_shape
 from megatron_mcpo.planner.timing import step_seconds
 from megatron_mcpo.planner.wire import wire_bytes
+from megatron_mcpo.weights.mapping import total_params
 
 
 @dataclass(frozen=True, kw_only=True)

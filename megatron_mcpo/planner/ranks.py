@@ -16,7 +16,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import only_shapes
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks
-from megatron_mcpo.weights.mapping import Place, hf_shapes, registry
+from megatron_mcpo.weights.mapping import Place, registry
 from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.shards import shard_shape
 
@@ -99,8 +99,3 @@ def built_size(
         chunks = build_chunks(model, groups, dtype=dtype, head=head)
         match_parameters(chunks, model, groups)
         return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-
-
-def total_params(model: ModelConfig) -> int:
-    """Count the parameters of the whole model as Hugging Face does: tied embeddings once, no contrastive head."""
-    return sum(map(prod, hf_shapes(model).values()))

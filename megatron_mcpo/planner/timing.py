@@ -14,7 +14,7 @@ from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.hardware import Gpu
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
 from megatron_mcpo.planner.push import is_resharded, num_tensors, received_bytes
-from megatron_mcpo.planner.ranks import RankSize, total_params
+from megatron_mcpo.planner.ranks import RankSize
 from megatron_mcpo.planner.step_shape import StepShape
 from megatron_mcpo.planner.wire import (
     context_bytes,
@@ -24,6 +24,7 @@ from megatron_mcpo.planner.wire import (
     passes,
     tensor_units,
 )
+from megatron_mcpo.weights.mapping import total_params
 
 _TERA, _GIGA = 1e12, 1e9
 _OPTIMIZER_BYTES = 30

@@ -140,11 +140,7 @@ class Objective:
                 num_tokens=batch.num_response_tokens,
                 settings=settings,
             )
-            if contrastive_share is None:
-                # The head exists: a gradient of zero keeps every rank in the reduction.
-                connected = 0.0 if x.z_nD is None else 0.0 * x.z_nD.sum()
-                return term.loss + connected, term.metrics
-            return term.loss + contrastive_share(x)[0], term.metrics
+            return term.loss + (contrastive_share(x)[0] if contrastive_share else 0.0), term.metrics
 
         return share
 
@@ -154,7 +150,7 @@ class Objective:
 
         def share(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
             assert x.z_nD is not None
-            return surrogate(x.z_nD, grad_z_ND[list(x.rollouts)]) + 0.0 * x.logp_r.sum(), {}
+            return surrogate(x.z_nD, grad_z_ND[list(x.rollouts)]), {}
 
         return share
 

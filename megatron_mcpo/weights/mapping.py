@@ -182,9 +182,14 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def total_params(model: ModelConfig) -> int:
+    """Count the parameters of the whole model as Hugging Face does: tied embeddings once, no contrastive head."""
+    return sum(map(prod, hf_shapes(model).values()))
+
+
 def checkpoint_bytes(model: ModelConfig, *, element_size: int) -> int:
     """Estimate the bytes of a checkpoint: every weight, its fp32 copy and two moments, without the head."""
-    return sum(map(prod, hf_shapes(model).values())) * (element_size + 12)
+    return total_params(model) * (element_size + 12)
 
 
 def tensor_problems(model: ModelConfig, folder: Path) -> list[str]:

@@ -4,10 +4,12 @@ Not covered here: damaged and foreign checkpoints (test_checkpoint_refusals), th
 checkpoints of Transformer Engine's or apex's optimizer, GPUs.
 """
 
+import queue
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from megatron_mcpo.config.config import Config, ConfigError
@@ -217,3 +219,14 @@ def test_an_update_draws_from_no_random_state(models: dict[str, Path]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, random_states(policy), strict=True))
 
     run_ranks(2, check, settings(models["tied"], "fp32"))
+
+
+def test_megatron_still_starts_a_manager_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once this fails, megatron_fixes.need_no_manager has nothing left to do."""
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    theirs = filesystem_async.get_write_results_queue("fork")
+    manager = theirs._manager
+    assert manager._process.is_alive()
+    manager.shutdown()
+    megatron_fixes.need_no_manager()
+    assert isinstance(filesystem_async.get_write_results_queue(), queue.Queue)

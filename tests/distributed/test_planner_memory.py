@@ -157,7 +157,7 @@ def in_host_memory(config: Config) -> tuple[int, int]:
     groups = parallel.init(config.layout(1), seed=0, timeout_seconds=60)
     policy, reference = Policy(config, model, groups), Reference(config, model, groups)
     batch = make_batch(rollouts(config), num_data_ranks=1, data_rank=0, share_prompts=False)
-    policy.update(batch, lambda x: (x.logp_r.sum() * 1e-6 + (0.0 if x.z_nD is None else 0.0 * x.z_nD.sum()), {}))
+    policy.update(batch, lambda x: (x.logp_r.sum() * 1e-6, {}))
     weights = [each for chunk in reference.chunks for each in chunk.parameters()]
     waiting = sum(tensor.nbytes for tensor in [*state_tensors(policy.optimizer), *weights])
     return waiting, sum(buffer.grad_data.untyped_storage().nbytes() for buffer in policy.gradient_buffers)

@@ -21,7 +21,8 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner import hardware, plan_text, planning, search
-from megatron_mcpo.planner.ranks import built_size, rank_size, total_params
+from megatron_mcpo.planner.ranks import built_size, rank_size
+from megatron_mcpo.weights.mapping import total_params
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 
