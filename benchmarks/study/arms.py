@@ -7,7 +7,7 @@ worth. Imports no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mcpo.config.config import Config, ConfigError, load
@@ -18,9 +18,11 @@ BASES = {"a": _FOLDER / "base.toml", "b": _FOLDER / "level_b.toml"}
 
 MAIN, TUNING, TUNING_GRPO, TUNING_CENTERED = "main", "tuning", "tuning_grpo", "tuning_centered"
 FIRST_TUNING_SEED = 100
-_TUNING_SEEDS = (100, 101, 102)
-SEEDS = {MAIN: tuple(range(10)), TUNING: _TUNING_SEEDS, TUNING_GRPO: _TUNING_SEEDS, TUNING_CENTERED: _TUNING_SEEDS}
-"""The seeds of each group where the command line names none."""
+TUNING_SEEDS = (100, 101, 102)
+_MAIN_SEEDS = {"a": tuple(range(10)), "b": tuple(range(5))}
+"""By level, for the arms that the claims rest on."""
+_FEW_SEEDS = (0, 1, 2)
+"""For arms that no claim about a method rests on: controls, and the mechanism's figures without an effect."""
 
 REFERENCES = {MAIN: "grpo", TUNING: "centre", TUNING_GRPO: "grpo_centre", TUNING_CENTERED: "centered"}
 """The arm that the other arms of a group are compared with."""
@@ -37,6 +39,7 @@ class Arm:
         decides on seeds and reference
     settings: value by dotted key, where it differs from the level's base
     domains: the domains that are trained on and evaluated; empty: all of the base
+    seeds: those that it runs with where the command line names none
     """
 
     name: str
@@ -44,6 +47,7 @@ class Arm:
     group: str = MAIN
     settings: Settings
     domains: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -107,6 +111,7 @@ _METHODS = (
         name=MEASURED,
         meaning="GRPO with a head that learns the terms of MCPO, of which nothing reaches the model or the rewards.",
         settings=MCPO | _TO_MEASURE,
+        seeds=_FEW_SEEDS,
     ),
     Arm(name="mcpo", meaning="MCPO: GRPO and both contrastive terms.", settings=MCPO | _GRADIENTS),
     Arm(
@@ -150,7 +155,7 @@ _TUNED: tuple[tuple[str, Sequence[Value]], ...] = (
     ("contrastive.in_domain_scope", ("prompt",)),
     ("contrastive.pool", ("last",)),
     ("contrastive.head", ("mlp",)),
-    ("contrastive.center", ("prompt",)),
+    ("contrastive.mode", ("reward",)),
     ("optimizer.head_lr", (2e-5, 1e-4, 3e-4, 3e-3, 1e-2)),
 )
 """Values of one key at a time; the value of CENTRE is the arm `centre`."""
@@ -181,8 +186,9 @@ _TUNED_GRPO: tuple[tuple[str, Sequence[Value]], ...] = (
 def arms(level: str) -> dict[str, Arm]:
     """Return all arms of a level by name, the methods first. Raises ConfigError where its base cannot be used."""
     singles = [_single(name) for name in load(_base(level)).domain_names]
-    tuning = (*_tuning(), *_tuning_centered(), *_tuning_grpo())
-    return {arm.name: arm for arm in (*_METHODS, *singles, *tuning)}
+    methods = [replace(arm, seeds=arm.seeds or _MAIN_SEEDS[level]) for arm in (*_METHODS, *singles)]
+    tuning = [replace(arm, seeds=TUNING_SEEDS) for arm in (*_tuning(), *_tuning_centered(), *_tuning_grpo())]
+    return {arm.name: arm for arm in (*methods, *tuning)}
 
 
 def configuration(level: str, arm: Arm, overrides: Sequence[str] = ()) -> Config:
@@ -206,6 +212,7 @@ def _single(domain: str) -> Arm:
         meaning=f"GRPO on {domain} alone, with as many rollouts as the runs on all domains take of all domains.",
         settings=_OFF,
         domains=(domain,),
+        seeds=_FEW_SEEDS,
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from benchmarks.measure import ROOT
-from benchmarks.study.arms import BASES, FIRST_TUNING_SEED, MAIN, SEEDS, TUNING, Arm, arms, configuration
+from benchmarks.study.arms import BASES, FIRST_TUNING_SEED, MAIN, TUNING, Arm, arms, configuration
 from benchmarks.study.record import RESULTS, Job, append, chosen_settings, finished, measured, read, results_file
 from benchmarks.study.tuning import second_round
 from megatron_mcpo.config.config import Config, ConfigError, dump
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--group", help=f"only the arms of a group: {MAIN}, {TUNING}, or one choice as {TUNING}/pool")
-    parser.add_argument("--seeds", type=int, nargs="+", help=f"default: {SEEDS[MAIN]}, for tuning {SEEDS[TUNING]}")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each arm (arms.py)")
     parser.add_argument("--workers", type=_positive, default=2, help="number of runs at once (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--again", action="store_true", help="also repeat the runs that failed")
@@ -142,7 +142,7 @@ def missing(
 ) -> list[Job]:
     """Return the runs that are not done, all arms of one seed before those of the next seed.
 
-    A seed is for the arms that it counts for. Without `seeds` an arm has those of its group, a tuning arm the seeds
+    A seed is for the arms that it counts for. Without `seeds` an arm has its own, a tuning arm the seeds
     after the first only where it takes part in the second round. Raises ConfigError where no seed counts for any of
     the arms.
 
@@ -154,11 +154,11 @@ def missing(
     wanted = [
         (seed, number, arm)
         for number, arm in enumerate(chosen)
-        for seed in seeds or SEEDS[arm.kind]
+        for seed in seeds or arm.seeds
         if arm.has_seed(seed) and (seeds or seed <= FIRST_TUNING_SEED or arm.name in later)
     ]
     if not wanted:
-        kinds = " and ".join(dict.fromkeys(f"{SEEDS[arm.kind]} of {arm.kind}" for arm in chosen))
+        kinds = " and ".join(dict.fromkeys(f"{arm.seeds} of {arm.kind}" for arm in chosen))
         raise ConfigError([f"--seeds = {seeds}: must count for an arm (such as {kinds}). Choose others."])
     order = sorted(wanted, key=lambda entry: entry[:2])
     return [Job(level=level, arm=arm.name, seed=seed) for seed, _, arm in order if (arm.name, seed) not in done]

@@ -20,11 +20,9 @@ import pytest
 from benchmarks.study import plots, run
 from benchmarks.study.arms import (
     CENTRE,
-    FIRST_TUNING_SEED,
     MAIN,
     MEASURED,
     REFERENCES,
-    SEEDS,
     TUNING,
     Arm,
     arms,
@@ -73,7 +71,7 @@ def test_no_two_arms_of_a_group_are_the_same() -> None:
 
 def test_tuning_varies_one_choice_of_the_centre_at_a_time() -> None:
     tuned = [arm for arm in ARMS.values() if arm.kind == TUNING]
-    assert {arm.group.partition("/")[2] for arm in tuned} >= {"weight", "temperature", "negatives", "center", "head_lr"}
+    assert {arm.group.partition("/")[2] for arm in tuned} >= {"weight", "temperature", "negatives", "mode", "head_lr"}
     for arm in tuned:
         varied = {key.partition(".")[2] for key, value in arm.settings.items() if CENTRE.get(key) != value}
         choice = arm.group.partition("/")[2]
@@ -92,9 +90,13 @@ def test_what_only_measures_changes_no_reward() -> None:
 
 
 def test_tuning_and_claims_share_no_seed() -> None:
-    assert max(SEEDS[MAIN]) < FIRST_TUNING_SEED <= min(SEEDS[TUNING])
-    assert all(arm.has_seed(seed) for arm in ARMS.values() for seed in SEEDS[arm.kind])
-    assert not any(arm.has_seed(seed) for arm in ARMS.values() for seed in SEEDS[TUNING if arm.kind == MAIN else MAIN])
+    assert all(arm.seeds and all(map(arm.has_seed, arm.seeds)) for arm in ARMS.values())
+    by_use = [
+        {seed for arm in ARMS.values() if (arm.kind == MAIN) == is_main for seed in arm.seeds}
+        for is_main in (True, False)
+    ]
+    assert not set.intersection(*by_use)
+    assert {len(arms(level)["mcpo"].seeds) for level in ("a", "b")} == {10, 5}
 
 
 def test_a_level_without_a_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_all_arms_of_a_seed_come_before_the_next_seed() -> None:
         (2, "grpo"), (2, "worst"), (4, "grpo"), (4, "mcpo"), (4, "worst"),
     ]  # fmt: skip
     assert run.missing("a", chosen[:1], None, [], again=False) == [
-        Job(level="a", arm="grpo", seed=seed) for seed in SEEDS[MAIN]
+        Job(level="a", arm="grpo", seed=seed) for seed in ARMS["grpo"].seeds
     ]
 
 

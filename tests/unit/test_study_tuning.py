@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.study import run
-from benchmarks.study.arms import REFERENCES, SEEDS, TUNING, TUNING_GRPO, arms
+from benchmarks.study.arms import REFERENCES, TUNING, TUNING_GRPO, TUNING_SEEDS, arms
 from benchmarks.study.tuning import bests, second_round
 
 ARMS = {name: arm for name, arm in arms("a").items() if arm.kind == TUNING}
@@ -52,7 +52,7 @@ def test_what_is_to_do_follows_the_rounds() -> None:
     assert {job.seed for job in run.missing("a", chosen, None, [], again=False)} == {100}
     later = run.missing("a", chosen, None, first_round(), again=False)
     assert [job.name for job in later] == ["centre_101", "weight_0.1_101", "centre_102", "weight_0.1_102"]
-    asked = run.missing("a", chosen, SEEDS[TUNING], first_round(), again=False)
+    asked = run.missing("a", chosen, TUNING_SEEDS, first_round(), again=False)
     assert len(asked) == 2 * len(chosen)  # seeds that are asked for are not left out
 
 
