@@ -133,7 +133,12 @@ def made_up(config: Config) -> list[RolloutGroup]:
             RolloutGroup(
                 prompt=prompt,
                 completions=tuple(
-                    Completion(token_ids=ids, logprobs=(-10.0,) * len(ids), stop_reason=StopReason.STOP, version=0)
+                    Completion(
+                        token_ids=ids,
+                        logprobs=(-10.0,) * len(ids),
+                        stop_reason=StopReason.STOP,
+                        versions=(0,) * len(ids),
+                    )
                     for ids in answers
                 ),
                 rewards=tuple(map(float, correct)),

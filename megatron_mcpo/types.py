@@ -23,7 +23,12 @@ class StopReason(Enum):
     LENGTH = "length"
     """The response limit was reached: the text is truncated."""
     ABORT = "abort"
-    """The engine aborted the request; the completion must not be trained on."""
+    """The engine did not end the completion; what there is of it must not be trained on."""
+
+    @property
+    def is_end(self) -> bool:
+        """Return whether the completion is whole."""
+        return self is not StopReason.ABORT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +48,16 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled response. logprobs: the engine's, of the sampled tokens; version: of the engine's weights"""
+    """One sampled response, or the part of one that has been sampled so far.
+
+    logprobs: the engine's, of the sampled tokens
+    versions: of the engine's weights that sampled each token, ascending: a response may outlive a weight sync
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop_reason: StopReason
-    version: int
+    versions: tuple[int, ...]
     text: str = ""
 
 

@@ -167,7 +167,9 @@ def rollouts(
         asked = Prompt(domain=number % 3, source="random", index=number, token_ids=tokens(*prompt), entry={})
         answers = [tokens(*response) for _ in range(samples)]
         completions = tuple(
-            Completion(token_ids=ids, logprobs=(-6.0,) * len(ids), stop_reason=StopReason.STOP, version=0)
+            Completion(
+                token_ids=ids, logprobs=(-6.0,) * len(ids), stop_reason=StopReason.STOP, versions=(0,) * len(ids)
+            )
             for ids in answers
         )
         correct = tuple(torch.randint(2, (samples,), generator=generator).bool().tolist())

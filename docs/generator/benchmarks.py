@@ -233,6 +233,37 @@ def _outcome(row: dict[str, Any] | None) -> str:
     return f"ends, exit code {code}" if code else "saves, exit code 0"
 
 
+def asynchronous(results: Path) -> str:
+    """Return what rollouts ahead of the trainer gain, and what is learned from them."""
+    content = _read(results, "asynchronous_cpu.json")
+    rows = {row["case"]: row for row in content["asynchronous"]}
+    even, tail = rows["balanced"], rows["tail"]
+    lines = [
+        [
+            "rollout and learning take equally long",
+            f"{even['seconds_sync']:.1f} s",
+            f"{even['seconds_async']:.1f} s",
+            f"{even['ratio']:.2f} of {even['ratio_possible']:.2f} possible; the trainer waits "
+            f"{even['trainer_wait_share']:.0%} of the time",
+        ],
+        [
+            "one prompt in 32 with responses 20 times longer",
+            f"{tail['seconds_tail_sync']:.1f} s",
+            f"{tail['seconds_tail_async']:.1f} s",
+            f"{tail['ratio']:.2f} times a step with as many tokens in equal responses (synchronous: "
+            f"{tail['ratio_sync']:.2f})",
+        ],
+    ]
+    quality = [
+        [row["kind"], ", ".join(f"{reward:.3f}" for reward in row["rewards"]), f"{row['mean']:.3f}"]
+        for row in content["asynchronous"]
+        if row["case"] == "quality"
+    ]
+    speed = table(["seconds of a step", "synchronous", "ahead", "ratio"], lines)
+    learned = table(["a tiny model, 60 steps", "reward of the last 20 steps, by seed", "mean"], quality)
+    return _with_machine(content, f"{speed}\n{learned}")
+
+
 def cost(results: Path) -> str:
     """Return what the methods cost on GPUs by the planner's prediction, each against GRPO without a KL term."""
     rows = _read(results, "cost.json")["cost"]

@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling": benchmarks.scaling,
     "tiers": benchmarks.tiers,
     "faults": benchmarks.faults,
+    "asynchronous": benchmarks.asynchronous,
     "cost": benchmarks.cost,
     "study_a": study.results_a,
     "study_b": study.results_b,

@@ -33,7 +33,8 @@ class PolicyLoss:
         clip_fraction          share of tokens whose ratio the clip has replaced
         ratio                  policy / old policy (of the whole rollout for gspo)
         importance/weight      importance weight (1 where it is off)
-        importance/capped      share of tokens whose weight is the cap or, with mask, 0
+        importance/capped      share of tokens whose weight is the cap or, with mask and reject, 0
+        importance/square      square of the importance weight
     """
 
     loss: Tensor
@@ -107,7 +108,7 @@ def policy_loss(
         objective_R = torch.minimum(ratio_R * advantages_R, clipped_R * advantages_R)
         clipping_R = (ratio_R * advantages_R).detach() > (clipped_R * advantages_R).detach()
 
-    importance_R, capped_R = _importance(old_logp_R - engine_logp_R, settings)
+    importance_R, capped_R = _importance((old_logp_R - engine_logp_R).detach(), rollout_R, settings)
     policy = -(weights_R * importance_R * objective_R).sum()
     kl = policy.new_zeros(())
     if ref_logp_R is not None:
@@ -121,6 +122,7 @@ def policy_loss(
             "ratio": ratio_R.detach().sum() / num_tokens,
             "importance/weight": importance_R.sum() / num_tokens,
             "importance/capped": capped_R.sum() / num_tokens,
+            "importance/square": importance_R.square().sum() / num_tokens,
         },
     )
 
@@ -141,9 +143,11 @@ def kl_estimate(logp_R: Tensor, ref_logp_R: Tensor, kind: Literal["k2", "k3"] = 
             return torch.expm1(difference_R) - difference_R
 
 
-def _importance(log_weight_R: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Return the importance weights of the tokens, and which of them are capped or masked."""
-    log_weight_R = log_weight_R.detach()
+def _importance(log_weight_R: Tensor, rollout_R: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Return the importance weights of the tokens, and which of them are capped or dropped.
+
+    reject drops a rollout by the geometric mean of its weights (the sequence ratio of arXiv 2507.18071).
+    """
     log_cap, log_floor = math.log(settings.importance_cap), math.log(settings.importance_floor)
     match settings.importance:
         case "off":
@@ -154,3 +158,9 @@ def _importance(log_weight_R: Tensor, settings: AlgorithmConfig) -> tuple[Tensor
         case "mask":
             outside_R = (log_weight_R > log_cap) | (log_weight_R < log_floor)
             return log_weight_R.clamp(max=log_cap).exp().masked_fill(outside_R, 0.0), outside_R
+        case "reject":
+            count_R = group_sums(torch.ones_like(log_weight_R), rollout_R)
+            mean_R = group_sums(log_weight_R, rollout_R) / count_R
+            rejected_R = mean_R.abs() > settings.rejection_limit
+            weight_R = log_weight_R.clamp(max=log_cap).exp().masked_fill(rejected_R, 0.0)
+            return weight_R, rejected_R | (log_weight_R > log_cap)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_mcpo.config import domain_rules
+from megatron_mcpo.config import domain_rules, engine_rules
 from megatron_mcpo.config.domain_schema import DataConfig, DomainConfig, EvaluationConfig, RewardsConfig
 from megatron_mcpo.config.explain import explain
 from megatron_mcpo.config.layout import Layout
@@ -35,7 +35,6 @@ from megatron_mcpo.config.toml_io import Layers, read_layers, to_toml
 # Names that have another meaning in metrics.jsonl, in eval.jsonl and in the folder of the runs.
 RESERVED_DOMAINS = ("mean", "worst", "step")
 RESERVED_RUN = "latest"
-_LAST_PORT = 65535
 
 
 class ConfigError(ValueError):
@@ -90,6 +89,11 @@ class Config(Section):
         batch, the old log-probs of the later ones are those before the first.
         """
         return self.contrastive.enabled or self.batch.minibatches > 1
+
+    @property
+    def server_gpus(self) -> int:
+        """Return the number of GPUs of all engine servers; 0 where the engines are in the trainer's ranks."""
+        return len(self.engine.servers) * self.engine.tensor_parallel
 
     def layout(self, world_size: int | None) -> Layout:
         """Return the layout on `world_size` ranks, or, for None, on the fewest ranks that all sizes divide.
@@ -227,17 +231,6 @@ def _fp8(config: Config) -> list[str]:
     ]
 
 
-def _servers(config: Config) -> list[str]:
-    servers = config.engine.servers
-    twice = sorted({url for url in servers if servers.count(url) > 1})
-    problems = [f"engine.servers: {url}: must be listed once (it is there twice). Remove one." for url in twice]
-    return problems + [
-        f"engine.servers: {url}: the port must be at most {_LAST_PORT}. Correct it."
-        for url in servers
-        if int(url.rpartition(":")[2]) > _LAST_PORT
-    ]
-
-
 def _virtual_pipeline(config: Config) -> list[str]:
     p = config.parallel
     if p.virtual_pipeline == 1 or p.pipeline > 1:
@@ -294,31 +287,15 @@ def _importance(config: Config) -> list[str]:
     ]
 
 
-def _quantized_dtype(config: Config) -> list[str]:
-    if config.engine.quantization == "none" or config.model.dtype == "bf16":
-        return []
-    return [
-        f"model.dtype = {config.model.dtype!r}: must be 'bf16' (vLLM computes in it with engine.quantization = "
-        f"{config.engine.quantization!r}). Set it, or the quantization to 'none'."
-    ]
-
-
-def _quantized_importance(config: Config) -> list[str]:
-    if config.engine.quantization == "none" or config.algorithm.importance != "off":
-        return []
-    return [
-        "algorithm.importance = 'off': must be 'truncate' or 'mask' (a quantized engine samples from another "
-        "distribution than the trained one, which the importance weight corrects). Set it to one of them, or "
-        "engine.quantization to 'none'."
-    ]
-
-
 def _sequence_ratio(config: Config) -> list[str]:
-    if config.algorithm.clip != "gspo" or config.parallel.context == 1:
+    a = config.algorithm
+    whole = [key for key, needs in (("clip", a.clip == "gspo"), ("importance", a.importance == "reject")) if needs]
+    if config.parallel.context == 1:
         return []
     return [
-        "algorithm.clip = 'gspo': requires parallel.context = 1 (its ratio needs all tokens of a rollout on one rank; "
-        f"context is {config.parallel.context}). Set that, or use another clip."
+        f"algorithm.{key} = {getattr(a, key)!r}: requires parallel.context = 1 (its ratio needs all tokens of a "
+        f"rollout on one rank; context is {config.parallel.context}). Set that, or use another {key}."
+        for key in whole
     ]
 
 
@@ -353,14 +330,15 @@ _RULES: list[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = [
     (("domain", "rollout"), domain_rules.limits),
     (("data", "domain"), domain_rules.mixing),
     (("model",), _fp8),
-    (("engine",), _servers),
+    (("engine",), engine_rules.servers),
+    (("engine",), engine_rules.staleness),
     (("parallel",), _virtual_pipeline),
     (("batch", "rollout"), _longest_rollout),
     (("batch", "contrastive", "domain"), _minibatches),
     (("contrastive",), _rewarding),
     (("algorithm",), _importance),
-    (("engine", "model"), _quantized_dtype),
-    (("engine", "algorithm"), _quantized_importance),
+    (("engine", "model"), engine_rules.quantized_dtype),
+    (("engine", "algorithm"), engine_rules.quantized_importance),
     (("algorithm", "parallel"), _sequence_ratio),
     (("optimizer",), _learning_rates),
     (("evaluation",), _evaluation_sampling),

@@ -185,6 +185,27 @@ class EngineConfig(Section):
         description="addresses of inference servers (`mcpo serve`), such as http://127.0.0.1:8000; empty: the engines "
         "run inside the trainer's ranks",
     )
+    staleness: NonNegativeInt = Field(
+        0,
+        description="how many steps before it the tokens that a step learns from may have been sampled; 0: a step's "
+        "rollouts are sampled when it begins; above 0, which needs `servers`: the engines sample for later steps while "
+        "the trainer learns",
+    )
+    oversample: PositiveFloat | None = Field(
+        None,
+        description="prompts under way beyond those of one step, as a multiple of batch.prompts, at most `staleness`; "
+        "unset: as many as `staleness`, and every step learns from its own prompts; with fewer, a step need not wait "
+        "for long responses: those are continued, and learned from up to staleness - oversample steps later",
+    )
+    in_flight: Literal["wait", "keep"] = Field(
+        "keep",
+        description="what becomes of responses that servers are sampling when new weights come; wait: they are "
+        "finished with the old ones first; keep: they are interrupted and go on with the new ones, and every token "
+        "keeps the version that it was sampled with",
+    )
+    patience: PositiveFloat = Field(
+        600.0, description="seconds without any server that answers after which a run with `servers` ends"
+    )
     tensor_parallel: PositiveInt = Field(1, description="number of ranks that share the weights of one engine")
     kv_cache_gib: PositiveFloat = Field(0.5, description="size of the key-value cache in GiB, on a CPU only")
     gpu_memory_utilization: Share = Field(0.5, description="fraction of a GPU's memory that the engine may use")
@@ -203,6 +224,11 @@ class EngineConfig(Section):
         description="whether all weights of the engine are compared with the trainer's after every weight sync; false: "
         "only after the first",
     )
+
+    @property
+    def prompts_ahead(self) -> float:
+        """Return the prompts under way beyond those of one step, as a multiple of a step's."""
+        return float(self.staleness) if self.oversample is None else self.oversample
 
 
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "per_domain"]
@@ -236,14 +262,20 @@ class AlgorithmConfig(Section):
         0.001, description="weight beta of the KL term; 0: there is no KL term, and no reference model is built"
     )
     kl_estimator: Literal["k2", "k3"] = Field("k3", description="estimator of KL(policy || reference), per token")
-    importance: Literal["truncate", "mask", "off"] = Field(
+    importance: Literal["truncate", "mask", "reject", "off"] = Field(
         "truncate",
         description="importance weight of a token, exp(trainer's log-prob - engine's log-prob), which corrects the "
-        "mismatch between engine and trainer; truncate: capped at importance_cap; mask: 0 outside importance_floor .. "
-        "importance_cap (IcePop); off: always 1",
+        "mismatch between engine and trainer, and older weights of the engine; truncate: capped at importance_cap; "
+        "mask: 0 outside importance_floor .. importance_cap (IcePop); reject: as truncate, but 0 for all tokens of a "
+        "rollout whose mean log-prob has moved by more than rejection_limit; off: always 1",
     )
     importance_cap: PositiveFloat = Field(2.0, description="largest importance weight")
     importance_floor: PositiveFloat = Field(0.5, description="smallest importance weight, used by importance = mask")
+    rejection_limit: PositiveFloat = Field(
+        0.1,
+        description="largest absolute mean of the logarithms of a rollout's importance weights, in nats per token, "
+        "used by importance = reject: their geometric mean is then at most e to this power and at least its inverse",
+    )
     pass_threshold: Fraction = Field(
         1.0 - 1e-6,
         description="a rollout is correct if its verifiers (format and length excluded) give at least this score",

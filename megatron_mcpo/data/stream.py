@@ -8,13 +8,22 @@ import json
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.data.mixing import capped, mixing_shares
 from megatron_mcpo.types import Prompt, RolloutGroup
+
+
+class ItemId(NamedTuple):
+    """What identifies a training item across the starts of a run. number: its index; digest: of its content"""
+
+    domain: int
+    source: str
+    number: int
+    digest: int
 
 
 class PromptStream:
@@ -54,6 +63,17 @@ class PromptStream:
     def replacements(self, domains: Sequence[int]) -> list[Prompt]:
         """Return the next prompt of each of these domains, whatever their shares."""
         return [self._domains[domain].next() for domain in domains]
+
+    def identity(self, prompt: Prompt) -> ItemId:
+        """Return what a prompt of this stream can be found by again."""
+        return ItemId(prompt.domain, prompt.source, prompt.index, _digest(prompt))
+
+    def find(self, item: ItemId) -> Prompt | None:
+        """Return a prompt of this stream; None if there is none, or its content is another now."""
+        if not 0 <= item.domain < len(self._domains):
+            return None
+        prompt = self._domains[item.domain].find(item.source, item.number)
+        return prompt if prompt is not None and _digest(prompt) == item.digest else None
 
     def observe(self, groups: Sequence[RolloutGroup]) -> None:
         """Learn the pass rates of a step's groups, in any order, the same ones on every rank.
@@ -135,6 +155,9 @@ class _DomainCursor:
         self._credits[best] -= 1
         return self.sources[best].next()
 
+    def find(self, source: str, index: int) -> Prompt | None:
+        return self._by_name[source].find(index) if source in self._by_name else None
+
     def observe(self, source: str, index: int, *, decided: bool) -> None:
         self._by_name[source].observe(index, decided=decided)
 
@@ -172,6 +195,9 @@ class _SourceCursor:
             self._position += 1
             if self._epoch % 2 == 0 or prompt.index not in self._decided:
                 return prompt
+
+    def find(self, index: int) -> Prompt | None:
+        return next((prompt for prompt in self._prompts if prompt.index == index), None)
 
     def observe(self, index: int, *, decided: bool) -> None:
         """Note an item's rollouts. decided: all of them were correct, or none"""

@@ -48,10 +48,12 @@ _NEW_RUN = "or start a new run with --run.resume never"
 class Loaded:
     """A checkpoint that was loaded.
 
+    path: its folder, with the files that `save` was given
     state: what `save` was given; layout: of the run that wrote it
     skipped: a line for each newer checkpoint that is damaged
     """
 
+    path: Path
     step: int
     layout: str
     state: dict[str, Any]
@@ -79,20 +81,20 @@ class Checkpoints:
     say: Callable[[str], None]
     _under_way: tuple[int, Saving] | None = field(default=None, init=False)
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], files: Mapping[str, bytes]) -> None:
         """Finish the checkpoint under way, then begin that of `step` from the present state.
 
         Without in_background the checkpoint is complete when this returns. Raises what `finish` raises, and OSError;
         the other checkpoints are then untouched.
 
-        state: JSON-able, the same on every rank
+        state: JSON-able; files: name -> content of what is too large for it; both the same on every rank
         """
         self.finish()
         header = json.dumps({**self._header(step), "state": state}).encode()
         saving = Saving(
             self.folder / f"step_{step:06d}",
             {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(self.policy.groups)},
-            {STATE: header, **self.assets},
+            {STATE: header, **files, **self.assets},
             self.policy.groups,
         )
         self._under_way = step, saving
@@ -222,7 +224,7 @@ class Checkpoints:
             torch.set_rng_state(loaded["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
         policy.version = header["version"]
-        return Loaded(step=header["step"], layout=header["layout"], state=header["state"], skipped=skipped)
+        return Loaded(path=path, step=header["step"], layout=header["layout"], state=header["state"], skipped=skipped)
 
     def _header(self, step: int) -> dict[str, Any]:
         """Return the content of state.json besides the loop's state."""

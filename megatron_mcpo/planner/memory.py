@@ -7,7 +7,7 @@ engine sleeps without weights and key-value cache; its weights return for the we
 
 from dataclasses import dataclass
 from functools import cache
-from math import lcm, prod
+from math import ceil, lcm, prod
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.layout import Layout
@@ -134,6 +134,7 @@ def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, 
     a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
     tokens = int(cache // a_token)
     engines = len(config.engine.servers) or layout.world_size // ranks
+    ahead = 1 + config.engine.prompts_ahead
     return EngineMemory(
         engines=engines,
         in_ranks=not config.engine.servers,
@@ -142,7 +143,7 @@ def engine_memory(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, 
         cache=cache,
         budget=budget,
         cache_tokens=tokens,
-        sequences=min(config.engine.max_concurrent, tokens // shape.length, -(-shape.rollouts // engines)),
+        sequences=min(config.engine.max_concurrent, tokens // shape.length, ceil(ahead * shape.rollouts / engines)),
     )
 
 

@@ -15,7 +15,11 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
     """Write what runs, bytes by rank and phase, bytes on the wire, seconds, and whether it fits."""
     gpu, shape = plan.gpu, plan.shape
     yield arithmetic(plan.config, plan.layout, plan.model)
-    yield f"gpu      {plan.nodes} node(s) of {gpu.per_node} x {gpu.name}, {gpu.memory_gib:g} GiB each"
+    divided = f": {plan.layout.world_size} for the trainer, {plan.config.server_gpus} for the engine servers"
+    yield (
+        f"gpu      {plan.nodes} node(s) of {gpu.per_node} x {gpu.name}, {gpu.memory_gib:g} GiB each"
+        + (divided if plan.config.server_gpus else "")
+    )
     yield (
         f"params   {total_params(plan.model):,} in the model; micro-batches of {shape.sequences} rollout(s), "
         f"{shape.micros} of them an optimizer step and replica"
@@ -37,6 +41,8 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         f"{engine.cache_tokens:,} tokens, {engine.sequences} rollouts together"
     )
     yield "seconds  " + "  ".join(f"{name} {value:,.1f}" for name, value in plan.seconds.items())
+    if plan.config.engine.prompts_ahead:
+        yield "busy     " + ", ".join(f"{name} {share:.0%} of the step" for name, share in plan.busy.items())
     yield f"tokens   {plan.tokens_per_second_per_gpu:,.0f} a second and GPU, prompts and responses"
     yield f"fits     {'yes' if plan.fits else 'NO'}"
     for shortage in plan.shortages:
@@ -59,7 +65,9 @@ def _memory(plan: MemoryPlan) -> Iterator[str]:
 def describe(change: Change) -> str:
     """Write a change as options of the command line."""
     values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
-    return " ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
+    servers = values.pop("engine.servers", None)
+    options = " ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
+    return options if servers is None else f"{options} and {len(servers)} engine.servers"
 
 
 def remedy_lines(nodes: int, remedies: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
@@ -102,5 +110,6 @@ def search_lines(found: Sequence[tuple[Change, MemoryPlan]]) -> Iterator[str]:
             f"{layout.pipeline:>9}{layout.virtual_pipeline:>8}{layout.context:>8}{layout.expert:>7}{layout.data:>5}  "
             f"{config.model.recompute:>9}  micro-batch {config.batch.micro_batch_tokens}, engine tensor "
             f"{config.engine.tensor_parallel}, share {config.engine.gpu_memory_utilization:g}"
+            + (f", servers {len(config.engine.servers)}" if config.engine.servers else "")
         )
     yield f"the first as overrides: {describe(found[0][0])}"

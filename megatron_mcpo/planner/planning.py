@@ -22,6 +22,7 @@ from megatron_mcpo.weights.mapping import total_params
 class MemoryPlan:
     """The predicted needs of a run: memory per rank, bytes on the wire, seconds per phase of a step.
 
+    nodes: of the trainer and of the engine servers, if there are any
     ranks: one of every pipeline stage, the others of a stage hold as much; wire: bytes by group; seconds: by phase
     """
 
@@ -68,9 +69,22 @@ class MemoryPlan:
         return 1 - self.peak / self.gpu.memory_bytes
 
     @property
+    def num_gpus(self) -> int:
+        """Return the number of GPUs of trainer and engine servers together."""
+        return self.layout.world_size + self.config.server_gpus
+
+    @property
     def gpu_hours(self) -> float:
         """Return the GPU-hours of one step."""
-        return self.seconds["step"] * self.layout.world_size / 3600
+        return self.seconds["step"] * self.num_gpus / 3600
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Return the shares of a step in which trainer and engines work; a weight sync occupies both."""
+        seconds = self.seconds
+        learning = seconds["score"] + seconds["update"] + seconds["sync"]
+        work = {"trainer": learning, "engines": seconds["rollout"] + seconds["sync"]}
+        return {name: part / seconds["step"] if seconds["step"] < float("inf") else 0.0 for name, part in work.items()}
 
     @property
     def not_modelled(self) -> list[str]:
@@ -91,7 +105,7 @@ class MemoryPlan:
     @property
     def tokens_per_second_per_gpu(self) -> float:
         """Return the prompt and response tokens that a GPU handles per second; 0 if the step would never end."""
-        return self.shape.rollouts * self.shape.length / self.seconds["step"] / self.layout.world_size
+        return self.shape.rollouts * self.shape.length / self.seconds["step"] / self.num_gpus
 
     @property
     def head(self) -> HeadSpec | None:
@@ -122,12 +136,14 @@ class MemoryPlan:
             ],
             "wire_bytes": {name: round(value) for name, value in self.wire.items()},
             "step_seconds": {name: _finite(value) for name, value in self.seconds.items()},
+            "busy": {name: round(share, 3) for name, share in self.busy.items()},
             "tokens_per_second_per_gpu": round(self.tokens_per_second_per_gpu, 1),
             "shortages": self.shortages,
             "not_modelled": self.not_modelled,
             "gpu": self.gpu.name,
             "nodes": self.nodes,
             "world_size": self.layout.world_size,
+            "server_gpus": self.config.server_gpus,
         }
 
 
@@ -141,13 +157,28 @@ def head_of(config: Config, model: ModelConfig) -> HeadSpec | None:
     return HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
 
 
+def trainer_gpus(config: Config, gpu: Gpu, nodes: int) -> int:
+    """Return how many GPUs the engine servers leave to the trainer. Raises ConfigError where there are none."""
+    left = nodes * gpu.per_node - config.server_gpus
+    if left < 1:
+        raise ConfigError(
+            [
+                f"engine.servers: {len(config.engine.servers)} servers of {config.engine.tensor_parallel} GPU(s) must "
+                f"leave some of {nodes} node(s) of {gpu.per_node} to the trainer. List fewer, or use more nodes."
+            ]
+        )
+    return left
+
+
 def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> MemoryPlan:
     """Plan a configuration without building anything (see `MemoryPlan.check_built`).
+
+    nodes: of the trainer and of the engine servers, if there are any
 
     Raises:
         ConfigError: The model can't be divided or served like this.
     """
-    layout = config.layout(nodes * gpu.per_node)
+    layout = config.layout(trainer_gpus(config, gpu, nodes))
     problems = model_rules.problems(config, model, on_cpu=False) + layout_problems(
         model, layout, config.engine.tensor_parallel, engine_in_ranks=not config.engine.servers
     )

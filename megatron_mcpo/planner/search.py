@@ -13,7 +13,7 @@ from megatron_mcpo.config.config import Config, ConfigError
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import Recompute
 from megatron_mcpo.planner.hardware import Gpu
-from megatron_mcpo.planner.planning import MemoryPlan, plan
+from megatron_mcpo.planner.planning import MemoryPlan, plan, trainer_gpus
 
 Change = dict[str, Any]
 """Dotted keys with their new values, as on the command line."""
@@ -23,6 +23,8 @@ HEADROOM = 0.05
 TIGHT_COST = 0.03
 """How much slower a layout without that headroom is taken to be when layouts are ordered."""
 MOST_REMEDIES = 3
+_SERVER_SHARE = 0.9
+"""engine.gpu_memory_utilization of a server, which has its GPUs to itself."""
 
 
 def changed(config: Config, change: Change) -> Config:
@@ -58,7 +60,7 @@ def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[t
 def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[Change]:
     parallel, engine, rollout = config.parallel, config.engine, config.rollout
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    align = config.layout(nodes * gpu.per_node).sequence_alignment
+    align = config.layout(trainer_gpus(config, gpu, nodes)).sequence_alignment
     smallest = -(-length // align) * align
     tensor, engine_ranks = parallel.tensor, engine.tensor_parallel
     experts = (2, 4, 8, 16) if model.experts else ()
@@ -80,10 +82,10 @@ def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) ->
 def more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
     """Return the best layout on the fewest nodes on which one fits, the present layout before all others."""
     for factor in (2, 4, 8, 16):
-        num_ranks = nodes * factor * gpu.per_node
+        num_gpus = nodes * factor * gpu.per_node
         p = config.parallel
-        as_it_is = {"parallel.data": _data(config, num_ranks, p.tensor * p.pipeline * p.context)}
-        for changes in ([as_it_is], _layouts(config, model, gpu, num_ranks, _ROOMY)):
+        as_it_is = {"parallel.data": _data(config, num_gpus - config.server_gpus, p.tensor * p.pipeline * p.context)}
+        for changes in ([as_it_is], _layouts(config, model, gpu, num_gpus, _ROOMY)):
             found = _fitting(config, model, gpu, nodes * factor, changes)
             if found:
                 change, fitting = found[0]
@@ -127,7 +129,46 @@ _ROOMY = _Choices(
 """Enough to find out whether anything fits, in seconds: without most of what only makes a layout faster."""
 
 
-def _layouts(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, choices: _Choices) -> list[Change]:
+def _engines(config: Config, gpu: Gpu, num_gpus: int, choices: _Choices) -> list[tuple[Change, int]]:
+    """Return the engines that are tried, each with the number of GPUs that it leaves to the trainer.
+
+    Servers get whole nodes where there are several, and almost all of their GPUs' memory.
+    """
+    sizes = [n for n in (1, 2, 4, 8) if n <= gpu.per_node]
+    if not config.engine.servers:
+        return [
+            ({"engine.tensor_parallel": size, "engine.gpu_memory_utilization": share}, num_gpus)
+            for size, share in product(sizes, choices.shares)
+        ]
+    unit = gpu.per_node if num_gpus > gpu.per_node else 1
+    return [
+        (
+            {
+                "engine.servers": _addresses(config, gpus // size),
+                "engine.tensor_parallel": size,
+                "engine.gpu_memory_utilization": _SERVER_SHARE,
+            },
+            num_gpus - gpus,
+        )
+        for gpus, size in product(range(unit, num_gpus, unit), sizes)
+        if gpus % size == 0
+    ]
+
+
+def _addresses(config: Config, count: int) -> list[str]:
+    """Return that many addresses, the configuration's own first."""
+    return [*config.engine.servers, *(f"http://server-{number}:8000" for number in range(count))][:count]
+
+
+def _layouts(config: Config, model: ModelConfig, gpu: Gpu, num_gpus: int, choices: _Choices) -> list[Change]:
+    return [
+        layout | engine
+        for engine, num_ranks in _engines(config, gpu, num_gpus, choices)
+        for layout in _divisions(config, model, gpu, num_ranks, choices)
+    ]
+
+
+def _divisions(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, choices: _Choices) -> list[Change]:
     length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     sizes = [n for n in (1, 2, 4, 8) if n <= gpu.per_node]
     experts = choices.experts if model.experts else (1,)
@@ -143,19 +184,9 @@ def _layouts(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, choic
             "parallel.data": _data(config, num_ranks, tensor * pipeline * context),
             "model.recompute": recompute,
             "batch.micro_batch_tokens": times * -(-length // (2 * tensor * context)) * 2 * tensor * context,
-            "engine.tensor_parallel": engine,
-            "engine.gpu_memory_utilization": share,
         }
-        for tensor, pipeline, virtual, context, expert, recompute, times, engine, share in product(
-            sizes,
-            stages,
-            choices.virtual,
-            (1, 2),
-            experts,
-            choices.recompute,
-            choices.micro_batches,
-            sizes,
-            choices.shares,
+        for tensor, pipeline, virtual, context, expert, recompute, times in product(
+            sizes, stages, choices.virtual, (1, 2), experts, choices.recompute, choices.micro_batches
         )
         if (virtual == 1 or pipeline > 1) and num_ranks % (tensor * pipeline * context) == 0
     ]

@@ -6,6 +6,7 @@ memory-bound; reading prompts is compute-bound. Rewards, data and checkpoints ar
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.layout import Layout
@@ -150,14 +151,17 @@ def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) ->
 def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, shape: StepShape, engine: EngineMemory) -> float:
     """Predict the seconds of a rollout on all engines.
 
-    A prompt is read once for all its samples (prefix caching); a wave of sequences decodes to its end.
+    A prompt is read once for all its samples (prefix caching); a wave of sequences decodes to its end. Where engines
+    sample ahead of the trainer, waves of two steps overlap, and sequences that a sync interrupts are read again, on
+    average with half of their responses.
     """
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
     if engine.sequences == 0:
         return float("inf")
     mine = -(-shape.rollouts // engine.engines)
-    waves = -(-mine // engine.sequences)
-    together = -(-mine // waves)
+    ahead = config.engine.prompts_ahead > 0
+    waves = mine / engine.sequences if ahead else -(-mine // engine.sequences)
+    together = engine.sequences if ahead else ceil(mine / waves)
     reading = gpu.decode_share * gpu.copy_tbs * _TERA
     a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
     cache = together * (shape.prompt + shape.response / 2) * a_token
@@ -170,7 +174,10 @@ def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, shape: StepSha
         messages = 2 * model.num_layers * (size / link(gpu, first=1, ranks=ranks) + gpu.message_us * 1e-6)
     step = max(weights / reading, products) + cache / reading + messages + gpu.engine_step_ms * 1e-3
     prompts = -(-config.batch.prompts // engine.engines)
-    prefill = prompts * shape.prompt * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
+    read = float(prompts * shape.prompt)
+    if ahead and config.engine.in_flight == "keep":
+        read += together * (shape.prompt + shape.response / 2)
+    prefill = read * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
     return waves * shape.response * step + prefill
 
 
@@ -211,7 +218,10 @@ def step_seconds(
     shape: StepShape,
     engine: EngineMemory,
 ) -> dict[str, float]:
-    """Predict the seconds of rollout, score, update and sync, and of step, their sum."""
+    """Predict the seconds of rollout, score, update and sync, and of step.
+
+    A step takes their sum; where engines sample ahead of the trainer, the longer of rollout and learning, and the sync.
+    """
     e = ITEMSIZE[config.model.dtype]
     once = micro_pass(config, model, layout, gpu, shape)
     scores, _ = passes(config)
@@ -236,4 +246,6 @@ def step_seconds(
     rollout = rollout_seconds(config, model, gpu, shape, engine)
     sync = sync_seconds(config, model, layout, gpu, engine)
     seconds = {"rollout": rollout, "score": score, "update": update, "sync": sync}
-    return {**seconds, "step": sum(seconds.values())}
+    learning = score + update
+    ahead = config.engine.prompts_ahead > 0
+    return {**seconds, "step": (max(rollout, learning) if ahead else rollout + learning) + sync}

@@ -7,6 +7,7 @@ without a function is supplied by the module that measures it.
 import statistics
 
 from megatron_mcpo.reporting.metric import Metric, Section
+from megatron_mcpo.reporting.metric_table_work import AHEAD, WORK
 from megatron_mcpo.reporting.selection import (
     anchors,
     domain_mean_reward,
@@ -153,8 +154,14 @@ _UPDATES = Section(
         ),
         Metric(
             keys=("importance/capped",),
-            meaning="Share of tokens whose importance weight is the cap or, with masking, 0.",
+            meaning="Share of tokens whose importance weight is the cap or, with mask and reject, 0.",
             target="Near 0.",
+        ),
+        Metric(
+            keys=("importance/effective",),
+            meaning="Effective sample size of the importance weights as a share of the n tokens, "
+            "(sum w)^2 / (n sum w^2).",
+            target="Near 1; what is missing to 1 is lost to the mismatch and to old rollouts.",
         ),
         Metric(
             keys=("grad_norm",),
@@ -285,38 +292,7 @@ _GRADIENTS = Section(
     ),
 )
 
-_WORK = Section(
-    title="Work",
-    about="What the step did and what it cost.",
-    metrics=(
-        Metric(keys=("resample/rounds",), meaning="Rounds of dynamic sampling; at most data.resample."),
-        Metric(keys=("resample/replaced",), meaning="Groups with zero advantage that were replaced by other prompts."),
-        Metric(keys=("resample/prompts",), meaning="Prompts sampled altogether, replacements included."),
-        Metric(keys=("tokens/trained",), meaning="Prompt and response tokens; a prompt counts once per rollout."),
-        Metric(keys=("time/step",), meaning="Seconds of the whole step."),
-        Metric(keys=("time/rollout",), meaning="Seconds of sampling and verifying."),
-        Metric(keys=("time/sleep",), meaning="Seconds in which the engine gives its GPU memory back; 0 on a CPU."),
-        Metric(keys=("time/score",), meaning="Seconds of scoring with policy and reference."),
-        Metric(keys=("time/update",), meaning="Seconds of contrast, backward passes and optimizer."),
-        Metric(keys=("time/wake",), meaning="Seconds in which the engine takes its GPU memory again; 0 on a CPU."),
-        Metric(keys=("sync/seconds",), meaning="Seconds of the weight sync from trainer to engine."),
-        Metric(keys=("time/verify",), meaning="Seconds of comparing the engine's weights (engine.verify_sync)."),
-        Metric(keys=("time/diagnose",), meaning="Seconds of measuring gradients, in the steps that do."),
-        Metric(
-            keys=("sync/bytes",),
-            meaning="Bytes of the new weights that rank 0 received from other ranks. Every worker of an engine server "
-            "gets a full copy besides.",
-        ),
-        Metric(
-            keys=("memory/peak_gib",),
-            meaning="On a GPU: the most memory in use on any device at the end of a phase, whoever uses it. On a CPU: "
-            "the largest resident size of every rank plus the present one of its workers, summed; an upper bound. "
-            "GiB.",
-        ),
-    ),
-)
-
-SECTIONS = (_SAMPLED, _TRAINED, _UPDATES, _PAIRS, _GRADIENTS, _WORK)
+SECTIONS = (_SAMPLED, _TRAINED, _UPDATES, _PAIRS, _GRADIENTS, AHEAD, WORK)
 """Every key of metrics.jsonl but `step`."""
 
 EVALUATION = Section(

@@ -6,6 +6,7 @@ Shape legend: megatron_mcpo.types.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
     num_positives, num_in_domain, num_negatives: number of its cross-domain positives, in-domain positives, and
         negatives; 0 where it is not an anchor of the term (negatives: of either term)
     source, index: identify the item across runs
-    version: of the weights that sampled it
+    versions: of the weights that sampled it, each with its number of tokens, in order
 
     Args:
         report: of the optimizer step
@@ -111,7 +112,7 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
                     "reward": group.rewards[sample],
                     "correct": group.correct[sample],
                     "advantage": float(report.advantages_M[row]),
-                    "version": completion.version,
+                    "versions": [[version, len(list(same))] for version, same in groupby(completion.versions)],
                     "positives": [column for column in listed[row] if column >= 0] if listed else [],
                     **{name: column[row] for name, column in counts.items()},
                 }

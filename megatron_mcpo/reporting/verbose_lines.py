@@ -64,7 +64,13 @@ def _engine_part(values: Mapping[str, float]) -> str:
 
 
 def _time_part(values: Mapping[str, float]) -> str:
-    keys = (("rollout", "time/rollout"), ("score", "time/score"), ("update", "time/update"), ("sync", "sync/seconds"))
+    keys = (
+        ("rollout", "time/rollout"),
+        ("wait", "time/wait_for_rollouts"),
+        ("score", "time/score"),
+        ("update", "time/update"),
+        ("sync", "sync/seconds"),
+    )
     phases = " ".join(f"{label} {number(values[key], '.1f')}" for label, key in keys if key in values)
     total = number(values["time/step"], ".1f") + " s" if "time/step" in values else ""
     return f"{total} ({phases})".strip() if phases else total

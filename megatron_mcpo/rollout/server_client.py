@@ -22,7 +22,15 @@ _LONGEST_MESSAGE = 500
 
 
 class ServerError(RuntimeError):
-    """The error of a server that did not answer, or refused a request."""
+    """The error of a server that did not answer, or not as it should."""
+
+
+class ServerRefused(ServerError):
+    """The error of a server that answered that it does not do what was asked."""
+
+
+class ServerTaken(RuntimeError):
+    """The error of a server that another trainer uses: two can't share one."""
 
 
 class Client:
@@ -69,8 +77,11 @@ class Client:
             self._open.discard(connection)
             connection.close()
         if response.status != 200:
-            raise ServerError(f"{self.url}: {verb} {path} was refused ({response.status}): {_message(content)}")
-        return json.loads(content) if content else None
+            raise ServerRefused(f"{self.url}: {verb} {path} was refused ({response.status}): {_message(content)}")
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise ServerError(f"{self.url}: answered {verb} {path} with something else than JSON") from error
 
 
 def server_problems(config: Config, model: ModelConfig) -> list[str]:
@@ -97,7 +108,7 @@ def server_problems(config: Config, model: ModelConfig) -> list[str]:
 
 
 def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:
-    """Return what WorkerExtension.mcpo_describe must answer, except for `process` and `updating`."""
+    """Return what WorkerExtension.mcpo_describe must answer, except for `process`, `updating` and `trainer`."""
     return {
         "model": json.loads(json.dumps(asdict(model))),
         "dtype": DTYPES[config.model.dtype],

@@ -249,7 +249,7 @@ class VllmEngine:
                     token_ids=tokens,
                     logprobs=tuple(entry[token].logprob for token, entry in pairs),
                     stop_reason=STOP_REASONS.get(output.finish_reason, StopReason.ABORT),
-                    version=self.version,
+                    versions=(self.version,) * len(tokens),
                 )
             )
         copies = request.num_samples // len(completions)

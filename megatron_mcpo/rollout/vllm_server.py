@@ -1,13 +1,12 @@
 """Use engines in other processes or on other hosts: vLLM's servers as `mcpo serve` starts them."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from itertools import groupby
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,30 +14,31 @@ from torch import Tensor
 from megatron_mcpo import progress
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked
-from megatron_mcpo.rollout.server_client import TIMEOUT_SECONDS, Client, ServerError
-from megatron_mcpo.rollout.vllm_engine import STOP_REASONS
-from megatron_mcpo.rollout.vllm_options import sampling_options
-from megatron_mcpo.rollout.weight_link import Bucket, Sender
+from megatron_mcpo.rollout.fleet import Fleet, Member
+from megatron_mcpo.rollout.sampler import Response, Sampler, split
+from megatron_mcpo.rollout.server import Bucketful, Server
+from megatron_mcpo.rollout.server_client import ServerError, ServerRefused, ServerTaken
 from megatron_mcpo.types import Completion, StopReason
 from megatron_mcpo.weights.mapping import hf_shapes
 
 BUCKET_BYTES = 256 * 2**20
-_DRAIN_SECONDS = 600.0
-"""The longest wait for requests, also of others, that a server still works on when a weight sync begins."""
-_GENERATION_SECONDS = 3600.0
-_WATCH_SECONDS = 5.0
-"""The time between checks that a server that still generates is alive."""
-
-Bucketful = list[tuple[str, Tensor]]
+WATCH_SECONDS = 5.0
+"""The time between two looks at the servers: a host that vanishes closes no connection."""
+_POLL_SECONDS = 0.1
+_NOTHING = Completion(token_ids=(), logprobs=(), stop_reason=StopReason.ABORT, versions=())
 
 
 class VllmServers:
-    """The engine of `engine.Engine` on this rank's servers, which may be none; sampling is that of VllmEngine.
+    """The engine of `engine.Engine` on servers; sampling is that of VllmEngine. Threads complete the requests.
 
-    Only this rank sends weights to them. All answers between two of its weight syncs are computed with the weights of
-    the first: a server is paused for a sync, running requests end before it, and new ones wait until it is complete. A
-    sync that fails leaves the server paused until some trainer completes one. A server's version of the weights begins
-    with this trainer's `tag`; any other means that another trainer sends weights to it, which is an EngineError.
+    Only one rank, their owner, sends weights to a server. Before it does, the requests of this trainer that are under
+    way there end: with the weights that they began with, or, with in_flight = "keep", at once, and what is missing is
+    asked for again after the sync. So all tokens between two syncs are computed with the weights of the first.
+
+    A server that does not answer as it should is not used any more: its requests go to the rank's others, or, if it
+    has none, to those of other ranks. It is used again after the next sync before which it is there. A server that
+    holds weights of another trainer, whose version does not begin with this one's `tag`, is an EngineError. A sync that
+    fails leaves a server paused until some trainer completes one.
     """
 
     def __init__(
@@ -46,8 +46,10 @@ class VllmServers:
         urls: Sequence[str],
         model: ModelConfig,
         *,
+        others: Sequence[str] = (),
         max_model_len: int,
         max_concurrent: int,
+        in_flight: Literal["wait", "keep"] = "wait",
         device: torch.device,
         tag: str,
         bucket_bytes: int = BUCKET_BYTES,
@@ -57,10 +59,12 @@ class VllmServers:
         Args:
             urls: Of this rank's servers.
             model: The model that they serve.
+            others: Of the servers that other ranks of this trainer own.
             max_model_len: The most tokens of prompt and completion together.
             max_concurrent: The most requests that a server gets at a time.
+            in_flight: What becomes of requests under way when weights are sent.
             device: Of the tensors that will be sent.
-            tag: Names this trainer. It must be unique, even among restarts of one run.
+            tag: Names this trainer on all its ranks. It must be unique, even among restarts of one run.
             bucket_bytes: Of the tensors that are sent together; a server holds as much beside its weights.
 
         Raises:
@@ -69,46 +73,106 @@ class VllmServers:
         self.version = 0
         self._shapes = hf_shapes(model)
         self._max_model_len = max_model_len
+        self._in_flight = in_flight
         self._bucket_bytes = bucket_bytes
         self._broken: str | None = None
         self._has_weights = False
-        self._servers = [_Server(url, tag=tag, device=device) for url in urls]
+        make = partial(Server, tag=tag, device=device, vocab_size=model.vocab_size)
+        own = [make(url) for url in urls]
+        self._fleet = Fleet(own, [make(url) for url in others], limit=max_concurrent)
         self._control = ThreadPoolExecutor(max(1, len(urls)))
-        self._generating = ThreadPoolExecutor(max(1, max_concurrent * len(urls)))
+        self._closed = threading.Event()
+        # What servers of this rank work on at a time, also where others step in for them.
+        self._sampler = Sampler(self._complete, num_threads=max_concurrent * len(urls))
         with self._fatal("connecting"):
-            self._on_all(_Server.connect)
+            list(self._control.map(Server.connect, own))
+        threading.Thread(target=self._watch, name="watching engine servers", daemon=True).start()
+
+    @property
+    def num_live(self) -> int:
+        """Return how many of this rank's servers answer and hold its weights."""
+        return len(self._fleet.live) if self._broken is None else 0
+
+    def busy_seconds(self) -> list[float]:
+        """Return for how long each of this rank's servers has had requests since the start."""
+        return self._fleet.busy_seconds()
+
+    def reasons(self) -> list[str]:
+        """Return why servers of this rank are not used, a line each."""
+        return self._fleet.reasons
+
+    def news(self) -> list[str]:
+        """Return what a user should know of the servers since the last call."""
+        return self._fleet.news()
+
+    def any_returns(self) -> bool:
+        """Return whether one of this rank's servers that were lost is there again."""
+        return any(self._control.map(lambda member: member.server.is_there(), self._fleet.lost))
+
+    def submit(
+        self, request: SamplingRequest, *, priority: tuple[int, ...], begun: Completion | None = None
+    ) -> Response:
+        """Begin to complete a request of one sample, those of a small priority first; threads do the work.
+
+        begun: what is known of the completion already
+        Raises ValueError for a request that can't be served, EngineError where there are no weights.
+        """
+        self._require(weights=True)
+        check_request(request, self._max_model_len)
+        return self._sampler.submit(request, priority=priority, begun=begun)
+
+    def prepare(self) -> None:
+        """Empty the prefix caches, as far as requests allow: earlier ones must not influence the rounding."""
+        self._require(weights=True)
+        self._on_live(Server.reset_prefix_cache)
+
+    def check_versions(self) -> None:
+        """Check that all answers so far come from this trainer's weights. Raises EngineError where they don't."""
+        self._require(weights=True)
+        with self._fatal("generation"):
+            self._on_live(Server.check_version)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
-        """Complete every request, as engine.Engine.generate says: request i goes to server i modulo their number.
-
-        Raises ValueError for a request that can't be served; the engine stays usable.
-        """
+        """Complete every request, as engine.Engine.generate says. Raises EngineError also when no server answers."""
         self._require(weights=True)
         for request in requests:
             check_request(request, self._max_model_len)
         if not requests:
             return []
+        self.prepare()
+        responses = [
+            [self.submit(single, priority=(number,)) for single in split(request)]
+            for number, request in enumerate(requests)
+        ]
         with self._fatal("generation"):
-            self._on_all(_Server.prepare)
-            turns = [self._servers[i % len(self._servers)] for i in range(len(requests))]
-            pairs = zip(turns, requests, strict=True)
-            futures = [self._generating.submit(server.complete, request, self.version) for server, request in pairs]
-            self._watch(futures)
-            # If the version is ours after the last answer, all answers were computed with our weights.
-            self._on_all(_Server.check_version)
-            return [future.result() for future in futures]
+            for response in (each for group in responses for each in group):
+                self._wait_for(response)
+            self._on_live(Server.check_version)  # the weights of the last answer are then those of the first
+        return [
+            tuple(response.future.result() for response in group) * (request.num_samples // len(group))
+            for request, group in zip(requests, responses, strict=True)
+        ]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Replace all weights, as engine.Engine.update says. A rank without servers consumes the tensors, too."""
+        """Replace all weights, as engine.Engine.update says. A rank without servers consumes the tensors, too.
+
+        A server that fails is left out; `num_live` says how many have the weights.
+        """
         self._require(weights=False)
         arrived: dict[str, int] = {}
         with self._fatal(f"update to version {version}"):
-            self._on_all(partial(_Server.begin_update, version=version))
+            self._fleet.hold()
+            self._reconnect()
+            self._on_live(partial(Server.announce_update, version=version))
+            for member in self._fleet.live:
+                self._let_end(member)
+            self._on_live(Server.begin_update)
             for bucket in self._buckets([pair] for pair in checked(named_tensors, self._shapes, arrived)):
-                self._on_all(partial(_Server.load, bucket=bucket))
-            self._on_all(partial(_Server.finish_update, version=version))
+                self._on_live(partial(Server.load, bucket=bucket))
+            self._on_live(partial(Server.finish_update, version=version))
         self._has_weights = True
         self.version = version
+        self._fleet.release(version)
         return sum(arrived.values())
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Comparison:
@@ -118,11 +182,11 @@ class VllmServers:
         unread: list[str] = []
         num_tensors = 0
         with self._fatal("comparison of weights"):
-            self._on_all(_Server.check_version)
+            self._on_live(Server.check_version)
             # Tensors that an engine fuses are compared together.
             for bucket in self._buckets(list(unit) for _, unit in groupby(named_tensors, key=_parent)):
                 num_tensors += len(bucket)
-                for workers in self._on_all(partial(_Server.compare, bucket=bucket)):
+                for workers in self._on_live(partial(Server.compare, bucket=bucket)):
                     different += [name for worker in workers for name in worker["different"]]
                     unread += [name for worker in workers for name in worker["unread"]]
         return Comparison(
@@ -137,11 +201,74 @@ class VllmServers:
 
     def close(self) -> None:
         """Disconnect. The servers keep running with the weights they have; every later call raises EngineError."""
-        self._broken = "it was closed"
-        for server in self._servers:
-            server.close()
+        self._end("it was closed")
         self._control.shutdown()
-        self._generating.shutdown()
+
+    def _complete(self, request: SamplingRequest) -> Completion:
+        """Return a completion, or a part of it, from whichever server answers. Raises EngineError at the end."""
+        member, version = self._fleet.take()
+        try:
+            piece = member.server.complete(request, version)
+            if not member.own:  # whose owner may have begun an update meanwhile
+                member.server.check_version()
+        except ServerRefused as error:
+            if member.server.is_there() and not self._closed.is_set():
+                raise  # it will refuse again
+            self._fleet.drop(member, error)
+            return _NOTHING
+        except ServerError as error:
+            self._fleet.drop(member, error)
+            return _NOTHING
+        finally:
+            self._fleet.give_back(member)
+        return piece
+
+    def _wait_for(self, response: Response) -> None:
+        """Wait for a response. Raises what its thread raised, or EngineError where no server is left."""
+        while wait([response.future], timeout=_POLL_SECONDS).not_done:
+            if self._fleet.is_starved:
+                raise EngineError("; ".join(self._fleet.reasons) or "no engine server answers")
+        response.future.result()
+
+    def _let_end(self, member: Member) -> None:
+        """Wait until none of this rank's requests is under way at a server. A request may arrive while it is paused,
+        and would wait for the new weights: therefore again and again."""
+        while member.lost is None and not self._fleet.wait_idle(member, seconds=0.0):
+            try:
+                if self._in_flight == "keep":
+                    member.server.interrupt()
+            except ServerError as error:
+                self._fleet.drop(member, error)
+            self._fleet.wait_idle(member, seconds=_POLL_SECONDS if self._in_flight == "keep" else 1.0)
+            progress.tick()  # the watching thread sees to it that this ends
+
+    def _reconnect(self) -> None:
+        """Connect again to servers that were lost and are there. One that fails stays lost."""
+        for member in self._fleet.lost:
+            try:
+                if member.server.is_there():
+                    member.server.connect()
+                    self._fleet.restore(member)
+            except ServerError as error:
+                self._fleet.drop(member, error)
+
+    def _watch(self) -> None:
+        """Look at the servers regularly until `close`. A thread of its own."""
+        with ThreadPoolExecutor(max(1, self._fleet.size)) as pool:
+            while not self._closed.wait(WATCH_SECONDS):
+                if self._has_weights:
+                    list(pool.map(self._look_at, self._fleet.watched))
+
+    def _look_at(self, member: Member) -> None:
+        try:
+            member.server.check_version()
+        except ServerTaken as error:
+            self._end(str(error))
+        except Exception as error:
+            self._fleet.drop(member, error)
+        else:
+            if not member.own:
+                self._fleet.restore(member)
 
     def _require(self, *, weights: bool) -> None:
         if self._broken is not None:
@@ -149,35 +276,37 @@ class VllmServers:
         if weights and not self._has_weights:
             raise EngineError("the engine holds no weights of this trainer: call update() first")
 
+    def _end(self, reason: str) -> None:
+        self._broken = self._broken or reason
+        self._closed.set()
+        self._fleet.end(f"the engine can't be used: {reason}")
+        self._sampler.close()
+        self._fleet.disconnect()
+
     @contextmanager
     def _fatal(self, action: str) -> Iterator[None]:
         """Run a block of which any error makes the engine unusable."""
         try:
             yield
         except BaseException as error:
-            self._broken = f"{action} failed: {error}"
-            for server in self._servers:
-                server.close()
+            self._end(f"{action} failed: {error}")
             if isinstance(error, Exception):
                 raise EngineError(self._broken) from error
             raise
 
-    def _on_all[T](self, call: Callable[["_Server"], T]) -> list[T]:
-        """Make a call on every server at the same time; return the results."""
-        futures = [self._control.submit(call, server) for server in self._servers]
-        # Raise the first failure, since the other servers may only be waiting.
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-            future.result()
-        return [future.result() for future in futures]
-
-    def _watch(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait for answers, and check the servers regularly: a host that vanishes closes no connection."""
-        while wait(futures, timeout=_WATCH_SECONDS, return_when=FIRST_EXCEPTION).not_done:
-            failed = next((future for future in futures if future.done() and future.exception()), None)
-            if failed is not None:
-                failed.result()
-            self._on_all(_Server.check_version)
-            progress.tick()  # a server that answers may decode for long; _GENERATION_SECONDS is its limit
+    def _on_live[T](self, call: Callable[[Server], T]) -> list[T]:
+        """Make a call on every own server that answers, at the same time; return the results of those that do it."""
+        calls = [(member, self._control.submit(call, member.server)) for member in self._fleet.live]
+        results = []
+        for member, future in calls:
+            try:
+                results.append(future.result())
+            except ServerError as error:
+                member.server.check_link()
+                if isinstance(error, ServerRefused) and member.server.is_there():
+                    raise  # it will refuse again
+                self._fleet.drop(member, error)
+        return results
 
     def _buckets(self, units: Iterable[Bucketful]) -> Iterator[Bucketful]:
         """Divide units of tensors into buckets without dividing a unit."""
@@ -194,127 +323,6 @@ class VllmServers:
             yield bucket
 
 
-class _Server:
-    """One server. All methods raise ServerError."""
-
-    def __init__(self, url: str, *, tag: str, device: torch.device):
-        self._client = Client(url)
-        self._tag = tag
-        self._device = device
-        self._sender: Sender | None = None
-        self._expected: str | None = None
-        self._posting = ThreadPoolExecutor(1)
-
-    def connect(self) -> None:
-        """Form the group that weights are sent through; end an update that a trainer left unfinished when it died."""
-        # A worker may still wait for a trainer that vanished; it gives up after TIMEOUT_SECONDS.
-        workers = self._client.ask_workers("mcpo_describe", timeout=2 * TIMEOUT_SECONDS)
-        if any(worker["updating"] for worker in workers):
-            self._client.post("/finish_weight_update")
-        address = urlsplit(self._client.url)
-        sender = Sender((address.hostname or "", address.port or 0), self._tag)
-        self._alongside(
-            "/init_weight_transfer_engine",
-            {"init_info": asdict(sender.meeting)},
-            lambda _: sender.join(len(workers), self._device),
-        )
-        self._sender = sender
-
-    def begin_update(self, version: int) -> None:
-        """Let running requests end, hold new ones, and begin an update."""
-        if self._expected is not None:
-            self.check_version()
-        # First of all, so that other users of this server learn that the weights are no longer theirs.
-        self._expected = f"{self._name(version)} (incomplete)"
-        self._client.post("/update_weight_version", {"new_version": self._expected})
-        self._client.post("/pause?mode=wait", timeout=_DRAIN_SECONDS)
-        self.check_version()
-        self._client.post("/start_weight_update")
-
-    def load(self, bucket: Bucketful) -> None:
-        """Send some tensors, which the server loads."""
-        progress.tick()
-        said = Bucket.of(bucket, self._tag).as_json()
-        self._alongside("/update_weights", {"update_info": said}, lambda failed: self._send(bucket, failed))
-
-    def finish_update(self, version: int) -> None:
-        """Complete the update of all tensors and resume answering requests."""
-        self.check_version()
-        self._expected = self._name(version)
-        self._client.post("/finish_weight_update", {"weight_version": self._expected})
-        self.check_version()
-        if not self._reset_prefix_cache():
-            raise ServerError(f"{self._client.url}: the prefix cache of the old weights could not be dropped")
-        self._client.post("/resume")
-
-    def compare(self, bucket: Bucketful) -> list[dict[str, Any]]:
-        """Return what each worker found, as the fields of engine.Comparison."""
-        said = {"method": "mcpo_compare", "kwargs": {"bucket": Bucket.of(bucket, self._tag).as_json()}}
-        answer = self._alongside("/collective_rpc", said, lambda failed: self._send(bucket, failed))
-        return list(answer["results"])
-
-    def check_version(self) -> None:
-        """Check that the weights are those that this trainer sent last. Raises ServerError if they aren't."""
-        found = self._client.get("/weight_info")["weight_version"]
-        if found != self._expected:
-            raise ServerError(
-                f"{self._client.url}: holds weights {found!r}, must hold {self._expected!r} of this run (another run "
-                "sends weights to it, or it was restarted); give every run servers of its own"
-            )
-
-    def prepare(self) -> None:
-        """Empty the prefix cache, as far as others' requests allow: earlier ones must not influence the rounding."""
-        self.check_version()
-        self._reset_prefix_cache()
-
-    def complete(self, request: SamplingRequest, version: int) -> tuple[Completion, ...]:
-        """Return `num_samples` completions of a request."""
-        asked = {"token_ids": list(request.token_ids), "sampling_params": sampling_options(request)}
-        answer = self._client.post("/inference/v1/generate", asked, timeout=_GENERATION_SECONDS)
-        progress.tick()
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        completions = tuple(_completion(choice, version) for choice in choices)
-        return completions * (request.num_samples // len(completions))
-
-    def close(self) -> None:
-        """Disconnect; threads that wait for an answer get a ServerError."""
-        self._client.abort()
-        if self._sender is not None:
-            self._sender.close()
-        self._sender = None
-        self._posting.shutdown(wait=False)
-
-    def _name(self, version: int) -> str:
-        return f"{self._tag} version {version}"
-
-    def _reset_prefix_cache(self) -> bool:
-        return bool(self._client.post("/reset_prefix_cache")["success"])
-
-    def _send(self, bucket: Bucketful, failed: Callable[[], bool]) -> None:
-        assert self._sender is not None
-        self._sender.send([tensor for _, tensor in bucket], stop_when=failed)
-
-    def _alongside(self, path: str, body: dict[str, Any], ours: Callable[[Callable[[], bool]], None]) -> Any:
-        """Post a request while this side does its part, `ours`, which gets a test for the server's failure."""
-        answer = self._posting.submit(self._client.post, path, body, timeout=2 * TIMEOUT_SECONDS)
-        try:
-            ours(lambda: answer.done() and answer.exception() is not None)
-        except RuntimeError as error:
-            if wait([answer], timeout=_WATCH_SECONDS).done:
-                answer.result()  # raise the server's own error, if it has one
-            raise ServerError(f"{self._client.url}: weights can't be sent: {error}") from error
-        return answer.result()
-
-
 def _parent(named_tensor: tuple[str, Tensor]) -> str:
     """Return the name of the enclosing module: `model.layers.0.mlp` for model.layers.0.mlp.up_proj.weight."""
     return ".".join(named_tensor[0].split(".")[:-2])
-
-
-def _completion(choice: dict[str, Any], version: int) -> Completion:
-    return Completion(
-        token_ids=tuple(choice["token_ids"]),
-        logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
-        stop_reason=STOP_REASONS.get(choice["finish_reason"], StopReason.ABORT),
-        version=version,
-    )

@@ -136,6 +136,7 @@ class WorkerExtension:
             "device": torch.device(self.device).type,
             "process": f"{socket.gethostname()}:{os.getpid()}",
             "updating": transport.updating,
+            "trainer": transport.receiver.tag if transport.receiver is not None else None,
         }
 
     def mcpo_compare(self, bucket: dict[str, Any]) -> dict[str, Any]:

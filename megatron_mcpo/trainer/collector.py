@@ -1,20 +1,18 @@
-"""Sample and verify a step's prompts, divided over all engines of the job.
+"""Sample and verify prompts, divided over all engines of the job.
 
 Every engine completes its share of the prompts and one of its ranks verifies them; then all ranks receive all groups.
 So a step's data do not depend on how the trainer is laid out. Shape legend: see megatron_mcpo.types.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-
-from transformers import PreTrainedTokenizerBase
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from megatron_mcpo import progress
-from megatron_mcpo.distributed.parallel import Groups, gather_objects, together
-from megatron_mcpo.rewards.scorer import Scorer
-from megatron_mcpo.rollout.decoding import ResponseDecoder
-from megatron_mcpo.rollout.engine import NUM_SEEDS, Engine, SamplingRequest
-from megatron_mcpo.types import Prompt, RolloutGroup, StopReason
+from megatron_mcpo.distributed.parallel import Peers, gather_objects, together
+from megatron_mcpo.rollout.engine import NUM_SEEDS, SamplingRequest
+from megatron_mcpo.trainer.jobs import Job, Key, Workshop
+from megatron_mcpo.types import Completion, Prompt, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,71 +37,119 @@ class Sampling:
         most = max(self.num_samples)
         return (self.seed + position * most) % (NUM_SEEDS - most)
 
+    def request(self, prompt: Prompt, position: int, stop_token_ids: tuple[int, ...]) -> SamplingRequest:
+        """Return the request for a prompt at a position."""
+        return SamplingRequest(
+            token_ids=prompt.token_ids,
+            num_samples=self.num_samples[prompt.domain],
+            seed=self.first_seed(position),
+            max_tokens=self.max_tokens[prompt.domain],
+            temperature=self.temperature,
+            stop_token_ids=stop_token_ids,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What a rank says: which jobs are finished, how many of its engines work, and what a user should know."""
+
+    finished: list[Key]
+    num_live: int
+    news: list[str]
+
 
 class Collector:
-    """The completion and verification of prompts. All ranks call it together with the same prompts.
-
-    scorer: on one of the ranks that use an engine; None on the others
-    """
+    """The completion and verification of prompts. All ranks call it together, with the same prompts or jobs."""
 
     def __init__(
         self,
-        engine: Engine,
-        scorer: Scorer | None,
-        tokenizer: PreTrainedTokenizerBase,
-        groups: Groups,
+        workshop: Workshop,
+        groups: Peers,
         *,
         num_engines: int,
         my_engines: Collection[int],
         stop_token_ids: tuple[int, ...],
+        restore: Callable[[], object],
+        note: Callable[[str], None],
     ):
-        """Keep the parts. my_engines: which of the job's `num_engines` are behind `engine` on this rank, by number"""
-        self.engine = engine
-        self.scorer = scorer
-        self._decoder = ResponseDecoder(tokenizer)
+        """Keep the parts.
+
+        Args:
+            workshop: What completes this rank's jobs.
+            groups: The ranks of the job.
+            num_engines: How many engines the job has.
+            my_engines: Which of them are behind `workshop` on this rank, by number.
+            stop_token_ids: The tokens that end a response.
+            restore: Waits until an engine is there again, and gives it the weights; collective.
+            note: Is called on every rank with what a user should know.
+        """
+        self.workshop = workshop
         self.groups = groups
         self.stop_token_ids = stop_token_ids
         self.num_engines = num_engines
-        self.my_engines = my_engines
+        self._my_engines = my_engines
+        self._restore = restore
+        self._note = note
+        self._numbers = itertools.count()
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """Return one group per prompt, in order, the same on every rank, without rewards."""
-        return self._divide(prompts, sampling, score=False)
+        return self._divide(prompts, sampling, scored=False)
 
     def collect(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """Return the groups with rewards; where the verifier failed, `error` says why and there is no reward."""
-        return self._divide(prompts, sampling, score=True)
+        return self._divide(prompts, sampling, scored=True)
 
-    def _divide(self, prompts: Sequence[Prompt], sampling: Sampling, *, score: bool) -> list[RolloutGroup]:
-        mine = [i for i in range(len(prompts)) if i % self.num_engines in self.my_engines]
-        groups: list[RolloutGroup] = []
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Begin with some jobs."""
+        with together(self.groups):
+            self.workshop.submit([job for job in jobs if job.place % self.num_engines in self._my_engines])
+
+    def poll(self) -> set[Key]:
+        """Return the jobs that are finished, the same on every rank, after waiting a little for more."""
         # The ranks of an engine wait for each other: one that fails must end at once, for torchrun to end the others.
-        completed = self._generate([prompts[i] for i in mine], [sampling.first_seed(i) for i in mine], sampling)
+        self.workshop.sample()
         with together(self.groups), progress.phase("verification of responses"):
-            if self.scorer is not None:
-                groups = self.scorer.score(completed) if score else completed
-        share = list(zip(mine, groups, strict=True)) if groups else []
-        by_position = dict(pair for part in gather_objects(share, self.groups) for pair in part)
-        return [by_position[i] for i in range(len(prompts))]
+            finished = self.workshop.finish()
+        mine = _Report(finished=finished, num_live=self.workshop.num_live, news=self.workshop.news())
+        reports = gather_objects(mine, self.groups)
+        for line in (line for report in reports for line in report.news):
+            self._note(line)
+        if not any(report.num_live for report in reports):
+            self._restore()
+        return {key for report in reports for key in report.finished}
 
-    def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling) -> list[RolloutGroup]:
-        requests = [
-            SamplingRequest(
-                token_ids=prompt.token_ids,
-                num_samples=sampling.num_samples[prompt.domain],
-                seed=seed,
-                max_tokens=sampling.max_tokens[prompt.domain],
-                temperature=sampling.temperature,
-                stop_token_ids=self.stop_token_ids,
+    def take(self, keys: Collection[Key]) -> list[RolloutGroup]:
+        """Return the groups of jobs that `poll` has returned, in the order of the keys, the same on every rank."""
+        with together(self.groups):
+            mine = self.workshop.take(keys)
+        parts = gather_objects(mine, self.groups)
+        found = {key: group for part in parts for key, group in part.items()}
+        return [found[key] for key in keys]
+
+    def so_far(self, keys: Collection[Key]) -> dict[Key, tuple[Completion, ...]]:
+        """Return what there is of the completions of jobs that were not taken, the same on every rank."""
+        parts = gather_objects(self.workshop.so_far(keys), self.groups)
+        return {key: completions for part in parts for key, completions in part.items()}
+
+    def busy_seconds(self) -> float:
+        """Return for how long the job's servers have had requests, on average; 0 without servers. Collective."""
+        seconds = [each for part in gather_objects(self.workshop.busy_seconds(), self.groups) for each in part]
+        return sum(seconds) / len(seconds) if seconds else 0.0
+
+    def _divide(self, prompts: Sequence[Prompt], sampling: Sampling, *, scored: bool) -> list[RolloutGroup]:
+        jobs = [
+            Job(
+                key=(0, next(self._numbers)),
+                place=place,
+                prompt=prompt,
+                request=sampling.request(prompt, place, self.stop_token_ids),
+                scored=scored,
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for place, prompt in enumerate(prompts)
         ]
-        groups = []
-        for prompt, completions in zip(prompts, self.engine.generate(requests), strict=True):
-            texts = self._decoder.texts(prompt, completions)
-            completions = tuple(replace(c, text=text) for c, text in zip(completions, texts, strict=True))
-            aborted = any(c.stop_reason is StopReason.ABORT for c in completions)
-            groups.append(
-                RolloutGroup(prompt=prompt, completions=completions, error="the engine aborted" if aborted else None)
-            )
-        return groups
+        keys = [job.key for job in jobs]
+        self.submit(jobs)
+        while not self.poll().issuperset(keys):
+            pass
+        return self.take(keys)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.trainer.collector import Collector, Sampling
-from megatron_mcpo.types import Prompt, RolloutGroup
+from megatron_mcpo.types import RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +34,21 @@ class Collected:
         }
 
 
-def collect_with_nonzero_advantage(
-    collector: Collector, stream: PromptStream, prompts: Sequence[Prompt], sampling: Sampling, *, rounds: int
+def with_nonzero_advantage(
+    groups: Sequence[RolloutGroup], collector: Collector, stream: PromptStream, sampling: Sampling, *, rounds: int
 ) -> Collected:
-    """Complete and verify the prompts, then up to `rounds` times replacements of groups whose rewards are all equal.
+    """Replace up to `rounds` times those of a step's groups whose rewards are all equal.
 
     A replacement is the next prompt of the same domain, in the same place of the step. Groups whose rewards are still
     equal after the last round stay. No two completions share a seed: see `num_seeds`. All ranks call it together.
     """
-    collected = Collected(groups=tuple(collector.collect(prompts, sampling)))
+    collected = Collected(groups=tuple(groups))
     for number in range(1, rounds + 1):
         places = [place for place, group in enumerate(collected.groups) if not group.has_nonzero_advantage]
         if not places:
             break
         fresh = stream.replacements([collected.groups[place].prompt.domain for place in places])
-        shifted = replace(sampling, seed=sampling.seed + number * num_seeds(len(prompts), sampling.num_samples))
+        shifted = replace(sampling, seed=sampling.seed + number * num_seeds(len(groups), sampling.num_samples))
         collected = _replace_groups(collected, places, collector.collect(fresh, shifted))
     return collected
 

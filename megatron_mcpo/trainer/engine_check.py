@@ -13,7 +13,7 @@ from megatron_mcpo.data.batch import make_batch
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.parallel import Groups, gather_objects
 from megatron_mcpo.mcore.policy import Policy, Reference
-from megatron_mcpo.rollout.engine import Comparison
+from megatron_mcpo.rollout.engine import Comparison, Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling
 from megatron_mcpo.types import Prompt
 
@@ -47,12 +47,14 @@ class EngineCheck:
     def __init__(
         self,
         config: Config,
+        engine: Engine,
         collector: Collector,
         policy: Policy | Reference,
         groups: Groups,
         prompts: Sequence[Prompt],
     ):
         """Repeat the prompts so that each engine has at least one. policy: what the engine was given"""
+        self.engine = engine
         self.collector = collector
         self.policy = policy
         self.groups = groups
@@ -114,7 +116,7 @@ class EngineCheck:
 
     def _compared(self) -> Comparison:
         """Return what the ranks' engines found together, the same on every rank."""
-        mine = self.collector.engine.compare(self.policy.weights())
+        mine = self.engine.compare(self.policy.weights())
         found = gather_objects(mine, self.groups)
         return Comparison(
             different=tuple(dict.fromkeys(name for each in found for name in each.different)),

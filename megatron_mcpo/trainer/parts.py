@@ -20,11 +20,14 @@ from megatron_mcpo.distributed.parallel import Groups, agree
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.scorer import Scorer
+from megatron_mcpo.rollout.decoding import ResponseDecoder
 from megatron_mcpo.rollout.vllm_engine import VllmEngine, check_hardware
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.storage import run_items
 from megatron_mcpo.trainer.collector import Collector
 from megatron_mcpo.trainer.engine_check import EngineCheck
+from megatron_mcpo.trainer.jobs import EngineWorkshop, ServerWorkshop, Workshop
+from megatron_mcpo.trainer.server_sync import ServerSync
 from megatron_mcpo.weights.hf_io import check_files
 from megatron_mcpo.weights.reshard_sync import FullTensorSync, WeightSync, choose_weight_sync
 
@@ -117,23 +120,30 @@ def build_parts(
             if scorer is not None:
                 scorer.wait_ready()
         num_engines, my_engines = _engine_numbers(config, groups)
+        weight_sync = _choose_weight_sync(config, weights, engine, note)
         collector = Collector(
-            engine,
-            scorer,
-            inputs.tokenizer,
+            _workshop(engine, scorer, ResponseDecoder(inputs.tokenizer)),
             groups,
             num_engines=num_engines,
             my_engines=my_engines,
             stop_token_ids=inputs.stop_token_ids,
+            restore=lambda: weight_sync.sync(engine.version),
+            note=note,
         )
         prompts = [domain.held_out[0] for domain in inputs.domains]
         yield Parts(
             engine=engine,
-            weight_sync=_choose_weight_sync(config, weights, engine, note),
+            weight_sync=weight_sync,
             collector=collector,
-            engine_check=EngineCheck(config, collector, weights, groups, prompts),
+            engine_check=EngineCheck(config, engine, collector, weights, groups, prompts),
         )
         engine.close()
+
+
+def _workshop(engine: VllmEngine | VllmServers, scorer: Scorer | None, decoder: ResponseDecoder) -> Workshop:
+    if isinstance(engine, VllmServers):
+        return ServerWorkshop(engine, scorer, decoder)
+    return EngineWorkshop(engine, scorer, decoder)
 
 
 def _engine_numbers(config: Config, groups: Groups) -> tuple[int, range]:
@@ -162,10 +172,12 @@ def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEng
     if config.engine.servers:
         with parallel.together(groups):
             return VllmServers(
-                [config.engine.servers[number] for number in my_engines],
+                [url for number, url in enumerate(config.engine.servers) if number in my_engines],
                 model,
+                others=[url for number, url in enumerate(config.engine.servers) if number not in my_engines],
                 max_model_len=max_model_len,
                 max_concurrent=config.engine.max_concurrent,
+                in_flight=config.engine.in_flight,
                 device=device(),
                 tag=f"{config.run.name}-{tag}",
             )
@@ -190,8 +202,9 @@ def _choose_weight_sync(
     weight_sync: WeightSync
     reason: str | None = "engines in other processes take full tensors"
     if isinstance(engine, VllmServers):
-        weight_sync = FullTensorSync(
-            chunks=weights.chunks, model=weights.model_config, groups=weights.groups, engine=engine
+        full = FullTensorSync(chunks=weights.chunks, model=weights.model_config, groups=weights.groups, engine=engine)
+        weight_sync = ServerSync(
+            full=full, engine=engine, groups=weights.groups, patience=config.engine.patience, note=note
         )
     else:
         weight_sync, reason = choose_weight_sync(

@@ -27,7 +27,9 @@ from megatron_mcpo.storage import run_items
 from megatron_mcpo.storage.run_folder import RunFolder, run_that_goes_on
 from megatron_mcpo.trainer.evaluation import evaluate, left_out
 from megatron_mcpo.trainer.parts import Inputs, build_parts, load_inputs
+from megatron_mcpo.trainer.rollout_stream import RolloutStream
 from megatron_mcpo.trainer.trainer import Trainer
+from megatron_mcpo.trainer.unfinished import FILE, Unfinished, decode
 from megatron_mcpo.weights.hf_write import read_assets
 
 
@@ -68,6 +70,9 @@ def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool)
         ]:
             run_logger.note(note)
         parts = closing.enter_context(build_parts(config, model, inputs, policy, run_logger.note))
+        rollouts = RolloutStream(config, parts.collector, stream, first_step=loaded.step if loaded else 0)
+        for note in rollouts.resume(loaded.state.get("rollouts"), _read_unfinished(loaded, groups)) if loaded else ():
+            run_logger.note(note)
         trainer = Trainer(
             config,
             groups=groups,
@@ -77,7 +82,7 @@ def _train(config: Config, layout: Layout, model: ModelConfig, *, verbose: bool)
             weight_sync=parts.weight_sync,
             collector=parts.collector,
             engine_check=parts.engine_check,
-            stream=stream,
+            rollouts=rollouts,
             domains=inputs.domains,
             run_logger=run_logger,
             checkpoints=checkpoints,
@@ -156,6 +161,19 @@ def _begin_items(
                 run_items.write(folder.path, digests, splits_of(inputs.domains))
             folder.adopt_settings()
     return agree(notes, inputs.groups)
+
+
+def _read_unfinished(loaded: Loaded, groups: Groups) -> list[Unfinished]:
+    """Read the prompts that were under way at a checkpoint. Raises ConfigError, the same on every rank."""
+    file, content = loaded.path / FILE, b"[]"
+    with parallel.together(groups):
+        if groups.rank == 0 and file.exists():
+            content = file.read_bytes()
+    content = agree(content, groups)
+    try:
+        return decode(content)
+    except ValueError as error:
+        raise ConfigError([f"{file}: can't be read ({error}). Delete it to resume without it."]) from error
 
 
 def _loading_notes(loaded: Loaded, layout: Layout) -> list[str]:

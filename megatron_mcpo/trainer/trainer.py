@@ -9,7 +9,6 @@ from megatron_mcpo.algo.contrastive import Contrast
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.data.batch import make_batch, minibatches
 from megatron_mcpo.data.domains import Domain
-from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.memory import look, peak_memory_gib, trim
 from megatron_mcpo.distributed.parallel import Groups, anywhere
@@ -20,17 +19,16 @@ from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_metrics
 from megatron_mcpo.rewards.scorer import check_error_rate
 from megatron_mcpo.rollout.engine import Engine
-from megatron_mcpo.trainer.collector import Collector, Sampling
-from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
+from megatron_mcpo.trainer.collector import Collector
+from megatron_mcpo.trainer.dynamic_sampling import Collected
 from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.trainer.evaluation import evaluate, left_out
 from megatron_mcpo.trainer.gradient_diagnostics import domain_gradients, term_gradients
 from megatron_mcpo.trainer.objective import Objective, Prepared, Scored
+from megatron_mcpo.trainer.rollout_stream import RolloutStream
+from megatron_mcpo.trainer.unfinished import FILE, encode
 from megatron_mcpo.types import RolloutGroup, Update
 from megatron_mcpo.weights.reshard_sync import WeightSync
-
-_STEPS_PER_SEED = 1_000_003
-"""Two runs with neighbouring seeds share no sampling seed before this many steps."""
 
 _MOST_SKIPPED = 5
 """Updates without a finite gradient, one after the other, before a run stops."""
@@ -50,7 +48,7 @@ class Trainer:
         weight_sync: WeightSync,
         collector: Collector,
         engine_check: EngineCheck,
-        stream: PromptStream,
+        rollouts: RolloutStream,
         domains: Sequence[Domain],
         run_logger: RunLogger,
         checkpoints: Checkpoints,
@@ -65,7 +63,7 @@ class Trainer:
         self.weight_sync = weight_sync
         self.collector = collector
         self.engine_check = engine_check
-        self.stream = stream
+        self.rollouts = rollouts
         self.domains = domains
         self.run_logger = run_logger
         self.checkpoints = checkpoints
@@ -79,6 +77,7 @@ class Trainer:
         """Train to the last step, or until the job is preempted; then wait until the checkpoint is on disk."""
         config = self.config
         self.sync_weights(verify=True)
+        self.rollouts.start_ahead()
         self.check_engine()
         if self.is_due(config.evaluation.every) or self.is_last:
             self.evaluate()
@@ -92,6 +91,7 @@ class Trainer:
                 learned = [self.learn(part) for part in scored]
                 trim()
                 self.sync_weights(verify=config.engine.verify_sync)
+                self.rollouts.start_ahead()
             self.log(collected, learned)
             if self.step % config.engine.engine_check_every == 0:
                 self.check_engine()
@@ -119,23 +119,12 @@ class Trainer:
         return self.stopped
 
     def collect(self) -> Collected:
-        """Sample a step's prompts and verify the completions; the engine then frees its memory for the trainer."""
+        """Get the step's rollouts, verified; an engine in the ranks then frees its memory for the trainer."""
         config = self.config
-        prompts = self.stream.next(config.batch.prompts)
-        sampling = Sampling(
-            num_samples=config.group_sizes,
-            max_tokens=config.response_limits,
-            temperature=config.rollout.temperature,
-            seed=(config.run.seed * _STEPS_PER_SEED + self.step)
-            * num_seeds(len(prompts), config.group_sizes, rounds=config.data.resample),
-        )
-        with self.timed("rollout"):
-            collected = collect_with_nonzero_advantage(
-                self.collector, self.stream, prompts, sampling, rounds=config.data.resample
-            )
+        with self.timed("wait_for_rollouts" if self.rollouts.is_ahead else "rollout"):
+            collected = self.rollouts.next(self.step)
         with self.timed("sleep"):
             self.engine.sleep()
-        self.stream.observe(collected.sampled)
         check_error_rate(
             collected.sampled, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate
         )
@@ -196,7 +185,7 @@ class Trainer:
         with self.timed("wake"):
             self.engine.wake()
         with self.timed("sync"):
-            self.bytes_received = self.weight_sync.sync(self.policy.version).received
+            self.bytes_received = self.weight_sync.sync(self.step).received
         if verify:
             with self.timed("verify"):
                 compared = self.engine_check.compare_weights()
@@ -221,13 +210,16 @@ class Trainer:
         """Save a checkpoint, unless this step has one."""
         if self.saved < self.step:
             with progress.phase("save"):
-                self.checkpoints.save(self.step, {"stream": self.stream.state_dict()})
+                state = {"stream": self.rollouts.prompts.state_dict(), "rollouts": self.rollouts.state_dict()}
+                unfinished = self.rollouts.unfinished()
+                self.checkpoints.save(self.step, state, {FILE: encode(unfinished)} if unfinished else {})
             trim()
             self.saved = self.step
 
     def log(self, collected: Collected, learned: Sequence[BatchReport]) -> None:
         """Log the metrics of a step, then stop the run where its updates are not finite."""
         metrics = step_metrics(learned, collected.sampled, self.config.domain_names) | collected.metrics
+        metrics |= self.rollouts.metrics
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != "sync"}
         metrics |= {
             "sync/seconds": self.seconds["sync"],
@@ -259,8 +251,11 @@ class Trainer:
 
 
 def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, float]:
+    metrics = {key: value for key, value in update.metrics.items() if key != "importance/square"}
+    square = update.metrics["importance/square"]
     return {
-        **update.metrics,
+        **metrics,
+        "importance/effective": metrics["importance/weight"] ** 2 / square if square else 0.0,
         "grad_norm": update.grad_norm,
         "lr": update.lr,
         "head_lr": update.head_lr,

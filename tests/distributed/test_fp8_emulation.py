@@ -71,7 +71,9 @@ def _groups() -> list[RolloutGroup]:
     groups = []
     for number, (prompt, answers) in enumerate(TEXTS.items()):
         completions = [
-            Completion(token_ids=ids, logprobs=(-1.0,) * len(ids), stop_reason=StopReason.STOP, version=0)
+            Completion(
+                token_ids=ids, logprobs=(-1.0,) * len(ids), stop_reason=StopReason.STOP, versions=(0,) * len(ids)
+            )
             for ids in map(tuple, tokenizer(list(answers), add_special_tokens=False)["input_ids"])
         ]
         ids = tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])

@@ -47,7 +47,7 @@ def rollouts(seed: int) -> list[RolloutGroup]:
                 token_ids=draw(domain, even=even, count=4),
                 logprobs=(-4.0,) * 4,
                 stop_reason=StopReason.STOP,
-                version=0,
+                versions=(0,) * 4,
             )
             for even in correct
         )

@@ -14,9 +14,11 @@ from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.stream import PromptStream
 from megatron_mcpo.distributed import parallel
+from megatron_mcpo.rollout.decoding import ResponseDecoder
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.trainer.collector import Collector, Sampling
-from megatron_mcpo.trainer.dynamic_sampling import Collected, collect_with_nonzero_advantage, num_seeds
+from megatron_mcpo.trainer.dynamic_sampling import Collected, num_seeds, with_nonzero_advantage
+from megatron_mcpo.trainer.jobs import EngineWorkshop
 from megatron_mcpo.types import Completion, RolloutGroup, StopReason
 from tests.support.data_configs import make_config
 from tests.support.paths import EMBEDDED_MODEL
@@ -37,7 +39,7 @@ class ScriptedEngine:
         self.requests += requests
         return [
             tuple(
-                Completion(token_ids=tuple(r.token_ids), logprobs=(0.0,), stop_reason=StopReason.STOP, version=0)
+                Completion(token_ids=tuple(r.token_ids), logprobs=(0.0,), stop_reason=StopReason.STOP, versions=(0,))
                 for _ in range(r.num_samples)
             )
             for r in requests
@@ -85,13 +87,20 @@ def _collect(
     groups = parallel.init(Layout(), seed=0, timeout_seconds=60)
     scripted: Any = (engine, ScriptedScorer())
     collector = Collector(
-        *scripted, tokenizer, groups, num_engines=num_engines, my_engines=range(num_engines), stop_token_ids=()
+        EngineWorkshop(*scripted, ResponseDecoder(tokenizer)),
+        groups,
+        num_engines=num_engines,
+        my_engines=range(num_engines),
+        stop_token_ids=(),
+        restore=lambda: None,
+        note=print,
     )
     collected = []
     for step in range(steps):
         seed = step * num_seeds(6, SIZES, rounds=rounds)
         sampling = Sampling(num_samples=SIZES, max_tokens=LIMITS, temperature=1.0, seed=seed)
-        collected.append(collect_with_nonzero_advantage(collector, stream, stream.next(6), sampling, rounds=rounds))
+        groups_of_step = collector.collect(stream.next(6), sampling)
+        collected.append(with_nonzero_advantage(groups_of_step, collector, stream, sampling, rounds=rounds))
     return collected, engine.requests, stream
 
 

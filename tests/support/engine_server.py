@@ -20,14 +20,19 @@ class Server:
     def __init__(self, config: Path, log: Path, environment: dict[str, str] | None = None):
         """Start the server. environment: variables besides those of this process"""
         with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+            self._port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
         self.log = log
-        command = [sys.executable, "-m", "megatron_mcpo", "serve", str(config), "--port", str(port)]
-        variables = {**os.environ, **(environment or {})}
-        with log.open("w") as file:
+        self._config = config
+        self._variables = {**os.environ, **(environment or {})}
+        self.start()
+
+    def start(self) -> None:
+        """Start the server, also again after `kill`."""
+        command = [sys.executable, "-m", "megatron_mcpo", "serve", str(self._config), "--port", str(self._port)]
+        with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=variables, stdout=file, stderr=file, start_new_session=True
+                command, cwd=ROOT, env=self._variables, stdout=file, stderr=file, start_new_session=True
             )
 
     def wait_ready(self) -> None:
@@ -40,6 +45,10 @@ class Server:
                 return Client(self.url).get("/health")
             except ServerError:
                 time.sleep(0.5)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all its processes."""
+        os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
         """Kill all its processes, as a failure of its host would."""

@@ -70,7 +70,7 @@ def rollouts(config: Config) -> list[RolloutGroup]:
         token_ids=tuple(range(1, RESPONSE + 1)),
         logprobs=(-1.0,) * RESPONSE,
         stop_reason=StopReason.STOP,
-        version=0,
+        versions=(0,) * RESPONSE,
     )
     return [
         RolloutGroup(

@@ -70,7 +70,7 @@ def groups_of(step: int, *, prompts: int, samples: int, text: Texts, tokenizer: 
                 token_ids=(1,) * (2 + domain),
                 logprobs=(-1.0,) * (2 + domain),
                 stop_reason=StopReason.STOP,
-                version=step,
+                versions=(step,) * (2 + domain),
                 text=text(domain, number * samples + sample),
             )
             for sample in range(samples)

@@ -76,7 +76,11 @@ def function(path: str) -> dict[str, str]:
 
 def completion(text: str, stop_reason: StopReason = StopReason.STOP, *, num_tokens: int = 1) -> Completion:
     return Completion(
-        token_ids=(1,) * num_tokens, logprobs=(-0.5,) * num_tokens, stop_reason=stop_reason, version=0, text=text
+        token_ids=(1,) * num_tokens,
+        logprobs=(-0.5,) * num_tokens,
+        stop_reason=stop_reason,
+        versions=(0,) * num_tokens,
+        text=text,
     )
 
 

@@ -148,7 +148,9 @@ def rollout_groups(
             ids = tokens(1, MAX_RESPONSE)
             logprobs = (-3 - 2 * torch.rand(len(ids), generator=generator)).tolist()
             completions.append(
-                Completion(token_ids=ids, logprobs=tuple(logprobs), stop_reason=StopReason.STOP, version=0)
+                Completion(
+                    token_ids=ids, logprobs=tuple(logprobs), stop_reason=StopReason.STOP, versions=(0,) * len(ids)
+                )
             )
         correct = tuple(torch.randint(0, 2, (num_samples,), generator=generator).bool().tolist())
         prompt_ids = tokens(shortest_prompt, MAX_PROMPT)

@@ -276,7 +276,7 @@ def _check_seeds_and_greedy(engine: VllmEngine) -> None:
 def _check_stop_token(engine: VllmEngine) -> None:
     request = SamplingRequest(token_ids=PROMPTS[0], num_samples=1, seed=3, max_tokens=8)
     ((free,),) = engine.generate([request])
-    assert (free.stop_reason.value, len(free.token_ids), free.text, free.version) == ("length", 8, "", 7)
+    assert (free.stop_reason.value, len(free.token_ids), free.text, free.versions) == ("length", 8, "", (7,) * 8)
     stop = free.token_ids[3]
     place = free.token_ids.index(stop) + 1
     request = SamplingRequest(token_ids=PROMPTS[0], num_samples=1, seed=3, max_tokens=8, stop_token_ids=(stop,))

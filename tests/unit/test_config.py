@@ -246,7 +246,7 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
         ),
         (
             ["--engine.quantization=fp8_per_block", "--algorithm.importance=off"],
-            "algorithm.importance = 'off': must be 'truncate' or 'mask' (a quantized engine samples from another",
+            "algorithm.importance = 'off': must be 'truncate', 'mask' or 'reject' (a quantized engine",
         ),
         (
             ["--engine.quantization=fp8_per_block", "--model.dtype=fp32"],
@@ -258,12 +258,27 @@ CLIPO = ["--contrastive.mode=reward", "--contrastive.negatives=prompt", "--contr
             "rank; context is 2). Set that, or use another clip.",
         ),
         (
+            ["--algorithm.importance=reject", "--parallel.context=2"],
+            "algorithm.importance = 'reject': requires parallel.context = 1 (its ratio needs all tokens of a rollout ",
+        ),
+        (
+            ["--engine.staleness=1"],
+            "engine.staleness = 1: requires engine.servers (engines inside the trainer's ranks can't sample",
+        ),
+        (
+            ["--engine.staleness=2", "--engine.oversample=2.5", '--engine.servers=["http://a:1"]'],
+            "engine.oversample = 2.5: must be at most engine.staleness = 2 (prompts under way",
+        ),
+        (
             ["--model.fp8=mxfp8"],
             "model.fp8 = 'mxfp8': must be 'off', 'blockwise' or 'tensorwise' (MXFP8 needs a Blackwell GPU, compute "
             "capability 10.0, and is not supported). Set it to one of them.",
         ),
     ],
-    ids=["reward", "importance", "quantized importance", "quantized dtype", "sequence ratio", "mxfp8"],
+    ids=[
+        *("reward", "importance", "quantized importance", "quantized dtype", "sequence ratio", "rejection"),
+        *("staleness without servers", "oversample", "mxfp8"),
+    ],
 )
 def test_methods_that_contradict_themselves(tmp_path, overrides, expected):
     (problem,) = problems_of(write(tmp_path), *overrides)

@@ -17,7 +17,13 @@ from tests.support.paths import ROOT
 
 QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
 ALL = {(key.section, key.name): key for key in keys()}
-UNSET_KEYS = {("", "extends"), ("model", "init_from"), ("parallel", "data"), ("contrastive", "dim")}
+UNSET_KEYS = {
+    ("", "extends"),
+    ("model", "init_from"),
+    ("parallel", "data"),
+    ("contrastive", "dim"),
+    ("engine", "oversample"),
+}
 
 
 def test_every_key_of_a_resolved_configuration_is_listed() -> None:

@@ -347,7 +347,11 @@ def test_servers_leave_the_trainer_s_gpus_to_the_trainer() -> None:
     gpu = replace(hardware.H100, per_node=6)
     with pytest.raises(ConfigError, match="must divide the number of ranks"):
         planning.plan(config, model, gpu, 1)
-    found, inside = planning.plan(served, model, gpu, 1), planning.plan(config, model, gpu, 2)
+    with pytest.raises(ConfigError, match=r"3 servers of 4 GPU\(s\) must leave some of 2 node\(s\) of 6"):
+        planning.plan(served, model, gpu, 2)
+    found, inside = planning.plan(served, model, gpu, 3), planning.plan(config, model, gpu, 2)
+    assert (found.layout.world_size, found.num_gpus) == (6, 18)
+    assert found.tokens_per_second_per_gpu * 18 * found.seconds["step"] == pytest.approx(66 * 32 * found.shape.length)
     for rank, with_engine in zip(found.ranks, inside.ranks, strict=True):
         assert rank.parts["engine_weights"] == rank.parts["kv_cache"] == 0 < with_engine.parts["engine_weights"]
         assert rank.phases["rollout"] < with_engine.phases["rollout"] - inside.engine.budget
@@ -358,6 +362,39 @@ def test_servers_leave_the_trainer_s_gpus_to_the_trainer() -> None:
     (missing,) = found.not_modelled
     assert "servers' GPUs" in missing and inside.not_modelled == []
     assert f"not modelled: {missing}" in plan_text.plan_lines(found)
+
+
+def test_engines_ahead_of_the_trainer_hide_the_shorter_half_of_a_step() -> None:
+    urls = [f"http://127.0.0.1:{8000 + number}" for number in range(2)]
+    model, shape = model_of("qwen3-0.6b"), {"tensor_parallel": 4, "servers": urls}
+    sync = planning.plan(config_for("qwen3-0.6b", engine=shape), model, hardware.H100, 2)
+    wait = planning.plan(
+        config_for("qwen3-0.6b", engine=shape | {"staleness": 1, "in_flight": "wait"}), model, hardware.H100, 2
+    )
+    keep = planning.plan(config_for("qwen3-0.6b", engine=shape | {"staleness": 1}), model, hardware.H100, 2)
+    for found in (wait, keep):
+        seconds = found.seconds
+        learning = seconds["score"] + seconds["update"]
+        assert seconds["step"] == max(seconds["rollout"], learning) + seconds["sync"] < sync.seconds["step"]
+        assert learning == sync.seconds["score"] + sync.seconds["update"]
+        assert max(found.busy.values()) == pytest.approx(1.0) and 0 < min(found.busy.values()) < 1
+        assert "busy     trainer" in "\n".join(plan_text.plan_lines(found))
+    assert keep.seconds["rollout"] > wait.seconds["rollout"], "interrupted responses are read again"
+    assert sum(sync.busy.values()) == pytest.approx(1 + sync.seconds["sync"] / sync.seconds["step"])
+
+
+def test_a_search_divides_the_gpus_between_servers_and_trainer() -> None:
+    shape = {"tensor_parallel": 1, "servers": ["http://mine:1"], "staleness": 1}
+    config, model = config_for("qwen3-0.6b", engine=shape), model_of("qwen3-0.6b")
+    found = search.fastest(config, model, replace(hardware.H100, per_node=4), 1)
+    assert {each.config.server_gpus for _, each in found} == {1, 2, 3}
+    assert all(each.num_gpus == 4 for _, each in found)
+    change, best = found[0]
+    assert change["engine.servers"][0] == "http://mine:1" and best.seconds["step"] == min(
+        each.seconds["step"] for _, each in found
+    )
+    assert f"servers {len(change['engine.servers'])}" in "\n".join(plan_text.search_lines(found))
+    assert plan_text.describe(change).endswith(f"and {len(change['engine.servers'])} engine.servers")
 
 
 def test_a_sync_pays_for_every_tensor_that_the_engine_loads() -> None:

@@ -152,6 +152,20 @@ def test_masked_importance_drops_what_lies_outside_floor_and_cap() -> None:
     assert wide.metrics["importance/weight"].item() == pytest.approx(5.0 / 4)
 
 
+def test_rejection_drops_a_rollout_whose_mean_log_prob_has_moved() -> None:
+    """Rollout 4: weights 3 and 1 / 3, whose mean log is 0; rollout 6: 1.2 and 1.2, which is more than e^0.1 = 1.105."""
+    logp = leaf(-1.0, -1.0, -1.0, -1.0)
+    engine = logp.detach() - torch.tensor([3.0, 1 / 3, 1.2, 1.2], dtype=torch.float64).log()
+    changes: dict[str, Any] = {"engine_logp_R": engine, "rollout_R": torch.tensor([4, 4, 6, 6])}
+    result = loss_of(logp, torch.ones(4), options={"importance": "reject"}, **changes)
+    torch.testing.assert_close(4 * gradient(logp, result.loss), torch.tensor([-2.0, -1 / 3, 0.0, 0.0]).double())
+    assert result.metrics["importance/capped"].item() == 0.75
+    assert result.metrics["importance/square"].item() == pytest.approx((4 + 1 / 9) / 4)
+    wide = loss_of(logp, torch.ones(4), options={"importance": "reject", "rejection_limit": 0.2}, **changes)
+    assert wide.metrics["importance/capped"].item() == 0.25
+    assert wide.metrics["importance/weight"].item() == pytest.approx((2 + 1 / 3 + 2.4) / 4)
+
+
 def test_without_importance_every_weight_is_one() -> None:
     logp = leaf(-1.0, -1.0)
     result = loss_of(logp, torch.ones(2), options={"importance": "off"}, engine_logp_R=logp.detach() - 3.0)
@@ -364,6 +378,10 @@ def by_the_formulas(step: Step) -> Tensor:
             weight = weight.clip(max=s.importance_cap)
         elif s.importance == "mask":
             weight = weight * (weight <= s.importance_cap) * (weight >= s.importance_floor)
+        elif s.importance == "reject":
+            mean = weight.prod() ** (1 / max(1, length))
+            kept = math.exp(-s.rejection_limit) <= mean <= math.exp(s.rejection_limit)
+            weight = weight.clip(max=s.importance_cap) * kept
         else:
             weight = torch.ones(length)
         inverse = torch.exp(mine["ref_logp_R"] - logp)

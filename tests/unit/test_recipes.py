@@ -35,13 +35,24 @@ GPUS_A_NODE = 8
 
 
 def gpus_of(path: Path) -> int:
-    return int(path.stem.removeprefix("h100_"))
+    return int(path.stem.split("_")[1])
+
+
+def ranks_of(path: Path) -> int:
+    """Return how many GPUs are left to the trainer."""
+    return gpus_of(path) - load(path).server_gpus
 
 
 def test_there_is_a_recipe_for_each_model() -> None:
-    found = {(path.parent.name, gpus_of(path)) for path in RECIPES}
-    expected = {("qwen3_32b", 32), ("qwen3_32b", 64), ("qwen2_5_32b", 32), ("llama3_70b", 64), ("qwen3_30b_a3b", 32)}
-    assert found == expected
+    found = {(path.parent.name, path.stem) for path in RECIPES}
+    assert found == {
+        ("qwen3_32b", "h100_32"),
+        ("qwen3_32b", "h100_64"),
+        ("qwen3_32b", "h100_64_async"),
+        ("qwen2_5_32b", "h100_32"),
+        ("llama3_70b", "h100_64"),
+        ("qwen3_30b_a3b", "h100_32"),
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -55,7 +66,7 @@ def test_a_recipe_fits_as_its_plan_says(
     code = plan.main([str(path.relative_to(ROOT)), "--gpu", "h100", "--nodes", str(gpus_of(path) // GPUS_A_NODE)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed == (path.parent / f"plan_{gpus_of(path)}.txt").read_text(encoding="utf-8")
+    assert printed == (path.parent / f"plan_{path.stem.removeprefix('h100_')}.txt").read_text(encoding="utf-8")
     assert re.search(r"^fits +yes$", printed, re.MULTILINE)
 
 
@@ -114,7 +125,7 @@ def write_rows(path: Path) -> None:
 def test_a_recipe_passes_the_dry_run(
     path: Path, ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where its data and its model are, also as `mcpo submit` does."""
+    """Where its data and its model are, also as `mcpo submit` does. Its servers, if it has any, are not there."""
     config, folder = load(path), tmp_path / "model"
     original = ROOT / config.model.path
     shutil.copytree(original, folder)
@@ -127,13 +138,17 @@ def test_a_recipe_passes_the_dry_run(
             if name:
                 write_rows(Path(name))
     run = [str(path), "--model.path", str(folder)]
-    nodes = gpus_of(path) // GPUS_A_NODE
+    nodes = ranks_of(path) // GPUS_A_NODE
     if ranks:
         code = submit.check(submit.parse([f"-N{nodes}", f"--gpus-per-node={GPUS_A_NODE}", "--", *run], script=""))
     else:
         code = train.main([*run, "--dry-run"])
     (folder / "model.safetensors").unlink()
     printed = capsys.readouterr()
+    if config.engine.servers:
+        assert code == 2 and printed.err.count("no answer to GET /health") == len(config.engine.servers)
+        assert len(printed.err.strip().splitlines()) == len(config.engine.servers), printed.err
+        return
     assert code == 0, printed.err
     assert not ranks or f"layout   {gpus_of(path)} rank(s)" in printed.err
 
@@ -149,7 +164,7 @@ def test_a_replica_holds_every_weight_once(path: Path, monkeypatch: pytest.Monke
     """Models of all ranks of a replica, built without memory: their shards tile each Hugging Face tensor, no gap."""
     monkeypatch.chdir(ROOT)
     config = load(path)
-    model, layout = from_folder(Path(config.model.path), with_weights=False), config.layout(gpus_of(path))
+    model, layout = from_folder(Path(config.model.path), with_weights=False), config.layout(ranks_of(path))
     covered: dict[str, Counter[Piece]] = defaultdict(Counter)
     num_ranks, stage_ranks = max(layout.tensor, layout.expert), layout.world_size // layout.pipeline
     for stage in range(layout.pipeline):

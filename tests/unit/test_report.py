@@ -39,7 +39,7 @@ def group(domain: int, lengths: Sequence[int], rewards: Sequence[float], error: 
             token_ids=(7,) * length,
             logprobs=(LOGP,) * (length - 1) + (LOGP - 0.5,) if length else (),
             stop_reason=StopReason.LENGTH if length > 50 else StopReason.STOP,
-            version=3,
+            versions=(3,) * length,
             text=f"{domain}:{length}",
         )
         for length in lengths
@@ -455,7 +455,7 @@ def test_a_row_says_what_was_asked_answered_and_learned() -> None:
         "reward": 1.0,
         "correct": True,
         "advantage": pytest.approx(math.sqrt(0.5), rel=1e-4),
-        "version": 3,
+        "versions": [[3, 10]],
         "positives": [0],
         "num_positives": 1,
         "num_in_domain": 0,

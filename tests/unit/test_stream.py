@@ -155,7 +155,7 @@ def test_sources_of_a_domain_follow_their_weights() -> None:
 
 
 def scored(prompt: Prompt, correct: Sequence[bool], *, error: str | None = None) -> RolloutGroup:
-    completion = Completion(token_ids=(1,), logprobs=(0.0,), stop_reason=StopReason.STOP, version=0)
+    completion = Completion(token_ids=(1,), logprobs=(0.0,), stop_reason=StopReason.STOP, versions=(0,))
     return RolloutGroup(
         prompt=prompt,
         completions=(completion,) * len(correct),

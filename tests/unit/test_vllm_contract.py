@@ -192,7 +192,8 @@ def test_a_server_is_started_with_flags_that_exist(
 ) -> None:
     """As it is on a machine with vLLM's GPU build, whatever is installed here."""
     monkeypatch.setattr(serve, "vllm_on_cpu", lambda: False)
-    config = load(ROOT / "examples" / "quickstart" / "config.toml", ["--engine.quantization", quantization])
+    overrides = ["--engine.quantization", quantization, "--model.dtype", "bf16"]
+    config = load(ROOT / "examples" / "quickstart" / "config.toml", overrides)
     _, command = serve.server_command(config, host="127.0.0.1", port=8000)
     given = [word for word in command[command.index("vllm.entrypoints.openai.api_server") :] if word.startswith("--")]
     known = set(CONTRACT[name]["flags"])

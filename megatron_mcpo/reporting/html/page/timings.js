@@ -2,6 +2,7 @@
 
 const PHASES = [
   { name: "time/rollout", label: "rollout and rewards", colour: "#2a7fc1" },
+  { name: "time/wait_for_rollouts", label: "wait for rollouts", colour: "#2a7fc1" },
   { name: "time/sleep", label: "engine goes to sleep", colour: "#f0e442" },
   { name: "time/score", label: "scores", colour: "#56b4e9" },
   { name: "time/update", label: "update", colour: "#d55e00" },
@@ -33,8 +34,14 @@ function timingsSection() {
       lineChart({ title: "Seconds per step", steps, series: [{ name: "time/step", ...domainStyle(0), values: whole }] }),
       lineChart({ title: "Tokens per second", about: "trained tokens over the step's time", steps, series: [{ name: "tokens per second", ...domainStyle(1), values: pace(whole) }] }),
       lineChart({ title: "Peak memory", about: "GiB", steps, series: [{ name: "memory/peak_gib", ...domainStyle(2), values: metric("memory/peak_gib") }] }),
+      hasMetric("engine/busy") ? lineChart({ title: "Where the time went", about: "share of it in which the engines had requests, and the trainer did not wait for rollouts", steps, series: [{ name: "engines", ...domainStyle(0), values: metric("engine/busy") }, { name: "trainer", ...domainStyle(1), values: trainerBusy(whole) }] }) : "",
     ),
   );
+}
+
+function trainerBusy(whole) {
+  const waited = metric("time/wait_for_rollouts");
+  return whole.map((seconds, i) => (!seconds || waited[i] === null ? null : 1 - waited[i] / seconds));
 }
 
 function pace(whole) {

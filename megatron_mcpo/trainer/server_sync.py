@@ -1,0 +1,65 @@
+"""Bring the policy's weights into servers, of which some may be away."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_mcpo import progress
+from megatron_mcpo.config.config import RunError
+from megatron_mcpo.distributed.parallel import Groups, agree, anywhere, gather_objects
+from megatron_mcpo.rollout.vllm_server import VllmServers
+from megatron_mcpo.weights.full_sync import TransferStats
+from megatron_mcpo.weights.reshard_sync import FullTensorSync
+
+LOOK_SECONDS = 5.0
+
+
+class NoServers(RunError):
+    """No engine server has answered for longer than engine.patience."""
+
+
+@dataclass(kw_only=True)
+class ServerSync:
+    """A weight sync to every server that answers.
+
+    patience: the longest wait, in seconds, while none does
+    note: is called on every rank with what a user should know
+    """
+
+    full: FullTensorSync
+    engine: VllmServers
+    groups: Groups
+    patience: float
+    note: Callable[[str], None]
+
+    @property
+    def name(self) -> str:
+        """Return what the sync is called."""
+        return self.full.name
+
+    def sync(self, version: int) -> TransferStats:
+        """Send the weights; return the bytes. Collective. Raises NoServers, the same on every rank."""
+        start = time.monotonic()
+        while True:
+            stats = self.full.sync(version)
+            for line in (line for part in gather_objects(self.engine.news(), self.groups) for line in part):
+                self.note(line)
+            if anywhere(self.engine.num_live > 0, self.groups):
+                return stats
+            self._wait_for_one(start)
+
+    def _wait_for_one(self, start: float) -> None:
+        """Wait until a server is there, until `patience` seconds after the start."""
+        self.note(f"no engine server answers: waiting for one, at most {self.patience:g} s (engine.patience)")
+        with progress.phase("wait for an engine server"):
+            while not anywhere(self.engine.any_returns(), self.groups):
+                waited = agree(time.monotonic() - start, self.groups)
+                if waited > self.patience:
+                    reasons = [line for part in gather_objects(self.engine.reasons(), self.groups) for line in part]
+                    raise NoServers(
+                        f"no engine server has answered for {waited:.0f} s (engine.patience = {self.patience:g}): "
+                        + "; ".join(reasons)
+                        + ". Start one with mcpo serve, and resume the run with the same command"
+                    )
+                time.sleep(LOOK_SECONDS)
+                progress.tick()

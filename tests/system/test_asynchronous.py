@@ -1,0 +1,187 @@
+"""Rollouts ahead of the trainer, on two real servers: how old they are, what a push does to them, what outlives what.
+
+Not covered: GPUs, servers on other hosts; which prompts a step learns from (tests/unit/test_rollout_stream.py).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import tiny_run
+from tests.support.engine_server import Server
+from tests.support.paths import ROOT
+from tests.support.program import CONFIG, metrics, train_forked
+from tests.support.resumed_runs import figures
+
+pytestmark = pytest.mark.timeout(900)
+WAIT = ("--engine.staleness", "1", "--engine.in_flight", "wait")
+IMPATIENT = """
+from megatron_mcpo.rollout import server, vllm_server
+from megatron_mcpo.trainer import server_sync
+server.Server.patience, vllm_server.WATCH_SECONDS, server_sync.LOOK_SECONDS = 3.0, 1.0, 0.5
+"""
+NO_EVALUATION = ("--evaluation.every", "100000")
+LONG = 56  # tokens; as the untrained model answers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a model in a/, which answers with one digit, one in b/ that seldom ends, and config.toml."""
+    folder = tmp_path_factory.mktemp("asynchronous")
+    tiny_run.save_chat_model(folder / "a")
+    tiny_run.save_chat_model(folder / "b", trained=False)
+    text = CONFIG.format(runs=folder / "runs", model=folder / "a")
+    text = text.replace("max_response_tokens = 4", f"max_response_tokens = {LONG}")
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(folder: Path) -> Iterator[list[Server]]:
+    running = [Server(folder / "config.toml", folder / f"server{number}.log") for number in range(2)]
+    try:
+        for server in running:
+            server.wait_ready()
+        yield running
+    finally:
+        for server in running:
+            server.kill()
+
+
+def options(name: str, servers: list[Server], *others: str) -> list[str]:
+    return ["--run.name", name, "--engine.servers", json.dumps([server.url for server in servers]), *others]
+
+
+class Run:
+    """A run in a process group of its own, which can be looked at and killed."""
+
+    def __init__(self, folder: Path, name: str, servers: list[Server], *others: str, prelude: str = "pass"):
+        """prelude: a statement that is executed first"""
+        self.folder = folder / "runs" / name
+        self.log = folder / f"{name}.log"
+        words = ["train", str(folder / "config.toml"), *options(name, servers, *others)]
+        program = f"import sys\n{prelude}\nfrom megatron_mcpo.cli.main import main\nsys.exit(main({words}))"
+        words = [sys.executable, "-c", program]
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+
+    @property
+    def steps(self) -> int:
+        return len(metrics(self.folder)) if (self.folder / "metrics.jsonl").exists() else 0
+
+    @property
+    def said(self) -> str:
+        """What it printed, as one line."""
+        return " ".join(self.log.read_text().split())
+
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.05)
+
+    def wait_for_steps(self, number: int) -> None:
+        """Wait until it has taken so many more steps."""
+        goal = self.steps + number
+        self.wait_for(lambda: self.steps >= goal)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def test_a_killed_run_goes_on_with_the_rollouts_that_were_under_way(folder: Path, servers: list[Server]) -> None:
+    """With in_flight = "wait" nothing depends on time: both runs have the same figures, to the last rollout."""
+    settings = (*WAIT, "--run.steps", "12", *NO_EVALUATION)
+    whole = train_forked(folder / "config.toml", *options("whole", servers, *settings))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    rows = metrics(folder / "runs" / "whole")
+    assert [(row["staleness/mean"], row["staleness/max"]) for row in rows] == [(0, 0)] + [(1, 1)] * 11
+    assert all(0 <= row["engine/busy"] <= 1 and row["time/wait_for_rollouts"] > 0 for row in rows)
+    assert sum(row["engine/busy"] for row in rows) > 1
+
+    run = Run(folder, "killed", servers, *settings)
+    run.wait_for(lambda: run.steps >= 5)
+    run.kill()
+    assert run.steps < 12
+    run = Run(folder, "killed", servers, *settings)
+    assert run.process.wait(300) == 0, run.log.read_text()[-3000:]
+    assert "16 prompts were under way at the checkpoint and go on" in run.said
+    assert _without_busy(figures(folder / "runs" / "killed")) == _without_busy(figures(folder / "runs" / "whole"))
+
+
+def _without_busy(found: Any) -> Any:
+    rows, evaluations, rollouts = found
+    return [{key: value for key, value in row.items() if key != "engine/busy"} for row in rows], evaluations, rollouts
+
+
+def test_every_token_has_the_version_that_sampled_it(folder: Path, servers: list[Server]) -> None:
+    """The weights do not move, so that the trainer's log-probs show whether a response goes on where it was."""
+    found = train_forked(
+        folder / "config.toml",
+        *options("keep", servers, "--engine.staleness", "3", "--engine.oversample", "1.5", "--model.path"),
+        str(folder / "b"),
+        *(
+            "--optimizer.lr",
+            "1e-15",
+            "--optimizer.head_lr",
+            "1e-15",
+            "--run.steps",
+            "10",
+            "--evaluation.every",
+            "100000",
+        ),
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    rows = metrics(folder / "runs" / "keep")
+    assert max(row["engine/logprob_diff_max"] for row in rows) < 1e-3
+    assert max(row["staleness/max"] for row in rows) in (2, 3)
+    rollouts = [
+        (step, json.loads(line)["versions"])
+        for step, path in enumerate(sorted((folder / "runs" / "keep" / "rollouts").iterdir()), start=1)
+        for line in path.read_text().splitlines()
+    ]
+    assert len(rollouts) == 10 * 32
+    pieces = [versions for _, versions in rollouts if len(versions) > 1]
+    assert pieces, "no response has outlived a push"
+    assert all([v for v, _ in versions] == sorted({v for v, _ in versions}) for versions in pieces)
+    assert all(0 <= step - 1 - version <= 3 for step, versions in rollouts for version, _ in versions)
+
+
+def test_servers_that_die_hang_or_come_back_do_not_end_a_run(folder: Path, servers: list[Server]) -> None:
+    """The last test here: it ends the servers. The run looks at them more often than usual, and gives up sooner."""
+    first, second = servers
+    settings = ("--engine.staleness", "1", "--run.steps", "100000", "--engine.patience", "20", *NO_EVALUATION)
+    rare = ("--run.checkpoint_every", "100000", "--engine.engine_check_every", "100000")
+    run = Run(folder, "faults", servers, *settings, *rare, prelude=IMPATIENT)
+    try:
+        run.wait_for(lambda: run.steps >= 3)
+        first.kill()
+        run.wait_for_steps(3)
+        assert f"WARNING: {first.url}" in run.said and "goes on with the other engine servers" in run.said
+
+        first.start()  # it takes long
+        second.send(signal.SIGSTOP)  # it answers nothing, and closes no connection
+        run.wait_for(lambda: "no engine server answers: waiting for one" in run.said)
+        second.send(signal.SIGCONT)
+        run.wait_for(lambda: f"engine server {second.url} is back" in run.said)
+        run.wait_for(lambda: f"engine server {first.url} is back" in run.said, seconds=300)
+        run.wait_for_steps(2)
+
+        for server in servers:
+            server.kill()
+        assert run.process.wait(180) == 1
+        assert "no engine server has answered for" in run.said and "(engine.patience = 20)" in run.said
+        assert "Traceback" not in run.said
+    finally:
+        run.kill()
