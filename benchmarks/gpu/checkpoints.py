@@ -41,7 +41,7 @@ def checkpoint() -> Outcome:
         learner.update(batch, signed_loss(batch))
         saved = {each: tensor.clone() for each, tensor in learner.weights()}
         kept = _checkpoints(learner, Path(name, "checkpoints"))
-        kept.save(1, {}, {})
+        kept.save(1, {})
         following = learner.update(batch, signed_loss(batch))
         kept.finish()
         fresh = models.policy(models.settings(folder), groups)
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     sampled = models.rollouts(SMALL.vocab, prompts=6, samples=4, prompt=(20, 60), response=(1, 30))
     batch = batch_of(sampled, learner)
     applied = learner.update(batch, signed_loss(batch)).applied
-    kept.save(step + 1, {}, {})
+    kept.save(step + 1, {})
     kept.finish()
     layers = "TE" if uses_transformer_engine() else "torch"
     result = {"layers": layers, "updates": int(applied), "different": different, "state": _state(learner)}

@@ -81,7 +81,7 @@ class Checkpoints:
     say: Callable[[str], None]
     _under_way: tuple[int, Saving] | None = field(default=None, init=False)
 
-    def save(self, step: int, state: dict[str, Any], files: Mapping[str, bytes]) -> None:
+    def save(self, step: int, state: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
         """Finish the checkpoint under way, then begin that of `step` from the present state.
 
         Without in_background the checkpoint is complete when this returns. Raises what `finish` raises, and OSError;
@@ -94,7 +94,7 @@ class Checkpoints:
         saving = Saving(
             self.folder / f"step_{step:06d}",
             {**_sharded_state(self.policy, is_loading=False), "rng": _random_states(self.policy.groups)},
-            {STATE: header, **files, **self.assets},
+            {STATE: header, **(files or {}), **self.assets},
             self.policy.groups,
         )
         self._under_way = step, saving

@@ -90,7 +90,7 @@ def train_save_train(config: Config, layout: Layout, folder: Path) -> tuple[dict
         learn(policy, seed)
     torch.rand(1 + policy.groups.rank)  # no longer what a new process has
     saved, states = weights(policy), random_states(policy)
-    checkpoints_of(policy, folder).save(UPDATES, {"loop": [1, 2]}, {})
+    checkpoints_of(policy, folder).save(UPDATES, {"loop": [1, 2]})
     update = learn(policy, UPDATES)
     return saved, weights(policy), update.grad_norm, states
 

@@ -90,7 +90,7 @@ def step(case: Case, models: Path, folder: Path) -> dict[str, Any]:
         found["synced"] = [_synced(policy, only_full=only_full) for only_full in (True, False)]
         found["fused"] = policy.chunks[0].config.gradient_accumulation_fusion
         checkpoints = checkpoints_of(policy, folder, in_background=case.in_background)
-        checkpoints.save(1, {"loop": 1}, {})
+        checkpoints.save(1, {"loop": 1})
         checkpoints.finish()
         learn(policy, 1)
         again = Policy(config, model, groups)
