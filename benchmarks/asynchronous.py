@@ -145,21 +145,12 @@ def quality(folder: Path) -> Iterator[dict[str, Any]]:
         "staleness 4, importance off": ("--engine.staleness", "4", "--algorithm.importance", "off"),
         "staleness 4, importance reject": ("--engine.staleness", "4", "--algorithm.importance", "reject"),
     }
+    fixed = ("--run.steps", str(QUALITY_STEPS), "--evaluation.every", "1000", "--optimizer.lr", "5e-4")
     with server(config) as url:
         for name, settings in kinds.items():
             rewards = []
             for seed in SEEDS:
-                fixed = (
-                    "--run.steps",
-                    str(QUALITY_STEPS),
-                    "--evaluation.every",
-                    "1000",
-                    "--run.seed",
-                    str(seed),
-                    "--optimizer.lr",
-                    "5e-4",
-                )
-                rows = train(config, url, *fixed, *settings)
+                rows = train(config, url, *fixed, "--run.seed", str(seed), *settings)
                 last = rows[-QUALITY_STEPS // 3 :]
                 rewards.append(round(statistics.fmean(_reward(row) for row in last), 4))
             yield {"case": "quality", "kind": name, "rewards": rewards, "mean": round(statistics.fmean(rewards), 4)}

@@ -5,7 +5,6 @@ Each row is a run of two ranks with a server each, which learn from rollouts of 
 happens when a phase begins. `lost`: prompts that no step has learned from, or more than one has.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -102,12 +101,8 @@ def _prepare(phase: str, number: signal.Signals, process: int | None) -> None:
     """Let rank 1 send a signal when a phase begins. process: of the server, which leads a group; None for the rank"""
     EngineServer.patience = 5.0
     path, name, call = PHASES[phase]
-    module, _, attribute = path.partition(":")
-    owner = importlib.import_module(module)
-    target: faults.Fault = (
-        partial(faults.signal_self, number) if process is None else partial(os.killpg, process, number)
-    )
-    faults.in_call(getattr(owner, attribute) if attribute else owner, name, target, rank=1, number=call)
+    fault = partial(faults.signal_self, number) if process is None else partial(os.killpg, process, number)
+    faults.at_call(path, name, fault, rank=1, number=call)
 
 
 def _run(arguments: list[str], config: Path, prepare: Callable[[], None] | None) -> tuple[list[int | None], str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -43,7 +44,7 @@ class Sampler:
 
     def __init__(self, complete: Callable[[SamplingRequest], Completion], *, num_threads: int):
         self._complete = complete
-        self._waiting: PriorityQueue[tuple[tuple[int, ...], int, Response | None]] = PriorityQueue()
+        self._waiting: PriorityQueue[tuple[tuple[float, ...], int, Response | None]] = PriorityQueue()
         self._numbers = itertools.count()
         self._threads = [
             threading.Thread(target=self._work, name=f"sampler {number}", daemon=True) for number in range(num_threads)
@@ -60,9 +61,9 @@ class Sampler:
         return response
 
     def close(self) -> None:
-        """Let the threads end once their requests have; those that still wait are dropped."""
+        """Let the threads end once nothing waits: a response that is dropped would be waited for without end."""
         for _ in self._threads:
-            self._waiting.put(((), next(self._numbers), None))
+            self._waiting.put(((math.inf,), next(self._numbers), None))
 
     def _work(self) -> None:
         while (response := self._waiting.get()[2]) is not None:

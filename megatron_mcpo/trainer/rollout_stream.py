@@ -44,7 +44,7 @@ class RolloutStream:
     """
 
     def __init__(self, config: Config, collector: Collector, prompts: PromptStream, *, first_step: int):
-        """first_step: after which the run goes on"""
+        """Begin with nothing under way. first_step: the step after which the run goes on"""
         self.config = config
         self.collector = collector
         self.prompts = prompts

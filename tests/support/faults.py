@@ -101,7 +101,11 @@ EVERY_STEP = (
 def at_phase(phase: str, fault: Fault, *, rank: int = 1, number: int | None = None) -> None:
     """Let a fault happen on one rank when a phase begins: that of step 2, or for the `number`-th time."""
     path, name, usual = PHASES[phase]
-    number = usual if number is None else number
+    at_call(path, name, fault, rank=rank, number=usual if number is None else number)
+
+
+def at_call(path: str, name: str, fault: Fault, *, rank: int, number: int) -> None:
+    """Let a fault happen as `in_call` does. path: "module" or "module:class" of the owner"""
     module, _, attribute = path.partition(":")
     owner = importlib.import_module(module)
     in_call(getattr(owner, attribute) if attribute else owner, name, fault, rank=rank, number=number)

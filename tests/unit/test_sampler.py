@@ -65,6 +65,20 @@ def test_what_is_known_of_a_response_is_not_asked_for_again() -> None:
     sampler.close()
 
 
+def test_all_that_waits_when_it_is_closed_ends_with_the_error_of_the_engine() -> None:
+    gate = threading.Event()
+
+    def complete(request: SamplingRequest) -> Completion:
+        gate.wait(20)
+        raise EngineError("it was closed")
+
+    sampler = Sampler(complete, num_threads=2)
+    responses = [sampler.submit(replace(REQUEST, seed=seed), priority=(seed,)) for seed in range(6)]
+    sampler.close()
+    gate.set()
+    assert [str(response.future.exception(timeout=20)) for response in responses] == ["it was closed"] * 6
+
+
 def test_those_with_a_small_priority_come_first_and_an_error_is_that_of_its_response() -> None:
     gate, order = threading.Event(), []
 
