@@ -20,6 +20,7 @@ from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.storage.files import step_files
 from megatron_mcpo.trainer.collector import Collector
+from megatron_mcpo.trainer.rollout_stream import RolloutStream
 from tests.support.paths import ROOT
 from tests.support.program import command, train_forked
 from tests.support.resumed_runs import PIPELINE, Figures, figures, go_on, write_config
@@ -44,7 +45,7 @@ def signal_in_call(owner: type, name: str, number: int) -> None:
 # In the order in which one run meets them: method, number of its call in that start, step after which the run ends.
 PHASES: dict[str, tuple[type, str, int, int]] = {
     "evaluation": (Collector, "collect", 1, 0),
-    "rollout": (Collector, "collect", 2, 1),
+    "rollout": (RolloutStream, "next", 1, 1),
     "update": (Policy, "update", 1, 2),
     "save": (Checkpoints, "save", 1, 4),
     "last step": (Policy, "update", 2, 6),
@@ -121,7 +122,10 @@ def test_terminated_twice_the_program_saves_and_leaves_no_process(
 
 
 def holds_signals(process: psutil.Process) -> bool:
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except FileNotFoundError:
+        return False  # a helper of torchrun that is already gone
     blocked = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk"))
     return bool(blocked >> (signal.SIGUSR1 - 1) & 1)
 
