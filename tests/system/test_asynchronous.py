@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from megatron_mcpo.trainer import server_sync
 server.Server.patience, vllm_server.WATCH_SECONDS, server_sync.LOOK_SECONDS = 3.0, 1.0, 0.5
 """
 NO_EVALUATION = ("--evaluation.every", "100000")
-LONG = 56  # tokens; as the untrained model answers
+LONG, SHORT = 56, 4
+"""The most tokens of a response in the two domains, which the untrained model needs."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_run.save_chat_model(folder / "b", trained=False)
     text = CONFIG.format(runs=folder / "runs", model=folder / "a")
     text = text.replace("max_response_tokens = 4", f"max_response_tokens = {LONG}")
+    text = text.replace('name = "letters"', f'name = "letters"\nmax_response_tokens = {SHORT}')
     (folder / "config.toml").write_text(text)
     return folder
 
@@ -125,37 +128,34 @@ def _without_busy(found: Any) -> Any:
     return [{key: value for key, value in row.items() if key != "engine/busy"} for row in rows], evaluations, rollouts
 
 
-def test_every_token_has_the_version_that_sampled_it(folder: Path, servers: list[Server]) -> None:
+def test_every_token_has_its_version_and_long_answers_are_learned_from_too(folder: Path, servers: list[Server]) -> None:
     """The weights do not move, so that the trainer's log-probs show whether a response goes on where it was."""
     found = train_forked(
         folder / "config.toml",
-        *options("keep", servers, "--engine.staleness", "3", "--engine.oversample", "1.5", "--model.path"),
-        str(folder / "b"),
-        *(
-            "--optimizer.lr",
-            "1e-15",
-            "--optimizer.head_lr",
-            "1e-15",
-            "--run.steps",
-            "10",
-            "--evaluation.every",
-            "100000",
-        ),
+        *options("keep", servers, "--engine.staleness", "3", "--engine.oversample", "1.5"),
+        *("--model.path", str(folder / "b"), "--engine.max_concurrent", "3"),  # few, so that they are slow
+        *("--optimizer.lr", "1e-15", "--optimizer.head_lr", "1e-15", "--run.steps", "10", *NO_EVALUATION),
     )
     assert found.returncode == 0, found.stderr[-3000:]
     rows = metrics(folder / "runs" / "keep")
     assert max(row["engine/logprob_diff_max"] for row in rows) < 1e-3
     assert max(row["staleness/max"] for row in rows) in (2, 3)
     rollouts = [
-        (step, json.loads(line)["versions"])
+        (step, json.loads(line))
         for step, path in enumerate(sorted((folder / "runs" / "keep" / "rollouts").iterdir()), start=1)
         for line in path.read_text().splitlines()
     ]
     assert len(rollouts) == 10 * 32
-    pieces = [versions for _, versions in rollouts if len(versions) > 1]
+    pieces = [row["versions"] for _, row in rollouts if len(row["versions"]) > 1]
     assert pieces, "no response has outlived a push"
     assert all([v for v, _ in versions] == sorted({v for v, _ in versions}) for versions in pieces)
-    assert all(0 <= step - 1 - version <= 3 for step, versions in rollouts for version, _ in versions)
+    assert all(0 <= step - 1 - version <= 3 for step, row in rollouts for version, _ in row["versions"])
+
+    # Who is not finished in time is overtaken, and learned from one step later at the latest.
+    assert max(row["rollouts/passed_over"] for row in rows) > 0
+    by_domain = Counter((row["domain"], step <= 5) for step, row in rollouts)
+    assert by_domain["divisors", True] >= 4 * 16, "all of the steps 1 to 4"
+    assert by_domain["divisors", True] + by_domain["divisors", False] >= 9 * 16
 
 
 def test_servers_that_die_hang_or_come_back_do_not_end_a_run(folder: Path, servers: list[Server]) -> None:
