@@ -128,6 +128,7 @@ def _connect(config: Config, url: str, tag: str) -> VllmServers:
         from_folder(Path(config.model.path)),
         max_model_len=limits.max_prompt_tokens + limits.max_response_tokens,
         max_concurrent=64,
+        in_flight=config.engine.in_flight,
         device=device(),
         tag=tag,
         bucket_bytes=sized(2**26, 2**18),

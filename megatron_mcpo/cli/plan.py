@@ -69,6 +69,13 @@ def _parser() -> options.Parser:
     parser.add_argument("--gpu", default="h100", help=f"{options.GPUS} (default: h100)")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="else 8, or what the JSON file says")
+    parser.add_argument(
+        "--mean-response",
+        type=int,
+        metavar="TOKENS",
+        help="of a response on average (response_tokens of a run's metrics), whose lengths are then taken as "
+        "geometrically distributed (default: all are as long as allowed)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument(
         "--search",
@@ -90,7 +97,7 @@ def _answer(config: Config, model: ModelConfig, known: argparse.Namespace) -> _A
     gpu = replace(gpu, per_node=known.gpus_per_node or gpu.per_node)
     plan, impossible = None, []
     try:
-        plan = planning.plan(config, model, gpu, known.nodes)
+        plan = planning.plan(config, model, gpu, known.nodes, mean_response=known.mean_response)
         plan.check_built()
     except ConfigError as error:
         if not known.search:
@@ -98,12 +105,13 @@ def _answer(config: Config, model: ModelConfig, known: argparse.Namespace) -> _A
         impossible = error.problems
         if in_any_layout := model_rules.problems(config, model, on_cpu=False):
             raise ConfigError(list(dict.fromkeys([*impossible, *in_any_layout]))) from None
-    found = search.fastest(config, model, gpu, known.nodes) if known.search else None
+    given = (config, model, gpu, known.nodes, known.mean_response)
+    found = search.fastest(*given) if known.search else None
     remedies = []
     if plan is not None and not plan.fits:
-        remedies = search.remedies(config, model, gpu, known.nodes)
+        remedies = search.remedies(*given)
     elif plan is None and not found:
-        remedies = search.more_nodes(config, model, gpu, known.nodes)
+        remedies = search.more_nodes(*given)
     return _Answer(gpu=gpu, nodes=known.nodes, plan=plan, impossible=impossible, remedies=remedies, found=found)
 
 

@@ -21,11 +21,17 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         + (divided if plan.config.server_gpus else "")
     )
     yield (
-        f"params   {total_params(plan.model):,} in the model; micro-batches of {shape.sequences} rollout(s), "
-        f"{shape.micros} of them an optimizer step and replica"
+        f"params   {total_params(plan.model):,} in the model; micro-batches of {plan.expected.sequences} rollout(s), "
+        f"{plan.expected.micros} of them an optimizer step and replica"
     )
     experts = "; experts are used equally" if plan.model.experts else ""
-    yield f"assumed  every rollout has {shape.prompt} + {shape.response} tokens; Transformer Engine's layers{experts}"
+    lengths = f"every rollout has {shape.prompt} + {shape.response} tokens"
+    if plan.lengths.mean < plan.lengths.limit:
+        lengths = (
+            f"prompts of {shape.prompt} tokens; responses of {plan.lengths.mean:g} on average, geometrically "
+            f"distributed up to {shape.response}, which memory is planned for"
+        )
+    yield f"assumed  {lengths}; Transformer Engine's layers{experts}"
     if plan.not_modelled:
         yield f"not modelled: {'; '.join(plan.not_modelled)}"
     yield ""

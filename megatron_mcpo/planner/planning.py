@@ -1,6 +1,7 @@
 """Plan a configuration on a number of nodes of a kind of GPU: what it needs, whether it fits, how long a step takes."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from megatron_mcpo.config import model_rules
@@ -10,6 +11,7 @@ from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.activations import TRANSFORMER_ENGINE
 from megatron_mcpo.planner.hardware import GIB, Gpu
+from megatron_mcpo.planner.lengths import Lengths
 from megatron_mcpo.planner.memory import EngineMemory, RankMemory, engine_memory, rank_memory
 from megatron_mcpo.planner.ranks import RankSize, built_size, rank_size
 from megatron_mcpo.planner.step_shape import StepShape, step_shape
@@ -23,6 +25,7 @@ class MemoryPlan:
     """The predicted needs of a run: memory per rank, bytes on the wire, seconds per phase of a step.
 
     nodes: of the trainer and of the engine servers, if there are any
+    lengths: of responses; shape: of a step in which all have the greatest length, expected: their mean length
     ranks: one of every pipeline stage, the others of a stage hold as much; wire: bytes by group; seconds: by phase
     """
 
@@ -31,7 +34,9 @@ class MemoryPlan:
     gpu: Gpu
     nodes: int
     layout: Layout
+    lengths: Lengths
     shape: StepShape
+    expected: StepShape
     sizes: list[RankSize]
     engine: EngineMemory
     ranks: list[RankMemory]
@@ -47,7 +52,7 @@ class MemoryPlan:
             for rank in self.ranks
             if rank.peak > self.gpu.memory_bytes
         ]
-        if self.engine.sequences == 0:
+        if self.engine.cache_tokens < self.shape.length:
             found.append(
                 f"engine: {self.engine.cache / GIB:.1f} GiB of key-value cache hold {self.engine.cache_tokens} tokens, "
                 f"fewer than one rollout of {self.shape.length}"
@@ -105,7 +110,7 @@ class MemoryPlan:
     @property
     def tokens_per_second_per_gpu(self) -> float:
         """Return the prompt and response tokens that a GPU handles per second; 0 if the step would never end."""
-        return self.shape.rollouts * self.shape.length / self.seconds["step"] / self.num_gpus
+        return self.shape.rollouts * self.expected.length / self.seconds["step"] / self.num_gpus
 
     @property
     def head(self) -> HeadSpec | None:
@@ -140,6 +145,7 @@ class MemoryPlan:
             "tokens_per_second_per_gpu": round(self.tokens_per_second_per_gpu, 1),
             "shortages": self.shortages,
             "not_modelled": self.not_modelled,
+            "mean_response": self.expected.response,
             "gpu": self.gpu.name,
             "nodes": self.nodes,
             "world_size": self.layout.world_size,
@@ -170,23 +176,31 @@ def trainer_gpus(config: Config, gpu: Gpu, nodes: int) -> int:
     return left
 
 
-def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> MemoryPlan:
+def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int, *, mean_response: int | None = None) -> MemoryPlan:
     """Plan a configuration without building anything (see `MemoryPlan.check_built`).
 
-    nodes: of the trainer and of the engine servers, if there are any
+    Args:
+        config: What is run.
+        model: The model.
+        gpu: The kind of GPU.
+        nodes: Of the trainer and of the engine servers, if there are any.
+        mean_response: Tokens of a response on average (lengths.py); None: all have the greatest length.
 
     Raises:
-        ConfigError: The model can't be divided or served like this.
+        ConfigError: The model can't be divided or served like this, or responses can't have this mean.
     """
+    limit = config.rollout.max_response_tokens
+    lengths = Lengths(limit, limit if mean_response is None else mean_response)
     layout = config.layout(trainer_gpus(config, gpu, nodes))
     problems = model_rules.problems(config, model, on_cpu=False) + layout_problems(
         model, layout, config.engine.tensor_parallel, engine_in_ranks=not config.engine.servers
     )
     if problems:
         raise ConfigError(problems)
-    head, shape = head_of(config, model), step_shape(config, layout)
+    head, shape = head_of(config, model), step_shape(config, layout, limit)
+    expected = step_shape(config, layout, ceil(lengths.mean))
     sizes = [rank_size(model, layout, head, stage) for stage in range(layout.pipeline)]
-    engine = engine_memory(config, model, layout, gpu, shape)
+    engine = engine_memory(config, model, layout, gpu, expected)
     ranks = [
         rank_memory(config, model, layout, size=size, head=head, shape=shape, engine=engine, kernels=TRANSFORMER_ENGINE)
         for size in sizes
@@ -197,10 +211,14 @@ def plan(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> MemoryPlan
         gpu=gpu,
         nodes=nodes,
         layout=layout,
+        lengths=lengths,
         shape=shape,
+        expected=expected,
         sizes=sizes,
         engine=engine,
         ranks=ranks,
-        wire=wire_bytes(config, model, layout, sizes=sizes, head=head, shape=shape),
-        seconds=step_seconds(config, model, layout, gpu, sizes=sizes, head=head, shape=shape, engine=engine),
+        wire=wire_bytes(config, model, layout, sizes=sizes, head=head, shape=expected),
+        seconds=step_seconds(
+            config, model, layout, gpu, sizes=sizes, head=head, shape=expected, lengths=lengths, engine=engine
+        ),
     )

@@ -36,7 +36,9 @@ def changed(config: Config, change: Change) -> Config:
     return config
 
 
-def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+def remedies(
+    config: Config, model: ModelConfig, gpu: Gpu, nodes: int, mean_response: int | None = None
+) -> list[tuple[Change, MemoryPlan]]:
     """Return up to `MOST_REMEDIES` changes that make a plan fit which does not, each of other keys.
 
     Single changes come first, then pairs, then more nodes; within each of these the order of this module. A change is
@@ -49,12 +51,12 @@ def remedies(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[t
     pairs = [one | two for one in singles if one not in shares for two in shares]
     found: list[tuple[Change, MemoryPlan]] = []
     for candidates in (singles, pairs):
-        for change, fitting in _fitting(config, model, gpu, nodes, candidates):
+        for change, fitting in _fitting(config, model, gpu, nodes, candidates, mean_response):
             if not any(other.keys() <= change.keys() for other, _ in found):
                 found.append((change, fitting))
         if len(found) >= MOST_REMEDIES:
             return found[:MOST_REMEDIES]
-    return found + more_nodes(config, model, gpu, nodes)
+    return found + more_nodes(config, model, gpu, nodes, mean_response)
 
 
 def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[Change]:
@@ -79,23 +81,28 @@ def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) ->
     ]
 
 
-def more_nodes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+def more_nodes(
+    config: Config, model: ModelConfig, gpu: Gpu, nodes: int, mean_response: int | None = None
+) -> list[tuple[Change, MemoryPlan]]:
     """Return the best layout on the fewest nodes on which one fits, the present layout before all others."""
     for factor in (2, 4, 8, 16):
         num_gpus = nodes * factor * gpu.per_node
         p = config.parallel
         as_it_is = {"parallel.data": _data(config, num_gpus - config.server_gpus, p.tensor * p.pipeline * p.context)}
         for changes in ([as_it_is], _layouts(config, model, gpu, num_gpus, _ROOMY)):
-            found = _fitting(config, model, gpu, nodes * factor, changes)
+            found = _fitting(config, model, gpu, nodes * factor, changes, mean_response)
             if found:
                 change, fitting = found[0]
                 return [(_differences(config, change), fitting)]
     return []
 
 
-def fastest(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) -> list[tuple[Change, MemoryPlan]]:
+def fastest(
+    config: Config, model: ModelConfig, gpu: Gpu, nodes: int, mean_response: int | None = None
+) -> list[tuple[Change, MemoryPlan]]:
     """Return the layouts that fit in the order of this module; the batch, the lengths and the objective stay."""
-    return _fitting(config, model, gpu, nodes, _layouts(config, model, gpu, nodes * gpu.per_node, _ALL))
+    layouts = _layouts(config, model, gpu, nodes * gpu.per_node, _ALL)
+    return _fitting(config, model, gpu, nodes, layouts, mean_response)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +228,13 @@ def _order(each: tuple[Change, MemoryPlan]) -> tuple[float, ...]:
 
 
 def _fitting(
-    config: Config, model: ModelConfig, gpu: Gpu, nodes: int, changes: list[Change]
+    config: Config, model: ModelConfig, gpu: Gpu, nodes: int, changes: list[Change], mean_response: int | None
 ) -> list[tuple[Change, MemoryPlan]]:
     """Return the changes with which the configuration is valid and fits, and their plans, in order."""
     found = []
     for change in changes:
         try:
-            each = plan(changed(config, change), model, gpu, nodes)
+            each = plan(changed(config, change), model, gpu, nodes, mean_response=mean_response)
         except ConfigError:
             continue
         if each.fits:

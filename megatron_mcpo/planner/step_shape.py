@@ -1,6 +1,6 @@
-"""Work out what a step computes if every rollout has the greatest length that the configuration allows.
+"""Work out what a step computes if every rollout has the same length: the greatest that is allowed, or a mean one.
 
-Shorter rollouts cost less than planned. Their lengths depend on model and task; no guess is made.
+Memory is planned for the greatest length. Seconds are, too, unless the mean length of responses is known (lengths.py).
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,13 @@ class StepShape:
         return -(-self.micro_tokens * self.response // self.length)
 
 
-def step_shape(config: Config, layout: Layout) -> StepShape:
-    """Return the sizes of a step, packed as mcore/packing.py packs rollouts of equal length without shared prompts."""
+def step_shape(config: Config, layout: Layout, response: int) -> StepShape:
+    """Return the sizes of a step, packed as mcore/packing.py packs rollouts of equal length without shared prompts.
+
+    response: tokens of every response; prompts are as long as allowed
+    """
     batch, rollout = config.batch, config.rollout
-    length = rollout.max_prompt_tokens + rollout.max_response_tokens
+    length = rollout.max_prompt_tokens + response
     aligned = -(-length // layout.sequence_alignment) * layout.sequence_alignment
     rollouts = batch.prompts * max(config.group_sizes)
     replica = -(-rollouts // (batch.minibatches * layout.data))
@@ -51,7 +54,7 @@ def step_shape(config: Config, layout: Layout) -> StepShape:
     sequences = -(-replica // micros)
     return StepShape(
         prompt=rollout.max_prompt_tokens,
-        response=rollout.max_response_tokens,
+        response=response,
         rollouts=rollouts,
         updates=batch.minibatches,
         replica_rollouts=replica,

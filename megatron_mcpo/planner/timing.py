@@ -13,6 +13,7 @@ from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.planner.hardware import Gpu
+from megatron_mcpo.planner.lengths import Lengths
 from megatron_mcpo.planner.memory import ITEMSIZE, EngineMemory, buffers, reference_bytes, trained_bytes
 from megatron_mcpo.planner.push import is_resharded, num_tensors, received_bytes
 from megatron_mcpo.planner.ranks import RankSize
@@ -32,6 +33,8 @@ _OPTIMIZER_BYTES = 30
 """Bytes of Adam per parameter: read gradient, master copy and two moments; write weight, master copy and moments."""
 _GRADIENT_BYTES = 16
 """Bytes per gradient: it is zeroed, checked for infinities, used for the norm, and reduced."""
+_POINTS = 128
+"""Of the course of a rollout, at which it is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,40 +151,62 @@ def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) ->
     return micros * (middle + last) + bubble * middle
 
 
-def rollout_seconds(config: Config, model: ModelConfig, gpu: Gpu, shape: StepShape, engine: EngineMemory) -> float:
-    """Predict the seconds of a rollout on all engines.
-
-    A prompt is read once for all its samples (prefix caching); a wave of sequences decodes to its end. Where engines
-    sample ahead of the trainer, waves of two steps overlap, and sequences that a sync interrupts are read again, on
-    average with half of their responses.
-    """
+def decode_seconds(
+    config: Config, model: ModelConfig, gpu: Gpu, shape: StepShape, engine: EngineMemory, together: float
+) -> float:
+    """Predict the seconds in which an engine decodes one token of each of so many sequences."""
     ranks, e = config.engine.tensor_parallel, ITEMSIZE[config.model.dtype]
-    if engine.sequences == 0:
-        return float("inf")
-    mine = -(-shape.rollouts // engine.engines)
-    ahead = config.engine.prompts_ahead > 0
-    waves = mine / engine.sequences if ahead else -(-mine // engine.sequences)
-    together = engine.sequences if ahead else ceil(mine / waves)
     reading = gpu.decode_share * gpu.copy_tbs * _TERA
     a_token = 2 * e * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim
     cache = together * (shape.prompt + shape.response / 2) * a_token
-    flops = model.num_layers * layer_flops(model) + 2.0 * model.hidden_size * model.vocab_size
-    products = together * flops / ranks / (gpu.gemm_tflops * _TERA)
+    products = together * _token_flops(model) / ranks / (gpu.gemm_tflops * _TERA)
     weights = _weights_read(model, engine, together)
     messages = 0.0
     if ranks > 1:
         size = 2 * e * together * model.hidden_size * (ranks - 1) / ranks
         messages = 2 * model.num_layers * (size / link(gpu, first=1, ranks=ranks) + gpu.message_us * 1e-6)
-    step = max(weights / reading, products) + cache / reading + messages + gpu.engine_step_ms * 1e-3
-    prompts = -(-config.batch.prompts // engine.engines)
-    read = float(prompts * shape.prompt)
+    return max(weights / reading, products) + cache / reading + messages + gpu.engine_step_ms * 1e-3
+
+
+def rollout_seconds(
+    config: Config, model: ModelConfig, gpu: Gpu, shape: StepShape, lengths: Lengths, engine: EngineMemory
+) -> tuple[float, float]:
+    """Predict the seconds of a rollout on all engines, and of the longest response if others fill its engine.
+
+    A prompt is read once for all its samples (prefix caching). An engine is full while sequences wait; the last of them
+    end one after the other, until the longest of all rollouts has ended. Where engines sample ahead of the trainer they
+    are always full, and sequences that a sync interrupts are read again, on average with half of their responses.
+    """
+    if engine.sequences == 0:
+        return float("inf"), float("inf")
+    mine = -(-shape.rollouts // engine.engines)
+    ahead = config.engine.prompts_ahead > 0
+    waves = mine / engine.sequences if ahead else -(-mine // engine.sequences)
+    together = engine.sequences if ahead else ceil(mine / waves)
+    full = decode_seconds(config, model, gpu, shape, engine, together)
+    tokens = [lengths.limit * (number + 0.5) / _POINTS for number in range(_POINTS)]
+    decoded = lengths.limit / _POINTS  # at each of these points, by sequences that go on so far
+    longest = decoded * full * sum(lengths.any_longer(token, shape.rollouts) for token in tokens)
+    read = float(-(-config.batch.prompts // engine.engines) * shape.prompt)
     if ahead and config.engine.in_flight == "keep":
-        read += together * (shape.prompt + shape.response / 2)
-    prefill = read * flops / ranks / (gpu.gemm_tflops * _TERA) / gpu.busy
-    return waves * shape.response * step + prefill
+        read += together * (shape.prompt + lengths.mean / 2)
+    per_token = _token_flops(model) / config.engine.tensor_parallel / (gpu.gemm_tflops * _TERA) / gpu.busy
+    decoding = waves * lengths.mean * full
+    if not ahead:
+        decoding = (waves - 1) * lengths.mean * full + decoded * sum(
+            lengths.any_longer(token, shape.rollouts)
+            * decode_seconds(config, model, gpu, shape, engine, max(1.0, together * lengths.share_longer(token)))
+            for token in tokens
+        )
+    return decoding + read * per_token, longest
 
 
-def _weights_read(model: ModelConfig, engine: EngineMemory, sequences: int) -> float:
+def _token_flops(model: ModelConfig) -> float:
+    """Count the FLOPs of all products for one token."""
+    return model.num_layers * layer_flops(model) + 2.0 * model.hidden_size * model.vocab_size
+
+
+def _weights_read(model: ModelConfig, engine: EngineMemory, sequences: float) -> float:
     """Count the bytes of weights that a decoding step reads: only those experts that some sequence is sent to."""
     if model.experts is None:
         return engine.weights
@@ -216,11 +241,16 @@ def step_seconds(
     sizes: list[RankSize],
     head: HeadSpec | None,
     shape: StepShape,
+    lengths: Lengths,
     engine: EngineMemory,
 ) -> dict[str, float]:
     """Predict the seconds of rollout, score, update and sync, and of step.
 
-    A step takes their sum; where engines sample ahead of the trainer, the longer of rollout and learning, and the sync.
+    A step takes their sum. Where engines sample ahead of the trainer it takes the longer of rollout and learning, and
+    the sync; and the longest response must end in k + 1 steps' rollouts, less the learning in the last (k:
+    engine.staleness).
+
+    shape: with responses of mean length
     """
     e = ITEMSIZE[config.model.dtype]
     once = micro_pass(config, model, layout, gpu, shape)
@@ -243,9 +273,11 @@ def step_seconds(
         update += shape.updates * 2 * state / (gpu.host_gbs * _GIGA)
     if config.model.offload_reference:
         score += shape.updates * max(reference_bytes(config, size, e) for size in sizes) / (gpu.host_gbs * _GIGA)
-    rollout = rollout_seconds(config, model, gpu, shape, engine)
+    rollout, longest = rollout_seconds(config, model, gpu, shape, lengths, engine)
     sync = sync_seconds(config, model, layout, gpu, engine)
     seconds = {"rollout": rollout, "score": score, "update": update, "sync": sync}
     learning = score + update
-    ahead = config.engine.prompts_ahead > 0
-    return {**seconds, "step": (max(rollout, learning) if ahead else rollout + learning) + sync}
+    if config.engine.prompts_ahead == 0:
+        return {**seconds, "step": rollout + learning + sync}
+    in_time = (longest + learning) / (config.engine.staleness + 1)
+    return {**seconds, "step": max(rollout, learning, in_time) + sync}

@@ -49,7 +49,7 @@ class VllmServers:
         others: Sequence[str] = (),
         max_model_len: int,
         max_concurrent: int,
-        in_flight: Literal["wait", "keep"] = "wait",
+        in_flight: Literal["wait", "keep"],
         device: torch.device,
         tag: str,
         bucket_bytes: int = BUCKET_BYTES,

@@ -109,7 +109,7 @@ def optimizer_bytes(policy: Policy) -> int:
 
 def planned(config: Config, world_size: int, stage: int) -> dict[str, float]:
     layout, model = config.layout(world_size), from_folder(Path(config.model.path))
-    head, shape = head_of(config, model), step_shape(config, layout)
+    head, shape = head_of(config, model), step_shape(config, layout, config.rollout.max_response_tokens)
     size = rank_size(model, layout, head, stage)
     engine = engine_memory(config, model, layout, H100, shape)
     assert ITEMSIZE[config.model.dtype] == 2
@@ -169,7 +169,7 @@ def test_what_waits_in_host_memory_is_planned_there_and_not_in_the_phases(tmp_pa
 
     def memory_of(config: Config) -> RankMemory:
         layout = config.layout(1)
-        head, shape = head_of(config, model), step_shape(config, layout)
+        head, shape = head_of(config, model), step_shape(config, layout, config.rollout.max_response_tokens)
         engine = engine_memory(config, model, layout, H100, shape)
         size = rank_size(model, layout, head, 0)
         return rank_memory(config, model, layout, size=size, head=head, shape=shape, engine=engine, kernels=PLAIN)

@@ -65,7 +65,7 @@ def test_bytes_are_those_of_real_messages(
     save_model(tmp_path, kind)
     config = config_of(tmp_path, **sections)
     layout, model = config.layout(world_size), from_folder(tmp_path)
-    head, shape = head_of(config, model), step_shape(config, layout)
+    head, shape = head_of(config, model), step_shape(config, layout, config.rollout.max_response_tokens)
     sizes = [rank_size(model, layout, head, stage) for stage in range(layout.pipeline)]
     expected = wire_bytes(config, model, layout, sizes=sizes, head=head, shape=shape)
     # Plain attention keeps the keys and values it has gathered; the planned ring sends them again on the way back.

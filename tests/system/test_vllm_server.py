@@ -88,8 +88,9 @@ def _fresh_samples(folder: Path) -> dict[str, Any]:
 
 
 def connect(folder: Path, *servers: Server, tag: str, **changes: Any) -> VllmServers:
-    options: dict[str, Any] = {"max_model_len": MAX_LEN, "max_concurrent": 8, "device": torch.device("cpu")} | changes
-    return VllmServers([server.url for server in servers], from_folder(folder / "a"), tag=tag, **options)
+    urls, options = [server.url for server in servers], {"max_model_len": MAX_LEN, "max_concurrent": 8} | changes
+    device = torch.device("cpu")
+    return VllmServers(urls, from_folder(folder / "a"), tag=tag, in_flight="wait", device=device, **options)
 
 
 def sampled(engine: Any, *, prompts: list[list[int]] = PROMPTS, **changes: Any) -> list[tuple[Any, Any]]:

@@ -49,6 +49,7 @@ def test_both_workers_get_the_weights(tmp_path: Path) -> None:
             tag="workers",
             max_model_len=MAX_LEN,
             max_concurrent=8,
+            in_flight="wait",
             device=torch.device("cpu"),
         )
         for version, weights in enumerate((wrong, right), start=1):
