@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_mcpo.distributed import cpu_bf16
 from megatron_mcpo.distributed.device import uses_gpu
 
 TRIED_VERSIONS = ("0.19.2",)
@@ -69,6 +70,7 @@ def apply() -> bool:
         return True
     _check_version()
     _silence()
+    cpu_bf16.apply()
     _torch_for_megatron = _copy_of_torch()
     _answer_megatron_on_tensors()
     sys.meta_path.insert(0, _Finder())
