@@ -100,7 +100,6 @@ VARIANTS = [
         sections={"batch": {"micro_batch_tokens": 32}},
         share_prompts=False,
         shortest_prompt=17,
-        updated=True,
     ),
     Variant(
         name="few rollouts, recomputed, sequence means, rloo, mlp head on the last token, centred",
@@ -122,6 +121,7 @@ VARIANTS = [
             "contrastive": {"negatives": "domain", "denominator": "all"},
         },
         share_prompts=True,
+        updated=True,
     ),
     Variant(
         name="contrastive reward, recomputed, dr_grpo, cispo, mask, k2",

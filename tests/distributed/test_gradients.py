@@ -50,8 +50,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Case]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradient_equals_the_reference(cases: dict[str, list[Case]], name: str) -> None:
-    layout = LAYOUTS[name]
-    assert_exact(check(layout, [case for model in models_for(layout) for case in cases[model]]))
+    layout, number = LAYOUTS[name], list(LAYOUTS).index(name)
+    assert_exact(check(layout, [case for model in models_for(layout) for case in in_turns(cases[model], number)]))
+
+
+def in_turns(cases: list[Case], number: int) -> list[Case]:
+    """Return every variant with one kind of model, another one for the next number; `benchmarks.gradient_table` tries
+    every variant with every kind."""
+    num_kinds = len(cases) // len(VARIANTS)
+    places = [divmod(place, len(VARIANTS)) for place in range(len(cases))]
+    return [case for case, place in zip(cases, places, strict=True) if (sum(place) + number) % num_kinds == 0]
 
 
 def assert_exact(errors: dict[tuple[str, str], float]) -> None:
