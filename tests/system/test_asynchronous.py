@@ -4,31 +4,25 @@ Not covered: GPUs, servers on other hosts; which prompts a step learns from (tes
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import tiny_run
+from megatron_mcpo.rollout import server, vllm_server
+from megatron_mcpo.trainer import server_sync
+from tests.support import faults, tiny_run
 from tests.support.engine_server import Server
-from tests.support.paths import ROOT
 from tests.support.program import CONFIG, metrics, train_forked
 from tests.support.resumed_runs import figures
 
 pytestmark = pytest.mark.timeout(900)
 WAIT = ("--engine.staleness", "1", "--engine.in_flight", "wait")
-IMPATIENT = """
-from megatron_mcpo.rollout import server, vllm_server
-from megatron_mcpo.trainer import server_sync
-server.Server.patience, vllm_server.WATCH_SECONDS, server_sync.LOOK_SECONDS = 3.0, 1.0, 0.5
-"""
 NO_EVALUATION = ("--evaluation.every", "100000")
 LONG, SHORT = 56, 4
 """The most tokens of a response in the two domains, which the untrained model needs."""
@@ -51,12 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(folder: Path) -> Iterator[list[Server]]:
     running = [Server(folder / "config.toml", folder / f"server{number}.log") for number in range(2)]
     try:
-        for server in running:
-            server.wait_ready()
+        for each in running:
+            each.wait_ready()
         yield running
     finally:
-        for server in running:
-            server.kill()
+        for each in running:
+            each.kill()
 
 
 def options(name: str, servers: list[Server], *others: str) -> list[str]:
@@ -64,17 +58,20 @@ def options(name: str, servers: list[Server], *others: str) -> list[str]:
 
 
 class Run:
-    """A run in a process group of its own, which can be looked at and killed."""
+    """A run of one rank that can be looked at. It is killed at the end of a `with` block."""
 
-    def __init__(self, folder: Path, name: str, servers: list[Server], *others: str, prelude: str = "pass"):
-        """prelude: a statement that is executed first"""
-        self.folder = folder / "runs" / name
-        self.log = folder / f"{name}.log"
+    def __init__(self, ranks: faults.Ranks, folder: Path):
+        self._ranks = ranks
+        self.folder = folder
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls, folder: Path, name: str, servers: list[Server], *others: str, prepare: Callable[[], None] | None = None
+    ) -> "Iterator[Run]":
         words = ["train", str(folder / "config.toml"), *options(name, servers, *others)]
-        program = f"import sys\n{prelude}\nfrom megatron_mcpo.cli.main import main\nsys.exit(main({words}))"
-        words = [sys.executable, "-c", program]
-        with self.log.open("ab") as file:
-            self.process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        with faults.running(words, ranks=1, log=folder / f"{name}.log", prepare=prepare) as ranks:
+            yield cls(ranks, folder / "runs" / name)
 
     @property
     def steps(self) -> int:
@@ -83,13 +80,13 @@ class Run:
     @property
     def said(self) -> str:
         """What it printed, as one line."""
-        return " ".join(self.log.read_text().split())
+        return " ".join(self._ranks.output.split())
 
     def wait_for(self, condition: Callable[[], bool], *, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            assert self._ranks.codes(timeout=0) == [None], self._ranks.output[-3000:]
+            assert time.monotonic() < deadline, self._ranks.output[-3000:]
             time.sleep(0.05)
 
     def wait_for_steps(self, number: int) -> None:
@@ -97,10 +94,14 @@ class Run:
         goal = self.steps + number
         self.wait_for(lambda: self.steps >= goal)
 
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def code(self, *, seconds: float) -> int | None:
+        """Wait for its end; return the exit code."""
+        return self._ranks.codes(timeout=seconds)[0]
+
+
+def be_impatient() -> None:
+    """Look at the servers more often than usual."""
+    server.Server.patience, vllm_server.WATCH_SECONDS, server_sync.LOOK_SECONDS = 3.0, 1.0, 0.5
 
 
 def test_a_killed_run_goes_on_with_the_rollouts_that_were_under_way(folder: Path, servers: list[Server]) -> None:
@@ -113,12 +114,11 @@ def test_a_killed_run_goes_on_with_the_rollouts_that_were_under_way(folder: Path
     assert all(0 <= row["engine/busy"] <= 1 and row["time/wait_for_rollouts"] > 0 for row in rows)
     assert sum(row["engine/busy"] for row in rows) > 1
 
-    run = Run(folder, "killed", servers, *settings)
-    run.wait_for(lambda: run.steps >= 5)
-    run.kill()
+    with Run.of(folder, "killed", servers, *settings) as run:
+        run.wait_for(lambda: run.steps >= 5)
     assert run.steps < 12
-    run = Run(folder, "killed", servers, *settings)
-    assert run.process.wait(300) == 0, run.log.read_text()[-3000:]
+    with Run.of(folder, "killed", servers, *settings) as run:
+        assert run.code(seconds=300) == 0, run.said[-3000:]
     assert "16 prompts were under way at the checkpoint and go on" in run.said
     assert _without_busy(figures(folder / "runs" / "killed")) == _without_busy(figures(folder / "runs" / "whole"))
 
@@ -163,8 +163,7 @@ def test_servers_that_die_hang_or_come_back_do_not_end_a_run(folder: Path, serve
     first, second = servers
     settings = ("--engine.staleness", "1", "--run.steps", "100000", "--engine.patience", "20", *NO_EVALUATION)
     rare = ("--run.checkpoint_every", "100000", "--engine.engine_check_every", "100000")
-    run = Run(folder, "faults", servers, *settings, *rare, prelude=IMPATIENT)
-    try:
+    with Run.of(folder, "faults", servers, *settings, *rare, prepare=be_impatient) as run:
         run.wait_for(lambda: run.steps >= 3)
         first.kill()
         run.wait_for_steps(3)
@@ -178,10 +177,8 @@ def test_servers_that_die_hang_or_come_back_do_not_end_a_run(folder: Path, serve
         run.wait_for(lambda: f"engine server {first.url} is back" in run.said, seconds=300)
         run.wait_for_steps(2)
 
-        for server in servers:
-            server.kill()
-        assert run.process.wait(180) == 1
+        for each in servers:
+            each.kill()
+        assert run.code(seconds=180) == 1
         assert "no engine server has answered for" in run.said and "(engine.patience = 20)" in run.said
         assert "Traceback" not in run.said
-    finally:
-        run.kill()
