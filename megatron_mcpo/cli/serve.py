@@ -6,6 +6,7 @@ its `engine.servers`, and becomes that server. It has no weights until a run sen
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = [f"{key}={value}" for key, value in environment.items()]
     print(shlex.join(["env", *settings, *command]))
     print(f"http://{known.host}:{known.port} answers after the line `Application startup complete`", flush=True)
+    # This process becomes the server: its child will be the server's.
+    subprocess.Popen([sys.executable, "-m", "megatron_mcpo.rollout.server_guard", str(os.getpid())])
     os.execve(command[0], command, {**environment, **os.environ})
 
 

@@ -1,10 +1,12 @@
-"""A real server of two tensor-parallel workers on a CPU: every worker gets every push, and is compared.
+"""A real server of two tensor-parallel workers on a CPU: every worker gets every push, is compared, and ends with it.
 
 Not covered: GPUs and NCCL, workers on several hosts.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ def test_both_workers_get_the_weights(tmp_path: Path) -> None:
     path = write_config(tmp_path / "model", tmp_path)
     path.write_text(path.read_text().replace("[engine]", "[engine]\ntensor_parallel = 2"))
     server = Server(path, tmp_path / "server.log")
+    family: list[psutil.Process] = []
     try:
         expected = cases.run(_alone, tmp_path / "model", timeout=540)
         server.wait_ready()
@@ -59,5 +62,14 @@ def test_both_workers_get_the_weights(tmp_path: Path) -> None:
         found = [(sample.token_ids, sample.logprobs) for (sample,) in engine.generate(REQUESTS)]
         assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
         torch.testing.assert_close(*(torch.tensor([logp for _, logp in each]) for each in (found, expected)))
+
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(family) >= 4, "an engine, its two workers, and what ends them"
+        server.process.kill()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive
     finally:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         server.kill()
