@@ -28,7 +28,7 @@ from megatron_mcpo.config.config import Config, dump, load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.mcore.policy import Policy
-from megatron_mcpo.rollout.server_client import Client
+from megatron_mcpo.rollout.server_client import Client, wanted_description
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.rollout.weight_link import Bucket
 from megatron_mcpo.weights.reshard_sync import FullTensorSync
@@ -129,6 +129,7 @@ def _connect(config: Config, url: str, tag: str) -> VllmServers:
         max_model_len=limits.max_prompt_tokens + limits.max_response_tokens,
         max_concurrent=64,
         in_flight=config.engine.in_flight,
+        wanted=wanted_description(config, from_folder(Path(config.model.path))),
         device=device(),
         tag=tag,
         bucket_bytes=sized(2**26, 2**18),

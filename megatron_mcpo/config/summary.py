@@ -20,8 +20,8 @@ def slow_arithmetic(config: Config) -> list[str]:
     if config.model.dtype in (fast_dtype(), "fp32"):
         return []
     return [
-        f"WARNING: model.dtype = {config.model.dtype!r}: this CPU has no AVX-512 and is many times slower in bf16 than "
-        "in fp32. Set it to 'auto' or 'fp32'."
+        f"WARNING: model.dtype = {config.model.dtype!r}: this CPU has no AVX-512 and samples more slowly in bf16 than "
+        "in fp32. Set it to 'auto' or 'fp32', unless memory is short."
     ]
 
 

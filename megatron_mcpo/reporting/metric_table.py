@@ -112,7 +112,8 @@ _TRAINED = Section(
             "sampled tokens.",
             target="What rounding gives: below 1e-4 in fp32, 0.02 to 0.06 in bf16 for the model of the quick start. "
             "The tolerance of the engine check is 1e-4 in fp32, 0.05 in bf16 and 0.35 with an FP8 engine; above it all "
-            "weights are compared, and above four times the tolerance the run stops.",
+            "weights are compared, and above four times the tolerance the run stops. With engine.staleness it is "
+            "mostly what was learned since the tokens were sampled; only the engine check then compares equal weights.",
             compute=lambda rollouts: rollouts.token_mean(2),
         ),
         Metric(

@@ -45,7 +45,7 @@ WORK = Section(
         Metric(
             keys=("time/wait_for_rollouts",),
             meaning="Seconds in which the trainer waited for rollouts that are sampled ahead of it (engine.staleness).",
-            target="Near 0; else the engines are too few.",
+            target="Near 0.1, the time between two looks; else engines or verifiers are too slow (engine/busy).",
         ),
         Metric(keys=("time/sleep",), meaning="Seconds in which the engine gives its GPU memory back; 0 on a CPU."),
         Metric(keys=("time/score",), meaning="Seconds of scoring with policy and reference."),

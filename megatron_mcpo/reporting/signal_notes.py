@@ -41,6 +41,12 @@ def signal_notes(config: Config, steps: Sequence[Mapping[str, Any]], stop_tokens
         notes.append(f"WARNING: for {_NO_ADVANTAGE_STEPS} steps {_NO_ADVANTAGE.format(limit=limit)}.")
     if config.contrastive.enabled and _just_lasted(steps, _NO_ANCHOR_STEPS, _has_no_anchor):
         notes.append(f"WARNING: for {_NO_ANCHOR_STEPS} steps {_NO_ANCHOR}. They need correct and incorrect rollouts.")
+    if _just_lasted(steps, 1, lambda row: row.get("importance/effective") == 0):
+        notes.append(
+            f"WARNING: algorithm.importance = {config.algorithm.importance!r} has dropped every token, so that the "
+            "policy term learns nothing: the weights that sampled are too different from those that learn. Lower "
+            "optimizer.lr or engine.staleness, or allow more (algorithm.rejection_limit, importance_cap)."
+        )
     return notes
 
 

@@ -39,6 +39,7 @@ class Fleet:
         self._others = [Member(server=server, own=False, lost="not looked for") for server in others]
         self._version: int | None = None
         self._ended: str | None = None
+        self._answers = 0
         self._news: list[str] = []
 
     @property
@@ -92,9 +93,16 @@ class Fleet:
                     return member, self._version
                 self._condition.wait(_LOOK_SECONDS)
 
-    def give_back(self, member: Member) -> None:
+    @property
+    def answers(self) -> int:
+        """Return how many requests were answered since the start."""
+        with self._condition:
+            return self._answers
+
+    def give_back(self, member: Member, *, answered: bool) -> None:
         """Say that a request has ended."""
         with self._condition:
+            self._answers += answered
             member.load -= 1
             if member.load == 0:
                 member.busy += time.monotonic() - member.since
@@ -124,9 +132,16 @@ class Fleet:
             is_new = member.lost is None and self._ended is None
             member.lost = member.lost or str(error)
             if is_new and member.own:
-                self._news.append(f"WARNING: {error}; the run goes on with the other engine servers")
+                self._news.append(f"WARNING: {error}; the run goes on without this server")
             self._condition.notify_all()
         member.server.abort()
+
+    def refuse(self, member: Member, reason: str) -> None:
+        """Leave a lost server out although it is there; say why once."""
+        with self._condition:
+            if member.lost != reason:
+                self._news.append(f"WARNING: {reason}")
+            member.lost = reason
 
     def restore(self, member: Member) -> None:
         """Use a server again."""

@@ -1,9 +1,9 @@
 """Use one vLLM server: send it weights, and get completions from it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,7 +52,7 @@ class Server:
         self._device = device
         self._vocab_size = vocab_size
         self._sender: Sender | None = None
-        self._expected: str | None = None
+        self._expected: tuple[str, ...] = ()  # versions that the server may say it has; empty if any is right
         self._posting = ThreadPoolExecutor(1)
 
     @property
@@ -69,7 +69,7 @@ class Server:
         address = urlsplit(self._client.url)
         if self._sender is not None:
             self._sender.close()
-        self._expected = None
+        self._expected = ()
         sender = Sender((address.hostname or "", address.port or 0), self._tag)
         self._alongside(
             "/init_weight_transfer_engine",
@@ -81,10 +81,9 @@ class Server:
     def announce_update(self, version: int) -> None:
         """Say that the weights are about to be replaced, first of all, so that other users learn that they are not
         theirs any more."""
-        if self._expected is not None:
-            self.check_version()
-        self._expected = f"{self._name(version)} (incomplete)"
-        self._client.post("/update_weight_version", {"new_version": self._expected})
+        self.check_version()
+        with self._becoming(f"{self._name(version)} (incomplete)") as name:
+            self._client.post("/update_weight_version", {"new_version": name})
 
     def interrupt(self) -> None:
         """Hold new requests, and answer those under way with what there is of their completions."""
@@ -105,8 +104,8 @@ class Server:
     def finish_update(self, version: int) -> None:
         """Complete the update of all tensors and resume answering requests."""
         self.check_version()
-        self.expect(version)
-        self._client.post("/finish_weight_update", {"weight_version": self._expected})
+        with self._becoming(self._name(version)) as name:
+            self._client.post("/finish_weight_update", {"weight_version": name})
         self.check_version()
         if not self.reset_prefix_cache():
             raise ServerError(f"{self._client.url}: the prefix cache of the old weights could not be dropped")
@@ -120,18 +119,18 @@ class Server:
 
     def expect(self, version: int) -> None:
         """Say which version this trainer has sent to the server, from this rank or from another."""
-        self._expected = self._name(version)
+        self._expected = (self._name(version),)
 
     def check_version(self) -> None:
         """Check that the weights are those that were sent last. Raises ServerError for others of this trainer's, or
         none, which a server has that was restarted."""
         expected = self._expected
-        if expected is None:
+        if not expected:
             return
         found = str(self._client.get("/weight_info", timeout=self.patience)["weight_version"])
-        if found == expected or expected != self._expected:  # the latter: an update has begun meanwhile
+        if found in expected or expected != self._expected:  # the latter: an update has begun or ended meanwhile
             return
-        message = f"{self._client.url}: holds weights {found!r}, must hold {expected!r} of this run"
+        message = f"{self._client.url}: holds weights {found!r}, must hold {expected[0]!r} of this run"
         if self._is_ours(found):
             raise ServerError(f"{message} (it was restarted, or has missed an update)")
         raise ServerTaken(f"{message} (another run sends weights to it); give every run servers of its own")
@@ -188,6 +187,13 @@ class Server:
             self._sender.close()
         self._sender = None
         self._posting.shutdown(wait=False)
+
+    @contextmanager
+    def _becoming(self, name: str) -> Iterator[str]:
+        """Expect this version or the one before while the server changes it, and then this one alone."""
+        self._expected = (*self._expected, name) if self._expected else ()
+        yield name
+        self._expected = (name,)
 
     def _name(self, version: int) -> str:
         return f"{self._tag} version {version}"

@@ -99,12 +99,21 @@ def server_problems(config: Config, model: ModelConfig) -> list[str]:
             problems.append(
                 f"engine.servers: {same} and {url} must be different servers, but are the same; leave one of them out"
             )
-        problems += [
-            f"engine.servers: {url} has {name} = {found}, must have {wanted}; restart it with mcpo serve and this "
-            "configuration, or change the configuration"
-            for name, found, wanted in _differences(answer, wanted_description(config, model))
-        ]
+        problems += _misfits(url, answer, wanted_description(config, model))
     return problems
+
+
+def misfits(url: str, wanted: Mapping[str, Any]) -> list[str]:
+    """Return why a server that was restarted can't be an engine any more. Raises ServerError if it does not answer."""
+    return _misfits(url, Client(url).ask_workers("mcpo_describe", timeout=_CHECK_SECONDS)[0], wanted)
+
+
+def _misfits(url: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [
+        f"engine.servers: {url} has {name} = {value}, must have {right}; restart it with mcpo serve and this "
+        "configuration, or change the configuration"
+        for name, value, right in _differences(found, wanted)
+    ]
 
 
 def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Use engines in other processes or on other hosts: vLLM's servers as `mcpo serve` starts them."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingReques
 from megatron_mcpo.rollout.fleet import Fleet, Member
 from megatron_mcpo.rollout.sampler import Response, Sampler, split
 from megatron_mcpo.rollout.server import Bucketful, Server
-from megatron_mcpo.rollout.server_client import ServerError, ServerRefused, ServerTaken
+from megatron_mcpo.rollout.server_client import ServerError, ServerRefused, ServerTaken, misfits
 from megatron_mcpo.types import Completion, StopReason
 from megatron_mcpo.weights.mapping import hf_shapes
 
@@ -50,6 +50,7 @@ class VllmServers:
         max_model_len: int,
         max_concurrent: int,
         in_flight: Literal["wait", "keep"],
+        wanted: Mapping[str, Any],
         device: torch.device,
         tag: str,
         bucket_bytes: int = BUCKET_BYTES,
@@ -63,6 +64,7 @@ class VllmServers:
             max_model_len: The most tokens of prompt and completion together.
             max_concurrent: The most requests that a server gets at a time.
             in_flight: What becomes of requests under way when weights are sent.
+            wanted: What servers that were restarted must say of themselves (server_client.wanted_description).
             device: Of the tensors that will be sent.
             tag: Names this trainer on all its ranks. It must be unique, even among restarts of one run.
             bucket_bytes: Of the tensors that are sent together; a server holds as much beside its weights.
@@ -74,6 +76,7 @@ class VllmServers:
         self._shapes = hf_shapes(model)
         self._max_model_len = max_model_len
         self._in_flight = in_flight
+        self._wanted = wanted
         self._bucket_bytes = bucket_bytes
         self._broken: str | None = None
         self._has_weights = False
@@ -107,7 +110,12 @@ class VllmServers:
 
     def any_returns(self) -> bool:
         """Return whether one of this rank's servers that were lost is there again."""
-        return any(self._control.map(lambda member: member.server.is_there(), self._fleet.lost))
+        return any(self._control.map(self._is_usable, self._fleet.lost))
+
+    @property
+    def num_answers(self) -> int:
+        """Return how many requests servers have answered to this rank since the start."""
+        return self._fleet.answers
 
     def submit(
         self, request: SamplingRequest, *, priority: tuple[int, ...], begun: Completion | None = None
@@ -207,10 +215,12 @@ class VllmServers:
     def _complete(self, request: SamplingRequest) -> Completion:
         """Return a completion, or a part of it, from whichever server answers. Raises EngineError at the end."""
         member, version = self._fleet.take()
+        answered = False
         try:
             piece = member.server.complete(request, version)
             if not member.own:  # whose owner may have begun an update meanwhile
                 member.server.check_version()
+            answered = True
         except ServerRefused as error:
             if member.server.is_there() and not self._closed.is_set():
                 raise  # it will refuse again
@@ -220,7 +230,7 @@ class VllmServers:
             self._fleet.drop(member, error)
             return _NOTHING
         finally:
-            self._fleet.give_back(member)
+            self._fleet.give_back(member, answered=answered)
         return piece
 
     def _wait_for(self, response: Response) -> None:
@@ -246,11 +256,23 @@ class VllmServers:
         """Connect again to servers that were lost and are there. One that fails stays lost."""
         for member in self._fleet.lost:
             try:
-                if member.server.is_there():
+                if self._is_usable(member):
                     member.server.connect()
                     self._fleet.restore(member)
             except ServerError as error:
                 self._fleet.drop(member, error)
+
+    def _is_usable(self, member: Member) -> bool:
+        """Return whether a lost server is there again, as it was; one that was started otherwise is refused."""
+        try:
+            if not member.server.is_there():
+                return False
+            problems = misfits(member.server.url, self._wanted)
+        except ServerError:
+            return False
+        if problems:
+            self._fleet.refuse(member, "; ".join(problems))
+        return not problems
 
     def _watch(self) -> None:
         """Look at the servers regularly until `close`. A thread of its own."""

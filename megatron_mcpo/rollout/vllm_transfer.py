@@ -21,11 +21,16 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.distributed import cpu_bf16
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout import vllm_probe
 from megatron_mcpo.rollout.vllm_options import IN_PROCESS, PROCESS_GROUP
 from megatron_mcpo.rollout.weight_link import Bucket, Meeting, Receiver
+
+if vllm_on_cpu():
+    cpu_bf16.apply()  # here, because every process that computes with vLLM imports this module
 
 
 class Reload[Init: WeightTransferInitInfo, Update: WeightTransferUpdateInfo](WeightTransferEngine[Init, Update]):

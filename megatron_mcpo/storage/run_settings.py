@@ -18,6 +18,7 @@ NEUTRAL_KEYS = frozenset(
         "run.keep_checkpoints",
         "run.keep_every",
         "run.collective_timeout",
+        "engine.patience",
         "engine.engine_check_every",
         "engine.verify_sync",
         "algorithm.diagnose_every",

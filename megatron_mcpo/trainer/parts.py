@@ -21,6 +21,7 @@ from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.scorer import Scorer
 from megatron_mcpo.rollout.decoding import ResponseDecoder
+from megatron_mcpo.rollout.server_client import wanted_description
 from megatron_mcpo.rollout.vllm_engine import VllmEngine, check_hardware
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.storage import run_items
@@ -121,13 +122,14 @@ def build_parts(
                 scorer.wait_ready()
         num_engines, my_engines = _engine_numbers(config, groups)
         weight_sync = _choose_weight_sync(config, weights, engine, note)
+        restore = weight_sync.restore if isinstance(weight_sync, ServerSync) else weight_sync.sync
         collector = Collector(
             _workshop(engine, scorer, ResponseDecoder(inputs.tokenizer)),
             groups,
             num_engines=num_engines,
             my_engines=my_engines,
             stop_token_ids=inputs.stop_token_ids,
-            restore=lambda: weight_sync.sync(engine.version),
+            restore=lambda: restore(engine.version),
             note=note,
         )
         prompts = [domain.held_out[0] for domain in inputs.domains]
@@ -178,6 +180,7 @@ def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEng
                 max_model_len=max_model_len,
                 max_concurrent=config.engine.max_concurrent,
                 in_flight=config.engine.in_flight,
+                wanted=wanted_description(config, model),
                 device=device(),
                 tag=f"{config.run.name}-{tag}",
             )

@@ -73,12 +73,11 @@ class RolloutStream:
         chosen = self._wait(step)
         groups = self.collector.take([ticket.key for ticket in chosen])
         self._tickets = [ticket for ticket in self._tickets if ticket not in chosen]
-        self.metrics = _staleness(groups, step - 1)
-        if self.is_ahead:
-            self.metrics |= self._passed_over(chosen[-1].number) | self._engine_busy()
+        self.metrics = self._passed_over(chosen[-1].number) | self._engine_busy() if self.is_ahead else {}
         collected = with_nonzero_advantage(
             groups, self.collector, self.prompts, self._sampling(step), rounds=self.config.data.resample
         )
+        self.metrics |= _staleness(collected.groups, step - 1)
         self.prompts.observe(collected.sampled)
         return collected
 
@@ -88,6 +87,7 @@ class RolloutStream:
         return {
             "prompts": config.batch.prompts,
             "samples": config.group_sizes,
+            "limits": [config.rollout.max_prompt_tokens, *config.response_limits],
             "staleness": config.engine.staleness,
             "ahead": config.engine.prompts_ahead,
         }
@@ -119,7 +119,8 @@ class RolloutStream:
         if state != self.state_dict():
             return [
                 f"WARNING: {len(unfinished)} prompts were under way at the checkpoint; they are dropped, because "
-                "batch.prompts, batch.samples, engine.staleness or engine.oversample has changed"
+                "batch.prompts, batch.samples, the limits of prompts or responses, engine.staleness or "
+                "engine.oversample has changed"
             ]
         found = [self.prompts.find(one.item) for one in unfinished]
         changed = [one.item.domain for one, prompt in zip(unfinished, found, strict=True) if prompt is None]

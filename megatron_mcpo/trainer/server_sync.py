@@ -31,6 +31,8 @@ class ServerSync:
     groups: Groups
     patience: float
     note: Callable[[str], None]
+    _answers: int = -1
+    _since: float = 0.0
 
     @property
     def name(self) -> str:
@@ -48,18 +50,33 @@ class ServerSync:
                 return stats
             self._wait_for_one(start)
 
+    def restore(self, version: int) -> TransferStats:
+        """Send the weights again once no server answers. Collective.
+
+        Raises NoServers also where servers have come back, but answered no request, for longer than `patience`.
+        """
+        answers = sum(gather_objects(self.engine.num_answers, self.groups))
+        if answers > self._answers:
+            self._answers, self._since = answers, time.monotonic()
+        self._check(time.monotonic() - self._since, "has answered a request")
+        return self.sync(version)
+
     def _wait_for_one(self, start: float) -> None:
         """Wait until a server is there, until `patience` seconds after the start."""
         self.note(f"no engine server answers: waiting for one, at most {self.patience:g} s (engine.patience)")
         with progress.phase("wait for an engine server"):
             while not anywhere(self.engine.any_returns(), self.groups):
-                waited = agree(time.monotonic() - start, self.groups)
-                if waited > self.patience:
-                    reasons = [line for part in gather_objects(self.engine.reasons(), self.groups) for line in part]
-                    raise NoServers(
-                        f"no engine server has answered for {waited:.0f} s (engine.patience = {self.patience:g}): "
-                        + "; ".join(reasons)
-                        + ". Start one with mcpo serve, and resume the run with the same command"
-                    )
+                self._check(time.monotonic() - start, "has answered")
                 time.sleep(LOOK_SECONDS)
                 progress.tick()
+
+    def _check(self, seconds: float, what: str) -> None:
+        """Raise NoServers where this rank's first has waited for longer than `patience`. Collective."""
+        waited = agree(seconds, self.groups)
+        if waited > self.patience:
+            reasons = [line for part in gather_objects(self.engine.reasons(), self.groups) for line in part]
+            raise NoServers(
+                f"no engine server {what} for {waited:.0f} s (engine.patience = {self.patience:g}): "
+                + "; ".join(reasons)
+                + ". Start one with mcpo serve, and resume the run with the same command"
+            )

@@ -90,7 +90,7 @@ def _fresh_samples(folder: Path) -> dict[str, Any]:
 def connect(folder: Path, *servers: Server, tag: str, **changes: Any) -> VllmServers:
     urls, options = [server.url for server in servers], {"max_model_len": MAX_LEN, "max_concurrent": 8} | changes
     device = torch.device("cpu")
-    return VllmServers(urls, from_folder(folder / "a"), tag=tag, in_flight="wait", device=device, **options)
+    return VllmServers(urls, from_folder(folder / "a"), tag=tag, in_flight="wait", wanted={}, device=device, **options)
 
 
 def sampled(engine: Any, *, prompts: list[list[int]] = PROMPTS, **changes: Any) -> list[tuple[Any, Any]]:

@@ -53,6 +53,7 @@ def test_both_workers_get_the_weights(tmp_path: Path) -> None:
             max_model_len=MAX_LEN,
             max_concurrent=8,
             in_flight="wait",
+            wanted={},
             device=torch.device("cpu"),
         )
         for version, weights in enumerate((wrong, right), start=1):

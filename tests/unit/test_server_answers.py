@@ -5,7 +5,7 @@ Not covered: real engines (tests/system/test_vllm_server.py, test_asynchronous.p
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
 from megatron_mcpo.rollout.fleet import Fleet
 from megatron_mcpo.rollout.server import Server
-from megatron_mcpo.rollout.server_client import ServerError, ServerRefused, ServerTaken
+from megatron_mcpo.rollout.server_client import ServerError, ServerRefused, ServerTaken, misfits
 from megatron_mcpo.types import Completion, StopReason
 
 REQUEST = SamplingRequest(token_ids=(5, 6), num_samples=1, seed=7, max_tokens=3, stop_token_ids=(0,))
@@ -34,13 +34,14 @@ def choice(*tokens: Any, reason: str = "length", logprobs: list[Any] | None = No
 
 
 class Answering(BaseHTTPRequestHandler):
-    """Answers every path with what the server has for it: JSON, or a status."""
+    """Answers every path with what the server has for it: JSON, a status, or what a function returns."""
 
     server: Any
 
     def _answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         answer = self.server.answers[self.path.partition("?")[0]]
+        answer = answer() if callable(answer) else answer
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(answer if isinstance(answer, int) else 200)
         self.end_headers()
@@ -114,6 +115,44 @@ def test_anything_else_is_an_error_and_trains_nothing(answer: Any, problem: str)
     assert problem in str(caught.value) and server.url in str(caught.value)
 
 
+def test_a_look_at_a_server_whose_version_is_being_changed_finds_nothing_wrong() -> None:
+    with answering(reset_prefix_cache={"success": True}, resume={}) as (server, answers):
+
+        def change(name: str) -> Callable[[], dict[str, Any]]:
+            def changed() -> dict[str, Any]:
+                server.check_version()
+                answers["/weight_info"] = {"weight_version": name}
+                server.check_version()
+                return {}
+
+            return changed
+
+        answers["/weight_info"] = {"weight_version": "ours version 3"}
+        answers["/update_weight_version"] = change("ours version 4 (incomplete)")
+        answers["/finish_weight_update"] = change("ours version 4")
+        server.announce_update(4)
+        server.finish_update(4)
+        answers["/weight_info"] = {"weight_version": "ours version 4 (incomplete)"}
+        with pytest.raises(ServerError, match="must hold 'ours version 4'"):
+            server.check_version()
+
+
+def test_a_server_that_was_restarted_otherwise_is_no_engine_any_more() -> None:
+    described = {"dtype": "torch.bfloat16", "max_model_len": 100, "process": "1"}
+    with answering(collective_rpc={"results": [described]}) as (server, _):
+        assert misfits(server.url, {"dtype": "torch.bfloat16", "max_model_len": 100}) == []
+        one, two = misfits(server.url, {"dtype": "torch.float32", "max_model_len": 120})
+        assert "has dtype = torch.bfloat16, must have torch.float32; restart it with mcpo serve" in one
+        assert "max_model_len = 100, must have 120" in two
+        fleet = Fleet([server], [], limit=2)
+        [member] = fleet.live
+        fleet.drop(member, ServerError("it died"))
+        fleet.news()
+        for _ in range(2):
+            fleet.refuse(member, one)
+        assert fleet.news() == [f"WARNING: {one}"] and fleet.reasons == [one] and fleet.live == []
+
+
 def test_versions_tell_a_restart_from_another_trainer() -> None:
     with answering(weights={"weight_version": "ours version 3"}) as (server, answers):
         server.check_version()
@@ -146,10 +185,11 @@ def test_a_fleet_hands_out_the_least_busy_server_that_is_there() -> None:
         fleet.drop(first, ServerError("it died"))
         fleet.drop(first, ServerError("again"))
         assert fleet.reasons == ["it died"] and fleet.live == [second] and fleet.watched == [second]
-        assert fleet.news() == ["WARNING: it died; the run goes on with the other engine servers"] and not fleet.news()
+        assert fleet.news() == ["WARNING: it died; the run goes on without this server"] and not fleet.news()
         assert fleet.wait_idle(first, seconds=0) and not fleet.wait_idle(second, seconds=0)
         for member, _ in taken:
-            fleet.give_back(member)
+            fleet.give_back(member, answered=member is not first)
+        assert fleet.answers == 2
         assert fleet.wait_idle(second, seconds=0) and fleet.take()[0] is second
 
         fleet.drop(second, ServerError("it died, too"))

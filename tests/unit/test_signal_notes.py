@@ -50,6 +50,14 @@ def test_five_steps_without_an_anchor_are_said_where_there_are_terms() -> None:
     assert said(GRPO, *steps) == [[]] * 8
 
 
+def test_importance_weights_that_drop_all_tokens_are_said() -> None:
+    config = MCPO.model_copy(update={"algorithm": MCPO.algorithm.model_copy(update={"importance": "reject"})})
+    steps = [row(i) | {"importance/effective": share} for i, share in enumerate([1.0, 0.0, 0.0, 0.5, 0.0], 1)]
+    notes = said(config, *steps)
+    assert [len(found) for found in notes] == [0, 1, 0, 0, 1]
+    assert "algorithm.importance = 'reject' has dropped every token" in notes[1][0]
+
+
 def test_a_run_without_any_signal_says_so() -> None:
     dead = [row(i, advantage=0, anchors=0.0) for i in range(1, 4)]
     text = nothing_learned(GRPO, dead)
