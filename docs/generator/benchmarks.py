@@ -268,27 +268,6 @@ def asynchronous(results: Path) -> str:
     return _with_machine(content, f"{speed}\n{learned}" if quality else speed)
 
 
-def planned_staleness(results: Path) -> str:
-    """Return what rollouts ahead of the trainer gain on GPUs by the planner's prediction."""
-    rows = _read(results, "planned_staleness.json")["planned_staleness"]
-    lines = []
-    for row in rows:
-        busy = f"{row['busy']['trainer']:.0%}, {row['busy']['engines']:.0%}"
-        lengths = f"{row['limit']:,}" if row["mean"] == row["limit"] else f"{row['mean']:,} of {row['limit']:,}"
-        lines.append(
-            [
-                f"{lengths}, {row['kind']}",
-                str(row["server_gpus"] or "all"),
-                f"{row['seconds']['step']:.0f} s",
-                busy,
-                f"{row['tokens_per_second_per_gpu']:.0f}",
-                f"{row['ratio']:.2f}",
-            ]
-        )
-    head = ["response tokens (mean of most), kind", "GPUs that sample", "step", "busy: trainer, engines"]
-    return table([*head, "tokens/s/GPU", "of synchronous"], lines)
-
-
 def cost(results: Path) -> str:
     """Return what the methods cost on GPUs by the planner's prediction, each against GRPO without a KL term."""
     rows = _read(results, "cost.json")["cost"]

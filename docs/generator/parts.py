@@ -30,7 +30,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiers": benchmarks.tiers,
     "faults": benchmarks.faults,
     "asynchronous": benchmarks.asynchronous,
-    "planned_staleness": benchmarks.planned_staleness,
     "cost": benchmarks.cost,
     "study_a": study.results_a,
     "study_b": study.results_b,
