@@ -17,10 +17,7 @@ FOLDER, GPU, NODES = ROOT / "examples/qwen3_32b", "h100", 8
 KINDS: dict[str, tuple[str, ...]] = {
     "synchronous": ("h100_64.toml",),
     "staleness 1": ("h100_64_async.toml",),
-    "staleness 3, oversample 2": (
-        *("h100_64_async.toml", "--engine.staleness", "3"),
-        *("--engine.oversample", "2", "--engine.max_concurrent", "1024"),
-    ),
+    "staleness 3, oversample 2": ("h100_64_async.toml", "--engine.staleness", "3", "--engine.oversample", "2"),
 }
 LENGTHS: tuple[tuple[int, int | None], ...] = ((3072, None), (3072, 1024), (15360, 4096))
 """The most tokens of a response and their mean; None: all are equally long."""
@@ -36,7 +33,7 @@ def rows() -> Iterator[dict[str, Any]]:
         base = 0.0
         for kind, (recipe, *overrides) in KINDS.items():
             lengths = ("--rollout.max_response_tokens", str(limit), "--batch.micro_batch_tokens", str(1024 + limit))
-            config = load(FOLDER / recipe, [*overrides, *lengths])
+            config = load(FOLDER / recipe, [*overrides, *lengths, "--engine.max_concurrent", "1024"])
             model = from_folder(ROOT / config.model.path, with_weights=False)
             _, best = search.fastest(config, model, hardware.load(GPU), NODES, mean)[0]
             speed = best.tokens_per_second_per_gpu

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import Library, get_kernel
+from torch.library import Library
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
@@ -19,7 +19,9 @@ _library: Library | None = None
 
 
 def is_needed() -> bool:
-    """Return whether torch has no kernels for products of bf16 on this CPU, or may not use them."""
+    """Return whether torch has no kernels for products of bf16 on this CPU, or may not use them, and can be helped."""
+    if not hasattr(torch.library, "get_kernel"):  # an older torch, as an environment for GPUs may have
+        return False
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -44,7 +46,7 @@ def install() -> None:
 
 def _by_way_of_fp32(name: str) -> Callable[..., Any]:
     """Return a kernel that computes an operator of bf16 with torch's kernel for fp32, and others as before."""
-    kernel = get_kernel(f"aten::{name}", "CPU")
+    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
     def compute(*args: Any, **named: Any) -> Any:

@@ -1,7 +1,7 @@
 """Start the ranks of a run, form their process groups, and let them agree and fail together."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -235,6 +235,11 @@ def gather_objects[T](value: T, groups: Peers) -> list[T]:
     found: list[Any] = [None] * groups.world_size
     dist.all_gather_object(found, value, group=groups.host)
     return found
+
+
+def gather_lists[T](mine: Iterable[T], groups: Peers) -> list[T]:
+    """Return the elements of all ranks, in order of rank, on every rank. Collective over all ranks."""
+    return [element for part in gather_objects(list(mine), groups) for element in part]
 
 
 def _start(timeout: timedelta) -> None:

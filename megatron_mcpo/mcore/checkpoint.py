@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.distributed.parallel import Groups, agree, gather_lists, gather_objects, together
 from megatron_mcpo.mcore import learning_rate, megatron_fixes
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy
@@ -196,7 +196,7 @@ class Checkpoints:
         groups = self.policy.groups
         with together(groups):
             own = checkpoint_files.problems(path, part=groups.rank, num_parts=groups.world_size)
-        return sorted({problem for part in gather_objects(own, groups) for problem in part})
+        return sorted(set(gather_lists(own, groups)))
 
     def _load(self, path: Path, skipped: tuple[str, ...]) -> Loaded:
         policy, groups = self.policy, self.policy.groups

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import psutil
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 2.0
 _GRACE_SECONDS = 10.0
 """A server that was asked to end has ended them itself by then."""
 

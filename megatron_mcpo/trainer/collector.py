@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_mcpo import progress
-from megatron_mcpo.distributed.parallel import Peers, gather_objects, together
+from megatron_mcpo.distributed.parallel import Peers, gather_lists, gather_objects, together
 from megatron_mcpo.rollout.engine import NUM_SEEDS, SamplingRequest
 from megatron_mcpo.trainer.jobs import Job, Key, Workshop
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup
@@ -134,7 +134,7 @@ class Collector:
 
     def busy_seconds(self) -> float:
         """Return for how long the job's servers have had requests, on average; 0 without servers. Collective."""
-        seconds = [each for part in gather_objects(self.workshop.busy_seconds(), self.groups) for each in part]
+        seconds = gather_lists(self.workshop.busy_seconds(), self.groups)
         return sum(seconds) / len(seconds) if seconds else 0.0
 
     def _divide(self, prompts: Sequence[Prompt], sampling: Sampling, *, scored: bool) -> list[RolloutGroup]:

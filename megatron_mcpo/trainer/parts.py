@@ -39,7 +39,7 @@ _COLLECTIVE_TIMEOUT_SECONDS = 86400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What samples, verifies and evaluates on one rank."""
+    """Hold what samples, verifies and evaluates on one rank."""
 
     engine: VllmEngine | VllmServers
     weight_sync: WeightSync
@@ -49,7 +49,7 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What one rank has before it builds a model.
+    """Hold what one rank has before it builds a model.
 
     stop_token_ids: the tokens that end a response
     notes: what a user should know of the data

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_mcpo import progress
 from megatron_mcpo.config.config import RunError
-from megatron_mcpo.distributed.parallel import Groups, agree, anywhere, gather_objects
+from megatron_mcpo.distributed.parallel import Groups, agree, anywhere, gather_lists, gather_objects
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.weights.full_sync import TransferStats
 from megatron_mcpo.weights.reshard_sync import FullTensorSync
@@ -44,7 +44,7 @@ class ServerSync:
         start = time.monotonic()
         while True:
             stats = self.full.sync(version)
-            for line in (line for part in gather_objects(self.engine.news(), self.groups) for line in part):
+            for line in gather_lists(self.engine.news(), self.groups):
                 self.note(line)
             if anywhere(self.engine.num_live > 0, self.groups):
                 return stats
@@ -71,10 +71,10 @@ class ServerSync:
                 progress.tick()
 
     def _check(self, seconds: float, what: str) -> None:
-        """Raise NoServers where this rank's first has waited for longer than `patience`. Collective."""
+        """Raise NoServers on all ranks where the first one has waited for longer than `patience`. Collective."""
         waited = agree(seconds, self.groups)
         if waited > self.patience:
-            reasons = [line for part in gather_objects(self.engine.reasons(), self.groups) for line in part]
+            reasons = gather_lists(self.engine.reasons(), self.groups)
             raise NoServers(
                 f"no engine server {what} for {waited:.0f} s (engine.patience = {self.patience:g}): "
                 + "; ".join(reasons)

@@ -14,7 +14,7 @@ from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.hf_files import Header, is_sharded, read_headers
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
-from megatron_mcpo.distributed.parallel import Groups, Peers, gather_objects, together
+from megatron_mcpo.distributed.parallel import Groups, Peers, gather_lists, together
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.mapping import Parameter, parameters, tensor_problems
@@ -131,7 +131,7 @@ def check_files(folder: Path, peers: Peers) -> None:
             found = checkpoint_files.problems(folder, part=peers.rank, num_parts=peers.world_size)
         elif is_sharded(folder) and peers.rank == 0:
             log.warning("%s: has no %s, so its files are not checked for damage", folder, checkpoint_files.MANIFEST)
-    problems = sorted({problem for part in gather_objects(found, peers) for problem in part})
+    problems = sorted(set(gather_lists(found, peers)))
     if problems:
         raise ConfigError([f"{folder}: {problem}; copy or convert it again" for problem in problems])
 

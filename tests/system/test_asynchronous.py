@@ -30,7 +30,7 @@ LONG, SHORT = 56, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a model in a/, which answers with one digit, one in b/ that seldom ends, and config.toml."""
+    """Provide a model in a/, which answers with one digit, one in b/ that seldom ends, and config.toml."""
     folder = tmp_path_factory.mktemp("asynchronous")
     tiny_run.save_chat_model(folder / "a")
     tiny_run.save_chat_model(folder / "b", trained=False)
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def said(self) -> str:
-        """What it printed, as one line."""
+        """Return what it printed, as one line."""
         return " ".join(self._ranks.output.split())
 
     def wait_for(self, condition: Callable[[], bool], *, seconds: float = 180) -> None:
