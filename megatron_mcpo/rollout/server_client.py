@@ -158,6 +158,8 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tu
 def _message(content: bytes) -> str:
     """Return the text of a refusal, which is JSON or plain."""
     text = content.decode(errors="replace")
+    if text.lstrip().startswith("<"):
+        return "its answer is a web page, so this is another program than mcpo serve"
     with suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])
     text = " ".join(text.split())

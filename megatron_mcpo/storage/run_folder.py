@@ -84,21 +84,23 @@ class RunFolder:
             write_atomically(self.path / CONFIG, text)
         _remove(self.path / "FINISHED")
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> int:
         """Drop what was logged after `step`, the step of the checkpoint that the run resumes from.
+
+        Return how many training steps that were logged are dropped.
 
         A killed run has logged steps after its last checkpoint; they are repeated, and logged again. Lines of
         metrics.jsonl, eval.jsonl and notes.jsonl and files of rollouts/ and representations/ are removed, and so are
         incomplete lines. -1 drops everything: without a checkpoint even the evaluation of step 0 is repeated.
         """
-        for name in (METRICS, EVALUATIONS, NOTES):
-            _truncate_lines(self.path / name, step)
+        dropped = {name: _truncate_lines(self.path / name, step) for name in (METRICS, EVALUATIONS, NOTES)}
         for name in ("rollouts", "representations"):
             for leftover in (self.path / name).glob(".*.tmp"):
                 leftover.unlink()
             for number, path in step_files(self.path / name):
                 if number > step:
                     path.unlink()
+        return dropped[METRICS]
 
     def evaluated(self, step: int) -> bool:
         """Tell whether eval.jsonl has a line of this step (a run killed between checkpoint and evaluation has none)."""
@@ -317,10 +319,14 @@ def _point_latest(parent: Path, name: str) -> None:
         log.warning("%s: can't be made to point to %s (%s)", parent / "latest", name, error.strerror)
 
 
-def _truncate_lines(path: Path, step: int) -> None:
+def _truncate_lines(path: Path, step: int) -> int:
+    """Drop the lines after a step, and incomplete ones; return how many whole lines were dropped."""
     if not path.exists():
-        return
+        return 0
     content = path.read_bytes()
-    kept = b"".join(line + b"\n" for line, row in whole_lines(content.splitlines()) if row["step"] <= step)
-    if kept != content:
-        write_atomically(path, kept)
+    lines = list(whole_lines(content.splitlines()))
+    kept = [line for line, row in lines if row["step"] <= step]
+    text = b"".join(line + b"\n" for line in kept)
+    if text != content:
+        write_atomically(path, text)
+    return len(lines) - len(kept)

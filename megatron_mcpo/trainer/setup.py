@@ -238,9 +238,9 @@ def _open_run_logger(
 ) -> RunLogger:
     """Open the logger and drop what was logged later than `resumed`, the step of the checkpoint to resume from."""
     first_step = resumed or 0
-    evaluated = False
+    evaluated, num_dropped = False, 0
     if folder is not None:
-        folder.truncate_after(-1 if resumed is None else resumed)
+        num_dropped = folder.truncate_after(-1 if resumed is None else resumed)
         evaluated = folder.evaluated(first_step)
     evaluated = agree(evaluated, inputs.groups)
     with parallel.together(inputs.groups):
@@ -257,4 +257,8 @@ def _open_run_logger(
         run_logger.note(note)
     if resumed is not None:
         run_logger.note(f"resuming after step {first_step}")
+    if num_dropped:
+        since = "the checkpoint" if resumed is not None else "the start, before any checkpoint"
+        steps = "1 step" if num_dropped == 1 else f"{num_dropped} steps"
+        run_logger.note(f"{steps} logged since {since}: dropped and repeated")
     return run_logger

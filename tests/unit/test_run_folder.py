@@ -414,7 +414,7 @@ def test_truncate_drops_what_came_after_the_checkpoint(file: Path) -> None:
         log.write('{"step": 6, "rewa')
     (folder.path / "rollouts" / ".step_000006.jsonl.tmp").touch()
     (folder.path / "rollouts" / "notes.txt").touch()
-    folder.truncate_after(3)
+    assert folder.truncate_after(3) == 2, "the sixth step was not logged as a whole"
     assert (folder.path / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 1, "reward/mean": 0.1}',
         '{"step": 2, "reward/mean": 0.2}',
@@ -443,7 +443,7 @@ def test_truncate_repairs_a_half_written_last_line(file: Path, half: str) -> Non
 def test_truncate_with_minus_one_starts_over(file: Path) -> None:
     folder = RunFolder.open(config_of(file))
     fill(folder, range(1, 3))
-    folder.truncate_after(-1)
+    assert folder.truncate_after(-1) == 2
     assert (folder.path / "metrics.jsonl").read_text() == ""
     assert (folder.path / "eval.jsonl").read_text() == (folder.path / "notes.jsonl").read_text() == ""
     assert step_files(folder.path / "rollouts") == []
@@ -465,7 +465,7 @@ def test_a_file_system_without_locks_is_a_warning(
 
 def test_truncate_of_an_empty_run_does_nothing(file: Path) -> None:
     folder = RunFolder.open(config_of(file))
-    folder.truncate_after(0)
+    assert folder.truncate_after(0) == 0
     assert not (folder.path / "metrics.jsonl").exists()
     folder.close()
 

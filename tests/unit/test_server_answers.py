@@ -42,8 +42,11 @@ class Answering(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         answer = self.server.answers[self.path.partition("?")[0]]
         answer = answer() if callable(answer) else answer
+        if isinstance(answer, int):
+            self.send_error(answer)  # with a web page, as other programs do
+            return
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(answer if isinstance(answer, int) else 200)
+        self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
 
@@ -169,7 +172,7 @@ def test_versions_tell_a_restart_from_another_trainer() -> None:
             server.check_version()
         assert not server.is_there()
         answers["/weight_info"] = 500
-        with pytest.raises(ServerRefused):
+        with pytest.raises(ServerRefused, match="its answer is a web page, so this is another program"):
             server.check_version()
         assert not server.is_there()
 
