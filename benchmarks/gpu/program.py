@@ -21,7 +21,7 @@ from benchmarks.gpu.models import QWEN3_0_6B, QWEN3_1_7B, SMALL, Shape, on_gpu, 
 from benchmarks.gpu.outcome import Band, Outcome, Target
 from benchmarks.gpu.speed import MFU_GOAL, forward_flops, training_flops, utilisation
 from benchmarks.measure import ROOT
-from benchmarks.study.pretrain import FOLDER as STUDY
+from benchmarks.study.pretrain import DATA
 from benchmarks.study.record import read, results_file
 from megatron_mcpo.config.config import Config, dump, load
 from megatron_mcpo.config.hf_config import from_folder
@@ -70,8 +70,8 @@ def training_1_7b() -> Outcome:
 
 def study() -> Outcome:
     """Train MCPO and GRPO on the study's level A, as far as the time allows, and state what a CPU reached."""
-    if not (STUDY / "model").is_dir():
-        return Outcome(skipped=f"{STUDY}: no model; make it with `python -m benchmarks.study.pretrain`")
+    if not DATA.is_dir():
+        return Outcome(skipped=f"{DATA}: no data; make it with `python -m benchmarks.study.pretrain`")
     shortened = sized((), ("--run.steps=2", "--evaluation.every=2", "--evaluation.items=4"))
     with TemporaryDirectory() as name:
         command = [sys.executable, "-m", "benchmarks.study.run", "--workers", "1", "--device", sized("cuda", "cpu")]

@@ -1,18 +1,20 @@
-"""Make the data and the small model of the study's level A, which half knows its domains. It takes minutes on one core.
+"""Make the data and the small model of the study's level A, which half knows its domains.
 
-`.venv/bin/python -m benchmarks.study.pretrain` writes .cache/study/data/DOMAIN.jsonl, DOMAIN_held_out.jsonl and the
-Hugging Face folder .cache/study/model, unless they are there. The model is trained on the responses of the half-knowing
-writer (knowledge.py). So it is this writer that determines how often the model is right when it is sampled, and not the
-moment at which training ends. The seed is fixed: the same machine and thread count make the same model.
+`.venv/bin/python -m benchmarks.study.pretrain` writes .cache/study/data/DOMAIN.jsonl and DOMAIN_held_out.jsonl, and the
+Hugging Face folder benchmarks/study/model where it is not there. The folder is part of the repository, since another
+kind of processor would make another model; --again makes a new one in a quarter of an hour on one core. The model is
+trained on the responses of the half-knowing writer (knowledge.py). So it is this writer that determines how often the
+model is right when it is sampled, and not the moment at which training ends.
 """
 
+import argparse
 import json
 import random
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from benchmarks.study.domains import DOMAINS, Example, StudyDomain
 from benchmarks.study.tokens import EOS, RESPOND, make_tokenizer
 from megatron_mcpo.rewards.answers import exact
 
-FOLDER = ROOT / ".cache" / "study"
+DATA = ROOT / ".cache" / "study" / "data"
+MODEL = Path(__file__).resolve().parent / "model"
 TRAIN_ITEMS, HELD_OUT_ITEMS = 2000, 100
 ACCURACY = (0.2, 0.5)
 """What the sampled accuracy of every domain must lie in after pretraining: groups of 8 samples are then mixed."""
@@ -36,17 +39,24 @@ _STEPS, _BATCH, _LR, _WARMUP = 900, 48, 1e-3, 50
 _LONGEST = 48
 
 
-def main() -> int:
-    if (FOLDER / "model").is_dir():
-        print(f"{FOLDER / 'model'} is there already")
-        return 0
-    torch.manual_seed(_SEED)
-    logging.disable_progress_bar()
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--again", action="store_true", help="make the model again, from the same seed")
+    again = parser.parse_args(arguments).again
     items = {domain.name: items_of(domain) for domain in DOMAINS}
     held_out = {name: examples[:HELD_OUT_ITEMS] for name, examples in items.items()}
     for name, examples in items.items():
-        write_rows(FOLDER / "data" / f"{name}.jsonl", examples[HELD_OUT_ITEMS:])
-        write_rows(FOLDER / "data" / f"{name}_held_out.jsonl", held_out[name])
+        write_rows(DATA / f"{name}.jsonl", examples[HELD_OUT_ITEMS:])
+        write_rows(DATA / f"{name}_held_out.jsonl", held_out[name])
+    if MODEL.is_dir() and not again:
+        print(f"{MODEL} is there; the data is written to {DATA}")
+        return 0
+    torch.manual_seed(_SEED)
+    logging.disable_progress_bar()
     texts = [text for examples in items.values() for e in examples for text in (e.question, e.response)]
     tokenizer = make_tokenizer(texts)
     model = make_model(tokenizer)
@@ -56,7 +66,7 @@ def main() -> int:
     if not all(ACCURACY[0] <= value <= ACCURACY[1] for value in reached.values()):
         print(f"accuracy: must lie in {ACCURACY} in every domain (else groups are seldom mixed). Nothing was saved.")
         return 1
-    save(model, tokenizer, FOLDER / "model")
+    save(model, tokenizer, MODEL)
     return 0
 
 
@@ -99,7 +109,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Iterator[Example]) -> None:
-    """Train with Adam on the tokens of the responses, in bf16 with fp32 weights.
+    """Train with Adam on the tokens of the responses, in fp32, which every CPU multiplies at full speed.
 
     The rate rises linearly for _WARMUP steps, and falls linearly to 0 in the second half.
     """
@@ -111,8 +121,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, examples:
     losses = []
     for step in range(1, _STEPS + 1):
         batch = encode(tokenizer, list(islice(examples, _BATCH)))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
+        loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,13 +157,14 @@ def accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Exam
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the folder as a whole, so that an interruption leaves no half of it."""
+    """Write the folder as a whole, in bf16, in which it is trained further; an interruption leaves no half of it."""
     draft = folder.with_name(f"{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     tokenizer.save_pretrained(draft)
-    model.save_pretrained(draft)
+    model.bfloat16().save_pretrained(draft)
+    shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.study.arms import BASES, MAIN, REFERENCES, TUNING, TUNING_CENTERED, TUNING_GRPO, Arm, arms
+from benchmarks.study.arms import BASES, MAIN, REFERENCES, TUNING, TUNING_GRPO, TUNING_REWARD, Arm, arms
 from benchmarks.study.record import RESULTS, read, results_file
 from benchmarks.study.statistics import COSINES, MECHANISM, OVERALL, PROBES, Difference, Summary, domains_of, summaries
 from benchmarks.study.tuning import OUTCOME, Best, bests
@@ -77,7 +77,7 @@ def sheets(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Arm]) -> list
     """Return the tables of a level: methods overall, by domain and by mechanism, and the tuning runs."""
     found, domains = summaries(lines, known), domains_of(lines)
     main_arms, *tuned = ([s for s in found if s.arm.kind == kind] for kind in REFERENCES)
-    tuning, tuning_grpo, tuning_centered = tuned
+    tuning, tuning_grpo, tuning_reward = tuned
     everywhere = [summary for summary in main_arms if not summary.arm.domains]
     made = (
         (f"held-out accuracy, and its difference from {REFERENCES[MAIN]}", everywhere, OVERALL),
@@ -94,8 +94,8 @@ def sheets(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Arm]) -> list
             (*OVERALL[:3], *MECHANISM),
         ),
         (
-            f"one choice of centred MCPO at a time, and its difference from {REFERENCES[TUNING_CENTERED]}",
-            tuning_centered,
+            f"one choice of MCPO by rewards at a time, and its difference from {REFERENCES[TUNING_REWARD]}",
+            tuning_reward,
             (*OVERALL[:3], *MECHANISM),
         ),
         (

@@ -218,6 +218,25 @@ def faults(results: Path) -> str:
     return _with_machine(content, table(["fault", *phases], lines) + "\n" + counts)
 
 
+def server_faults(results: Path) -> str:
+    """Return what became of an asynchronous run after each fault of a server or a rank, and of its prompts."""
+    content = _read(results, "server_faults_cpu.json")
+    rows = content["server_faults"]
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    cells = {(row["fault"], row["phase"]): row | {"same": not row["lost"] + row["twice"]} for row in rows}
+    lines = [
+        [kind, *(_outcome(cells.get((kind, phase))) for phase in phases)]
+        for kind in dict.fromkeys(row["fault"] for row in rows)
+    ]
+    survived, finished = (sum(bool(test(row)) for row in rows) for test in (_survived, lambda row: row["finished"]))
+    lost, twice = (sum(row[key] for row in rows) for key in ("lost", "twice"))
+    counts = (
+        f"{len(rows)} runs: {survived} survived, {len(rows) - survived} ended and were started again. {finished} "
+        f"finished. Prompts that no step learned from: {lost}; that more than one step did: {twice}.\n"
+    )
+    return _with_machine(content, table(["fault", *phases], lines) + "\n" + counts)
+
+
 def _survived(row: dict[str, Any]) -> bool:
     return bool(row["result"] == "survived")
 
@@ -266,6 +285,25 @@ def asynchronous(results: Path) -> str:
     speed = table(["seconds of a step", "synchronous", "ahead", "times faster", "the trainer waits", ""], lines)
     learned = table(["a tiny model", "reward of the last third of the steps, by seed", "mean"], quality)
     return _with_machine(content, f"{speed}\n{learned}" if quality else speed)
+
+
+def planned_staleness(results: Path) -> str:
+    """Return what the planner expects of rollouts ahead of the trainer, the best layouts against each other."""
+    rows = _read(results, "planned_staleness.json")["planned_staleness"]
+    lines = [
+        [
+            f"{row['limit']:,}",
+            f"{row['mean']:,}" if row["mean"] != row["limit"] else "all as long",
+            row["kind"],
+            str(row["server_gpus"] or "-"),
+            ", ".join(f"{who} {share:.0%}" for who, share in row["busy"].items()) or "-",
+            f"{row['tokens_per_second_per_gpu']:.0f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in rows
+    ]
+    head = ["longest response", "mean", "kind", "GPUs of servers", "busy", "tokens/s per GPU", "over synchronous"]
+    return table(head, lines)
 
 
 def cost(results: Path) -> str:

@@ -29,10 +29,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling": benchmarks.scaling,
     "tiers": benchmarks.tiers,
     "faults": benchmarks.faults,
+    "server_faults": benchmarks.server_faults,
+    "planned_staleness": benchmarks.planned_staleness,
     "asynchronous": benchmarks.asynchronous,
     "cost": benchmarks.cost,
     "study_a": study.results_a,
     "study_b": study.results_b,
+    "study_first_base": study.first_base,
     "study_methods": study.methods,
     "study_tuning": study.tuning,
 }

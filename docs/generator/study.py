@@ -5,7 +5,8 @@ from pathlib import Path
 from benchmarks.study import plots
 from benchmarks.study.arms import BASES, MAIN, REFERENCES, arms
 from benchmarks.study.record import read, results_file
-from benchmarks.study.table import failures, sheets
+from benchmarks.study.statistics import figures_of
+from benchmarks.study.table import NO_NUMBER, failures, sheets
 from docs.generator.benchmarks import table
 from docs.generator.figures import RESULTS
 
@@ -16,6 +17,7 @@ _PICTURES = {
     "domains": "Differences of final accuracy by domain",
 }
 """What each picture shows, for those who do not see it."""
+_FIRST_FIGURES = ("area", "mean", "auc", "probe_transfer")
 _NOTHING = "No run is recorded yet.\n"
 
 
@@ -27,6 +29,17 @@ def results_a(results: Path) -> str:
 def results_b(results: Path) -> str:
     """Return the tables and pictures of level b."""
     return _results("b", results)
+
+
+def first_base(results: Path) -> str:
+    """Return the tuning runs on the first base model of level a, which is lost."""
+    lines = read(results_file("a_first_base", results / "study"))
+    rows = []
+    for line in lines:
+        figures = figures_of(line, line["settings"]["domains"], {})
+        cells = [f"{figures[name]:.3f}" if name in figures else NO_NUMBER for name in _FIRST_FIGURES]
+        rows.append([f"`{line['arm']}`", *cells])
+    return table(["arm", *(name.replace("_", " ") for name in _FIRST_FIGURES)], rows)
 
 
 def methods(_: Path) -> str:

@@ -71,7 +71,7 @@ def test_no_two_arms_of_a_group_are_the_same() -> None:
 
 def test_tuning_varies_one_choice_of_the_centre_at_a_time() -> None:
     tuned = [arm for arm in ARMS.values() if arm.kind == TUNING]
-    assert {arm.group.partition("/")[2] for arm in tuned} >= {"weight", "temperature", "negatives", "mode", "head_lr"}
+    assert {arm.group.partition("/")[2] for arm in tuned} >= {"weight", "temperature", "negatives", "center", "head_lr"}
     for arm in tuned:
         varied = {key.partition(".")[2] for key, value in arm.settings.items() if CENTRE.get(key) != value}
         choice = arm.group.partition("/")[2]
@@ -388,14 +388,14 @@ def lines_of_a_study() -> list[dict[str, Any]]:
     lines += [line_of("mcpo", seed, two(0.4 + seed / 100, 0.4), auc=0.7) for seed in range(3)]
     lines += [line_of(f"single_{name}", seed, {name: 0.35}) for name in two(0, 0) for seed in range(4)]
     lines += [line_of("grpo", 100, two(0.9, 0.9)), line_of("centre", 100, two(0.5, 0.5), auc=0.6)]
-    lines += [line_of("weight_1.0", 100, two(0.6, 0.5), auc=0.7), line_of("weight_1.0", 1, two(0.0, 0.0))]
+    lines += [line_of("weight_0.1", 100, two(0.6, 0.5), auc=0.7), line_of("weight_0.1", 1, two(0.0, 0.0))]
     lines += [{"arm": "worst", "seed": 0, "error": "exit code 1\nit broke\n", "settings": {"domains": ["digits"]}}]
     return [*lines, {**lines[0], "arm": "an arm that is no more"}]
 
 
 def test_summaries() -> None:
     found = {summary.arm.name: summary for summary in summaries(lines_of_a_study(), ARMS)}
-    assert list(found) == ["grpo", "mcpo", "worst", "single_digits", "single_words", "centre", "weight_1.0"]
+    assert list(found) == ["grpo", "mcpo", "worst", "single_digits", "single_words", "centre", "weight_0.1"]
     assert found["grpo"].seeds == (0, 1, 2, 3) and found["grpo"].differences == {}  # seed 100 counts for no claim
     mcpo = found["mcpo"]
     assert mcpo.average("digits") == pytest.approx(0.41) and mcpo.average("auc") == pytest.approx(0.7)
@@ -403,8 +403,8 @@ def test_summaries() -> None:
     assert [mcpo.differences[name].value for name in ("digits", "words", "mean")] == pytest.approx([0.1, 0.0, 0.05])
     assert mcpo.differences["mean"].num_seeds == 3 and "auc" not in mcpo.differences  # grpo has none
     assert (found["worst"].seeds, found["worst"].failed, found["worst"].figures) == ((), (0,), {})
-    assert found["weight_1.0"].seeds == (100,)
-    assert found["weight_1.0"].differences["mean"].value == pytest.approx(0.05)
+    assert found["weight_0.1"].seeds == (100,)
+    assert found["weight_0.1"].differences["mean"].value == pytest.approx(0.05)
     assert found["single_digits"].differences["digits"].value == pytest.approx(0.35 - 0.315)
 
 
@@ -429,8 +429,8 @@ def test_the_tables_say_what_the_summaries_say() -> None:
     assert overall.rows[2][2:] == ["-"] * 4
     assert [row[0] for row in by_domain.rows] == ["grpo", "mcpo", "worst", "single_digits", "single_words"]
     assert [row[0] for row in mechanism.rows] == ["mcpo", "worst"]
-    assert tuning.rows[1][:3] == ["weight_1.0", "1", "0.550, +0.050"]
-    assert choices.rows == [["weight_1.0", "1", "+0.025", "-", "no"]]
+    assert tuning.rows[1][:3] == ["weight_0.1", "1", "0.550, +0.050"]
+    assert choices.rows == [["weight_0.1", "1", "+0.025", "-", "no"]]
     assert failures(lines) == ["failed: worst, seed 0: it broke"]
     assert cell(summaries(lines, ARMS)[0], "nothing") == "-"
 

@@ -34,7 +34,7 @@ function timingsSection() {
       lineChart({ title: "Seconds per step", steps, series: [{ name: "time/step", ...domainStyle(0), values: whole }] }),
       lineChart({ title: "Tokens per second", about: "trained tokens over the step's time", steps, series: [{ name: "tokens per second", ...domainStyle(1), values: pace(whole) }] }),
       lineChart({ title: "Peak memory", about: "GiB", steps, series: [{ name: "memory/peak_gib", ...domainStyle(2), values: metric("memory/peak_gib") }] }),
-      hasMetric("engine/busy") ? lineChart({ title: "Where the time went", about: "share of it in which the engines had requests, and the trainer did not wait for rollouts", steps, series: [{ name: "engines", ...domainStyle(0), values: metric("engine/busy") }, { name: "trainer", ...domainStyle(1), values: trainerBusy(whole) }] }) : "",
+      hasMetric("engine/busy") ? lineChart({ title: "Who was busy", about: "share of a step in which the engines had requests, and in which the trainer did not wait for rollouts", steps, series: [{ name: "engines", ...domainStyle(0), values: metric("engine/busy") }, { name: "trainer", ...domainStyle(1), values: trainerBusy(whole) }] }) : "",
     ),
   );
 }
