@@ -30,10 +30,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_conversion_needs_the_memory_of_a_few_tensors(source: Path, tmp_path: Path, processes: int) -> None:
-    """In every process, as torchrun starts them."""
+def test_a_conversion_needs_the_memory_of_a_few_tensors(source: Path, tmp_path: Path) -> None:
+    """One process, through which all tensors go: of several, as torchrun starts them, each has a share of them."""
     options = ("--tp", "2", "--pp", "2")
-    _, there = convert.measure("to-megatron", source, tmp_path / "megatron", *options, processes=processes)
-    _, back = convert.measure("to-hf", tmp_path / "megatron", tmp_path / "back", processes=processes)
+    _, there = convert.measure("to-megatron", source, tmp_path / "megatron", *options, processes=1)
+    _, back = convert.measure("to-hf", tmp_path / "megatron", tmp_path / "back", processes=1)
     assert max(there, back) <= LIMIT
