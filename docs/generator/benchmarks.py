@@ -204,10 +204,6 @@ def faults(results: Path) -> str:
     """Return what became of a run after each fault in each phase, and how often nothing was lost."""
     content = _read(results, "faults_cpu.json")
     rows = content["faults"]
-    phases = list(dict.fromkeys(row["phase"] for row in rows if row["fault"] == "SIGKILL"))
-    cells = {(row["fault"], row["phase"]): row for row in rows}
-    kinds = list(dict.fromkeys(row["fault"] for row in rows))
-    lines = [[kind, *(_outcome(cells.get((kind, phase))) for phase in phases)] for kind in kinds]
     survived, same = (sum(bool(test(row)) for row in rows) for test in (_survived, lambda row: row["same"]))
     hung = sum(row["result"] == "hung" for row in rows)
     counts = (
@@ -215,26 +211,31 @@ def faults(results: Path) -> str:
         f"were started again. Then {same} had the metrics, evaluations and rollouts of a run without a fault, bit for "
         f"bit; {len(rows) - same} had left something out and said so.\n"
     )
-    return _with_machine(content, table(["fault", *phases], lines) + "\n" + counts)
+    return _with_machine(content, _by_phase(rows) + "\n" + counts)
 
 
 def server_faults(results: Path) -> str:
     """Return what became of an asynchronous run after each fault of a server or a rank, and of its prompts."""
     content = _read(results, "server_faults_cpu.json")
-    rows = content["server_faults"]
-    phases = list(dict.fromkeys(row["phase"] for row in rows))
-    cells = {(row["fault"], row["phase"]): row | {"same": not row["lost"] + row["twice"]} for row in rows}
-    lines = [
-        [kind, *(_outcome(cells.get((kind, phase))) for phase in phases)]
-        for kind in dict.fromkeys(row["fault"] for row in rows)
-    ]
+    rows = [row | {"same": not row["lost"] + row["twice"]} for row in content["server_faults"]]
     survived, finished = (sum(bool(test(row)) for row in rows) for test in (_survived, lambda row: row["finished"]))
     lost, twice = (sum(row[key] for row in rows) for key in ("lost", "twice"))
     counts = (
         f"{len(rows)} runs: {survived} survived, {len(rows) - survived} ended and were started again. {finished} "
         f"finished. Prompts that no step learned from: {lost}; that more than one step did: {twice}.\n"
     )
-    return _with_machine(content, table(["fault", *phases], lines) + "\n" + counts)
+    return _with_machine(content, _by_phase(rows) + "\n" + counts)
+
+
+def _by_phase(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of outcomes: a line per fault, a column per phase of the first fault, which is tried in all."""
+    cells = {(row["fault"], row["phase"]): row for row in rows}
+    phases = [row["phase"] for row in rows if row["fault"] == rows[0]["fault"]]
+    lines = [
+        [kind, *(_outcome(cells.get((kind, phase))) for phase in phases)]
+        for kind in dict.fromkeys(row["fault"] for row in rows)
+    ]
+    return table(["fault", *phases], lines)
 
 
 def _survived(row: dict[str, Any]) -> bool:
@@ -296,7 +297,7 @@ def planned_staleness(results: Path) -> str:
             f"{row['mean']:,}" if row["mean"] != row["limit"] else "all as long",
             row["kind"],
             str(row["server_gpus"] or "-"),
-            ", ".join(f"{who} {share:.0%}" for who, share in row["busy"].items()) or "-",
+            ", ".join(f"{who} {share:.0%}" for who, share in row["busy"].items()),
             f"{row['tokens_per_second_per_gpu']:.0f}",
             f"{row['ratio']:.2f}",
         ]

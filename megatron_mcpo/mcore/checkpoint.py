@@ -351,6 +351,6 @@ def _sharding(policy: Policy) -> dict[str, Any]:
 
 
 def _random_states(groups: Groups) -> ShardedObject:
-    """Return this rank's random states. Nothing draws from them today: there is no dropout, and rollouts have seeds."""
+    """Return this rank's random states. No computation uses them today: dropout is 0, and rollouts have seeds."""
     states = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
     return ShardedObject("rng", states, (groups.world_size,), (groups.rank,), replica_id=0)

@@ -29,7 +29,7 @@ class Lengths:
 
     @cached_property
     def _goes_on(self) -> float:
-        """Return the probability p that a response goes on after a token: mean = 1 + p + ... + p^(limit - 1)."""
+        """Return the probability p that a response continues after a token: mean = 1 + p + ... + p^(limit - 1)."""
         low, high = 0.0, 1.0
         for _ in range(_ROUNDS):
             middle = (low + high) / 2

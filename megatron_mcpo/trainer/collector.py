@@ -51,7 +51,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """What a rank says: which jobs are finished, how many of its engines work, and what a user should know."""
+    """Report which jobs of a rank are finished, how many of its engines work, and what a user should know."""
 
     finished: list[Key]
     num_live: int
@@ -97,7 +97,7 @@ class Collector:
         return self._divide(prompts, sampling, scored=False)
 
     def collect(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        """Return the groups with rewards; where the verifier failed, `error` says why and there is no reward."""
+        """Return the groups with rewards. A group whose verifier failed has the reason in `error` and no reward."""
         return self._divide(prompts, sampling, scored=True)
 
     def submit(self, jobs: Sequence[Job]) -> None:

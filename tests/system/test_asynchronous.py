@@ -105,7 +105,7 @@ def be_impatient() -> None:
 
 
 def test_a_killed_run_goes_on_with_the_rollouts_that_were_under_way(folder: Path, servers: list[Server]) -> None:
-    """With in_flight = "wait" nothing depends on time: both runs have the same figures, to the last rollout."""
+    """Compare two runs with in_flight = "wait", whose figures do not depend on time, to the last rollout."""
     settings = (*WAIT, "--run.steps", "12", *NO_EVALUATION)
     whole = train_forked(folder / "config.toml", *options("whole", servers, *settings))
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -129,7 +129,7 @@ def _without_busy(found: Any) -> Any:
 
 
 def test_every_token_has_its_version_and_long_answers_are_learned_from_too(folder: Path, servers: list[Server]) -> None:
-    """The weights do not move, so that the trainer's log-probs show whether a response goes on where it was."""
+    """Keep the weights unchanged, so that the trainer's log-probs show whether a response continues where it was."""
     found = train_forked(
         folder / "config.toml",
         *options("keep", servers, "--engine.staleness", "3", "--engine.oversample", "1.5"),

@@ -88,6 +88,7 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(whole: tuple[Pat
     resumed = train_forked(whole[0].parent.parent / "config.toml", "--run.dir", str(tmp_path))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "resuming after step 4" in resumed.stdout
+    assert "2 steps logged since the checkpoint: dropped and repeated" in resumed.stdout
     assert figures(run) == figures(whole[0])
 
 

@@ -333,7 +333,7 @@ def two(digits: float, words: float) -> dict[str, float]:
 
 
 def test_the_interval_is_that_of_all_resamples() -> None:
-    """With four pairs the 256 resamples can be listed; ours draws 10,000 of them."""
+    """Compare 10,000 drawn resamples with the list of all 256 that four pairs have."""
     pairs = [0.01, 0.05, -0.02, 0.12]
     found = difference({s: 0.3 + p for s, p in enumerate(pairs)}, dict.fromkeys(range(5), 0.3))
     means = np.sort([np.mean(chosen) for chosen in itertools.product(pairs, repeat=4)])
