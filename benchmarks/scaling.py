@@ -2,13 +2,13 @@
 
 `.venv/bin/python -m benchmarks.scaling [--json] [--out benchmarks/results/NAME.json]`
 A rank of the trainer takes a real step in a run whose other ranks do not exist (torch's fake process group): its
-messages are those that it would exchange, their content is not. The rollouts, which travel as pickled objects, are
-counted without a group. tests/distributed/test_bench_scaling.py compares all of it with real ranks.
+messages are those that it would exchange, their content is not. The exchange of rollouts is counted without a group.
+tests/distributed/test_bench_scaling.py compares all of it with real ranks.
 """
 
-import pickle
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.exchange import received_bytes
 from benchmarks.measure import options, write_rows
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -80,15 +81,6 @@ def sampled(rollouts: int, domains: int) -> list[RolloutGroup]:
     ]
 
 
-def rollout_bytes(sampled: list[RolloutGroup], *, num_engines: int, num_ranks: int) -> int:
-    """Count what a rank receives so that every rank knows all rollouts: a size and a share of each other rank.
-
-    Engines complete the prompts in turn, one rank of each sends them, and all shares are padded to the largest.
-    """
-    shares = [list(enumerate(sampled))[number::num_engines] for number in range(num_engines)]
-    return (num_ranks - 1) * (8 + max(len(pickle.dumps(share)) for share in shares))
-
-
 def small_loss(x: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss that needs all gradients."""
     assert x.z_nD is not None
@@ -113,13 +105,14 @@ def received(folder: Path, sampled: list[RolloutGroup], ranks: Groups) -> dict[s
         policy.update(batch, small_loss)
     with Received(ranks) as contrastive:
         gather_rows(torch.zeros(len(batch), 16), batch, ranks)
+    held = [replace(group, holder=number % ranks.world_size) for number, group in enumerate(sampled)]
     stats = TransferStats()
     for _ in export(policy.chunks, model, ranks, stats=stats):
         pass
     return {
         "bytes": {
             **{name: round(value) for name, value in training.bytes.items()},
-            "rollouts": rollout_bytes(sampled, num_engines=ranks.world_size, num_ranks=ranks.world_size),
+            "rollouts": received_bytes(held, ranks.layout, rank=ranks.rank, data_rank=ranks.data_rank),
             "contrastive": round(sum(contrastive.bytes.values())),
             "sync": stats.received,
         },

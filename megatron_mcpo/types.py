@@ -7,8 +7,11 @@ Shape legend, used as suffixes of tensor names throughout the package:
   D size of a representation       H hidden size              V vocabulary
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -47,6 +50,18 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What every rank knows of a completion, wherever it was sampled.
+
+    versions: of the engine's weights that sampled it, ascending, each with its number of tokens
+    """
+
+    num_tokens: int
+    stop_reason: StopReason
+    versions: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled response, or the part of one that has been sampled so far.
 
@@ -54,17 +69,26 @@ class Completion:
     versions: of the engine's weights that sampled each token, ascending: a response may outlive a weight sync
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
     stop_reason: StopReason
-    versions: tuple[int, ...]
+    versions: Sequence[int]
     text: str = ""
+
+    @property
+    def outline(self) -> Outline:
+        """Return what other ranks are told of it."""
+        versions = tuple((version, len(list(same))) for version, same in groupby(self.versions))
+        return Outline(num_tokens=len(self.token_ids), stop_reason=self.stop_reason, versions=versions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
     """The G completions of one prompt. `rewards` and `correct` are empty until they are scored.
 
+    completions: empty on the ranks that did not sample them
+    told: outlines of the completions, where they are elsewhere
+    holder: the rank that has the completions
     correct: whether the answer passed; penalties and format change the reward alone, so that the contrastive terms
         do not treat a correct answer that is too long as incorrect
     error: why its verifier failed; then no completion has a reward
@@ -72,11 +96,18 @@ class RolloutGroup:
     """
 
     prompt: Prompt
-    completions: tuple[Completion, ...]
+    completions: tuple[Completion, ...] = ()
+    told: tuple[Outline, ...] = ()
+    holder: int = 0
     rewards: tuple[float, ...] = ()
     correct: tuple[bool, ...] = ()
     error: str | None = None
     timed_out: bool = False
+
+    @cached_property
+    def outlines(self) -> tuple[Outline, ...]:
+        """Return what is known of each completion on every rank."""
+        return self.told or tuple(completion.outline for completion in self.completions)
 
     @property
     def has_nonzero_advantage(self) -> bool:

@@ -200,7 +200,7 @@ def exact_logprobs(folder: Path, groups: Sequence[RolloutGroup]) -> Tensor:
     found = []
     for group in groups:
         for completion in group.completions:
-            ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=device())
+            ids = torch.tensor([(*group.prompt.token_ids, *completion.token_ids)], device=device())
             with torch.no_grad():
                 logp = model(ids).logits[0].log_softmax(-1)
             first = len(group.prompt.token_ids)

@@ -184,8 +184,23 @@ def scaling(results: Path) -> str:
         for row in content["scaling"]
         if row["grows"] == "replicas"
     ]
-    columns = ("replicas", "gradients and weights", "representations", "rollouts (pickled)", "messages")
+    columns = ("replicas", "gradients and weights", "representations", "rollouts", "messages")
     return _with_machine(content, table(columns, rows))
+
+
+def exchange(results: Path) -> str:
+    """Return the bytes that a rank receives until it has the rollouts that it learns from."""
+    content = _read(results, "exchange.json")
+    rows = [
+        [
+            f"{row['rollouts']:,} of {row['tokens']:,} tokens",
+            f"{row['ranks']}, {row['data']} replicas",
+            byte_text(row["bytes_per_rank"]),
+            byte_text(row["bytes_whole_groups"]) if "bytes_whole_groups" in row else "-",
+        ]
+        for row in content["exchange"]
+    ]
+    return _with_machine(content, table(("rollouts", "ranks", "received by a rank", "if sent whole"), rows))
 
 
 def tiers(results: Path) -> str:

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "convert": benchmarks.convert,
     "push": benchmarks.push,
     "scaling": benchmarks.scaling,
+    "exchange": benchmarks.exchange,
     "tiers": benchmarks.tiers,
     "faults": benchmarks.faults,
     "server_faults": benchmarks.server_faults,

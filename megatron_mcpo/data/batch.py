@@ -1,16 +1,30 @@
 """Build each data-parallel rank's share of a batch from scored groups.
 
-Every rank sees all groups of a step and divides them by the same rule, without communication.
+Every rank knows the outlines of all rollouts and divides them by the same rule, without communication; then it needs
+the tokens and log-probs of its own share alone.
 Shape legend: see megatron_mcpo.types.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, groupby
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from megatron_mcpo.types import Completion, RolloutGroup, RolloutLabels, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How the rollouts of a batch are divided over the data-parallel ranks; the fields are those of a TrainBatch."""
+
+    labels: RolloutLabels
+    prompt_lens_M: tuple[int, ...]
+    response_lens_M: tuple[int, ...]
+    rank_rows: tuple[tuple[int, ...], ...]
+    shared_prompts: bool
 
 
 def partition(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
@@ -38,47 +52,79 @@ def minibatches(groups: Sequence[RolloutGroup], count: int) -> list[list[Rollout
     return [[usable[place] for place in part] for part in parts if part]
 
 
-def make_batch(
-    groups: Sequence[RolloutGroup],
-    *,
-    num_data_ranks: int,
-    data_rank: int,
-    share_prompts: bool,
-) -> TrainBatch:
-    """Return the share of `data_rank` in one optimizer step over these groups (rollouts ordered by group, then sample).
+def divide(groups: Sequence[RolloutGroup], *, num_data_ranks: int, share_prompts: bool) -> Division:
+    """Divide the rollouts of one optimizer step, ordered by group, then sample, over the data-parallel ranks.
 
     Where prompts are shared, a group stays on one rank; otherwise rollouts are dealt out one by one, which balances
     better. Groups may differ in size.
     """
-    rollouts = [(group, completion) for group in groups for completion in group.completions]
-    prompt_lens = tuple(len(group.prompt.token_ids) for group, _ in rollouts)
-    response_lens = tuple(len(completion.token_ids) for _, completion in rollouts)
+    prompt_lens = tuple(len(group.prompt.token_ids) for group in groups for _ in group.outlines)
+    response_lens = tuple(outline.num_tokens for group in groups for outline in group.outlines)
     labels = _labels(groups)
     if share_prompts:
-        units = [list(rows) for _, rows in groupby(range(len(rollouts)), key=labels.prompt_M.tolist().__getitem__)]
+        units = [list(rows) for _, rows in groupby(range(len(labels)), key=labels.prompt_M.tolist().__getitem__)]
     else:
-        units = [[row] for row in range(len(rollouts))]
+        units = [[row] for row in range(len(labels))]
     costs = [prompt_lens[rows[0]] + sum(response_lens[row] for row in rows) for rows in units]
     rank_rows = tuple(
         tuple(row for unit in part for row in units[unit]) for part in partition(costs, num_parts=num_data_ranks)
     )
-    mine = [rollouts[row] for row in rank_rows[data_rank]]
-    rows_N = torch.tensor(rank_rows[data_rank], dtype=torch.int64)
-    batch = TrainBatch(
-        tokens_T=_concatenate(group.prompt.token_ids + completion.token_ids for group, completion in mine),
-        prompt_lens_N=torch.tensor([prompt_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
-        response_lens_N=torch.tensor([response_lens[row] for row in rank_rows[data_rank]], dtype=torch.int64),
-        rows_N=rows_N,
-        engine_logp_R=_engine_logprobs([completion for _, completion in mine]),
+    return Division(
         labels=labels,
-        num_response_tokens=sum(response_lens),
         prompt_lens_M=prompt_lens,
         response_lens_M=response_lens,
         rank_rows=rank_rows,
         shared_prompts=share_prompts,
     )
+
+
+def contents(completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+    """Return tokens [R], int32, and the engine's log-probs [R], fp32, of some completions."""
+    tokens, logprobs = array("i"), array("f")
+    for completion in completions:
+        tokens.extend(completion.token_ids)
+        logprobs.extend(completion.logprobs)
+    if not tokens:  # torch makes no tensor of an empty buffer
+        return torch.zeros(0, dtype=torch.int32), torch.zeros(0)
+    return torch.frombuffer(tokens, dtype=torch.int32), torch.frombuffer(logprobs, dtype=torch.float32)
+
+
+def assemble(
+    groups: Sequence[RolloutGroup], division: Division, *, data_rank: int, response_R: Tensor, engine_logp_R: Tensor
+) -> TrainBatch:
+    """Return the share of `data_rank`, from its rollouts' response tokens and the engine's log-probs of them."""
+    rows = division.rank_rows[data_rank]
+    response_lens_N = torch.tensor([division.response_lens_M[row] for row in rows], dtype=torch.int64)
+    prompts = [torch.tensor(group.prompt.token_ids, dtype=torch.int64) for group in groups]
+    responses = response_R.long().split(response_lens_N.tolist())
+    prompt_N = division.labels.prompt_M[list(rows)].tolist()
+    pairs = [(prompts[prompt], response) for prompt, response in zip(prompt_N, responses, strict=True)]
+    pieces = [piece for pair in pairs for piece in pair]
+    batch = TrainBatch(
+        tokens_T=torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64),
+        prompt_lens_N=torch.tensor([division.prompt_lens_M[row] for row in rows], dtype=torch.int64),
+        response_lens_N=response_lens_N,
+        rows_N=torch.tensor(rows, dtype=torch.int64),
+        engine_logp_R=engine_logp_R,
+        labels=division.labels,
+        num_response_tokens=sum(division.response_lens_M),
+        prompt_lens_M=division.prompt_lens_M,
+        response_lens_M=division.response_lens_M,
+        rank_rows=division.rank_rows,
+        shared_prompts=division.shared_prompts,
+    )
     batch.check()
     return batch
+
+
+def make_batch(
+    groups: Sequence[RolloutGroup], *, num_data_ranks: int, data_rank: int, share_prompts: bool
+) -> TrainBatch:
+    """Return the share of `data_rank` in groups whose completions are all on this rank."""
+    division = divide(groups, num_data_ranks=num_data_ranks, share_prompts=share_prompts)
+    completions = [completion for group in groups for completion in group.completions]
+    response_R, logp_R = contents([completions[row] for row in division.rank_rows[data_rank]])
+    return assemble(groups, division, data_rank=data_rank, response_R=response_R, engine_logp_R=logp_R)
 
 
 def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
@@ -88,15 +134,7 @@ def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
 
 def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:
     return RolloutLabels(
-        domain_M=torch.tensor([group.prompt.domain for group in groups for _ in group.completions]),
-        prompt_M=torch.tensor([number for number, group in enumerate(groups) for _ in group.completions]),
+        domain_M=torch.tensor([group.prompt.domain for group in groups for _ in group.outlines]),
+        prompt_M=torch.tensor([number for number, group in enumerate(groups) for _ in group.outlines]),
         correct_M=torch.tensor([correct for group in groups for correct in group.correct]),
     )
-
-
-def _concatenate(sequences: Iterable[Sequence[int]]) -> Tensor:
-    return torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64)
-
-
-def _engine_logprobs(completions: Sequence[Completion]) -> Tensor:
-    return torch.tensor([logp for completion in completions for logp in completion.logprobs], dtype=torch.float32)

@@ -237,6 +237,15 @@ def gather_objects[T](value: T, groups: Peers) -> list[T]:
     return found
 
 
+def gather_on_first[T](value: T, groups: Peers) -> list[T]:
+    """Return every rank's value, in order of rank, on rank 0, and nothing on the others. Collective over all ranks."""
+    if groups.host is None:
+        return [value]
+    found: list[Any] | None = [None] * groups.world_size if groups.rank == 0 else None
+    dist.gather_object(value, found, dst=0, group=groups.host)
+    return found or []
+
+
 def gather_lists[T](mine: Iterable[T], groups: Peers) -> list[T]:
     """Return the elements of all ranks, in order of rank, on every rank. Collective over all ranks."""
     return [element for part in gather_objects(list(mine), groups) for element in part]

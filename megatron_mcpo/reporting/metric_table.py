@@ -67,13 +67,13 @@ _SAMPLED = Section(
         Metric(
             keys=("response_tokens", "response_tokens/<domain>"),
             meaning="Mean number of tokens per response.",
-            compute=lambda rollouts: mean([len(c.token_ids) for c in rollouts.completions]),
+            compute=lambda rollouts: mean([outline.num_tokens for outline in rollouts.outlines]),
         ),
         Metric(
             keys=("truncated", "truncated/<domain>"),
             meaning="Share of rollouts that reached the response limit.",
             target="Near 0; else raise rollout.max_response_tokens.",
-            compute=lambda rollouts: mean([c.stop_reason is StopReason.LENGTH for c in rollouts.completions]),
+            compute=lambda rollouts: mean([outline.stop_reason is StopReason.LENGTH for outline in rollouts.outlines]),
         ),
         Metric(
             keys=("groups/errors", "errors/<domain>"),

@@ -48,6 +48,10 @@ WORK = Section(
             target="Near 0.1, the time between two looks; else engines or verifiers are too slow (engine/busy).",
         ),
         Metric(keys=("time/sleep",), meaning="Seconds in which the engine gives its GPU memory back; 0 on a CPU."),
+        Metric(
+            keys=("time/exchange",),
+            meaning="Seconds in which ranks get the tokens of their rollouts; waiting for slower ranks included.",
+        ),
         Metric(keys=("time/score",), meaning="Seconds of scoring with policy and reference."),
         Metric(keys=("time/update",), meaning="Seconds of contrast, backward passes and optimizer."),
         Metric(keys=("time/wake",), meaning="Seconds in which the engine takes its GPU memory again; 0 on a CPU."),

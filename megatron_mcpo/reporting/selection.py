@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_mcpo.types import Completion, RolloutGroup
+from megatron_mcpo.types import Outline, RolloutGroup
 
 COLUMNS = ("entropy", "kl", "engine/logprob_diff", "engine/logprob_diff_max")
 """Statistics of one rollout: three sums over its response tokens, and a maximum."""
@@ -40,9 +40,9 @@ class Selection:
         return [group for group in self.sampled if group.error is None]
 
     @property
-    def completions(self) -> list[Completion]:
-        """Return the completions of the scored groups."""
-        return [completion for group in self.scored for completion in group.completions]
+    def outlines(self) -> list[Outline]:
+        """Return what is known of the completions of the scored groups."""
+        return [outline for group in self.scored for outline in group.outlines]
 
     def token_mean(self, column: int) -> float:
         """Return the mean over response tokens of a column of stats_MK; NaN without a token."""

@@ -6,7 +6,6 @@ Shape legend: megatron_mcpo.types.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ _DOMAIN = "<domain>"
 class BatchReport:
     """Everything that one optimizer step reports of the groups it learned from.
 
+    texts: of each group's completions, on the rank that logs; empty on the others
     stats_MK: see `rollout_stats`; K = len(COLUMNS)
     metrics: of the update; diagnosis: gradients of the terms, in the steps that measure them
     """
@@ -39,6 +39,7 @@ class BatchReport:
     num_tokens: int
     metrics: Mapping[str, float]
     diagnosis: Mapping[str, float] = field(default_factory=dict)
+    texts: Sequence[Sequence[str]] = ()
 
 
 def rollout_stats(batch: TrainBatch, old: Scores, reference_logp_R: Tensor | None) -> Tensor:
@@ -95,8 +96,8 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
     contrast = report.contrast
     listed = contrast.listed_ML.where(contrast.valid_cross_domain_M[:, None], -1).tolist() if contrast else None
     counts = _pair_counts(contrast, len(report.labels))
-    for number, (group, prompt) in enumerate(zip(report.groups, prompts, strict=True)):
-        for sample, completion in enumerate(group.completions):
+    for number, (group, prompt, texts) in enumerate(zip(report.groups, prompts, report.texts, strict=True)):
+        for sample, (outline, text) in enumerate(zip(group.outlines, texts, strict=True)):
             row = len(rows)
             rows.append(
                 {
@@ -106,13 +107,13 @@ def rollout_rows(report: BatchReport, domain_names: Sequence[str], prompts: Sequ
                     "source": group.prompt.source,
                     "index": group.prompt.index,
                     "prompt": prompt,
-                    "completion": completion.text,
-                    "stop_reason": completion.stop_reason.value,
+                    "completion": text,
+                    "stop_reason": outline.stop_reason.value,
                     "answer": group.prompt.entry.get("answer"),
                     "reward": group.rewards[sample],
                     "correct": group.correct[sample],
                     "advantage": float(report.advantages_M[row]),
-                    "versions": [[version, len(list(same))] for version, same in groupby(completion.versions)],
+                    "versions": [list(run) for run in outline.versions],
                     "positives": [column for column in listed[row] if column >= 0] if listed else [],
                     **{name: column[row] for name, column in counts.items()},
                 }
@@ -153,7 +154,7 @@ def _select(reports: Sequence[BatchReport], sampled: Sequence[RolloutGroup], *, 
     return Selection(
         sampled=[g for g in sampled if domain is None or g.prompt.domain == domain],
         stats_MK=torch.cat([torch.zeros(0, len(COLUMNS)), *stats]),
-        num_tokens=sum(len(c.token_ids) for g in trained for c in g.completions),
+        num_tokens=sum(outline.num_tokens for g in trained for outline in g.outlines),
         cross_domain_M=torch.cat(cross_domain) if pairs else None,
         in_domain_M=torch.cat(in_domain) if pairs else None,
         num_updates=len(pairs),
@@ -169,7 +170,7 @@ def _pair_metrics(report: BatchReport, domain_names: Sequence[str]) -> dict[str,
 
 def _rows_of(groups: Sequence[RolloutGroup], domain: int | None) -> Tensor:
     """Return the positions of a domain's rollouts among those of these groups."""
-    domains = torch.tensor([g.prompt.domain for g in groups for _ in g.completions], dtype=torch.int64)
+    domains = torch.tensor([g.prompt.domain for g in groups for _ in g.outlines], dtype=torch.int64)
     return torch.arange(len(domains)) if domain is None else (domains == domain).nonzero().squeeze(1)
 
 

@@ -104,7 +104,7 @@ def joined(begun: Completion, piece: Completion) -> Completion:
     """Return a completion with the tokens of both, which ends as the second does."""
     return replace(
         piece,
-        token_ids=begun.token_ids + piece.token_ids,
-        logprobs=begun.logprobs + piece.logprobs,
-        versions=begun.versions + piece.versions,
+        token_ids=(*begun.token_ids, *piece.token_ids),
+        logprobs=(*begun.logprobs, *piece.logprobs),
+        versions=(*begun.versions, *piece.versions),
     )

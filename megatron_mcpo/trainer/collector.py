@@ -1,7 +1,7 @@
 """Sample and verify prompts, divided over all engines of the job.
 
-Every engine completes its share of the prompts and one of its ranks verifies them; then all ranks receive all groups.
-So a step's data do not depend on how the trainer is laid out. Shape legend: see megatron_mcpo.types.
+Every engine completes its share of the prompts and one of its ranks verifies them; then all ranks are told of all
+groups (exchange.py). So a step's data do not depend on how the trainer is laid out. Shape legend: megatron_mcpo.types.
 """
 
 import itertools
@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_mcpo import progress
-from megatron_mcpo.distributed.parallel import Peers, gather_lists, gather_objects, together
+from megatron_mcpo.distributed.parallel import Peers, gather_lists, gather_objects, gather_on_first, together
 from megatron_mcpo.rollout.engine import NUM_SEEDS, SamplingRequest
+from megatron_mcpo.trainer.exchange import tell
 from megatron_mcpo.trainer.jobs import Job, Key, Workshop
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup
 
@@ -91,9 +92,10 @@ class Collector:
         self._restore = restore
         self._note = note
         self._numbers = itertools.count()
+        self._prompts: dict[Key, Prompt] = {}
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        """Return one group per prompt, in order, the same on every rank, without rewards."""
+        """Return one group per prompt, in order, without rewards; completions are on the rank that has them."""
         return self._divide(prompts, sampling, scored=False)
 
     def collect(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
@@ -102,6 +104,7 @@ class Collector:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Begin with some jobs."""
+        self._prompts |= {job.key: job.prompt for job in jobs}
         with together(self.groups):
             self.workshop.submit([job for job in jobs if job.place % self.num_engines in self._my_engines])
 
@@ -120,17 +123,24 @@ class Collector:
         return {key for report in reports for key in report.finished}
 
     def take(self, keys: Collection[Key]) -> list[RolloutGroup]:
-        """Return the groups of jobs that `poll` has returned, in the order of the keys, the same on every rank."""
+        """Return the groups of jobs that `poll` has returned, in the order of the keys.
+
+        Every rank has their outlines, and the completions of those that it sampled.
+        """
         with together(self.groups):
             mine = self.workshop.take(keys)
-        parts = gather_objects(mine, self.groups)
-        found = {key: group for part in parts for key, group in part.items()}
+        found = tell(mine, {key: self._prompts.pop(key) for key in keys}, self.groups)
         return [found[key] for key in keys]
 
     def so_far(self, keys: Collection[Key]) -> dict[Key, tuple[Completion, ...]]:
-        """Return what there is of the completions of jobs that were not taken, the same on every rank."""
-        parts = gather_objects(self.workshop.so_far(keys), self.groups)
+        """Return what there is of the completions of jobs that were not taken, on rank 0; nothing on the others."""
+        parts = gather_on_first(self.workshop.so_far(keys), self.groups)
         return {key: completions for part in parts for key, completions in part.items()}
+
+    def lengths_so_far(self, keys: Collection[Key]) -> list[int]:
+        """Return the lengths in tokens of what there is of the completions of such jobs, the same on every rank."""
+        mine = self.workshop.so_far(keys).values()
+        return gather_lists([len(c.token_ids) for completions in mine for c in completions], self.groups)
 
     def busy_seconds(self) -> float:
         """Return for how long the job's servers have had requests, on average; 0 without servers. Collective."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mcpo.config.config import Config
-from megatron_mcpo.data.batch import make_batch
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.parallel import Groups, gather_objects
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.rollout.engine import Comparison, Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling
+from megatron_mcpo.trainer.exchange import rank_batch
 from megatron_mcpo.types import Prompt
 
 TOLERANCE: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05, "fp8_per_block": 0.35}
@@ -72,12 +72,7 @@ class EngineCheck:
     def measure(self) -> Mismatch:
         """Measure the mismatch, the same on every rank; collective."""
         completed = self.collector.complete(self.prompts, self.sampling)
-        batch = make_batch(
-            completed,
-            num_data_ranks=self.groups.layout.data,
-            data_rank=self.groups.data_rank,
-            share_prompts=self.policy.shares_prompts,
-        )
+        batch = rank_batch(completed, self.groups, share_prompts=self.policy.shares_prompts)
         logp_R = self.policy.score(batch).logp_R.cpu()
         sums_N = torch.zeros(len(batch)).index_add(0, batch.rollout_R, (logp_R - batch.engine_logp_R).abs())
         local_N1 = sums_N.unsqueeze(1).to(self.policy.device)

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.domains import Domain
+from megatron_mcpo.distributed.parallel import gather_lists
 from megatron_mcpo.reporting.accuracy import Item, accuracy_metrics
 from megatron_mcpo.rewards.registry import VERIFIERS, stated_answer
 from megatron_mcpo.rewards.scorer import check_error_rate
@@ -30,13 +31,17 @@ def evaluate(collector: Collector, domains: Sequence[Domain], config: Config) ->
         seed=_SEED,
     )
     groups = collector.collect(prompts, sampling)
+    peers = collector.groups
     check_error_rate(groups, domain_names=config.domain_names, max_error_rate=config.rewards.max_error_rate)
-    return accuracy_metrics(
-        {
-            settings.name: [item_of(g, settings) for g in groups if g.prompt.domain == number and g.error is None]
-            for number, settings in enumerate(config.domain)
-        }
-    )
+    mine = [
+        (config.domain[group.prompt.domain].name, place, item_of(group, config.domain[group.prompt.domain]))
+        for place, group in enumerate(groups)
+        if group.holder == peers.rank and group.error is None
+    ]
+    items: dict[str, list[Item]] = {name: [] for name in config.domain_names}
+    for name, _, item in sorted(gather_lists(mine, peers), key=lambda entry: entry[1]):
+        items[name].append(item)
+    return accuracy_metrics(items)
 
 
 def left_out(metrics: Mapping[str, float], domains: Sequence[Domain]) -> list[str]:

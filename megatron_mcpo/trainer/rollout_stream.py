@@ -93,10 +93,12 @@ class RolloutStream:
         }
 
     def unfinished(self) -> list[Unfinished]:
-        """Return what is under way, the same on every rank."""
+        """Return what is under way, on rank 0; nothing on the others. Collective."""
         if not self._tickets:
             return []
         found = self.collector.so_far([ticket.key for ticket in self._tickets])
+        if self.collector.groups.rank > 0:
+            return []
         return [
             Unfinished(
                 number=ticket.number,
@@ -174,8 +176,7 @@ class RolloutStream:
     def _passed_over(self, last: int) -> dict[str, float]:
         """Return how many prompts are under way, and of how many older ones than `last` the step could not wait."""
         older = [ticket.key for ticket in self._tickets if ticket.number < last]
-        so_far = self.collector.so_far(older).values() if self._slack else []
-        lengths = [len(completion.token_ids) for completions in so_far for completion in completions]
+        lengths = self.collector.lengths_so_far(older) if self._slack else []
         found = {"rollouts/under_way": float(len(self._tickets)), "rollouts/passed_over": float(len(older))}
         return found | ({"rollouts/passed_over_length": sum(lengths) / len(lengths)} if lengths else {})
 
@@ -189,8 +190,9 @@ class RolloutStream:
 
 def _staleness(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
     """Return how many steps older the weights are that sampled the tokens than those of `step`."""
-    ages = [step - version for group in groups for c in group.completions for version in c.versions]
+    ages = [(step - version, count) for group in groups for o in group.outlines for version, count in o.versions]
+    num_tokens = sum(count for _, count in ages)
     return {
-        "staleness/mean": sum(ages) / len(ages) if ages else 0.0,
-        "staleness/max": float(max(ages, default=0)),
+        "staleness/mean": sum(age * count for age, count in ages) / num_tokens if num_tokens else 0.0,
+        "staleness/max": float(max((age for age, _ in ages), default=0)),
     }

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from megatron_mcpo import progress
 from megatron_mcpo.algo.contrastive import Contrast
 from megatron_mcpo.config.config import Config
-from megatron_mcpo.data.batch import make_batch, minibatches
+from megatron_mcpo.data.batch import minibatches
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.memory import look, peak_memory_gib, trim
@@ -23,6 +23,7 @@ from megatron_mcpo.trainer.collector import Collector
 from megatron_mcpo.trainer.dynamic_sampling import Collected
 from megatron_mcpo.trainer.engine_check import EngineCheck
 from megatron_mcpo.trainer.evaluation import evaluate, left_out
+from megatron_mcpo.trainer.exchange import rank_batch, texts_on_first
 from megatron_mcpo.trainer.gradient_diagnostics import domain_gradients, term_gradients
 from megatron_mcpo.trainer.objective import Objective, Prepared, Scored
 from megatron_mcpo.trainer.rollout_stream import RolloutStream
@@ -132,12 +133,8 @@ class Trainer:
 
     def score(self, groups: Sequence[RolloutGroup]) -> Scored:
         """Return the batch with the log-probs of policy and reference, before anything is learned from it."""
-        batch = make_batch(
-            groups,
-            num_data_ranks=self.groups.layout.data,
-            data_rank=self.groups.data_rank,
-            share_prompts=self.policy.shares_prompts,
-        )
+        with self.timed("exchange"):
+            batch = rank_batch(groups, self.groups, share_prompts=self.policy.shares_prompts)
         with self.timed("score"):
             old = self.policy.score(batch) if self.config.scores_policy else None
             reference_logp_R = self.reference.score(batch).logp_R if self.reference else None
@@ -164,6 +161,7 @@ class Trainer:
             num_tokens=batch.num_tokens,
             metrics=_update_metrics(update, contrasted.contrast if contrasted else None),
             diagnosis=diagnosis,
+            texts=texts_on_first(scored.groups, self.groups),
         )
 
     def diagnose(self, prepared: Prepared) -> dict[str, float]:

@@ -89,6 +89,7 @@ def report_of(config: Config, groups: list[RolloutGroup], step: int) -> BatchRep
     on = config.contrastive.enabled
     return BatchReport(
         groups=groups,
+        texts=[[completion.text for completion in group.completions] for group in groups],
         advantages_M=group_advantages(rewards_of(groups), batch.labels.prompt_M, batch.labels.domain_M),
         stats_MK=torch.rand(len(batch.labels), len(COLUMNS), generator=torch.Generator().manual_seed(step)),
         z_MD=z_MD if on else None,

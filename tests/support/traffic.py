@@ -51,7 +51,9 @@ class Received(TorchDispatchMode):
         elif name.startswith("allreduce_"):
             received = 2 * whole * (size - 1) / size
         elif name.startswith("alltoall_base_"):
-            received = whole * (size - 1) / size
+            sizes = args[3]  # of the parts received; equal ones are not named
+            own = sizes[group.rank()] / sum(sizes) if sizes and whole else 1 / size
+            received = whole * (1 - own)
         elif name.startswith("recv_"):
             received = whole
         elif name.startswith(("send", "broadcast_", "barrier")):

@@ -107,6 +107,7 @@ def report_of(
     z_MD = normalize(torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(seed)), dim=1)
     return BatchReport(
         groups=groups,
+        texts=[[completion.text for completion in group.completions] for group in groups],
         advantages_M=group_advantages(rewards_of(groups), labels.prompt_M, labels.domain_M),
         stats_MK=stats_MK,
         z_MD=z_MD if contrastive_terms.enabled else None,

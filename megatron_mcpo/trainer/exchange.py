@@ -1,0 +1,127 @@
+"""Exchange rollouts between the ranks that sampled them and those that learn from them, in two phases.
+
+First every rank is told of every rollout what decides about the step: length, reward, correctness. Tokens, log-probs
+and texts stay with the rank that has them (RolloutGroup.holder). When the step is divided over the data-parallel ranks,
+each gets the tokens and log-probs of its own share, as numbers of 32 bits. Shape legend: see megatron_mcpo.types.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mcpo.data.batch import Division, assemble, contents, divide, make_batch
+from megatron_mcpo.distributed.parallel import Groups, Peers, gather_lists, gather_objects, gather_on_first
+from megatron_mcpo.trainer.jobs import Key
+from megatron_mcpo.types import Completion, Prompt, RolloutGroup, TrainBatch
+
+
+def tell(made: Mapping[Key, RolloutGroup], prompts: Mapping[Key, Prompt], peers: Peers) -> dict[Key, RolloutGroup]:
+    """Tell all ranks of the groups that each has made; return all groups. Collective.
+
+    Those of other ranks have outlines instead of completions.
+
+    Args:
+        made: the groups of this rank.
+        prompts: of all groups; every rank has them.
+    """
+    known = gather_lists([(key, told(group, peers.rank)) for key, group in made.items()], peers)
+    groups = {key: RolloutGroup(prompt=prompts[key], **fields) for key, fields in known}
+    return groups | {key: _kept(group, peers.rank) for key, group in made.items()}
+
+
+def told(group: RolloutGroup, rank: int) -> dict[str, Any]:
+    """Return what the other ranks are told of a group that `rank` has made: the fields of a RolloutGroup."""
+    return {
+        "told": group.outlines,
+        "holder": rank,
+        "rewards": group.rewards,
+        "correct": group.correct,
+        "error": group.error,
+        "timed_out": group.timed_out,
+    }
+
+
+def rank_batch(groups: Sequence[RolloutGroup], ranks: Groups, *, share_prompts: bool) -> TrainBatch:
+    """Return this rank's share of one optimizer step over these groups. Collective over all ranks."""
+    layout = ranks.layout
+    if ranks.host is None:
+        return make_batch(groups, num_data_ranks=layout.data, data_rank=ranks.data_rank, share_prompts=share_prompts)
+    division = divide(groups, num_data_ranks=layout.data, share_prompts=share_prompts)
+    response_R, logp_R = _receive(groups, division, ranks)
+    return assemble(groups, division, data_rank=ranks.data_rank, response_R=response_R, engine_logp_R=logp_R)
+
+
+def texts_on_first(groups: Sequence[RolloutGroup], peers: Peers) -> list[list[str]]:
+    """Return the texts of each group's completions on rank 0, and nothing on the others. Collective."""
+    mine = {
+        number: [completion.text for completion in group.completions]
+        for number, group in enumerate(groups)
+        if group.holder == peers.rank
+    }
+    found = {number: texts for part in gather_on_first(mine, peers) for number, texts in part.items()}
+    return [found[number] for number in sorted(found)]
+
+
+def _kept(group: RolloutGroup, rank: int) -> RolloutGroup:
+    """Return a group of this rank, with its numbers in a sixth of the memory of Python's own."""
+    completions = tuple(
+        replace(
+            completion,
+            token_ids=array("i", completion.token_ids),
+            logprobs=array("f", completion.logprobs),
+            versions=array("i", completion.versions),
+        )
+        for completion in group.completions
+    )
+    return replace(group, completions=completions, holder=rank)
+
+
+def _receive(groups: Sequence[RolloutGroup], division: Division, ranks: Groups) -> tuple[Tensor, Tensor]:
+    """Send every rank its share of what this one has; return tokens and log-probs of this rank's share, in its order.
+
+    A message is the tokens of its rollouts, in ascending order of rows, then as many log-probs.
+    """
+    holder_M = [group.holder for group in groups for _ in group.outlines]
+    mine = _completions(groups, ranks.rank)
+    shares = [division.rank_rows[data_rank] for data_rank in gather_objects(ranks.data_rank, ranks)]
+    messages = [_message([mine[row] for row in share if row in mine]) for share in shares]
+    my_rows = division.rank_rows[ranks.data_rank]
+    rows_from = [[row for row in my_rows if holder_M[row] == rank] for rank in range(ranks.world_size)]
+    lengths_from = [[division.response_lens_M[row] for row in rows] for rows in rows_from]
+    sizes = [2 * sum(lengths) for lengths in lengths_from]
+    received = torch.empty(sum(sizes), dtype=torch.int32)
+    dist.all_to_all_single(
+        received, torch.cat(messages), sizes, [len(message) for message in messages], group=ranks.host
+    )
+    tokens: dict[int, Tensor] = {}
+    logprobs: dict[int, Tensor] = {}
+    for part, rows, lengths in zip(received.split(sizes), rows_from, lengths_from, strict=True):
+        tokens_R, logp_R = part.chunk(2) if len(part) else (part, part)
+        tokens |= zip(rows, tokens_R.split(lengths), strict=True)
+        logprobs |= zip(rows, logp_R.view(torch.float32).split(lengths), strict=True)
+    return _joined(tokens, my_rows, torch.int32), _joined(logprobs, my_rows, torch.float32)
+
+
+def _completions(groups: Sequence[RolloutGroup], rank: int) -> dict[int, Completion]:
+    """Return those completions that a rank has, by row."""
+    found: dict[int, Completion] = {}
+    row = 0
+    for group in groups:
+        if group.holder == rank:
+            found |= enumerate(group.completions, start=row)
+        row += len(group.outlines)
+    return found
+
+
+def _message(completions: Sequence[Completion]) -> Tensor:
+    tokens_R, logp_R = contents(completions)
+    return torch.cat([tokens_R, logp_R.view(torch.int32)])
+
+
+def _joined(by_row: Mapping[int, Tensor], rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.cat([by_row[row] for row in rows]) if rows else torch.zeros(0, dtype=dtype)
