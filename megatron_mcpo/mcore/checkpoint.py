@@ -87,7 +87,7 @@ class Checkpoints:
         Without in_background the checkpoint is complete when this returns. Raises what `finish` raises, and OSError;
         the other checkpoints are then untouched.
 
-        state: JSON-able; files: name -> content of what is too large for it; both the same on every rank
+        state: JSON-able, the same on every rank; files: name -> content of what is too large for it, on rank 0
         """
         self.finish()
         header = json.dumps({**self._header(step), "state": state}).encode()
