@@ -189,13 +189,11 @@ _WEIGHTS = {TUNING: (0.001, 0.03, 0.1), TUNING_REWARD: (0.02, 0.1)}
 """Of both terms together."""
 
 _TUNED_GRPO: tuple[tuple[str, Sequence[Value]], ...] = (
-    ("optimizer.lr", (3e-5, 2e-4, 3e-4)),
-    ("algorithm.advantage", ("dr_grpo", "rloo", "per_domain")),
-    ("algorithm.aggregation", ("seq_mean_token_mean", "dr_grpo")),
+    ("optimizer.lr", (2e-4,)),
+    ("algorithm.advantage", ("dr_grpo",)),
+    ("algorithm.aggregation", ("seq_mean_token_mean",)),
     ("algorithm.clip", ("gspo",)),
-    ("algorithm.kl_weight", (0.001,)),
     ("batch.minibatches", (2,)),
-    ("data.mixing", ("curriculum", "temperature")),
     ("data.resample", (1,)),
 )
 """What GRPO may choose, too; the base's value is the arm `grpo_centre`."""
