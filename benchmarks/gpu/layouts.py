@@ -22,7 +22,7 @@ from benchmarks.gpu.outcome import Band, Outcome
 from benchmarks.gradient_table import LAYOUTS, Case
 from benchmarks.measure import ROOT
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed import parallel, peers
 from megatron_mcpo.distributed.device import backend
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.trainer.objective import Objective
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
         dist.init_process_group(backend(), store=dist.PrefixStore(name, store), rank=rank, world_size=_RANKS)
         groups = parallel.init(LAYOUTS[name], seed=0, timeout_seconds=_TIMEOUT_SECONDS)
-        found[name] = _worst(parallel.gather_objects(_nearness(cases, groups), groups))
+        found[name] = _worst(peers.gather_objects(_nearness(cases, groups), groups))
         parallel.destroy()
     if rank == 0:
         (folder / "found").write_text(json.dumps(found))

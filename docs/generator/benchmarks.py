@@ -172,6 +172,29 @@ def push(results: Path) -> str:
     return _with_machine(content, table((*columns, "times the least possible", "extra memory"), rows))
 
 
+def trl_step(results: Path) -> str:
+    """Return seconds and memory of a step of TRL and of this trainer."""
+    content = _read(results, "trl_step_cpu.json")
+    (row,) = content["trl_step"]
+    names = {
+        "trl": f"TRL {row['trl']}, GRPO",
+        "ours_unshared": "this trainer, GRPO, prompts not shared",
+        "ours": "this trainer, GRPO",
+        "ours_mcpo": "this trainer, MCPO",
+    }
+    lines = [
+        [
+            meaning,
+            f"{row[f'{name}_seconds']:.0f} s",
+            f"{row['trl_seconds'] / row[f'{name}_seconds']:.1f}",
+            byte_text(row[f"{name}_peak_bytes"]),
+        ]
+        for name, meaning in names.items()
+    ]
+    shape = f"{row['rollouts']} rollouts of {row['tokens']} tokens, {row['dtype']}"
+    return _with_machine(content, table((shape, "a step", "times as fast as TRL", "highest memory"), lines))
+
+
 def scaling(results: Path) -> str:
     """Return the bytes that one rank receives in a step as the number of replicas grows."""
     content = _read(results, "scaling.json")

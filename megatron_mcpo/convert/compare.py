@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mcpo.convert.work_sharing import for_each_rank
-from megatron_mcpo.distributed.parallel import Peers, Team, gather_objects
+from megatron_mcpo.distributed.peers import Peers, Team, gather_objects
 from megatron_mcpo.weights.hf_io import Source
 from megatron_mcpo.weights.hf_write import spread
 from megatron_mcpo.weights.torch_dist import byte_view

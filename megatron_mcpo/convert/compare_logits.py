@@ -13,7 +13,8 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import backend
 from megatron_mcpo.mcore.model import build_chunks, logits
-from megatron_mcpo.weights.hf_io import Source, load_source
+from megatron_mcpo.weights.hf_io import Source
+from megatron_mcpo.weights.load import load_source
 
 TOLERANCE = 1e-4
 """Largest relative error of fp32 in a model of hundreds of layers; a tensor that is read wrongly gives above 0.01."""

@@ -33,8 +33,8 @@ from megatron_mcpo.convert.compare import (
 )
 from megatron_mcpo.convert.staging import StagingFolder
 from megatron_mcpo.convert.work_sharing import for_each_rank, together_on_files
-from megatron_mcpo.distributed import parallel
-from megatron_mcpo.distributed.parallel import Team, agree
+from megatron_mcpo.distributed import peers
+from megatron_mcpo.distributed.peers import Team, agree
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import Fingerprint
 from megatron_mcpo.storage.files import write_atomically
@@ -107,7 +107,7 @@ def hf_to_megatron(
         ConfigError: The user can correct it.
         VerificationError: The result differs from the source.
     """
-    with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
+    with peers.team(timeout_seconds=WAIT_SECONDS) as team:
         with together_on_files(team):
             model, folder = _hf_source(source, layout)
             dtype = _dtype(folder, dtype)
@@ -164,7 +164,7 @@ def megatron_to_hf(
         verify_forward: Whether to compare logits with transformers; None compares those of small models.
         say: Called with lines on the progress.
     """
-    with parallel.team(timeout_seconds=WAIT_SECONDS) as team:
+    with peers.team(timeout_seconds=WAIT_SECONDS) as team:
         with together_on_files(team):
             if not is_sharded(source):
                 raise ConfigError([f"{source}: must be a Megatron checkpoint (it has no .metadata); {_hint(source)}"])

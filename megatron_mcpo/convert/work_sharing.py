@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.distributed.parallel import Peers, together
+from megatron_mcpo.distributed.peers import Peers, together
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.distributed.parallel import Groups, agree, gather_lists, gather_objects, together
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import agree, gather_lists, gather_objects, together
 from megatron_mcpo.mcore import learning_rate, megatron_fixes
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.policy import Policy

@@ -29,7 +29,7 @@ from megatron_mcpo.mcore.schedule import MicroOutput
 from megatron_mcpo.mcore.spec import shares_prompts
 from megatron_mcpo.types import Scores, TrainBatch, Update
 from megatron_mcpo.weights.full_sync import export
-from megatron_mcpo.weights.hf_io import load_hf
+from megatron_mcpo.weights.load import load_hf
 
 
 @dataclass(frozen=True, kw_only=True)

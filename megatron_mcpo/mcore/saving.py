@@ -24,7 +24,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mcpo.config.config import ConfigError
-from megatron_mcpo.distributed.parallel import Groups, agree, gather_objects, together
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import agree, gather_objects, together
 from megatron_mcpo.mcore import megatron_fixes
 from megatron_mcpo.storage import checkpoint_files
 from megatron_mcpo.storage.checkpoint_files import Fingerprint

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_mcpo import progress
-from megatron_mcpo.distributed.parallel import Peers, gather_lists, gather_objects, gather_on_first, together
+from megatron_mcpo.distributed.peers import Peers, gather_lists, gather_objects, gather_on_first, together
 from megatron_mcpo.rollout.engine import NUM_SEEDS, SamplingRequest
 from megatron_mcpo.trainer.exchange import tell
 from megatron_mcpo.trainer.jobs import Job, Key, Workshop

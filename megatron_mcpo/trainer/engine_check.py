@@ -10,7 +10,8 @@ import torch
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.distributed.gather import gather_rows
-from megatron_mcpo.distributed.parallel import Groups, gather_objects
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import gather_objects
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.rollout.engine import Comparison, Engine
 from megatron_mcpo.trainer.collector import Collector, Sampling

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DomainConfig
 from megatron_mcpo.data.domains import Domain
-from megatron_mcpo.distributed.parallel import gather_lists
+from megatron_mcpo.distributed.peers import gather_lists
 from megatron_mcpo.reporting.accuracy import Item, accuracy_metrics
 from megatron_mcpo.rewards.registry import VERIFIERS, stated_answer
 from megatron_mcpo.rewards.scorer import check_error_rate

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mcpo.data.batch import Division, assemble, contents, divide, make_batch
-from megatron_mcpo.distributed.parallel import Groups, Peers, gather_lists, gather_objects, gather_on_first
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import Peers, gather_lists, gather_objects, gather_on_first
 from megatron_mcpo.trainer.jobs import Key
 from megatron_mcpo.types import Completion, Prompt, RolloutGroup, TrainBatch
 

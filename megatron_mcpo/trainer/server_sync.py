@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron_mcpo import progress
 from megatron_mcpo.config.config import RunError
-from megatron_mcpo.distributed.parallel import Groups, agree, anywhere, gather_lists, gather_objects
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import agree, anywhere, gather_lists, gather_objects
 from megatron_mcpo.rollout.vllm_server import VllmServers
 from megatron_mcpo.weights.full_sync import TransferStats
 from megatron_mcpo.weights.reshard_sync import FullTensorSync

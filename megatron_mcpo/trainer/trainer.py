@@ -11,7 +11,8 @@ from megatron_mcpo.data.batch import minibatches
 from megatron_mcpo.data.domains import Domain
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.memory import look, peak_memory_gib, trim
-from megatron_mcpo.distributed.parallel import Groups, anywhere
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import anywhere
 from megatron_mcpo.distributed.preemption import asked_to_stop
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy, Reference

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from megatron_mcpo import progress
 from megatron_mcpo.config.model import ModelConfig
-from megatron_mcpo.distributed.parallel import Groups, gather_objects
+from megatron_mcpo.distributed.parallel import Groups
+from megatron_mcpo.distributed.peers import gather_objects
 from megatron_mcpo.weights.buckets import fill_buckets
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
 from megatron_mcpo.weights.full_sync import BUCKET_BYTES, TransferStats, export

@@ -38,7 +38,8 @@ from megatron_mcpo.mcore.policy import Policy
 from megatron_mcpo.weights import safe_unpickler, torch_dist
 from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.full_sync import export
-from megatron_mcpo.weights.hf_io import HfFolder, load_hf, load_source
+from megatron_mcpo.weights.hf_io import HfFolder
+from megatron_mcpo.weights.load import load_hf, load_source
 from tests.support import tiny_models
 from tests.support.conversion import FAMILIES, make_model, quiet, same, save_folder, sizes, tensors
 from tests.support.paths import ROOT

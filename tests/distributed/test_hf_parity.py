@@ -26,7 +26,7 @@ from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.head import HeadSpec
 from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.weights.full_sync import export
-from megatron_mcpo.weights.hf_io import load_hf
+from megatron_mcpo.weights.load import load_hf
 from megatron_mcpo.weights.mapping import hf_shapes
 from tests.support.ranks import run_ranks
 

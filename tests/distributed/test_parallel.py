@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mcpo.config.layout import Layout
-from megatron_mcpo.distributed import parallel
+from megatron_mcpo.distributed import parallel, peers
 from tests.support.ranks import run_ranks
 
 LAYOUTS = [
@@ -83,7 +83,7 @@ def _fail_on(bad: set[int]) -> str:
     groups = parallel.init(Layout(data=2), seed=1, timeout_seconds=30)
     error = ValueError(f"row {groups.rank} is bad") if groups.rank in bad else None
     try:
-        parallel.raise_together(error, groups)
+        peers.raise_together(error, groups)
     except (ValueError, RuntimeError) as caught:
         return "; ".join([type(caught).__name__, str(caught), *getattr(caught, "__notes__", [])])
     return "went on"

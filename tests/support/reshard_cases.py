@@ -15,7 +15,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.rollout.vllm_engine import VllmEngine
-from megatron_mcpo.weights.hf_io import load_hf
+from megatron_mcpo.weights.load import load_hf
 from megatron_mcpo.weights.reshard_sync import FullTensorSync, choose_weight_sync
 from tests.support import vllm_cases
 

@@ -23,7 +23,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.mcore.model import build_chunks
 from megatron_mcpo.weights.engine_layout import engine_shapes
 from megatron_mcpo.weights.full_sync import TransferStats, export
-from megatron_mcpo.weights.hf_io import load_hf
+from megatron_mcpo.weights.load import load_hf
 from megatron_mcpo.weights.reshard_plan import SyncPlan
 from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync, choose_weight_sync
 from tests.support import vllm_cases

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.domain_schema import DataConfig
 from megatron_mcpo.data.stream import ItemId, PromptStream
-from megatron_mcpo.distributed.parallel import Team
+from megatron_mcpo.distributed.peers import Team
 from megatron_mcpo.trainer.choice import choose, step_of
 from megatron_mcpo.trainer.collector import Collector
 from megatron_mcpo.trainer.jobs import Job, Key
