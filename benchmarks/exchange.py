@@ -96,16 +96,12 @@ def _measured(layout: Layout, rollouts: int, tokens: int) -> tuple[float, int]:
     """Exchange the rollouts on a rank; return the bytes received, and those that whole groups would have."""
     torch.set_num_threads(1)
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
-    made = {
-        (0, number): _made(group, number)
-        for number, group in enumerate(outlined(rollouts, tokens, num_holders=ranks.world_size))
-        if group.holder == ranks.rank
-    }
-    num_groups = rollouts // SAMPLES
-    prompts = {(0, number): next(iter(made.values())).prompt for number in range(num_groups)}
+    groups = outlined(rollouts, tokens, num_holders=ranks.world_size)
+    prompts = {(0, number): group.prompt for number, group in enumerate(groups)}
+    made = {(0, n): _made(group, n) for n, group in enumerate(groups) if group.holder == ranks.rank}
     with Received(ranks) as received:
         found = tell(made, prompts, ranks)
-        rank_batch([found[0, number] for number in range(num_groups)], ranks, share_prompts=False)
+        rank_batch([found[key] for key in prompts], ranks, share_prompts=False)
     whole = (ranks.world_size - 1) * (8 + len(pickle.dumps(made)))
     return sum(received.bytes.values()), whole
 

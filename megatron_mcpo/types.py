@@ -51,7 +51,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What every rank knows of a completion, wherever it was sampled.
+    """Hold what every rank knows of a completion, wherever it was sampled.
 
     versions: of the engine's weights that sampled it, ascending, each with its number of tokens
     """
@@ -87,7 +87,7 @@ class RolloutGroup:
     """The G completions of one prompt. `rewards` and `correct` are empty until they are scored.
 
     completions: empty on the ranks that did not sample them
-    told: outlines of the completions, where they are elsewhere
+    told: outlines of the completions, once all ranks have been told of them
     holder: the rank that has the completions
     correct: whether the answer passed; penalties and format change the reward alone, so that the contrastive terms
         do not treat a correct answer that is too long as incorrect

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.measure import ROOT
-from megatron_mcpo.config.config import load
+from megatron_mcpo.config.config import Config, load
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.stream import PromptStream
@@ -57,7 +57,7 @@ def main(task: dict[str, Any]) -> None:
 
 
 def _trainer(
-    config: Any, inputs: Inputs, policy: Policy, reference: Reference | None, parts: Parts, logger: RunLogger
+    config: Config, inputs: Inputs, policy: Policy, reference: Reference | None, parts: Parts, logger: RunLogger
 ) -> Trainer:
     """Put a trainer together that neither logs nor saves."""
     stream = PromptStream(inputs.domains, weights=[1.0] * len(inputs.domains), seed=0, data=config.data)

@@ -18,7 +18,7 @@ from megatron_mcpo.types import Completion, RolloutGroup, RolloutLabels, TrainBa
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How the rollouts of a batch are divided over the data-parallel ranks; the fields are those of a TrainBatch."""
+    """Say which data-parallel rank gets which rollouts of a batch; the fields are those of a TrainBatch."""
 
     labels: RolloutLabels
     prompt_lens_M: tuple[int, ...]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mcpo.data.batch import Division, assemble, contents, divide, make_batch
+from megatron_mcpo.data.batch import Division, assemble, contents, divide
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.distributed.peers import Peers, gather_lists, gather_objects, gather_on_first
 from megatron_mcpo.trainer.jobs import Key
@@ -49,10 +49,7 @@ def told(group: RolloutGroup, rank: int) -> dict[str, Any]:
 
 def rank_batch(groups: Sequence[RolloutGroup], ranks: Groups, *, share_prompts: bool) -> TrainBatch:
     """Return this rank's share of one optimizer step over these groups. Collective over all ranks."""
-    layout = ranks.layout
-    if ranks.host is None:
-        return make_batch(groups, num_data_ranks=layout.data, data_rank=ranks.data_rank, share_prompts=share_prompts)
-    division = divide(groups, num_data_ranks=layout.data, share_prompts=share_prompts)
+    division = divide(groups, num_data_ranks=ranks.layout.data, share_prompts=share_prompts)
     response_R, logp_R = _receive(groups, division, ranks)
     return assemble(groups, division, data_rank=ranks.data_rank, response_R=response_R, engine_logp_R=logp_R)
 
@@ -79,7 +76,7 @@ def _kept(group: RolloutGroup, rank: int) -> RolloutGroup:
         )
         for completion in group.completions
     )
-    return replace(group, completions=completions, holder=rank)
+    return replace(group, completions=completions, told=group.outlines, holder=rank)
 
 
 def _receive(groups: Sequence[RolloutGroup], division: Division, ranks: Groups) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.data.domains import Domain, load_domains, token_problems
 from megatron_mcpo.data.generators import CACHE
 from megatron_mcpo.data.inspection import read_tokens
-from megatron_mcpo.distributed import parallel, peers
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
-from megatron_mcpo.distributed.peers import agree
+from megatron_mcpo.distributed.peers import agree, together
 from megatron_mcpo.mcore.policy import Policy, Reference
 from megatron_mcpo.rewards import rules
 from megatron_mcpo.rewards.scorer import Scorer
@@ -70,21 +70,21 @@ def load_inputs(config: Config, layout: Layout, model: ModelConfig, *, run: Path
     Raises ConfigError for everything that a user may have to correct, the same on every rank.
     """
     groups = parallel.init(layout, seed=config.run.seed, timeout_seconds=_COLLECTIVE_TIMEOUT_SECONDS)
-    with peers.together(groups):
+    with together(groups):
         if not config.engine.servers:
             check_hardware(config.engine.quantization)
     check_files(Path(config.model.path), groups)
-    with peers.together(groups):
+    with together(groups):
         tokens = read_tokens(config, model)
         splits = run_items.read_splits(run) if groups.rank == 0 else {}
     splits = agree(splits, groups)
     domains: list[Domain] | None = None
     for turn in (groups.rank == 0, groups.rank != 0):  # the other ranks find the items in the cache
-        with peers.together(groups):
+        with together(groups):
             if turn:
                 domains = load_domains(config, tokens.tokenizer, cache_dir=CACHE, splits=splits)
     assert domains is not None
-    with peers.together(groups):
+    with together(groups):
         if problems := token_problems(domains, tokens.tokenizer, model.vocab_size):
             raise ConfigError(problems)
         notes = rules.where_code_runs(config, [domain.verifiers_of_rows for domain in domains])
@@ -118,7 +118,7 @@ def build_parts(
     with ExitStack() as closing:
         scorer = _start_scorer(config, groups, closing)
         engine = _start_engine(config, model, groups)
-        with peers.together(groups):
+        with together(groups):
             if scorer is not None:
                 scorer.wait_ready()
         num_engines, my_engines = _engine_numbers(config, groups)
@@ -173,7 +173,7 @@ def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEng
     tag = agree(uuid.uuid4().hex[:12], groups)
     max_model_len = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.engine.servers:
-        with peers.together(groups):
+        with together(groups):
             return VllmServers(
                 [url for number, url in enumerate(config.engine.servers) if number in my_engines],
                 model,

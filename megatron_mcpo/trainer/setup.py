@@ -15,10 +15,10 @@ from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.summary import empty_terms, slow_arithmetic
 from megatron_mcpo.data.domains import splits_of
 from megatron_mcpo.data.stream import PromptStream
-from megatron_mcpo.distributed import parallel, peers
+from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
-from megatron_mcpo.distributed.peers import agree
+from megatron_mcpo.distributed.peers import agree, together
 from megatron_mcpo.distributed.watchdog import watching
 from megatron_mcpo.mcore.checkpoint import Checkpoints, Loaded
 from megatron_mcpo.mcore.policy import Policy, Reference
@@ -126,7 +126,7 @@ def _patience(config: Config) -> float:
 
 def _conclude(trainer: Trainer, run_logger: RunLogger) -> None:
     """Mark the run as stopped or finished before any rank exits: a launcher may end the others when one exits."""
-    with peers.together(trainer.groups):
+    with together(trainer.groups):
         if trainer.stopped:
             run_logger.stop(trainer.step)
         else:
@@ -147,7 +147,7 @@ def _begin_items(
 
     Raises ConfigError, the same on every rank, where items are missing that the run had.
     """
-    with peers.together(inputs.groups):
+    with together(inputs.groups):
         if loaded is not None and loaded.step > config.run.steps:
             raise ConfigError(
                 [f"run.steps = {config.run.steps}: must be at least {loaded.step} (the checkpoint's step). Raise it."]
@@ -167,7 +167,7 @@ def _begin_items(
 def _read_unfinished(loaded: Loaded, groups: Groups) -> list[Unfinished]:
     """Read the prompts that were under way at a checkpoint. Raises ConfigError, the same on every rank."""
     file, content = loaded.path / FILE, b"[]"
-    with peers.together(groups):
+    with together(groups):
         if groups.rank == 0 and file.exists():
             content = file.read_bytes()
     content = agree(content, groups)
@@ -206,7 +206,7 @@ def _checkpoints(
 ) -> Checkpoints:
     """Return what saves and loads checkpoints: in the background on a GPU; on a CPU the copies take too much memory."""
     groups = policy.groups
-    with peers.together(groups):
+    with together(groups):
         assets = read_assets(Path(config.model.path)) if groups.rank == 0 else {}
     return Checkpoints(
         policy=policy,
@@ -223,7 +223,7 @@ def _checkpoints(
 def _open_folder(config: Config, groups: Groups) -> RunFolder | None:
     """Open the run folder on rank 0; where that fails, every rank raises."""
     folder = None
-    with peers.together(groups):
+    with together(groups):
         if groups.rank == 0:
             folder = RunFolder.open(config)
     return folder
@@ -244,7 +244,7 @@ def _open_run_logger(
         num_dropped = folder.truncate_after(-1 if resumed is None else resumed)
         evaluated = folder.evaluated(first_step)
     evaluated = agree(evaluated, inputs.groups)
-    with peers.together(inputs.groups):
+    with together(inputs.groups):
         run_logger = RunLogger(
             config,
             folder,

@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any
 
 from megatron_mcpo.data.stream import ItemId
@@ -66,7 +66,7 @@ def _encoded(completion: Completion) -> dict[str, Any]:
     return {
         "tokens": _text(array("i", completion.token_ids)),
         "logprobs": _text(array("f", completion.logprobs)),
-        "versions": [[version, len(list(same))] for version, same in groupby(completion.versions)],
+        "versions": completion.outline.versions,
         "stop_reason": completion.stop_reason.value,
     }
 

@@ -53,7 +53,7 @@ def values(batch: TrainBatch) -> dict[str, Any]:
 
 
 def exchanged(layout: Layout, holders: Sequence[int], share_prompts: bool) -> dict[str, Any]:
-    """What a rank has after an exchange of groups, each of which was made by the rank that `holders` names."""
+    """Exchange groups, each made by the rank that `holders` names; return what this rank has then."""
     ranks = parallel.init(layout, seed=0, timeout_seconds=120)
     groups = sampled(len(holders))
     keys = [(1, number) for number in range(len(holders))]
@@ -108,7 +108,7 @@ def test_every_rank_gets_the_batch_of_one_process(layout: Layout, holders: list[
 
 @pytest.mark.parametrize("holders", [[0] * 8, [0, 1, 2, 3, 0, 1, 2, 3]], ids=str)
 def test_a_rank_receives_outlines_and_its_own_share_alone(holders: list[int]) -> None:
-    """As benchmarks/exchange.py counts it without a rank."""
+    """Compare with what benchmarks/exchange.py counts without a rank."""
     layout = Layout(data=4)
     told = [
         RolloutGroup(
