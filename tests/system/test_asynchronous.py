@@ -5,6 +5,7 @@ Not covered: GPUs, servers on other hosts; which prompts a step learns from (tes
 
 import json
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -99,6 +100,26 @@ class Run:
         return self._ranks.codes(timeout=seconds)[0]
 
 
+@contextmanager
+def slowed(server: Server) -> Iterator[None]:
+    """Let a server run a fifth of the time only."""
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not over.wait(0.05):
+            server.send(signal.SIGSTOP)
+            over.wait(0.2)
+            server.send(signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def be_impatient() -> None:
     """Look at the servers more often than usual."""
     server.Server.patience, vllm_server.WATCH_SECONDS, server_sync.LOOK_SECONDS = 3.0, 1.0, 0.5
@@ -130,19 +151,18 @@ def _without_busy(found: Any) -> Any:
 
 def test_every_token_has_its_version_and_long_answers_are_learned_from_too(folder: Path, servers: list[Server]) -> None:
     """Keep the weights unchanged, so that the trainer's log-probs show whether a response continues where it was."""
-    found = train_forked(
-        folder / "config.toml",
-        *options("keep", servers, "--engine.staleness", "3", "--engine.oversample", "1.5"),
-        *("--model.path", str(folder / "b"), "--engine.max_concurrent", "3"),  # few, so that they are slow
-        *("--optimizer.lr", "1e-15", "--optimizer.head_lr", "1e-15", "--run.steps", "10", *NO_EVALUATION),
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    rows = metrics(folder / "runs" / "keep")
+    ahead = ("--engine.staleness", "3", "--engine.oversample", "0.5", "--model.path", str(folder / "b"))
+    unchanged = ("--optimizer.lr", "1e-15", "--optimizer.head_lr", "1e-15", "--run.steps", "10", *NO_EVALUATION)
+    with Run.of(folder, "keep", servers, *ahead, *unchanged) as run:
+        with slowed(servers[1]):  # who is not finished in time is overtaken
+            run.wait_for(lambda: run.steps > 0 and metrics(run.folder)[-1]["rollouts/passed_over"] > 0)
+        assert run.code(seconds=300) == 0, run.said[-3000:]
+    rows = metrics(run.folder)
     assert max(row["engine/logprob_diff_max"] for row in rows) < 1e-3
-    assert max(row["staleness/max"] for row in rows) in (2, 3)
+    assert 1 <= max(row["staleness/max"] for row in rows) <= 3
     rollouts = [
         (step, json.loads(line))
-        for step, path in enumerate(sorted((folder / "runs" / "keep" / "rollouts").iterdir()), start=1)
+        for step, path in enumerate(sorted((run.folder / "rollouts").iterdir()), start=1)
         for line in path.read_text().splitlines()
     ]
     assert len(rollouts) == 10 * 32
@@ -151,11 +171,10 @@ def test_every_token_has_its_version_and_long_answers_are_learned_from_too(folde
     assert all([v for v, _ in versions] == sorted({v for v, _ in versions}) for versions in pieces)
     assert all(0 <= step - 1 - version <= 3 for step, row in rollouts for version, _ in row["versions"])
 
-    # Who is not finished in time is overtaken, and learned from one step later at the latest.
-    assert max(row["rollouts/passed_over"] for row in rows) > 0
+    # What was overtaken is learned from two steps later at the latest.
     by_domain = Counter((row["domain"], step <= 5) for step, row in rollouts)
-    assert by_domain["divisors", True] >= 4 * 16, "all of the steps 1 to 4"
-    assert by_domain["divisors", True] + by_domain["divisors", False] >= 9 * 16
+    assert by_domain["divisors", True] >= 3 * 16, "all of the steps 1 to 3"
+    assert by_domain["divisors", True] + by_domain["divisors", False] >= 8 * 16
 
 
 def test_servers_that_die_hang_or_come_back_do_not_end_a_run(folder: Path, servers: list[Server]) -> None:
