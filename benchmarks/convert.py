@@ -118,6 +118,7 @@ def _both_ways(case: str, source: Path) -> Iterator[dict[str, Any]]:
                 "direction": direction,
                 "seconds": round(seconds, 2),
                 "seconds_cp": round(seconds_cp, 2),
+                "ratio_cp": round(seconds / seconds_cp, 2),
                 "peak_rss_bytes": peak,
                 "bytes": size,
                 "largest_tensor_bytes": _largest(source),

@@ -50,12 +50,12 @@ def compare(
     """
     team = team or Team()
     groups = spread({name: nbytes(expected, name) for name in expected.names}, _TURN_BYTES)
-    with ThreadPoolExecutor(max_workers=1) as thread:
 
-        def work(names: list[str]) -> dict[str, tuple[int, str, str]]:
+    def work(names: list[str]) -> dict[str, tuple[int, str, str]]:
+        with ThreadPoolExecutor(max_workers=1) as thread:
             return {name: _compare(expected, found, name, dtype, thread) for name in names}
 
-        own = for_each_rank(groups, team, work)
+    own = for_each_rank(groups, team, work)
     of_all = {name: each for parts in gather_objects(own, team) for part in parts for name, each in part.items()}
     return Comparison(
         num_tensors=len(expected.names),

@@ -1,10 +1,15 @@
 """Divide work on files over processes, which fail together and never wait for each other for long."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.distributed.peers import Peers, together
+
+_THREADS = 2
+"""Items that a process works on at once if it is the only one: hashing, which takes most time, is a core's work. More
+need the memory of more items."""
 
 
 @contextmanager
@@ -23,15 +28,22 @@ def for_each_rank[T, R](
 ) -> list[R]:
     """Give every rank its items to work on, in turns; return the results of this rank.
 
-    In a turn every rank works on one item, then all wait for each other, which takes no longer than an item does.
+    In a turn every rank works on one item, then all wait for each other, which takes no longer than an item does. A
+    process alone has no turns and works on two items at once.
 
     Args:
         items: What is to be done, the same on every rank.
         peers: The ranks that share the work.
-        work: Called with one item.
+        work: Called with one item; by several threads if the process is alone.
         after: Called after every turn with the number of items that are done so far.
     """
     own: list[R] = []
+    if peers.world_size == 1:
+        with together_on_files(peers), ThreadPoolExecutor(_THREADS) as pool:
+            for result in pool.map(work, items):
+                own.append(result)
+                after(len(own))
+        return own
     for first in range(0, len(items), peers.world_size):
         turn = items[first : first + peers.world_size]
         with together_on_files(peers):
