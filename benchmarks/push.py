@@ -4,8 +4,10 @@
 The engine is a substitute that copies what it is given into parameters of its own, as vLLM's loaders do.
 """
 
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from megatron_mcpo.distributed import parallel
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.memory import trim
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
+from megatron_mcpo.weights.full_sync import default_bucket_bytes
 from megatron_mcpo.weights.mapping import parameters
 from megatron_mcpo.weights.reshard_plan import SyncPlan
 from megatron_mcpo.weights.shards import cut_dim, placed
@@ -126,6 +129,7 @@ def sync_rows(part: str) -> Iterator[dict[str, Any]]:
 
     Times are each rank's least, of the slowest rank.
     seconds_memcpy: of copying what the engine holds, by one rank at a time
+    seconds_floor: of moving the same bytes between the same ranks without any work on them (see `floor`)
     seconds_processor, bytes_moved: over all ranks
     seconds_gathering: of full tensors for an engine that loads nothing; seconds_loading: of the engine's part in
         `seconds`. The two overlap by as much as they add up to more than `seconds`.
@@ -147,6 +151,7 @@ def sync_rows(part: str) -> Iterator[dict[str, Any]]:
                 **{key: round(value, 4) for key, value in highest.items() if key.startswith("seconds")},
                 "seconds_processor": round(sum(cost["seconds_processor"] for cost in costs), 4),
                 "ratio_to_memcpy": round(highest["seconds"] / highest["seconds_memcpy"], 2),
+                "ratio_floor": round(highest["seconds"] / highest["seconds_floor"], 2),
                 "bytes_moved": moved,
                 "bytes_lower_bound": least,
                 "ratio_to_lower_bound": round(moved / least, 3) if least else None,
@@ -201,6 +206,7 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
     from megatron_mcpo.mcore.model import build_chunks
     from megatron_mcpo.weights.reshard_sync import FullTensorSync, ReshardSync
 
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // case.layout.world_size))  # or they would wait for each other
     groups = parallel.init(case.layout, seed=0, timeout_seconds=600)
     chunks = build_chunks(case.model, groups, dtype=torch.bfloat16, head=None)
     with torch.no_grad():
@@ -229,7 +235,48 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
     }
     costs[full.name]["seconds_loading"] = min(engine.loading)
     costs[full.name]["seconds_gathering"] = cost(replace(full, engine=Drain()), repeats)["seconds"]
-    return {name: each | {"seconds_memcpy": copying} for name, each in costs.items()}
+    least = floor(SyncPlan(model=case.model, layout=case.layout, engine_ranks=case.engine_ranks), groups, repeats)
+    return {name: each | {"seconds_memcpy": copying, "seconds_floor": least} for name, each in costs.items()}
+
+
+def floor(plan: SyncPlan, groups: parallel.Groups, repeats: int) -> float:
+    """Return the least seconds in which this rank's bytes of a plan move, by one message per peer and bucket.
+
+    Messages are sent from and received into one buffer each; what the rank holds itself is copied between two buffers.
+    All ranks do so at once, as in a sync.
+    """
+    sends, receives, local = Counter[int](), Counter[int](), 0
+    for step in plan.steps():
+        for message in step.messages:
+            elements = step.elements(message)
+            if message.source == message.target == groups.rank:
+                local += elements
+            elif message.source == groups.rank:
+                sends[message.target] += elements
+            elif message.target == groups.rank:
+                receives[message.source] += elements
+    most = default_bucket_bytes() // 4 // torch.bfloat16.itemsize
+    buffer, other = (torch.zeros(most, dtype=torch.bfloat16) for _ in range(2))
+
+    def move() -> None:
+        for start in range(0, local, most):
+            size = min(most, local - start)
+            other[:size].copy_(buffer[:size])
+        for start in range(0, max([*sends.values(), *receives.values()], default=0), most):
+            work = [
+                dist.P2POp(operation, kept[: min(most, elements - start)], peer, groups.world)
+                for operation, kept, by_peer in ((dist.isend, buffer, sends), (dist.irecv, other, receives))
+                for peer, elements in by_peer.items()
+                if elements > start
+            ]
+            for each in dist.batch_isend_irecv(work) if work else []:
+                each.wait()
+
+    seconds = []
+    for _ in range(repeats):
+        dist.barrier()
+        seconds.append(timed(move))
+    return min(seconds)
 
 
 def cost(weight_sync: "WeightSync", repeats: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.rollout.vllm_server import BUCKET_BYTES as SERVER_BUCKET_BYTES
-from megatron_mcpo.weights.full_sync import BUCKET_BYTES
+from megatron_mcpo.weights.full_sync import GPU_BUCKET_BYTES
 from megatron_mcpo.weights.mapping import Place, Split, hf_shapes, registry
 from megatron_mcpo.weights.reshard_plan import num_elements, overlap
 from megatron_mcpo.weights.reshard_sync import why_full_tensors
@@ -40,7 +40,7 @@ def staged_bytes(config: Config, model: ModelConfig, layout: Layout, itemsize: i
     """
     sizes = [prod(shape) for mapping in registry(model) if not mapping.tied for shape in mapping.shapes]
     neighbours = max(map(sum, pairwise(sizes))) * itemsize
-    under_way = BUCKET_BYTES / 2 if layout.model_parallel * layout.expert > 1 else 0
+    under_way = GPU_BUCKET_BYTES / 2 if layout.model_parallel * layout.expert > 1 else 0
     return under_way + neighbours + (2 * SERVER_BUCKET_BYTES if config.engine.servers else 0)
 
 

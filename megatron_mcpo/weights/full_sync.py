@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from megatron_mcpo import progress
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.weights.buckets import fill_buckets
 from megatron_mcpo.weights.mapping import Parameter
 from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.shards import ShardAssembler, cut_dim, cut_shape, shard_shape
 
-BUCKET_BYTES = 512 * 2**20
+GPU_BUCKET_BYTES, CPU_BUCKET_BYTES = 512 * 2**20, 96 * 2**20
+"""What is under way and put together at a time, of which a message is a quarter. On a CPU a message is smaller than
+what malloc gives back to the kernel at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB): memory from the kernel is
+filled with zeros each time, with which a sync took twice as long."""
 
 
 @dataclass(kw_only=True)
@@ -95,18 +99,24 @@ class _Transfer:
         return sum(buffer.whole.nbytes for buffer in self.buffers)
 
 
+def default_bucket_bytes() -> int:
+    """Return how many bytes a weight sync stages on a rank of this machine."""
+    return CPU_BUCKET_BYTES if device().type == "cpu" else GPU_BUCKET_BYTES
+
+
 def export(
     chunks: Sequence[nn.Module],
     model: ModelConfig,
     groups: Groups,
     *,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     stats: TransferStats | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every full tensor with its Hugging Face name, in layer order, the same on every rank, newly allocated.
 
     Collective over the tensor, pipeline and expert groups: every rank must consume it to the end. Half of
-    `bucket_bytes` is for what travels: two buckets, of which one sets out while the tensors of the other are consumed.
+    `bucket_bytes` (None: default_bucket_bytes) is for what travels: two buckets, of which one sets out while the
+    tensors of the other are consumed.
     A parameter that is larger than a bucket travels in slices. The other half is for the tensor that is put together
     and the one before, which the consumer still holds; larger ones take what they need.
     The stage that owns a parameter sends its shards along the pipeline and then every stage gathers them: less travels
@@ -114,7 +124,7 @@ def export(
     """
     stats = stats or TransferStats()
     template = next(chunks[0].parameters())
-    most_elements = bucket_bytes // 4 // template.element_size()
+    most_elements = (bucket_bytes or default_bucket_bytes()) // 4 // template.element_size()
     slices = _slices(match_parameters(chunks, model, groups), groups.layout, most_elements)
     buckets = fill_buckets(((each, (each.elements,)) for each in slices), most_elements)
     ahead: _Transfer | None = _start(next(buckets), template, groups, stats)

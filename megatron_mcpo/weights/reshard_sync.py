@@ -20,7 +20,7 @@ from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.distributed.peers import gather_objects
 from megatron_mcpo.weights.buckets import fill_buckets
 from megatron_mcpo.weights.engine_layout import engine_name, engine_shapes, engine_slices
-from megatron_mcpo.weights.full_sync import BUCKET_BYTES, TransferStats, export
+from megatron_mcpo.weights.full_sync import TransferStats, default_bucket_bytes, export
 from megatron_mcpo.weights.mapping import ParamMapping, Split
 from megatron_mcpo.weights.match_parameters import match_parameters
 from megatron_mcpo.weights.reshard_plan import PlacedSlice, Step, SyncPlan
@@ -72,7 +72,7 @@ class FullTensorSync:
     model: ModelConfig
     groups: Groups
     engine: Updatable
-    bucket_bytes: int = BUCKET_BYTES
+    bucket_bytes: int | None = None
     name: ClassVar[str] = "full tensors"
 
     def sync(self, version: int) -> TransferStats:
@@ -121,7 +121,8 @@ class _Bucket:
 class ReshardSync:
     """Exactly the slices of a SyncPlan, from rank to rank, in buckets; what a process holds itself is copied in place.
 
-    At most `bucket_bytes` of slices are staged on a rank, sent and received together.
+    At most `bucket_bytes` (None: a quarter of default_bucket_bytes) of slices are staged on a rank, sent and received
+    together.
     """
 
     name: ClassVar[str] = "reshard"
@@ -134,7 +135,7 @@ class ReshardSync:
         engine: Receiver,
         *,
         engine_ranks: int,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ):
         """Make the plan that every sync of these parameters carries out. Collective over all ranks."""
         self._groups = groups
@@ -147,7 +148,8 @@ class ReshardSync:
         self._buckets: list[_Bucket] = []
         self._padding: list[tuple[str, int]] = []
         plan = SyncPlan(model=model, layout=groups.layout, engine_ranks=engine_ranks)
-        for bucket in _portions_in_buckets(plan, bucket_bytes // self._some_parameter.element_size()):
+        most_bytes = bucket_bytes or default_bucket_bytes() // 4
+        for bucket in _portions_in_buckets(plan, most_bytes // self._some_parameter.element_size()):
             self._buckets.append(_Bucket({}, {}))
             for step, portion, num_portions in bucket:
                 self._add(step, portion, num_portions)
@@ -232,7 +234,7 @@ def choose_weight_sync(
     engine: Receiver,
     *,
     engine_ranks: int,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
 ) -> tuple[WeightSync, str | None]:
     """Return ReshardSync where every rank's engine can be written into, else FullTensorSync and the reason.
 
