@@ -23,6 +23,7 @@ HEADROOM = 0.05
 TIGHT_COST = 0.03
 """How much slower a layout without that headroom is taken to be when layouts are ordered."""
 MOST_REMEDIES = 3
+_OFFLOADED: Change = {"optimizer.offload": True, "model.offload_reference": True}
 _SERVER_SHARE = 0.9
 """engine.gpu_memory_utilization of a server, which has its GPUs to itself."""
 
@@ -72,7 +73,7 @@ def _single_changes(config: Config, model: ModelConfig, gpu: Gpu, nodes: int) ->
         {"batch.micro_batch_tokens": smallest},
         {"optimizer.offload": True},
         {"model.offload_reference": True},
-        {"optimizer.offload": True, "model.offload_reference": True},
+        _OFFLOADED,
         *({"engine.gpu_memory_utilization": share / 100} for share in range(90, 10, -5)),
         *({"parallel.tensor": tensor * factor} for factor in (2, 4, 8) if tensor * factor <= gpu.per_node),
         *({"parallel.pipeline": parallel.pipeline * factor} for factor in (2, 4, 8)),
@@ -109,7 +110,10 @@ def fastest(
 class _Choices:
     """The settings that are tried with every division of the ranks.
 
-    micro_batches: rollouts in one; shares: the engine's share of a GPU
+    micro_batches: rollouts in one
+    shares: the engine's share of a GPU, with everything on the device
+    offloading: the same with the optimizer and the reference model in host memory, which costs little time and is of
+        use where the engine gets the room
     """
 
     virtual: tuple[int, ...]
@@ -117,6 +121,7 @@ class _Choices:
     recompute: tuple[Recompute, ...]
     micro_batches: tuple[int, ...]
     shares: tuple[float, ...]
+    offloading: tuple[float, ...] = ()
 
 
 _ALL = _Choices(
@@ -125,6 +130,7 @@ _ALL = _Choices(
     recompute=("none", "selective", "full"),
     micro_batches=(1, 2, 4),
     shares=(0.35, 0.5, 0.65),
+    offloading=(0.65, 0.8),
 )
 _ROOMY = _Choices(
     virtual=(1,),
@@ -143,10 +149,10 @@ def _engines(config: Config, gpu: Gpu, num_gpus: int, choices: _Choices) -> list
     """
     sizes = [n for n in (1, 2, 4, 8) if n <= gpu.per_node]
     if not config.engine.servers:
-        return [
-            ({"engine.tensor_parallel": size, "engine.gpu_memory_utilization": share}, num_gpus)
-            for size, share in product(sizes, choices.shares)
-        ]
+        on_device = _differences(config, dict.fromkeys(_OFFLOADED, False))
+        shares: list[Change] = [on_device | {"engine.gpu_memory_utilization": share} for share in choices.shares]
+        shares += [_OFFLOADED | {"engine.gpu_memory_utilization": share} for share in choices.offloading]
+        return [({"engine.tensor_parallel": size} | share, num_gpus) for size, share in product(sizes, shares)]
     unit = gpu.per_node if num_gpus > gpu.per_node else 1
     return [
         (
