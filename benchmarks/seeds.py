@@ -21,6 +21,8 @@ from benchmarks.measure import machine
 
 WINDOW = 5
 """The number of steps at the beginning and at the end whose rewards are compared."""
+AUC = "contrast/auc_cross_domain"
+"""The ranking of correct above incorrect rollouts, in every step that has both."""
 PHASES = ("rollout", "score", "update", "step")
 
 
@@ -81,6 +83,7 @@ def summary(folder: Path, seed: int, seconds: float, peak: int) -> dict[str, Any
         f"reward_last_{WINDOW}": round(last, 4),
         "factor": round(last / first, 3),
         "rewards": [round(reward, 4) for reward in rewards],
+        AUC: [row.get(AUC) for row in steps],
         "held_out": [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()],
         "median_seconds": {p: round(statistics.median(row[f"time/{p}"] for row in steps), 2) for p in PHASES}
         | {"sync": round(statistics.median(row["sync/seconds"] for row in steps), 2)},
