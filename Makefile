@@ -7,6 +7,7 @@
 #                     with TE_PYTHON=PROGRAM and TE_SITE=FOLDER, as tools/gpu_unpack.py leaves one
 # make study          what is missing of the comparison of methods (hours); ARGS="--level b --workers 1"
 # make study-table    its results
+# make bench          the cheap benchmarks, compared with benchmarks/results (minutes); ARGS="--only push"
 # make docs           the documentation's site, in build/docs
 # make env | model    only the environment | only the embedded model
 # make env-gpu        .venv-gpu, the environment for NVIDIA GPUs, beside .venv, with Transformer Engine, which is compiled;
@@ -24,7 +25,7 @@ TE_SITE :=
 MODEL := .cache/models/smollm2-135m-instruct
 PYTHON := .venv/bin/python
 
-.PHONY: train test test-system test-all check-te study study-table docs env model env-gpu gpu-is-here train-gpu lock clean
+.PHONY: train test test-system test-all check-te bench study study-table docs env model env-gpu gpu-is-here train-gpu lock clean
 
 train: model
 	$(PYTHON) -m megatron_mcpo train $(CONFIG) $(ARGS)
@@ -72,6 +73,9 @@ study: model
 
 study-table: env
 	$(PYTHON) -m benchmarks.study.table $(ARGS)
+
+bench: env
+	$(PYTHON) -m benchmarks.guard $(ARGS)
 
 # Generated pages are written again first: a test holds the committed ones against them.
 docs: env

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -93,7 +94,7 @@ def _layout(name: str) -> str:
 
 
 def quickstart(results: Path) -> str:
-    """Return the quick start's rewards and held-out accuracy by seed."""
+    """Return the quick start's rewards, held-out accuracy and ranking by seed."""
     content = _read(results, "quickstart_cpu.json")
     rows = [
         [
@@ -103,13 +104,20 @@ def quickstart(results: Path) -> str:
             f"{run['factor']:.2f}",
             f"{run['held_out'][0]['mean']:.3f}",
             f"{run['held_out'][-1]['mean']:.3f}",
+            *(f"{statistics.fmean(part):.2f}" for part in _ends(run["contrast/auc_cross_domain"])),
             f"{run['seconds']:.0f} s",
             f"{run['peak_memory_gib']:.1f} GiB",
         ]
         for run in content["runs"]
     ]
     columns = ("seed", "reward, first 5 steps", "last 5 steps", "factor", "held-out accuracy before", "after")
-    return _with_machine(content, table((*columns, "whole program", "peak memory"), rows))
+    mechanism = ("ranking, first 5 steps", "last 5 steps")
+    return _with_machine(content, table((*columns, *mechanism, "whole program", "peak memory"), rows))
+
+
+def _ends(values: Sequence[float | None]) -> list[list[float]]:
+    """Return the figures of the first and of the last five steps; None: a step without one."""
+    return [[value for value in part if value is not None] for part in (values[:5], values[-5:])]
 
 
 def contrastive(results: Path) -> str:
@@ -144,12 +152,13 @@ def convert(results: Path) -> str:
             row["direction"],
             f"{significant(row['seconds'])} s",
             f"{significant(row['seconds_cp'])} s",
+            f"{row['ratio_cp']:.1f}",
             byte_text(row["peak_rss_bytes"]),
             byte_text(row["largest_tensor_bytes"]),
         ]
         for row in content["convert"]
     ]
-    columns = ("model", "direction", "seconds", "`cp` and fsync", "highest memory", "largest tensor")
+    columns = ("model", "direction", "seconds", "`cp` and fsync", "times `cp`", "highest memory", "largest tensor")
     return _with_machine(content, table(columns, rows))
 
 
@@ -162,14 +171,33 @@ def push(results: Path) -> str:
             row["weight_sync"],
             f"{significant(row['seconds'])} s",
             significant(row["ratio_to_memcpy"]),
+            significant(row["ratio_floor"]),
             byte_text(row["bytes_moved"]),
             f"{row['ratio_to_lower_bound']:.2f}" if row["ratio_to_lower_bound"] else "nothing has to move",
             byte_text(row["peak_extra_bytes"]),
         ]
         for row in content["push"]
     ]
-    columns = ("model, trainer to engines", "how", "seconds", "times a copy in memory", "bytes between ranks")
-    return _with_machine(content, table((*columns, "times the least possible", "extra memory"), rows))
+    columns = ("model, trainer to engines", "how", "seconds", "times a copy in memory", "times the floor")
+    of_bytes = ("bytes between ranks", "times the least possible", "extra memory")
+    return _with_machine(content, table((*columns, *of_bytes), rows))
+
+
+def training_pass(results: Path) -> str:
+    """Return seconds of forward and backward beside transformers'."""
+    content = _read(results, "training_pass_cpu.json")
+    rows = [
+        [
+            row["case"],
+            f"{row['tokens']:,}",
+            f"{row['seconds_ours']:.1f} s",
+            f"{row['seconds_transformers']:.1f} s",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in content["training_pass"]
+    ]
+    columns = ("sequences and their tokens", "tokens", "this trainer", "transformers", "times as fast")
+    return _with_machine(content, table(columns, rows))
 
 
 def trl_step(results: Path) -> str:

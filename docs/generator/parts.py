@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "contrastive": benchmarks.contrastive,
     "convert": benchmarks.convert,
     "push": benchmarks.push,
+    "training_pass": benchmarks.training_pass,
     "trl_step": benchmarks.trl_step,
     "scaling": benchmarks.scaling,
     "exchange": benchmarks.exchange,
