@@ -276,5 +276,5 @@ def test_a_plan_needs_no_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(ROOT)
     assert push_plan.main(["examples/qwen3_32b/h100_32.toml", "--ranks", "32"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "8 engine(s) on 4 rank(s) each" in printed
+    assert "4 engine(s) on 8 rank(s) each" in printed
     assert "lower bound of what travels in a push:" in printed
