@@ -112,7 +112,7 @@ class _BoundSlice:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What this rank sends and receives at one time, by peer."""
+    """Hold what this rank sends and receives at one time, by peer."""
 
     sends: dict[int, list[_BoundSlice]]
     receives: dict[int, list[_BoundSlice]]

@@ -151,18 +151,19 @@ def _without_busy(found: Any) -> Any:
 
 def test_every_token_has_its_version_and_long_answers_are_learned_from_too(folder: Path, servers: list[Server]) -> None:
     """Keep the weights unchanged, so that the trainer's log-probs show whether a response continues where it was."""
-    ahead = ("--engine.staleness", "3", "--engine.oversample", "0.5", "--model.path", str(folder / "b"))
-    unchanged = ("--optimizer.lr", "1e-15", "--optimizer.head_lr", "1e-15", "--run.steps", "10", *NO_EVALUATION)
-    with Run.of(folder, "keep", servers, *ahead, *unchanged) as run:
-        with slowed(servers[1]):  # who is not finished in time is overtaken
-            run.wait_for(lambda: run.steps > 0 and metrics(run.folder)[-1]["rollouts/passed_over"] > 0)
-        assert run.code(seconds=300) == 0, run.said[-3000:]
-    rows = metrics(run.folder)
+    found = train_forked(
+        folder / "config.toml",
+        *options("keep", servers, "--engine.staleness", "3", "--engine.oversample", "1.5"),
+        *("--model.path", str(folder / "b"), "--engine.max_concurrent", "3"),  # few, so that they are slow
+        *("--optimizer.lr", "1e-15", "--optimizer.head_lr", "1e-15", "--run.steps", "10", *NO_EVALUATION),
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    rows = metrics(folder / "runs" / "keep")
     assert max(row["engine/logprob_diff_max"] for row in rows) < 1e-3
-    assert 1 <= max(row["staleness/max"] for row in rows) <= 3
+    assert max(row["staleness/max"] for row in rows) in (2, 3)
     rollouts = [
         (step, json.loads(line))
-        for step, path in enumerate(sorted((run.folder / "rollouts").iterdir()), start=1)
+        for step, path in enumerate(sorted((folder / "runs" / "keep" / "rollouts").iterdir()), start=1)
         for line in path.read_text().splitlines()
     ]
     assert len(rollouts) == 10 * 32
@@ -171,10 +172,17 @@ def test_every_token_has_its_version_and_long_answers_are_learned_from_too(folde
     assert all([v for v, _ in versions] == sorted({v for v, _ in versions}) for versions in pieces)
     assert all(0 <= step - 1 - version <= 3 for step, row in rollouts for version, _ in row["versions"])
 
-    # What was overtaken is learned from two steps later at the latest.
+    # Who is overtaken is learned from one step later at the latest.
     by_domain = Counter((row["domain"], step <= 5) for step, row in rollouts)
-    assert by_domain["divisors", True] >= 3 * 16, "all of the steps 1 to 3"
-    assert by_domain["divisors", True] + by_domain["divisors", False] >= 8 * 16
+    assert by_domain["divisors", True] >= 4 * 16, "all of the steps 1 to 4"
+    assert by_domain["divisors", True] + by_domain["divisors", False] >= 9 * 16
+
+
+def test_prompts_on_a_slow_server_are_overtaken(folder: Path, servers: list[Server]) -> None:
+    """Slow one server on purpose, so that this does not depend on what else the machine does."""
+    ahead = ("--engine.staleness", "3", "--engine.oversample", "0.5", "--run.steps", "100000", *NO_EVALUATION)
+    with Run.of(folder, "overtaken", servers, *ahead, "--model.path", str(folder / "b")) as run, slowed(servers[1]):
+        run.wait_for(lambda: run.steps > 0 and metrics(run.folder)[-1]["rollouts/passed_over"] > 0)
 
 
 def test_servers_that_die_hang_or_come_back_do_not_end_a_run(folder: Path, servers: list[Server]) -> None:

@@ -39,7 +39,7 @@ def test_every_figure_that_is_compared_was_recorded() -> None:
 def test_a_prediction_that_became_worse_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the real benchmark, held against figures of which one is half of what it was."""
+    """Hold the real benchmark against figures of which one is half of what it was."""
     content = json.loads((guard.RESULTS / "cost.json").read_text())
     content["cost"][-1]["step"] /= 2
     (tmp_path / "cost.json").write_text(json.dumps(content))

@@ -94,7 +94,7 @@ def test_a_rank_holds_what_megatron_builds(name: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
 def test_ranks_of_a_stage_hold_equally_much(tmp_path: Path, kind: tiny_models.Kind) -> None:
-    """What the planner takes for granted: one rank of a stage stands for all, also where the vocabulary is padded."""
+    """Check that one rank of a stage stands for all, as the planner assumes, also where the vocabulary is padded."""
     tiny_models.save_model(tmp_path, kind)
     model = from_folder(tmp_path)
     layout = Layout(tensor=2, pipeline=2, data=2, expert=2 if kind == "experts" else 1, sequence=True)

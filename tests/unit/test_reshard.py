@@ -86,7 +86,7 @@ def full_tensors(model: ModelConfig) -> dict[str, Tensor]:
 
 
 def trainer_shards(plan: SyncPlan, full: dict[str, Tensor]) -> list[dict[tuple[str, int], Tensor]]:
-    """What every rank holds, by Megatron's name and chunk. Coordinates of a rank are taken apart digit by digit."""
+    """Return what every rank holds, by Megatron's name and chunk. A rank is taken apart digit by digit."""
     layout = plan.layout
     ranks = []
     for rank in range(layout.world_size):
@@ -112,7 +112,7 @@ def trainer_shard(parameter: Parameter, layout: Layout, full: dict[str, Tensor],
 
 
 def engine_parameters(plan: SyncPlan, full: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """What vLLM's rank holds, written down once more: with chunks of whole tensors instead of slices."""
+    """Return what vLLM's rank holds, written down once more: with chunks of whole tensors instead of slices."""
     model, num_ranks = plan.model, plan.engine_ranks
     base, more = divmod(model.experts.count, num_ranks) if model.experts else (0, 0)
     first = rank * base + min(rank, more)
