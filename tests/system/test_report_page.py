@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -39,7 +40,9 @@ class Page:
         self.wait(lambda: self.find("#main > section"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
-        return WebDriverWait(self.driver, 80).until(lambda _: condition())
+        # The page may redraw between finding an element and reading it; then the condition is asked again.
+        patient = WebDriverWait(self.driver, 80, ignored_exceptions=[StaleElementReferenceException])
+        return patient.until(lambda _: condition())
 
     def find(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
