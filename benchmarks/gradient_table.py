@@ -51,6 +51,7 @@ LAYOUTS = {
     "pp2": Layout(pipeline=2),
     "pp3": Layout(pipeline=3),
     "pp4": Layout(pipeline=4),
+    "pp3_uneven": Layout(pipeline=3, layers_per_stage=(1, 2, 1)),
     "vpp2": Layout(pipeline=2, virtual_pipeline=2),
     "cp2": Layout(context=2),
     "tp2_pp2": Layout(tensor=2, pipeline=2, sequence=True),
@@ -188,7 +189,7 @@ def models_for(layout: Layout) -> list[str]:
         return ["experts"]
     if layout in (Layout(), Layout(tensor=2, sequence=True)):
         return ["halves", "experts"]
-    return ["thirds" if 3 in (layout.tensor, layout.pipeline) else "halves"]
+    return ["thirds" if 3 in (layout.tensor, layout.pipeline) and not layout.layers_per_stage else "halves"]
 
 
 def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:

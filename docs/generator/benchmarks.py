@@ -87,10 +87,9 @@ def gradients(results: Path) -> str:
 
 def _layout(name: str) -> str:
     """Spell out a layout's short name: tp2_pp2 is tensor 2, pipeline 2."""
+    words = {"sp": "sequence parallel", "uneven": "stages of 1, 2 and 1 layers"}
     parts = [(part.rstrip("0123456789"), part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in name.split("_")]
-    return ", ".join(
-        "sequence parallel" if short == "sp" else f"{_LAYOUT_WORDS[short]} {size}" for short, size in parts
-    )
+    return ", ".join(words[short] if short in words else f"{_LAYOUT_WORDS[short]} {size}" for short, size in parts)
 
 
 def quickstart(results: Path) -> str:

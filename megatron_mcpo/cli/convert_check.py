@@ -29,7 +29,6 @@ from megatron_mcpo.weights.checkpoint_layout import MegatronFolder
 from megatron_mcpo.weights.hf_io import HfFolder
 
 LAYOUTS = ("tp1", "tp2", "pp2", "pp2vpp2", "tp2pp2", "tp3", "ep2", "tp2ep2")
-_SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "ep": "expert"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,7 +86,8 @@ def parse(name: str) -> Layout:
     sizes = {kind: int(size) for kind, size in re.findall(r"(tp|vpp|pp|ep)(\d+)", name)} if found else {}
     if not sizes:
         raise ConfigError([f"--layouts: {name!r}: must be like tp2, pp2vpp2 or tp2ep2"])
-    return layout_of(**{word: sizes.get(kind, 1) for kind, word in _SIZES.items()})
+    tensor, pipeline, virtual, expert = (sizes.get(kind, 1) for kind in ("tp", "pp", "vpp", "ep"))
+    return layout_of(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert)
 
 
 def _nothing(_text: str) -> None:

@@ -19,13 +19,30 @@ def main(arguments: Sequence[str]) -> int:
     )
     for name, meaning in {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert"}.items():
         parser.add_argument(f"--{name}", type=positive, default=1, metavar="N", help=f"{meaning} parallel size")
+    parser.add_argument(
+        "--layers-per-stage",
+        type=_numbers,
+        default=(),
+        metavar="N,N,...",
+        help="layers of every pipeline stage (of every chunk with --vpp); default: equally many",
+    )
     known = parse(parser, arguments)
 
     def work() -> int:
-        layout = layout_of(tensor=known.tp, pipeline=known.pp, virtual_pipeline=known.vpp, expert=known.ep)
+        layout = layout_of(
+            tensor=known.tp,
+            pipeline=known.pp,
+            virtual_pipeline=known.vpp,
+            expert=known.ep,
+            layers_per_stage=known.layers_per_stage,
+        )
         compared = hf_to_megatron(
             known.source, known.final, layout, dtype=known.dtype, verify_forward=known.verify_forward, say=say
         )
         return report_success(known, compared)
 
     return exit_code(work)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))

@@ -113,6 +113,7 @@ class Config(Section):
             expert=p.expert,
             data=p.data or max(1, (fewest if world_size is None else world_size) // replica),
             sequence=p.sequence and p.tensor > 1,
+            layers_per_stage=tuple(p.layers_per_stage),
         )
         problems = []
         if world_size is not None and layout.world_size != world_size:

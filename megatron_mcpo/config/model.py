@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mcpo.config.environment import vllm_on_cpu
-from megatron_mcpo.config.layout import Layout
+from megatron_mcpo.config.layout import Layout, nearly_even
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
@@ -93,13 +93,7 @@ def layout_problems(
         f"parallel.tensor = {layout.tensor}: {problem}. Possible: {_listed(_possible_tensor(model))}."
         for problem in _tensor_problems(model, layout.tensor)
     ]
-    chunks = layout.pipeline * layout.virtual_pipeline
-    if model.num_layers % chunks:
-        possible = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
-        problems.append(
-            f"parallel.pipeline x virtual_pipeline = {layout.pipeline} x {layout.virtual_pipeline}: must divide the "
-            f"{model.num_layers} layers. Possible products: {_listed(possible)}."
-        )
+    problems += _layer_problems(model, layout)
     if layout.virtual_pipeline > 1 and layout.pipeline < 2:
         problems.append(
             f"parallel.virtual_pipeline = {layout.virtual_pipeline}: requires parallel.pipeline >= 2 (the "
@@ -190,6 +184,26 @@ def fast_dtype() -> Literal["bf16", "fp32"]:
     except OSError:
         return "fp32"
     return "bf16" if re.search(r"\bavx512bw\b", flags) else "fp32"
+
+
+def _layer_problems(model: ModelConfig, layout: Layout) -> list[str]:
+    """Return why the layers can't be divided over the pipeline's chunks."""
+    given = list(layout.layers_per_stage)
+    if given and (len(given) != layout.chunks or sum(given) != model.num_layers):
+        return [
+            f"parallel.layers_per_stage = {given}: must be {layout.chunks} numbers (pipeline x virtual_pipeline) that "
+            f"add up to the {model.num_layers} layers (they are {len(given)} and add up to {sum(given)}). Correct it."
+        ]
+    if given or model.num_layers % layout.chunks == 0:
+        return []
+    possible = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+    problem = (
+        f"parallel.pipeline x virtual_pipeline = {layout.pipeline} x {layout.virtual_pipeline}: must divide the "
+        f"{model.num_layers} layers. Possible products: {_listed(possible)}"
+    )
+    if layout.chunks > model.num_layers:
+        return [f"{problem}."]
+    return [f"{problem}; or set layers_per_stage = {list(nearly_even(model.num_layers, layout.chunks))}."]
 
 
 def _expert_problems(model: ModelConfig, layout: Layout) -> list[str]:

@@ -136,6 +136,11 @@ class ParallelConfig(Section):
     virtual_pipeline: PositiveInt = Field(
         1, description="number of chunks of layers per pipeline stage; above 1, the schedule is interleaved"
     )
+    layers_per_stage: list[PositiveInt] = Field(
+        default_factory=list,
+        description="number of layers of every pipeline stage (of every chunk, if virtual_pipeline is above 1), in the "
+        "order of the model; empty: all have equally many",
+    )
     context: PositiveInt = Field(1, description="context parallelism: number of ranks that share every sequence")
     expert: PositiveInt = Field(
         1,

@@ -68,7 +68,9 @@ class VerificationError(ValueError):
         self.compared = compared
 
 
-def layout_of(*, tensor: int, pipeline: int, virtual_pipeline: int, expert: int) -> Layout:
+def layout_of(
+    *, tensor: int, pipeline: int, virtual_pipeline: int, expert: int, layers_per_stage: Sequence[int] = ()
+) -> Layout:
     """Return the smallest layout of these sizes; sequence parallel with several tensor ranks, since experts need it."""
     return Layout(
         tensor=tensor,
@@ -77,6 +79,7 @@ def layout_of(*, tensor: int, pipeline: int, virtual_pipeline: int, expert: int)
         expert=expert,
         data=lcm(tensor, expert) // tensor,
         sequence=tensor > 1,
+        layers_per_stage=tuple(layers_per_stage),
     )
 
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import ModelConfig, RopeScaling
 from megatron_mcpo.config.schema import Fp8, Recompute
 from megatron_mcpo.distributed.device import device
@@ -56,6 +57,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=_stages(layout),
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
@@ -78,6 +80,16 @@ def transformer_config(
     for name, value in _yarn_options(model).items():
         setattr(config, name, value)
     return config
+
+
+def _stages(layout: Layout) -> list[list[str]] | None:
+    """Return what every chunk holds as Megatron-Core wants it; None: equally many layers."""
+    if not layout.layers_per_stage:
+        return None
+    stages = [["decoder"] * layers for layers in layout.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def _is_yarn(model: ModelConfig) -> bool:

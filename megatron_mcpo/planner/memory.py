@@ -242,7 +242,7 @@ def _saved_bytes(
     config: Config, model: ModelConfig, layout: Layout, *, kept: Activations, stage: int, micros: int
 ) -> float:
     """Count the most that autograd keeps on a rank of `stage` at a time."""
-    layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    layers = max(layout.stage_layers(model.num_layers, stage))
     flying = chunks_in_flight(layout, stage=stage, micros=micros)
     # Megatron-Core keeps a chunk's output until its gradient arrives.
     outputs = 0.0 if layout.pipeline == 1 else kept.layer_input

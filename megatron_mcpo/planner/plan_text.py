@@ -1,5 +1,6 @@
 """Write a plan, its remedies and the result of a search as text for people."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 from megatron_mcpo.config.summary import arithmetic
@@ -70,8 +71,11 @@ def _memory(plan: MemoryPlan) -> Iterator[str]:
 
 def describe(change: Change) -> str:
     """Write a change as options of the command line."""
-    values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    values = {**change}
     servers = values.pop("engine.servers", None)
+    for key, value in values.items():
+        if isinstance(value, bool | list):
+            values[key] = json.dumps(value, separators=(",", ":"))
     options = " ".join(f"--{key} {value}" for key, value in values.items() if value is not None)
     return options if servers is None else f"{options} and {len(servers)} engine.servers"
 

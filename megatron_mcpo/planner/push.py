@@ -54,7 +54,7 @@ def num_tensors(model: ModelConfig) -> int:
 def resharded_elements(model: ModelConfig, layout: Layout, engine_ranks: int) -> tuple[int, ...]:
     """Return what weights/reshard_plan.py's Totals.received says, without working out who sends."""
     last = layout.pipeline - 1
-    layers = model.num_layers // layout.pipeline
+    layers = [sum(layout.stage_layers(model.num_layers, stage)) for stage in range(layout.pipeline)]
     found = []
     for rank in range(layout.world_size):
         stage = rank * layout.pipeline // layout.world_size
@@ -62,7 +62,7 @@ def resharded_elements(model: ModelConfig, layout: Layout, engine_ranks: int) ->
         share = _shares(model, layout.tensor, rank % layout.tensor, engine_ranks, rank % engine_ranks)
         total = sum(needed - held * own[place] for place, (needed, held) in share.items() if place in own)
         needed, held = share[Place.LAYER]
-        found.append(total + model.num_layers * needed - layers * held)
+        found.append(total + model.num_layers * needed - layers[stage] * held)
     return tuple(found)
 
 
@@ -95,7 +95,7 @@ def full_tensor_bytes(model: ModelConfig, layout: Layout, stage: int, itemsize: 
     elsewhere = {
         Place.FIRST: float(stage > 0),
         Place.LAST: float(stage < layout.pipeline - 1),
-        Place.LAYER: model.num_layers * (1 - 1 / layout.pipeline),
+        Place.LAYER: float(model.num_layers - sum(layout.stage_layers(model.num_layers, stage))),
     }
     total = 0.0
     for mapping in registry(model):

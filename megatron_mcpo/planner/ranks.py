@@ -61,12 +61,11 @@ def head_size(model: ModelConfig, head: HeadSpec | None) -> tuple[int, ...]:
 def rank_size(model: ModelConfig, layout: Layout, head: HeadSpec | None, stage: int) -> RankSize:
     """Count one rank's parameters from the mapping table that weights are loaded by."""
     num_chunks = layout.virtual_pipeline
-    layers = model.num_layers // (layout.pipeline * num_chunks)
     experts = model.experts.count // layout.expert if model.experts else 0
     rows = [(row, prod(shard_shape(row, row.num_shards(layout)))) for row in registry(model)]
     of_head = head_size(model, head) if stage == layout.pipeline - 1 else ()
     chunks = []
-    for number in range(num_chunks):
+    for number, layers in enumerate(layout.stage_layers(model.num_layers, stage)):
         first = stage == 0 and number == 0
         last = stage == layout.pipeline - 1 and number == num_chunks - 1
         ends = [

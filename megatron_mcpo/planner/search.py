@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from megatron_mcpo.config.config import Config, ConfigError
+from megatron_mcpo.config.layout import nearly_even
 from megatron_mcpo.config.model import ModelConfig
 from megatron_mcpo.config.schema import Recompute
 from megatron_mcpo.planner.hardware import Gpu
@@ -186,11 +187,13 @@ def _divisions(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, cho
     sizes = [n for n in (1, 2, 4, 8) if n <= gpu.per_node]
     experts = choices.experts if model.experts else (1,)
     stages = [n for n in range(1, num_ranks + 1) if model.num_layers % n == 0]
+    stages += [n for n in (2, 4, 8, 16, 32) if n <= min(num_ranks, model.num_layers) and model.num_layers % n]
     return [
         {
             "parallel.tensor": tensor,
             "parallel.pipeline": pipeline,
             "parallel.virtual_pipeline": virtual,
+            **_layers(config, model, pipeline * virtual),
             "parallel.context": context,
             "parallel.expert": expert,
             "parallel.sequence": True,
@@ -201,8 +204,17 @@ def _divisions(config: Config, model: ModelConfig, gpu: Gpu, num_ranks: int, cho
         for tensor, pipeline, virtual, context, expert, recompute, times in product(
             sizes, stages, choices.virtual, (1, 2), experts, choices.recompute, choices.micro_batches
         )
-        if (virtual == 1 or pipeline > 1) and num_ranks % (tensor * pipeline * context) == 0
+        if (virtual == 1 or pipeline > 1) and pipeline * virtual <= model.num_layers
+        if num_ranks % (tensor * pipeline * context) == 0
     ]
+
+
+def _layers(config: Config, model: ModelConfig, chunks: int) -> Change:
+    """Return the value that `parallel.layers_per_stage` needs; nothing where it stays empty."""
+    uneven = model.num_layers % chunks > 0
+    if not uneven and not config.parallel.layers_per_stage:
+        return {}
+    return {"parallel.layers_per_stage": list(nearly_even(model.num_layers, chunks)) if uneven else []}
 
 
 def _data(config: Config, num_ranks: int, replica: int) -> int | None:

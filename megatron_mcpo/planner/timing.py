@@ -5,6 +5,7 @@ pipeline's bubble, the gaps between kernels. Rollout: decoding reads all weights
 memory-bound; reading prompts is compute-bound. Rewards, data and checkpoints are left out: they depend on the task.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -39,10 +40,14 @@ _POINTS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """The seconds of one micro-batch on a middle stage, forward and backward; last: what the last stage adds."""
+    """The seconds of one micro-batch on an average stage, forward and backward; last: what the last stage adds.
+
+    hand_on: the part of `forward` and of `backward` that does not grow with the layers
+    """
 
     forward: float
     backward: float
+    hand_on: float
     last_forward: float
     last_backward: float
 
@@ -85,7 +90,7 @@ def link(gpu: Gpu, *, first: int, ranks: int) -> float:
 
 
 def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, shape: StepShape) -> Pass:
-    """Predict the seconds of one micro-batch on a stage."""
+    """Predict the seconds of one micro-batch on a stage with an average number of layers."""
     e, tokens = ITEMSIZE[config.model.dtype], shape.micro_tokens
     layers = model.num_layers / layout.pipeline
     products = layers * tokens * layer_flops(model) / layout.tensor / (gpu.gemm_tflops * _TERA)
@@ -113,6 +118,7 @@ def micro_pass(config: Config, model: ModelConfig, layout: Layout, gpu: Gpu, sha
     return Pass(
         forward=forward,
         backward=backward,
+        hand_on=hand_on,
         last_forward=(last + over) / gpu.busy,
         # Logits are computed a second time, and then multiplied by each of their operands.
         last_backward=(3 * last + over) / gpu.busy,
@@ -142,13 +148,27 @@ def _message_seconds(
     return tensor, experts, context, hand_on
 
 
-def pipeline_seconds(layout: Layout, micros: int, middle: float, last: float) -> float:
-    """Return the seconds of a pipeline whose stages all take as long as the slowest, which is the last.
+def pipeline_seconds(layout: Layout, micros: int, stages: Sequence[float]) -> float:
+    """Return the seconds of a pipeline at the pace of its slowest stage. stages: of one micro-batch on each
 
-    The bubble is (p - 1) / (v m) of the work: https://arxiv.org/abs/2104.04473 (section 2.2).
+    The bubble, the time of a micro-batch on all other stages, is divided by the number of chunks of a stage:
+    https://arxiv.org/abs/2104.04473 (section 2.2).
     """
-    bubble = (layout.pipeline - 1) / layout.virtual_pipeline
-    return micros * (middle + last) + bubble * middle
+    return micros * max(stages) + (sum(stages) - max(stages)) / layout.virtual_pipeline
+
+
+def stage_seconds(model: ModelConfig, layout: Layout, *, whole: float, hand_on: float, last: float) -> list[float]:
+    """Return the seconds of one micro-batch on every stage.
+
+    whole: on a stage with an average number of layers; hand_on: the part of it that does not grow with the layers;
+    last: what the last stage adds
+    """
+    average = model.num_layers / layout.pipeline
+    found = []
+    for stage in range(layout.pipeline):
+        layers = sum(layout.stage_layers(model.num_layers, stage))
+        found.append((whole - hand_on) * layers / average + hand_on + last * (stage == layout.pipeline - 1))
+    return found
 
 
 def decode_seconds(
@@ -255,10 +275,11 @@ def step_seconds(
     e = ITEMSIZE[config.model.dtype]
     once = micro_pass(config, model, layout, gpu, shape)
     scores, _ = passes(config)
-    score = scores * shape.updates * pipeline_seconds(layout, shape.micros, once.forward, once.last_forward)
-    both = once.forward + once.backward
-    ends = once.last_forward + once.last_backward
-    update = shape.updates * pipeline_seconds(layout, shape.micros, both, ends)
+    forward = stage_seconds(model, layout, whole=once.forward, hand_on=once.hand_on, last=once.last_forward)
+    backward = stage_seconds(model, layout, whole=once.backward, hand_on=once.hand_on, last=once.last_backward)
+    score = scores * shape.updates * pipeline_seconds(layout, shape.micros, forward)
+    both = [sum(each) for each in zip(forward, backward, strict=True)]
+    update = shape.updates * pipeline_seconds(layout, shape.micros, both)
     shared = layout.data * layout.context
     of_data = link(gpu, first=layout.tensor, ranks=shared)
     elements, shards = zip(*(buffers(chunk, layout) for size in sizes for chunk in size.chunks), strict=True)

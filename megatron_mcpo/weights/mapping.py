@@ -134,23 +134,22 @@ def parameters(model: ModelConfig, layout: Layout) -> Iterator[Parameter]:
                 mapping=mapping, megatron=mapping.megatron, hugging_face=mapping.hugging_face, stage=0, chunk=0
             )
     num_experts = model.experts.count if model.experts else layout.expert
-    per_chunk, rest = divmod(model.num_layers, layout.pipeline * layout.virtual_pipeline)
+    chunk_layers = layout.chunk_layers(model.num_layers)
     per_expert_rank, rest_of_experts = divmod(num_experts, layout.expert)
-    assert rest == rest_of_experts == 0, "layout_problems() refuses layers and experts that don't divide"
+    assert sum(chunk_layers) == model.num_layers and not rest_of_experts, "layout_problems() refuses them"
     layer_mappings = [mapping for mapping in mappings if mapping.place is Place.LAYER]
     in_layer: list[tuple[ParamMapping, int | None]] = [
         (mapping, None) for mapping in layer_mappings if not mapping.expert
     ]
     in_layer += [(mapping, expert) for expert in range(num_experts) for mapping in layer_mappings if mapping.expert]
-    for layer in range(model.num_layers):
-        chunk, stage = divmod(layer // per_chunk, layout.pipeline)
+    places = [(chunk, number) for chunk, count in enumerate(chunk_layers) for number in range(count)]
+    for layer, (place, in_chunk) in enumerate(places):
+        chunk, stage = divmod(place, layout.pipeline)
         for mapping, expert in in_layer:
             number, rank = (None, None) if expert is None else (expert % per_expert_rank, expert // per_expert_rank)
             yield Parameter(
                 mapping=mapping,
-                megatron=tuple(
-                    f"decoder.layers.{layer % per_chunk}.{_number(name, number)}" for name in mapping.megatron
-                ),
+                megatron=tuple(f"decoder.layers.{in_chunk}.{_number(name, number)}" for name in mapping.megatron),
                 hugging_face=tuple(f"model.layers.{layer}.{_number(name, expert)}" for name in mapping.hugging_face),
                 stage=stage,
                 chunk=chunk,

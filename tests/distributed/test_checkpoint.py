@@ -45,6 +45,7 @@ CHANGES = [
     ("experts", Layout(data=2, expert=2), Layout(tensor=2, data=2, expert=4, sequence=True)),
     ("experts", Layout(tensor=2, sequence=True), Layout(data=2, expert=2)),
     ("experts", Layout(), Layout(pipeline=2)),
+    ("tied", Layout(pipeline=2, layers_per_stage=(1, 3)), Layout(pipeline=2, layers_per_stage=(3, 1), data=2)),
 ]
 
 

@@ -51,6 +51,7 @@ LAYOUTS = [
     {"tensor": 2},
     {"pipeline": 2},
     {"pipeline": 2, "virtual_pipeline": 2},
+    {"pipeline": 3, "layers_per_stage": (1, 2, 1)},
     {"tensor": 4, "pipeline": 2},
     {"expert": 2},
     {"tensor": 2, "pipeline": 4, "expert": 4},

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def sizes(**changes: int) -> Layout:
-    return layout_of(**{"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "expert": 1, **changes})
+def sizes(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    expert: int = 1,
+    layers_per_stage: Sequence[int] = (),
+) -> Layout:
+    return layout_of(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual_pipeline,
+        expert=expert,
+        layers_per_stage=layers_per_stage,
+    )
 
 
 def quiet(_text: str) -> None:

@@ -409,7 +409,7 @@ MODEL = replace(
         (Layout(tensor=3), 1, ["parallel.tensor = 3: must divide the 8 attention heads", "Possible: 1, 2, 4, 8."]),
         (Layout(tensor=3), 1, ["2 key-value heads"]),
         (Layout(tensor=16), 1, ["8 attention heads"]),
-        (Layout(pipeline=5), 1, ["must divide the 12 layers", "Possible products: 1, 2, 3, 4, 6, 12."]),
+        (Layout(pipeline=5), 1, ["must divide the 12 layers", "Possible products: 1, 2, 3, 4, 6, 12; or set"]),
         (Layout(pipeline=4, virtual_pipeline=2), 1, ["4 x 2"]),
         (Layout(virtual_pipeline=2), 1, ["requires parallel.pipeline >= 2"]),
         (Layout(tensor=2, data=3), 4, ["engine.tensor_parallel = 4: must divide the 6 ranks", "Possible: 1, 2."]),

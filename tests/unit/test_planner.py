@@ -78,6 +78,11 @@ LAYOUTS = [
     ("qwen3-32b", Layout(tensor=4, pipeline=4, data=2, sequence=True)),
     ("qwen3-30b-a3b", Layout(tensor=2, pipeline=2, expert=8, data=8, sequence=True)),
     ("qwen3-235b-a22b", Layout(tensor=4, pipeline=2, expert=16, data=16, sequence=True)),
+    (
+        "qwen3-235b-a22b",
+        Layout(tensor=4, pipeline=4, expert=8, data=4, sequence=True, layers_per_stage=(23, 24, 24, 23)),
+    ),
+    ("qwen3-4b", Layout(pipeline=2, virtual_pipeline=2, layers_per_stage=(8, 10, 10, 8))),
     ("qwen2.5-32b", Layout(tensor=8, pipeline=4, data=2, sequence=True)),
     ("llama3-70b", Layout(tensor=8, pipeline=8, data=1, sequence=True)),
 ]

@@ -52,6 +52,7 @@ def test_there_is_a_recipe_for_each_model() -> None:
         ("qwen2_5_32b", "h100_32"),
         ("llama3_70b", "h100_64"),
         ("qwen3_30b_a3b", "h100_32"),
+        ("qwen3_235b_a22b", "h100_128"),
     }
 
 

@@ -66,6 +66,9 @@ def plans(draw: st.DrawFn) -> SyncPlan:
         count = layout.expert * draw(st.integers(1, 2))
         experts = replace(model.experts, count=count, per_token=1, ffn_hidden_size=engine * draw(st.integers(1, 3)))
         model = replace(model, experts=experts)
+    if layout.chunks > 1 and draw(st.booleans()):
+        cuts = draw(st.lists(st.integers(1, 3), min_size=layout.chunks, max_size=layout.chunks))
+        layout, model = replace(layout, layers_per_stage=tuple(cuts)), replace(model, num_layers=sum(cuts))
     assume(not layout_problems(model, layout, engine))
     whole = model.experts is not None and model.experts.count >= engine and draw(st.booleans())
     return SyncPlan(model=model, layout=layout, engine_ranks=engine, whole_experts=whole)
