@@ -101,7 +101,7 @@ def _measured(layout: Layout, rollouts: int, tokens: int) -> tuple[float, int]:
     made = {(0, n): _made(group, n) for n, group in enumerate(groups) if group.holder == ranks.rank}
     with Received(ranks) as received:
         found = tell(made, prompts, ranks)
-        rank_batch([found[key] for key in prompts], ranks, share_prompts=False)
+        rank_batch([found[key] for key in prompts], ranks, share_prompts=False, routing=None)
     whole = (ranks.world_size - 1) * (8 + len(pickle.dumps(made)))
     return sum(received.bytes.values()), whole
 

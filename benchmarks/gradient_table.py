@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.gradient_variants import VARIANTS
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
@@ -79,81 +80,6 @@ MODELS: dict[str, tuple[tuple[tiny_models.Kind, ...], dict[str, int]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A way to configure and pack a step.
-
-    shortest_prompt: if it exceeds half of a micro-batch, no two rollouts share one
-    uneven: groups of different sizes, and correct answers whose rewards are less than 1
-    updated: the optimizer's update is checked, too
-    """
-
-    name: str
-    sections: dict[str, dict[str, Any]]
-    share_prompts: bool
-    shortest_prompt: int = 3
-    uneven: bool = False
-    updated: bool = False
-
-
-VARIANTS = [
-    Variant(
-        name="one rollout per micro-batch",
-        sections={"batch": {"micro_batch_tokens": 32}},
-        share_prompts=False,
-        shortest_prompt=17,
-    ),
-    Variant(
-        name="few rollouts, recomputed, sequence means, rloo, mlp head on the last token, centred",
-        sections={
-            "batch": {"micro_batch_tokens": 64},
-            "model": {"recompute": "full"},
-            "rollout": {"temperature": 0.8},
-            "algorithm": {"aggregation": "seq_mean_token_mean", "advantage": "rloo"},
-            "contrastive": {"head": "mlp", "pool": "last", "center": "prompt"},
-        },
-        share_prompts=True,
-        updated=True,
-    ),
-    Variant(
-        name="all rollouts in one micro-batch, per_domain, k2, all rivals of the domain",
-        sections={
-            "batch": {"micro_batch_tokens": 4096},
-            "algorithm": {"advantage": "per_domain", "kl_estimator": "k2"},
-            "contrastive": {"negatives": "domain", "denominator": "all"},
-        },
-        share_prompts=True,
-        updated=True,
-    ),
-    Variant(
-        name="contrastive reward, recomputed, dr_grpo, cispo, mask, k2",
-        sections={
-            "batch": {"micro_batch_tokens": 64},
-            "model": {"recompute": "selective"},
-            "algorithm": {
-                "advantage": "dr_grpo",
-                "aggregation": "dr_grpo",
-                "clip": "cispo",
-                "importance": "mask",
-                "kl_estimator": "k2",
-            },
-            "contrastive": {
-                "mode": "reward",
-                "cross_domain_weight": 0.1,
-                "in_domain_weight": 0.05,
-            },  # some of them capped
-        },
-        share_prompts=False,
-    ),
-    Variant(
-        name="one ratio per rollout, uneven groups with penalties",
-        sections={"batch": {"micro_batch_tokens": 64}, "algorithm": {"clip": "gspo"}},
-        share_prompts=True,
-        uneven=True,
-    ),
-]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Case:
     """A model, a configuration, rollouts, and the gradient of every parameter as the reference computes it.
 
@@ -204,7 +130,11 @@ def make_cases(folder: Path, model: str, *, sure: bool = False) -> list[Case]:
         for variant in VARIANTS:
             groups = tiny_models.rollout_groups(num_prompts=6, num_samples=3, shortest_prompt=variant.shortest_prompt)
             groups = tiny_models.uneven(groups) if variant.uneven else groups
-            config = make_config(folder / kind, _without_choices(variant.sections) if sure else variant.sections)
+            sections = _without_choices(variant.sections) if sure else variant.sections
+            if kind == "experts" and variant.replays:
+                groups = tiny_models.with_experts(groups, num_layers=shape["num_layers"])
+                sections = {**sections, "model": {**sections["model"], "router_replay": "engine"}}
+            config = make_config(folder / kind, sections)
             cases.append(
                 Case(
                     name=f"{kind}, {variant.name}",

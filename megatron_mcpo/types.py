@@ -5,6 +5,7 @@ Shape legend, used as suffixes of tensor names throughout the package:
   M rollouts of all ranks together  T tokens, all sequences concatenated without padding
   R response tokens, concatenated in the order of the rollouts
   D size of a representation       H hidden size              V vocabulary
+  X layers with experts            K experts of a token
 """
 
 from collections.abc import Sequence
@@ -49,6 +50,10 @@ class Prompt:
     """What the verifier needs: question, answer, metadata."""
 
 
+Routes = tuple[tuple[Tensor, ...], ...]
+"""The experts that a pass used on a rank, by chunk and micro-batch: int16 [tokens of the rank, X of the chunk, K]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outline:
     """Hold what every rank knows of a completion, wherever it was sampled.
@@ -67,6 +72,8 @@ class Completion:
 
     logprobs: the engine's, of the sampled tokens
     versions: of the engine's weights that sampled each token, ascending: a response may outlive a weight sync
+    experts: those that the engine gave to every token but the last, which it never read, [prompt + response - 1, X, K];
+        None where they were not asked for
     """
 
     token_ids: Sequence[int]
@@ -74,6 +81,7 @@ class Completion:
     stop_reason: StopReason
     versions: Sequence[int]
     text: str = ""
+    experts: Tensor | None = None
 
     @property
     def outline(self) -> Outline:
@@ -145,6 +153,7 @@ class TrainBatch:
     prompt_lens_N, response_lens_N: int64; their sum is a rollout's length, their total is T
     rows_N: int64, position of each rollout in the batch's order over all ranks (0..M-1), ascending
     engine_logp_R: fp32, the engine's log-prob of each response token
+    experts_TXK: int16, those that the engine gave to each token, -1 for the last of a rollout; None: not asked for
     labels: domain, prompt and correctness of ALL rollouts of the batch (the same on every rank)
     num_response_tokens: R of the whole batch, over all ranks: the denominator of token means
     prompt_lens_M, response_lens_M: number of tokens of every rollout of the batch
@@ -164,6 +173,7 @@ class TrainBatch:
     response_lens_M: tuple[int, ...]
     rank_rows: tuple[tuple[int, ...], ...]
     shared_prompts: bool
+    experts_TXK: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -184,6 +194,7 @@ class TrainBatch:
         assert self.prompt_lens_N.shape == self.response_lens_N.shape == (n,)
         assert self.tokens_T.shape == (int(self.prompt_lens_N.sum() + self.response_lens_N.sum()),)
         assert self.engine_logp_R.shape == (int(self.response_lens_N.sum()),)
+        assert self.experts_TXK is None or len(self.experts_TXK) == len(self.tokens_T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +203,14 @@ class Scores:
 
     logp_R, entropy_R: fp32; z_ND: fp32, the head's output (None: the model has no head)
     version: of the weights behind them
+    routes: the experts that were used; None: the model has none, or they are not replayed
     """
 
     logp_R: Tensor
     entropy_R: Tensor
     z_ND: Tensor | None
     version: int
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

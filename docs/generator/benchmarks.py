@@ -253,6 +253,24 @@ def exchange(results: Path) -> str:
     return _with_machine(content, table(("rollouts", "ranks", "received by a rank", "if sent whole"), rows))
 
 
+def router_replay(results: Path) -> str:
+    """Return how far engine and trainer are apart with and without routing replay."""
+    content = _read(results, "router_replay_cpu.json")
+    rows = [
+        [
+            row["model"],
+            f"`{row['replay']}`",
+            *(f"{row[key]:.1g}" for key in ("mismatch_mean", "mismatch_p999", "mismatch_kl", "ratio_p999")),
+            f"{100 * row['choices_changed']:.0f} %",
+            f"{100 * row['overhead']:+.0f} %" if row["replay"] != "off" else "",
+            str(row["bytes_per_token"]),
+        ]
+        for row in content["router_replay"]
+    ]
+    header = ("model", "replay", "mean", "p99.9", "KL", "ratio p99.9", "other experts", "seconds", "bytes a token")
+    return _with_machine(content, table(header, rows))
+
+
 def tiers(results: Path) -> str:
     """Return what each tier of the tests costs, and its slowest files."""
     content = _read(results, "tiers.json")

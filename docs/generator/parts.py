@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "trl_step": benchmarks.trl_step,
     "scaling": benchmarks.scaling,
     "exchange": benchmarks.exchange,
+    "router_replay": benchmarks.router_replay,
     "tiers": benchmarks.tiers,
     "faults": benchmarks.faults,
     "server_faults": benchmarks.server_faults,

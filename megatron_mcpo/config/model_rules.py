@@ -15,7 +15,8 @@ def problems(config: Config, model: ModelConfig, *, on_cpu: bool) -> list[str]:
         on_cpu: Whether the engine computes on a CPU, where vLLM has fewer kernels.
     """
     in_servers = bool(config.engine.servers)
-    return _head_problems(config, model) + serving_problems(config, model, in_servers=in_servers, on_cpu=on_cpu)
+    found = _head_problems(config, model) + _replay_problems(config, model)
+    return found + serving_problems(config, model, in_servers=in_servers, on_cpu=on_cpu)
 
 
 def serving_problems(config: Config, model: ModelConfig, *, in_servers: bool, on_cpu: bool) -> list[str]:
@@ -47,3 +48,10 @@ def _head_problems(config: Config, model: ModelConfig) -> list[str]:
         f"contrastive.dim = {dim}: must be at most the model's hidden size, {model.hidden_size}. Lower it, or leave it "
         "out."
     ]
+
+
+def _replay_problems(config: Config, model: ModelConfig) -> list[str]:
+    replay = config.model.router_replay
+    if replay == "off" or model.experts is not None:
+        return []
+    return [f"model.router_replay = {replay!r}: must be 'off' (the model has no experts). Set it to that."]

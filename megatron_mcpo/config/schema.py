@@ -106,10 +106,14 @@ class ModelSection(Section):
         "Transformer Engine; blockwise: e4m3 with one scale per block of 128 x 128; tensorwise: one scale per tensor "
         "and e5m2 gradients, which is faster",
     )
+    router_replay: Literal["off", "trainer", "engine"] = Field(
+        "off",
+        description="whose choices of experts the policy repeats; trainer: the update those of the scoring pass; "
+        "engine: both those that the engine made while it sampled; off: every pass chooses, as its rounding has it",
+    )
     offload_reference: bool = Field(
         False,
-        description="whether the weights of the reference model stay in host memory and are moved to the device only "
-        "while it computes log-probs",
+        description="whether the weights of the reference model are in host memory except while it computes log-probs",
     )
 
     @field_validator("dtype", mode="before", json_schema_input_type=Literal["bf16", "fp32", "auto"])

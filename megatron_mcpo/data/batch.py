@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mcpo.types import Completion, RolloutGroup, RolloutLabels, TrainBatch
@@ -90,9 +91,19 @@ def contents(completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
 
 
 def assemble(
-    groups: Sequence[RolloutGroup], division: Division, *, data_rank: int, response_R: Tensor, engine_logp_R: Tensor
+    groups: Sequence[RolloutGroup],
+    division: Division,
+    *,
+    data_rank: int,
+    response_R: Tensor,
+    engine_logp_R: Tensor,
+    experts_N: Sequence[Tensor] | None,
 ) -> TrainBatch:
-    """Return the share of `data_rank`, from its rollouts' response tokens and the engine's log-probs of them."""
+    """Return the share of `data_rank`.
+
+    response_R, engine_logp_R: the response tokens of its rollouts and the engine's log-probs of them
+    experts_N: of each of its rollouts, as a Completion has them; None: they are not replayed
+    """
     rows = division.rank_rows[data_rank]
     response_lens_N = torch.tensor([division.response_lens_M[row] for row in rows], dtype=torch.int64)
     prompts = [torch.tensor(group.prompt.token_ids, dtype=torch.int64) for group in groups]
@@ -112,6 +123,7 @@ def assemble(
         response_lens_M=division.response_lens_M,
         rank_rows=division.rank_rows,
         shared_prompts=division.shared_prompts,
+        experts_TXK=_experts(experts_N) if experts_N else None,
     )
     batch.check()
     return batch
@@ -123,13 +135,27 @@ def make_batch(
     """Return the share of `data_rank` in groups whose completions are all on this rank."""
     division = divide(groups, num_data_ranks=num_data_ranks, share_prompts=share_prompts)
     completions = [completion for group in groups for completion in group.completions]
-    response_R, logp_R = contents([completions[row] for row in division.rank_rows[data_rank]])
-    return assemble(groups, division, data_rank=data_rank, response_R=response_R, engine_logp_R=logp_R)
+    mine = [completions[row] for row in division.rank_rows[data_rank]]
+    response_R, logp_R = contents(mine)
+    experts = [completion.experts for completion in mine if completion.experts is not None]
+    return assemble(
+        groups,
+        division,
+        data_rank=data_rank,
+        response_R=response_R,
+        engine_logp_R=logp_R,
+        experts_N=experts if len(experts) == len(mine) else None,
+    )
 
 
 def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
     """Return the rewards [M] of scored groups, ordered by group, then sample."""
     return torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
+
+
+def _experts(experts_N: Sequence[Tensor]) -> Tensor:
+    """Return the experts of all tokens, int16, -1 for the last token of each rollout."""
+    return torch.cat([F.pad(experts_txk.short(), (0, 0, 0, 0, 0, 1), value=-1) for experts_txk in experts_N])
 
 
 def _labels(groups: Sequence[RolloutGroup]) -> RolloutLabels:

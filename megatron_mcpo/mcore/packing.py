@@ -31,6 +31,7 @@ class MicroBatch:
     response_r: where these response tokens stand in the TrainBatch's R
     pool_l: positions in L of the response tokens that make up representations; pool_rollout_l: the rollout
     (0..len(rollouts)-1) each belongs to; pooled_n: how many of them every rollout has, over all context ranks
+    experts_LXK: those that the engine gave to these tokens, -1 where nothing is known; None: not asked for
     """
 
     tokens_1L: Tensor
@@ -42,6 +43,7 @@ class MicroBatch:
     pool_l: Tensor
     pool_rollout_l: Tensor
     pooled_n: Tensor
+    experts_LXK: Tensor | None
 
 
 def num_micro_batches(batch: TrainBatch, *, max_tokens: int, layout: Layout) -> int:
@@ -130,7 +132,12 @@ class _Sequences:
         self.prompt_lens = batch.prompt_lens_N.tolist()
         self.response_lens = batch.response_lens_N.tolist()
         self.response_starts = _starts(self.response_lens)
-        self.tokens = batch.tokens_T.split([p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)])
+        lengths = [p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)]
+        self.tokens = batch.tokens_T.split(lengths)
+        self.experts: Sequence[Tensor] | None = None
+        self.choice_shape: Sequence[int] = ()
+        if batch.experts_TXK is not None:
+            self.experts, self.choice_shape = batch.experts_TXK.split(lengths), batch.experts_TXK.shape[1:]
 
     def num_pooled(self, i: int) -> int:
         """Return the number of response tokens that the representation of rollout i is computed from."""
@@ -149,6 +156,9 @@ class _Pack:
         self.sequences = sequences
         self.tokens_T, self.position_T, self.predictor_T = torch.zeros(3, total, dtype=torch.int64)
         self.response_T, self.rollout_T = torch.full((2, total), -1, dtype=torch.int64)
+        self.experts_TXK: Tensor | None = None
+        if sequences.experts is not None:
+            self.experts_TXK = torch.full((total, *sequences.choice_shape), -1, dtype=torch.int16)
         self.rollouts: list[int] = []
         self.shapes: list[tuple[int, tuple[int, ...]]] = []
         self.end = 0
@@ -160,6 +170,8 @@ class _Pack:
         prompt_len = sequences.prompt_lens[local[0]]
         self.end = start + prompt_len
         self.tokens_T[start : self.end] = sequences.tokens[local[0]][:prompt_len]
+        if self.experts_TXK is not None and sequences.experts is not None:
+            self.experts_TXK[start : self.end] = sequences.experts[local[0]][:prompt_len]
         self.position_T[start : self.end] = torch.arange(prompt_len)
         for i in local:
             self._add_response(i, last_of_prompt=start + prompt_len - 1)
@@ -178,6 +190,8 @@ class _Pack:
         self.end = at + length
         span = slice(at, self.end)
         self.tokens_T[span] = sequences.tokens[i][prompt_len:]
+        if self.experts_TXK is not None and sequences.experts is not None:
+            self.experts_TXK[span] = sequences.experts[i][prompt_len:]
         self.response_T[span] = torch.arange(length) + sequences.response_starts[i]
         self.rollout_T[self.end - sequences.num_pooled(i) : self.end] = len(self.rollouts)
         self.position_T[span] = torch.arange(prompt_len, prompt_len + length)
@@ -215,6 +229,7 @@ def _pack_one(
         pool_l=pooled_L.nonzero().squeeze(1).to(device),
         pool_rollout_l=pack.rollout_T[keep_L][pooled_L].to(device),
         pooled_n=torch.tensor([sequences.num_pooled(i) for i in pack.rollouts], device=device),
+        experts_LXK=None if pack.experts_TXK is None else pack.experts_TXK[keep_L].to(device),
     )
 
 

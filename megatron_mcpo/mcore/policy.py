@@ -5,7 +5,7 @@ Shape legend: see megatron_mcpo.types.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_mcpo.config.config import Config
 from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.data.routing import Routing
 from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore import learning_rate, schedule
@@ -25,9 +26,10 @@ from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.mcore.offload import Offloaded, OptimizerMemory
 from megatron_mcpo.mcore.packing import MicroBatch, pack
 from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE, check_context, check_fp8
+from megatron_mcpo.mcore.router_replay import RouterReplay
 from megatron_mcpo.mcore.schedule import MicroOutput
 from megatron_mcpo.mcore.spec import shares_prompts
-from megatron_mcpo.types import Scores, TrainBatch, Update
+from megatron_mcpo.types import Routes, Scores, TrainBatch, Update
 from megatron_mcpo.weights.full_sync import export
 from megatron_mcpo.weights.load import load_hf
 
@@ -76,21 +78,17 @@ class _Model:
             fp8=config.model.fp8,
         )
         load_hf(self.chunks, model, Path(config.model.path), groups)
+        self._replay: RouterReplay | None = None
+        self.routing: Routing | None = None
 
     def score(self, batch: TrainBatch) -> Scores:
         """Return log-probs, entropies and (with a head) representations of the batch, on every rank of the replica."""
+        return self._score(batch, routes=None)
+
+    def _score(self, batch: TrainBatch, *, routes: Routes | None) -> Scores:
         for chunk in self.chunks:
             chunk.eval()
-        micros = self._pack(batch)
-        outputs = schedule.run(
-            self.chunks,
-            micros,
-            self.groups,
-            return_representations=self.head is not None,
-            temperature=self.temperature,
-            loss=None,
-        )
-        return self._collect(batch, micros, outputs)
+        return self._run(batch, self._pack(batch), loss=None, routes=routes)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full tensor with its Hugging Face name, on every rank. Collective over the replica."""
@@ -111,6 +109,29 @@ class _Model:
             pool=self.head.pool if self.head else "mean",
             device=self.device,
         )
+
+    def _run(
+        self,
+        batch: TrainBatch,
+        micros: Sequence[MicroBatch],
+        *,
+        loss: schedule.MicroLoss | None,
+        routes: Routes | None,
+    ) -> Scores:
+        """Run the micro-batches of a batch; return its scores, on all stages."""
+        if self._replay is not None:
+            self._replay.begin(routes)
+        outputs = schedule.run(
+            self.chunks,
+            micros,
+            self.groups,
+            return_representations=self.head is not None,
+            temperature=self.temperature,
+            loss=loss,
+            replay=self._replay,
+        )
+        scores = self._collect(batch, micros, outputs)
+        return scores if self._replay is None else replace(scores, routes=self._replay.end())
 
     def _collect(self, batch: TrainBatch, micros: Sequence[MicroBatch], outputs: Sequence[MicroOutput]) -> Scores:
         """Put micro-batch results (the last stage's; other stages have none) in the batch's order, on all stages."""
@@ -163,6 +184,10 @@ class Policy(_Model):
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
         head = HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
         super().__init__(config, model, groups, head=head)
+        if config.model.router_replay != "off":
+            self._replay = RouterReplay(self.chunks, groups)
+        if config.model.router_replay == "engine":
+            self.routing = Routing.of(model)
         # Gathering weights during the next forward pass would gain nothing: a weight sync follows the update.
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -192,16 +217,25 @@ class Policy(_Model):
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         self._offloaded = OptimizerMemory(self.optimizer, self.gradient_buffers) if config.optimizer.offload else None
 
+    def score(self, batch: TrainBatch, *, routes: Routes | None = None) -> Scores:
+        """Return the scores of the batch, as both models do.
+
+        routes: the experts that an earlier pass over the same batch used, which are used again where they are replayed
+        """
+        return self._score(batch, routes=routes)
+
     def optimizer_on_device(self) -> AbstractContextManager[None]:
         """Keep the optimizer's state on the device for a block; without optimizer.offload it is always there."""
         return self._offloaded.on_device() if self._offloaded else nullcontext()
 
-    def backward(self, batch: TrainBatch, loss: LossFunction) -> tuple[dict[str, float], Scores]:
+    def backward(
+        self, batch: TrainBatch, loss: LossFunction, *, routes: Routes | None = None
+    ) -> tuple[dict[str, float], Scores]:
         """Leave the gradient of the sum of all losses, over micro-batches and ranks, in the gradient buffers.
 
         `loss` returns a micro-batch's share of the global loss, with global denominators already in it. Megatron's
         schedule multiplies it by the context size and divides it by the number of micro-batches, and its DDP averages
-        over data x context ranks: all of that is undone here and nowhere else.
+        over data x context ranks: all of that is undone here and nowhere else. routes: as in `score`.
         Returns, on every rank, the sums over micro-batches and ranks of the metrics that `loss` returns, and the scores
         of the forward pass.
         """
@@ -230,17 +264,17 @@ class Policy(_Model):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = schedule.run(
-            self.chunks,
-            micros,
-            self.groups,
-            return_representations=self.head is not None,
-            temperature=self.temperature,
-            loss=scaled,
-        )
-        return self._sum_over_ranks(totals), self._collect(batch, micros, outputs)
+        scores = self._run(batch, micros, loss=scaled, routes=routes)
+        return self._sum_over_ranks(totals), scores
 
-    def update(self, batch: TrainBatch, loss: LossFunction, *, representation_version: int | None = None) -> Update:
+    def update(
+        self,
+        batch: TrainBatch,
+        loss: LossFunction,
+        *,
+        representation_version: int | None = None,
+        routes: Routes | None = None,
+    ) -> Update:
         """Take one optimizer step on the batch; if any gradient is not finite, nothing changes and `applied` is False.
 
         Args:
@@ -248,6 +282,7 @@ class Policy(_Model):
             loss: As in `backward`.
             representation_version: The version of the weights that computed the representations that `loss` was built
                 from. A gradient at other weights would be that of no loss.
+            routes: As in `score`.
 
         Raises:
             ValueError: The policy's weights are of another version.
@@ -257,7 +292,7 @@ class Policy(_Model):
                 f"representation_version = {representation_version}: must be {self.version} (the version of the "
                 "policy's weights); score the batch again"
             )
-        metrics, scores = self.backward(batch, loss)
+        metrics, scores = self.backward(batch, loss, routes=routes)
         applied, grad_norm, lr, head_lr = self._gradients_finite(), float("nan"), 0.0, 0.0
         if applied:
             # Before the update, so that a warm-up does not waste its first update on a rate of zero.
@@ -278,12 +313,13 @@ class Policy(_Model):
         groups = self.optimizer.param_groups
         return next((group["lr"] for group in groups if group["default_config"] is not of_head), 0.0)
 
-    def trunk_gradient(self, batch: TrainBatch, loss: LossFunction) -> Tensor:
+    def trunk_gradient(self, batch: TrainBatch, loss: LossFunction, *, routes: Routes | None = None) -> Tensor:
         """Return this rank's share of the gradient of `loss` on all weights but the head's, flat fp32; nothing changes.
 
-        Every element is on one rank only, so that `dot` of such shares is the product of the whole gradients.
+        Every element is on one rank only, so that `dot` of such shares is the product of the whole gradients. routes:
+        as in `score`.
         """
-        self.backward(batch, loss)
+        self.backward(batch, loss, routes=routes)
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
                 if not self._is_counted(name, parameter):

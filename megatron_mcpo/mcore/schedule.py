@@ -4,6 +4,7 @@ Shape legend: see megatron_mcpo.types and megatron_mcpo.mcore.packing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.packing import MicroBatch
+from megatron_mcpo.mcore.router_replay import RouterReplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ def run(
     return_representations: bool,
     temperature: float,
     loss: MicroLoss | None,
+    replay: RouterReplay | None = None,
 ) -> list[MicroOutput]:
     """Run the micro-batches through this rank's chunks; return their detached outputs on the last stage, else [].
 
@@ -51,7 +54,9 @@ def run(
         temperature: Logits are divided by it, as the engine does when it samples.
         loss: None for a forward-only pass; otherwise its values are back-propagated, times the factors of Megatron's
             schedule (see `Policy.backward`).
+        replay: A pass of the routers that has begun; None: they choose experts by themselves.
     """
+    numbers = {id(chunk): number for number, chunk in enumerate(chunks)}
 
     def forward(data: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[[Any], tuple[Tensor, Any]]]:
         progress.tick()
@@ -63,14 +68,15 @@ def run(
             value = loss(micro, output) if loss else logp_r.sum()
             return value, _detached(output)
 
-        output = chunk(
-            micro.tokens_1L,
-            None,
-            None,
-            packed_seq_params=micro.packed,
-            output_processor=_process_output,
-            output_processor_context=_Context(unwrap(chunk), micro, groups, return_representations, temperature),
-        )
+        with replay.forward(numbers[id(chunk)], micro) if replay else nullcontext():
+            output = chunk(
+                micro.tokens_1L,
+                None,
+                None,
+                packed_seq_params=micro.packed,
+                output_processor=_process_output,
+                output_processor_context=_Context(unwrap(chunk), micro, groups, return_representations, temperature),
+            )
         return output, finish
 
     interleaved = len(chunks) > 1

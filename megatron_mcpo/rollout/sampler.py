@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from queue import PriorityQueue
 
+import torch
+
 from megatron_mcpo.rollout.engine import NUM_SEEDS, SamplingRequest
 from megatron_mcpo.types import Completion, StopReason
 
@@ -102,8 +104,13 @@ def continued(request: SamplingRequest, begun: Completion) -> SamplingRequest:
 
 def joined(begun: Completion, piece: Completion) -> Completion:
     """Return a completion with the tokens of both, which ends as the second does."""
+    experts = piece.experts
+    if begun.experts is not None:  # the engine has read the tokens again, with other weights
+        later = [] if experts is None else [experts[len(begun.experts) :]]
+        experts = torch.cat([begun.experts, *later])
     return replace(
         piece,
+        experts=experts,
         token_ids=(*begun.token_ids, *piece.token_ids),
         logprobs=(*begun.logprobs, *piece.logprobs),
         versions=(*begun.versions, *piece.versions),

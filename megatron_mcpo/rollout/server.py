@@ -1,5 +1,7 @@
 """Use one vLLM server: send it weights, and get completions from it."""
 
+import base64
+import io
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -8,10 +10,13 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mcpo import progress
+from megatron_mcpo.data.routing import Routing
 from megatron_mcpo.rollout.engine import SamplingRequest
 from megatron_mcpo.rollout.server_client import TIMEOUT_SECONDS, Client, ServerError, ServerTaken
 from megatron_mcpo.rollout.vllm_engine import STOP_REASONS
@@ -45,12 +50,17 @@ class Server:
 
     patience = 30.0
 
-    def __init__(self, url: str, *, tag: str, device: torch.device, vocab_size: int):
-        """tag: of this trainer, the same on all of its ranks; it begins the versions of the weights that it sends"""
+    def __init__(self, url: str, *, tag: str, device: torch.device, vocab_size: int, routing: Routing | None = None):
+        """Keep what the server is used for.
+
+        tag: of this trainer, the same on all of its ranks; it begins the versions of the weights that it sends
+        routing: of a model of which the server must say which experts tokens were given
+        """
         self._client = Client(url)
         self._tag = tag
         self._device = device
         self._vocab_size = vocab_size
+        self._routing = routing
         self._sender: Sender | None = None
         self._expected: tuple[str, ...] = ()  # versions that the server may say it has; empty if any is right
         self._posting = ThreadPoolExecutor(1)
@@ -164,17 +174,23 @@ class Server:
         asked = {"token_ids": list(request.token_ids), "sampling_params": sampling_options(request)}
         answer = self._client.post("/inference/v1/generate", asked, timeout=_GENERATION_SECONDS)
         progress.tick()
+        experts = None
         try:
             (choice,) = answer["choices"]
             ids = tuple(choice["token_ids"])
             logprobs = tuple(token["logprob"] for token in (choice["logprobs"] or {"content": ()})["content"])
             reason = _REASONS[choice["finish_reason"]]
             problem = _problem(request, ids, logprobs, reason, self._vocab_size)
+            if self._routing and ids:
+                num_read = len(request.token_ids) + len(ids) - 1
+                experts = self._routing.checked(_array(choice["routed_experts"]), num_tokens=num_read)
         except (KeyError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem:
             raise ServerError(f"{self._client.url}: answered what no engine does ({problem})")
-        return Completion(token_ids=ids, logprobs=logprobs, stop_reason=reason, versions=(version,) * len(ids))
+        return Completion(
+            token_ids=ids, logprobs=logprobs, stop_reason=reason, versions=(version,) * len(ids), experts=experts
+        )
 
     def abort(self) -> None:
         """End all calls under way, also those of other threads, with a ServerError."""
@@ -216,6 +232,13 @@ class Server:
                 answer.result()  # raise the server's own error, if it has one
             raise ServerError(f"{self._client.url}: weights can't be sent: {error}") from error
         return answer.result()
+
+
+def _array(text: str | None) -> NDArray[Any] | None:
+    """Return an array from a server's answer: a file of numpy in base64. Raises ValueError for anything else."""
+    if text is None:
+        return None
+    return np.asarray(np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False))
 
 
 def _problem(

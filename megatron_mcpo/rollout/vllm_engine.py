@@ -17,6 +17,7 @@ from megatron_mcpo import progress
 from megatron_mcpo.config.config import ConfigError
 from megatron_mcpo.config.environment import vllm_on_cpu
 from megatron_mcpo.config.hf_config import from_folder
+from megatron_mcpo.data.routing import Routing
 from megatron_mcpo.distributed.device import uses_gpu
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout import vllm_probe
@@ -62,6 +63,7 @@ class VllmEngine:
         distributed: bool,
         job_tag: str,
         load_weights: bool = False,
+        routed_experts: bool = False,
     ):
         """Build the engine from the folder's config.json, which also determines the tensors of an update.
 
@@ -77,13 +79,16 @@ class VllmEngine:
             distributed: Whether the engine belongs to the ranks of the default process group.
             job_tag: Begins the names of the job's shared-memory segments; must differ between jobs on a host.
             load_weights: Whether to read the folder's weights instead of waiting for an update.
+            routed_experts: Whether completions say which experts their tokens were given.
 
         Raises:
             ValueError: The arguments are invalid.
             EngineError: vLLM fails.
         """
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
-        self._shapes = hf_shapes(from_folder(model_path, with_weights=False))
+        model = from_folder(model_path, with_weights=False)
+        self._shapes = hf_shapes(model)
+        self._routing = Routing.of(model) if routed_experts else None
         self._max_model_len = max_model_len
         self._on_cpu = not uses_gpu()
         self._broken: str | None = None
@@ -101,6 +106,7 @@ class VllmEngine:
             kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
             load_weights=load_weights,
+            routed_experts=routed_experts,
             transport=IN_PROCESS,
             on_cpu=self._on_cpu,
         )
@@ -243,6 +249,7 @@ class VllmEngine:
         completions = []
         for output in result.outputs:
             tokens = tuple(output.token_ids)
+            num_read = len(request.token_ids) + len(tokens) - 1
             pairs = zip(tokens, output.logprobs, strict=True)
             completions.append(
                 Completion(
@@ -250,6 +257,9 @@ class VllmEngine:
                     logprobs=tuple(entry[token].logprob for token, entry in pairs),
                     stop_reason=STOP_REASONS.get(output.finish_reason, StopReason.ABORT),
                     versions=(self.version,) * len(tokens),
+                    experts=self._routing.checked(output.routed_experts, num_tokens=num_read)
+                    if self._routing
+                    else None,
                 )
             )
         copies = request.num_samples // len(completions)

@@ -31,6 +31,7 @@ def engine_options(
     kv_cache_gib: float,
     gpu_memory_utilization: float,
     load_weights: bool,
+    routed_experts: bool,
     transport: str,
     on_cpu: bool,
 ) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def engine_options(
         use_tqdm_on_load=False,
         weight_transfer_config={"backend": transport},
     )
+    if routed_experts:
+        options |= dict(enable_return_routed_experts=True)
     if quantization != "none":
         options |= dict(quantization=quantization, quantization_config={"ignore": [_ROUTERS]})
     if on_cpu:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_mcpo import progress
 from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.data.routing import Routing
 from megatron_mcpo.rollout.engine import Comparison, EngineError, SamplingRequest, check_request, checked
 from megatron_mcpo.rollout.fleet import Fleet, Member
 from megatron_mcpo.rollout.sampler import Response, Sampler, split
@@ -53,6 +54,7 @@ class VllmServers:
         wanted: Mapping[str, Any],
         device: torch.device,
         tag: str,
+        routed_experts: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
     ):
         """Connect to servers that `server_client.server_problems` accepts.
@@ -67,6 +69,7 @@ class VllmServers:
             wanted: What servers that were restarted must say of themselves (server_client.wanted_description).
             device: Of the tensors that will be sent.
             tag: Names this trainer on all its ranks. It must be unique, even among restarts of one run.
+            routed_experts: Whether completions say which experts their tokens were given.
             bucket_bytes: Of the tensors that are sent together; a server holds as much beside its weights.
 
         Raises:
@@ -80,7 +83,8 @@ class VllmServers:
         self._bucket_bytes = bucket_bytes
         self._broken: str | None = None
         self._has_weights = False
-        make = partial(Server, tag=tag, device=device, vocab_size=model.vocab_size)
+        routing = Routing.of(model) if routed_experts else None
+        make = partial(Server, tag=tag, device=device, vocab_size=model.vocab_size, routing=routing)
         own = [make(url) for url in urls]
         self._fleet = Fleet(own, [make(url) for url in others], limit=max_concurrent)
         self._control = ThreadPoolExecutor(max(1, len(urls)))

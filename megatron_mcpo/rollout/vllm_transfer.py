@@ -138,6 +138,7 @@ class WorkerExtension:
             "workers": config.parallel_config.world_size_across_dp,
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
+            "routed_experts": model.enable_return_routed_experts,
             "device": torch.device(self.device).type,
             "process": f"{socket.gethostname()}:{os.getpid()}",
             "updating": transport.updating,

@@ -73,7 +73,9 @@ class EngineCheck:
     def measure(self) -> Mismatch:
         """Measure the mismatch, the same on every rank; collective."""
         completed = self.collector.complete(self.prompts, self.sampling)
-        batch = rank_batch(completed, self.groups, share_prompts=self.policy.shares_prompts)
+        batch = rank_batch(
+            completed, self.groups, share_prompts=self.policy.shares_prompts, routing=self.policy.routing
+        )
         logp_R = self.policy.score(batch).logp_R.cpu()
         sums_N = torch.zeros(len(batch)).index_add(0, batch.rollout_R, (logp_R - batch.engine_logp_R).abs())
         local_N1 = sums_N.unsqueeze(1).to(self.policy.device)

@@ -22,7 +22,8 @@ def term_gradients(objective: Objective, policy: Policy, prepared: Prepared) -> 
     """
     settings, scored, contrasted = objective.config.contrastive, prepared.scored, prepared.contrasted
     assert contrasted is not None
-    own = policy.trunk_gradient(scored.batch, objective.loss(replace(prepared, contrasted=None)))
+    alone = objective.loss(replace(prepared, contrasted=None))
+    own = policy.trunk_gradient(scored.batch, alone, routes=scored.routes)
     own_norm = policy.dot(own, own) ** 0.5
     metrics = {"gradient/trunk_policy": own_norm}
     weights = {"cross_domain": settings.cross_domain_weight, "in_domain": settings.in_domain_weight}
@@ -30,10 +31,11 @@ def term_gradients(objective: Objective, policy: Policy, prepared: Prepared) -> 
         if weights[term] == 0:
             continue
         labels = scored.batch.labels.to(contrasted.head_MD.device)
-        _, alone = centering.contrast(contrasted.head_MD, labels, settings.model_copy(update={other: 0.0}))
-        gradient = policy.trunk_gradient(scored.batch, objective.contrastive_loss(scored, alone))
+        _, term_alone = centering.contrast(contrasted.head_MD, labels, settings.model_copy(update={other: 0.0}))
+        loss = objective.contrastive_loss(scored, term_alone)
+        gradient = policy.trunk_gradient(scored.batch, loss, routes=scored.routes)
         norm = policy.dot(gradient, gradient) ** 0.5
-        metrics |= {f"gradient/z_{term}": alone.grad_z_MD.norm().item(), f"gradient/trunk_{term}": norm}
+        metrics |= {f"gradient/z_{term}": term_alone.grad_z_MD.norm().item(), f"gradient/trunk_{term}": norm}
         if own_norm and norm:
             metrics[f"gradient/cos_{term}"] = policy.dot(own, gradient) / (own_norm * norm)
     return metrics
@@ -49,7 +51,8 @@ def domain_gradients(objective: Objective, policy: Policy, prepared: Prepared) -
     batch, alone = prepared.scored.batch, replace(prepared, contrasted=None)
     total, count = None, 0
     for domain in batch.labels.domain_M.unique().tolist():
-        gradient = policy.trunk_gradient(batch, objective.loss(alone, domain=domain))
+        loss = objective.loss(alone, domain=domain)
+        gradient = policy.trunk_gradient(batch, loss, routes=prepared.scored.routes)
         norm = policy.dot(gradient, gradient) ** 0.5
         if norm:
             total = gradient / norm if total is None else total.add_(gradient, alpha=1 / norm)

@@ -19,7 +19,7 @@ from megatron_mcpo.data.batch import rewards_of
 from megatron_mcpo.distributed.gather import gather_rows
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.policy import LossFunction, LossInput, Policy
-from megatron_mcpo.types import RolloutGroup, Scores, TrainBatch
+from megatron_mcpo.types import RolloutGroup, Routes, Scores, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,11 @@ class Scored:
     batch: TrainBatch
     old: Scores | None
     reference_logp_R: Tensor | None
+
+    @property
+    def routes(self) -> Routes | None:
+        """Return the experts that the policy's scoring pass used, where they are replayed."""
+        return self.old.routes if self.old else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ class Objective:
             return None
         scores = scored.old
         if scores is None or scores.version != self.policy.version:
-            scores = self.policy.score(scored.batch)
+            scores = self.policy.score(scored.batch, routes=scored.routes)
         assert scores.z_ND is not None
         head_MD = gather_rows(scores.z_ND, scored.batch, self.groups)
         self._check_finite(head_MD, scored.batch, step)

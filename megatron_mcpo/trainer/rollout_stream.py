@@ -90,6 +90,7 @@ class RolloutStream:
             "limits": [config.rollout.max_prompt_tokens, *config.response_limits],
             "staleness": config.engine.staleness,
             "ahead": config.engine.prompts_ahead,
+            **({"experts": True} if config.model.router_replay == "engine" else {}),
         }
 
     def unfinished(self) -> list[Unfinished]:
@@ -121,8 +122,8 @@ class RolloutStream:
         if state != self.state_dict():
             return [
                 f"WARNING: {len(unfinished)} prompts were under way at the checkpoint; they are dropped, because "
-                "batch.prompts, batch.samples, the limits of prompts or responses, engine.staleness or "
-                "engine.oversample has changed"
+                "batch.prompts, batch.samples, the limits of prompts or responses, engine.staleness, "
+                "engine.oversample or model.router_replay has changed"
             ]
         found = [self.prompts.find(one.item) for one in unfinished]
         changed = [one.item.domain for one, prompt in zip(unfinished, found, strict=True) if prompt is None]

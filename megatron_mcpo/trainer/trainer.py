@@ -135,7 +135,9 @@ class Trainer:
     def score(self, groups: Sequence[RolloutGroup]) -> Scored:
         """Return the batch with the log-probs of policy and reference, before anything is learned from it."""
         with self.timed("exchange"):
-            batch = rank_batch(groups, self.groups, share_prompts=self.policy.shares_prompts)
+            batch = rank_batch(
+                groups, self.groups, share_prompts=self.policy.shares_prompts, routing=self.policy.routing
+            )
         with self.timed("score"):
             old = self.policy.score(batch) if self.config.scores_policy else None
             reference_logp_R = self.reference.score(batch).logp_R if self.reference else None
@@ -149,7 +151,8 @@ class Trainer:
         diagnosis = self.diagnose(prepared)
         with self.timed("update"):
             loss = self.objective.loss(prepared)
-            update = self.policy.update(batch, loss, representation_version=prepared.representation_version)
+            version = prepared.representation_version
+            update = self.policy.update(batch, loss, representation_version=version, routes=scored.routes)
         contrasted, old = prepared.contrasted, scored.old or update.scores
         stats_MK = gather_rows(rollout_stats(batch, old, scored.reference_logp_R), batch, self.groups)
         return BatchReport(

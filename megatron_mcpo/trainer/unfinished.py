@@ -1,6 +1,6 @@
 """Write prompts under way into a checkpoint, and read them: what there is of their responses.
 
-Tokens and log-probs are written as bytes of int32 and fp32, so that a large run's take seconds.
+Tokens, log-probs and experts are written as bytes, so that a large run's take seconds.
 """
 
 import base64
@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_mcpo.data.stream import ItemId
 from megatron_mcpo.types import Completion, StopReason
@@ -63,7 +66,12 @@ def decode(content: bytes) -> list[Unfinished]:
 
 
 def _encoded(completion: Completion) -> dict[str, Any]:
-    return {
+    experts: dict[str, Any] = {}
+    if completion.experts is not None:
+        kind = "B" if completion.experts.dtype is torch.uint8 else "h"
+        numbers = array(kind, completion.experts.flatten().tolist())
+        experts = {"experts": {"shape": list(completion.experts.shape), "kind": kind, "numbers": _text(numbers)}}
+    return experts | {
         "tokens": _text(array("i", completion.token_ids)),
         "logprobs": _text(array("f", completion.logprobs)),
         "versions": completion.outline.versions,
@@ -72,7 +80,9 @@ def _encoded(completion: Completion) -> dict[str, Any]:
 
 
 def _decoded(row: Mapping[str, Any]) -> Completion:
+    experts = row.get("experts")
     completion = Completion(
+        experts=None if experts is None else _tensor(experts),
         token_ids=tuple(_numbers("i", row["tokens"])),
         logprobs=tuple(_numbers("f", row["logprobs"])),
         versions=tuple(chain.from_iterable([int(version)] * int(count) for version, count in row["versions"])),
@@ -83,8 +93,13 @@ def _decoded(row: Mapping[str, Any]) -> Completion:
     return completion
 
 
+def _tensor(said: Mapping[str, Any]) -> Tensor:
+    """Return experts as they were written."""
+    dtype = {"B": torch.uint8, "h": torch.int16}[said["kind"]]
+    return torch.tensor(_numbers(said["kind"], said["numbers"]), dtype=dtype).view(*map(int, said["shape"]))
+
+
 def _text(numbers: "array[Any]") -> str:
-    assert numbers.itemsize == 4
     return base64.b64encode(numbers.tobytes()).decode()
 
 

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from benchmarks import exchange as benchmark
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.data.batch import make_batch
+from megatron_mcpo.data.routing import Routing
 from megatron_mcpo.distributed import parallel
 from megatron_mcpo.trainer.exchange import rank_batch, tell, texts_on_first
-from megatron_mcpo.types import RolloutGroup, TrainBatch
+from megatron_mcpo.types import Completion, RolloutGroup, TrainBatch
 from tests.support import tiny_models
 from tests.support.ranks import run_ranks
 from tests.support.traffic import Received
+
+ROUTING = Routing(num_layers=3, per_token=2, count=300)  # numbers of 16 bits
 
 
 def sampled(num_prompts: int = 7) -> list[RolloutGroup]:
@@ -31,14 +34,24 @@ def sampled(num_prompts: int = 7) -> list[RolloutGroup]:
         replace(
             group,
             completions=tuple(
-                replace(c, text=f"{number}.{sample}", versions=range(len(c.token_ids)))
-                if (number + sample) % 5
-                else replace(c, token_ids=(), logprobs=(), versions=(), text="")
+                with_experts(
+                    group,
+                    replace(c, text=f"{number}.{sample}", versions=range(len(c.token_ids)))
+                    if (number + sample) % 5
+                    else replace(c, token_ids=(), logprobs=(), versions=(), text=""),
+                )
                 for sample, c in enumerate(group.completions)
             ),
         )
         for number, group in enumerate(groups)
     ]
+
+
+def with_experts(group: RolloutGroup, completion: Completion) -> Completion:
+    """Add experts that depend on the tokens, and are not those of neighbours."""
+    tokens = [*group.prompt.token_ids, *completion.token_ids][:-1]
+    rows = [[[(token + layer) % 300, (7 * token + 150) % 300] for layer in range(3)] for token in tokens]
+    return replace(completion, experts=torch.tensor(rows, dtype=ROUTING.dtype).view(-1, 3, 2))
 
 
 def values(batch: TrainBatch) -> dict[str, Any]:
@@ -52,7 +65,9 @@ def values(batch: TrainBatch) -> dict[str, Any]:
     }
 
 
-def exchanged(layout: Layout, holders: Sequence[int], share_prompts: bool) -> dict[str, Any]:
+def exchanged(
+    layout: Layout, holders: Sequence[int], share_prompts: bool, routing: Routing | None = None
+) -> dict[str, Any]:
     """Exchange groups, each made by the rank that `holders` names; return what this rank has then."""
     ranks = parallel.init(layout, seed=0, timeout_seconds=120)
     groups = sampled(len(holders))
@@ -62,7 +77,7 @@ def exchanged(layout: Layout, holders: Sequence[int], share_prompts: bool) -> di
     with Received(ranks) as received:
         found = tell(made, prompts, ranks)
         told = [found[key] for key in keys]
-        batch = rank_batch(told, ranks, share_prompts=share_prompts)
+        batch = rank_batch(told, ranks, share_prompts=share_prompts, routing=routing)
     return {
         "batch": values(batch),
         "data_rank": ranks.data_rank,
@@ -74,13 +89,17 @@ def exchanged(layout: Layout, holders: Sequence[int], share_prompts: bool) -> di
     }
 
 
-def expected(layout: Layout, num_prompts: int, data_rank: int, share_prompts: bool) -> dict[str, Any]:
-    return values(
-        make_batch(sampled(num_prompts), num_data_ranks=layout.data, data_rank=data_rank, share_prompts=share_prompts)
+def expected(
+    layout: Layout, num_prompts: int, data_rank: int, share_prompts: bool, routing: Routing | None
+) -> dict[str, Any]:
+    batch = make_batch(
+        sampled(num_prompts), num_data_ranks=layout.data, data_rank=data_rank, share_prompts=share_prompts
     )
+    has_experts = routing is not None and len(batch) > 0
+    return values(batch if has_experts else replace(batch, experts_TXK=None))
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize(("share_prompts", "routing"), [(False, ROUTING), (True, None)])
 @pytest.mark.parametrize(
     ("layout", "holders"),
     [
@@ -93,10 +112,12 @@ def expected(layout: Layout, num_prompts: int, data_rank: int, share_prompts: bo
     ],
     ids=str,
 )
-def test_every_rank_gets_the_batch_of_one_process(layout: Layout, holders: list[int], share_prompts: bool) -> None:
+def test_every_rank_gets_the_batch_of_one_process(
+    layout: Layout, holders: list[int], share_prompts: bool, routing: Routing | None
+) -> None:
     groups = sampled(len(holders))
-    for rank, found in enumerate(run_ranks(layout.world_size, exchanged, layout, holders, share_prompts)):
-        assert found["batch"] == expected(layout, len(holders), found["data_rank"], share_prompts)
+    for rank, found in enumerate(run_ranks(layout.world_size, exchanged, layout, holders, share_prompts, routing)):
+        assert found["batch"] == expected(layout, len(holders), found["data_rank"], share_prompts, routing)
         assert found["outlines"] == [tuple(c.outline for c in group.completions) for group in groups]
         assert found["rewards"] == [
             (group.rewards, group.correct, holder, group.prompt.index)

@@ -3,7 +3,9 @@
 It shares no line with megatron_mcpo.algo. Memory is O(M^2). Shape legend: see megatron_mcpo.types.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +33,11 @@ def gradients(
     """
     model = model.double()
     head = {name: weight.detach().double().requires_grad_() for name, weight in head.items()}
-    rollouts = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
-    results = [_evaluate(model, head, prompt, response, config) for prompt, response in rollouts]
+    rollouts = [(group.prompt, completion) for group in groups for completion in group.completions]
+    results = []
+    for prompt, completion in rollouts:
+        with imposed(model, completion.experts):
+            results.append(_evaluate(model, head, prompt.token_ids, completion.token_ids, config))
     rewards = [torch.tensor(group.rewards, dtype=torch.float64) for group in groups]
     contrast = torch.zeros((), dtype=torch.float64)
     if head:
@@ -219,6 +224,30 @@ def _same(group_M: Tensor) -> Tensor:
 
 def _correct_pairs(labels: RolloutLabels) -> Tensor:
     return labels.correct_M[:, None] & labels.correct_M
+
+
+@contextmanager
+def imposed(model: nn.Module, experts_tXK: Tensor | None) -> Iterator[None]:
+    """Give the tokens of one rollout these experts, in a Qwen3-MoE of transformers; the last token's router chooses.
+
+    A token's weights of its experts are those that the router gives them, scaled to a sum of 1.
+    """
+
+    def impose(layer: int) -> Callable[..., Any]:
+        def hook(_router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            assert experts_tXK is not None
+            logits_tE, weights_tK, chosen_tK = output
+            chosen_tK = torch.cat([experts_tXK[:, layer].long(), chosen_tK[-1:]])
+            found_tK = logits_tE.softmax(-1).gather(1, chosen_tK)
+            return logits_tE, (found_tK / found_tK.sum(-1, keepdim=True)).to(weights_tK.dtype), chosen_tK
+
+        return hook
+
+    layers: Any = () if experts_tXK is None else model.get_submodule("model.layers")
+    handles = [layer.mlp.gate.register_forward_hook(impose(number)) for number, layer in enumerate(layers)]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def _evaluate(

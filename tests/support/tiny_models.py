@@ -177,6 +177,23 @@ def uneven(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     ]
 
 
+def with_experts(groups: Sequence[RolloutGroup], *, num_layers: int, seed: int = 0) -> list[RolloutGroup]:
+    """Return the same groups with random experts of every token, other ones than the routers would choose."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choices(num_tokens: int) -> Tensor:
+        return torch.rand(num_tokens, num_layers, EXPERTS, generator=generator).topk(2).indices.to(torch.uint8)
+
+    found = []
+    for group in groups:
+        prompt = choices(len(group.prompt.token_ids))
+        completions = [
+            replace(c, experts=torch.cat([prompt, choices(len(c.token_ids))])[:-1]) for c in group.completions
+        ]
+        found.append(replace(group, completions=tuple(completions)))
+    return found
+
+
 def other_logprobs(groups: Sequence[RolloutGroup], *, seed: int) -> list[Tensor]:
     """Return log-probs of another policy than the engine's, so different that clips and caps apply; one per rollout."""
     generator = torch.Generator().manual_seed(seed)

@@ -109,6 +109,7 @@ def build(
     tensor_parallel: int = 1,
     max_model_len: int = MAX_LEN,
     load_weights: bool = False,
+    routed_experts: bool = False,
 ) -> VllmEngine:
     return VllmEngine(
         path,
@@ -122,6 +123,7 @@ def build(
         distributed=dist.is_initialized(),
         job_tag=JOB_TAG,
         load_weights=load_weights,
+        routed_experts=routed_experts,
     )
 
 
@@ -319,6 +321,16 @@ def logprobs_for(folder: Path, temperature: float) -> list[tuple[Any, Any]]:
     engine = build(folder / "untied_a")
     engine.update(weights(folder / "untied_a").items(), 1)
     return sampled(engine, temperature=temperature, max_tokens=12)
+
+
+def experts_for(folder: Path) -> list[tuple[list[int], Any]]:
+    """Tokens of every sample, and the experts that the engine says it gave to all but the last of them."""
+    engine = build(folder / "experts_a", routed_experts=True)
+    engine.update(weights(folder / "experts_a").items(), 1)
+    requests = [SamplingRequest(token_ids=prompt, num_samples=2, seed=3, max_tokens=12) for prompt in PROMPTS]
+    groups = zip(PROMPTS, engine.generate(requests), strict=True)
+    samples = [([*prompt, *c.token_ids], c.experts) for prompt, completions in groups for c in completions]
+    return [(tokens, None if experts is None else experts.tolist()) for tokens, experts in samples]
 
 
 def refuses_bad_updates(folder: Path) -> dict[str, str]:

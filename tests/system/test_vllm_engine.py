@@ -133,6 +133,20 @@ def test_logprobs_are_those_of_the_bare_model(models: Path, temperature: float) 
         assert torch.allclose(torch.tensor(logprobs), wanted, atol=1e-4), (torch.tensor(logprobs) - wanted).abs().max()
 
 
+def test_experts_are_those_of_transformers_also_of_prompts_that_are_cached(models: Path) -> None:
+    """The second sample of a prompt finds its first block in the cache."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models / "experts_a", dtype=torch.float32)
+    samples = cases.run(cases.experts_for, models)
+    assert len(samples) == 2 * len(cases.PROMPTS)
+    for tokens, found in samples:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
+        wanted_TXK = torch.stack([layer_TE.topk(2).indices for layer_TE in logits], dim=1)[:-1]
+        assert torch.equal(torch.tensor(found).sort(-1).values, wanted_TXK.sort(-1).values)
+
+
 def test_bad_update_is_refused_and_ends_the_engine(models: Path) -> None:
     messages = cases.run(cases.refuses_bad_updates, models)
     assert "model.layers.1.self_attn.q_proj.weight" in messages["missing"]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,6 +219,11 @@ def test_what_is_under_way_is_written_and_read_without_loss() -> None:
         Unfinished(number=11, item=ItemId(0, "x", 0, 0), completions=()),
     ]
     assert decode(encode(kept)) == kept
+    for dtype, top in ((torch.uint8, 255), (torch.int16, 300)):
+        experts = torch.tensor([[[1, 2], [top, 0]]], dtype=dtype)
+        [again] = decode(encode([replace(kept[0], completions=(replace(half, experts=experts),))]))
+        found = again.completions[0].experts
+        assert found is not None and found.dtype is dtype and torch.equal(found, experts)
     for bad in (b"", b"{}", b'[{"number": 1}]', encode(kept).replace(b"abort", b"what"), encode(kept)[:-9]):
         with pytest.raises(ValueError):
             decode(bad)

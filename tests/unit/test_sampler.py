@@ -4,9 +4,10 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_mcpo.rollout.engine import NUM_SEEDS, EngineError, SamplingRequest
-from megatron_mcpo.rollout.sampler import Sampler, continued, split
+from megatron_mcpo.rollout.sampler import Sampler, continued, joined, split
 from megatron_mcpo.types import Completion, StopReason
 
 REQUEST = SamplingRequest(token_ids=(5, 6), num_samples=1, seed=7, max_tokens=4, stop_token_ids=(0,))
@@ -54,6 +55,18 @@ def test_a_response_goes_on_where_it_was_with_other_random_numbers() -> None:
     rest = replace(REQUEST, token_ids=(5, 6, 11, 12), max_tokens=2, seed=asked[2].seed)
     assert asked[2] == rest and asked[2].seed not in range(7, 12) and 0 <= asked[2].seed < NUM_SEEDS
     assert continued(REQUEST, piece(11, 12, reason=StopReason.ABORT, version=9)) == rest, "a resumed run asks the same"
+
+
+def test_the_experts_of_a_token_are_those_of_the_engine_that_sampled_with_it() -> None:
+    """What is read again after an interruption is given experts by other weights, which it was not sampled with."""
+    first, again = torch.arange(6).view(3, 1, 2), torch.arange(100, 110).view(5, 1, 2)
+    begun = replace(piece(11, 12, reason=StopReason.ABORT, version=1), experts=first)
+    nothing = piece(reason=StopReason.ABORT, version=2)
+    rest = replace(piece(13, 14, reason=StopReason.LENGTH, version=2), experts=again)
+    whole = joined(joined(begun, nothing), rest)
+    assert whole.experts is not None
+    assert whole.experts.flatten().tolist() == [0, 1, 2, 3, 4, 5, 106, 107, 108, 109]
+    assert joined(replace(begun, experts=None), rest).experts is again
 
 
 def test_what_is_known_of_a_response_is_not_asked_for_again() -> None:

@@ -3,6 +3,8 @@
 Not covered: real engines (tests/system/test_vllm_server.py, test_asynchronous.py).
 """
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -10,9 +12,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_mcpo.data.routing import Routing
 from megatron_mcpo.rollout.engine import EngineError, SamplingRequest
 from megatron_mcpo.rollout.fleet import Fleet
 from megatron_mcpo.rollout.server import Server
@@ -57,7 +61,7 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def answering(**answers: Any) -> Iterator[tuple[Server, dict[str, Any]]]:
+def answering(*, routing: Routing | None = None, **answers: Any) -> Iterator[tuple[Server, dict[str, Any]]]:
     """Provide a client of a server, whose answers can be changed. generate, weights: of the paths that are used most"""
     paths = {"generate": "/inference/v1/generate", "weights": "/weight_info"}
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as http:
@@ -65,7 +69,11 @@ def answering(**answers: Any) -> Iterator[tuple[Server, dict[str, Any]]]:
         own.answers = {"/health": {}, **{paths.get(name, f"/{name}"): answer for name, answer in answers.items()}}
         threading.Thread(target=http.serve_forever, daemon=True).start()
         server = Server(
-            f"http://127.0.0.1:{http.server_port}", tag="ours", device=torch.device("cpu"), vocab_size=VOCAB
+            f"http://127.0.0.1:{http.server_port}",
+            tag="ours",
+            device=torch.device("cpu"),
+            vocab_size=VOCAB,
+            routing=routing,
         )
         server.expect(3)
         yield server, own.answers
@@ -116,6 +124,49 @@ def test_anything_else_is_an_error_and_trains_nothing(answer: Any, problem: str)
     with answering(generate=answer) as (server, _), pytest.raises(ServerError) as caught:
         server.complete(REQUEST, 3)
     assert problem in str(caught.value) and server.url in str(caught.value)
+
+
+ROUTING = Routing(num_layers=2, per_token=2, count=4)
+EXPERTS = np.array([[[0, 1], [3, 2]], [[1, 3], [0, 2]], [[2, 1], [1, 0]], [[3, 0], [2, 3]]], dtype=np.uint8)
+"""Of two prompt tokens and all response tokens but the last."""
+
+
+def test_experts_come_with_the_completion_where_they_are_asked_for() -> None:
+    answer = choice(7, 8, 9) | {"routed_experts": as_vllm_does(EXPERTS)}
+    with answering(routing=ROUTING, generate={"choices": [answer]}) as (server, answers):
+        found = server.complete(REQUEST, 3).experts
+        assert found is not None and found.dtype is torch.uint8 and found.tolist() == EXPERTS.tolist()
+        answers["/inference/v1/generate"] = {"choices": [choice(reason="abort")]}
+        assert server.complete(REQUEST, 3).experts is None, "nothing was sampled"
+
+
+@pytest.mark.parametrize(
+    ("experts", "problem"),
+    [
+        (None, "integers of [4, 2, 2], but says nothing"),
+        (EXPERTS[1:], "integers of [4, 2, 2], but says uint8 of [3, 2, 2]"),
+        (EXPERTS.astype(np.float32), "but says float32"),
+        (
+            np.where(EXPERTS == 3, 4, EXPERTS),
+            "token 0 has the experts [4, 2] in layer 1: must be 2 different ones of 4",
+        ),
+        (np.where(EXPERTS == 0, -1, EXPERTS.astype(np.int16)), "token 0 has the experts [-1, 1] in layer 0"),
+        (EXPERTS * 0, "token 0 has the experts [0, 0] in layer 0: must be 2 different ones of 4"),
+        ("AAAA", "ValueError"),
+    ],
+)
+def test_experts_that_cannot_be_those_of_the_model_are_an_error(experts: Any, problem: str) -> None:
+    said = experts if experts is None or isinstance(experts, str) else as_vllm_does(experts)
+    answer = {"choices": [choice(7, 8, 9) | {"routed_experts": said}]}
+    with answering(routing=ROUTING, generate=answer) as (server, _), pytest.raises(ServerError) as caught:
+        server.complete(REQUEST, 3)
+    assert problem in str(caught.value) and server.url in str(caught.value)
+
+
+def as_vllm_does(array: Any) -> str:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def test_a_look_at_a_server_whose_version_is_being_changed_finds_nothing_wrong() -> None:

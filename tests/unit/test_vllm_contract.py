@@ -67,6 +67,7 @@ def options_of_a_gpu(**changes: Any) -> dict[str, Any]:
         "kv_cache_gib": 1.0,
         "gpu_memory_utilization": 0.4,
         "load_weights": False,
+        "routed_experts": False,
         "transport": IN_PROCESS,
         "on_cpu": False,
     }
