@@ -13,8 +13,7 @@ from docs.generator.figures import byte_text, significant
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with a line end behind its last row."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(_without_pipes, line))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(_without_pipes, line))} |\n" for line in (header, ["---"] * len(header), *rows))
 
 
 def _without_pipes(cell: str) -> str:
@@ -24,8 +23,7 @@ def _without_pipes(cell: str) -> str:
 
 
 def _read(results: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((results / name).read_text(encoding="utf-8"))
-    return content
+    return dict(json.loads((results / name).read_text(encoding="utf-8")))
 
 
 def machine(content: dict[str, Any]) -> str:
@@ -70,6 +68,8 @@ _LAYOUT_WORDS = {
     "vpp": "pipeline 2, virtual pipeline",
     "cp": "context",
     "ep": "experts over",
+    "sp": "sequence parallel",
+    "uneven": "stages of 1, 2 and 1 layers",
 }
 
 
@@ -87,9 +87,8 @@ def gradients(results: Path) -> str:
 
 def _layout(name: str) -> str:
     """Spell out a layout's short name: tp2_pp2 is tensor 2, pipeline 2."""
-    words = {"sp": "sequence parallel", "uneven": "stages of 1, 2 and 1 layers"}
     parts = [(part.rstrip("0123456789"), part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in name.split("_")]
-    return ", ".join(words[short] if short in words else f"{_LAYOUT_WORDS[short]} {size}" for short, size in parts)
+    return ", ".join(f"{_LAYOUT_WORDS[short]} {size}".rstrip() for short, size in parts)
 
 
 def quickstart(results: Path) -> str:

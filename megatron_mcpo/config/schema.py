@@ -141,7 +141,7 @@ class ParallelConfig(Section):
         1, description="number of chunks of layers per pipeline stage; above 1, the schedule is interleaved"
     )
     layers_per_stage: list[PositiveInt] = Field(
-        default_factory=list,
+        [],
         description="number of layers of every pipeline stage (of every chunk, if virtual_pipeline is above 1), in the "
         "order of the model; empty: all have equally many",
     )

@@ -3,8 +3,7 @@
 A rounding error can change which experts a token gets, and then everything that is computed from it: the engine, the
 scoring pass and the update are different functions wherever a choice is close. Replayed choices make them one. The
 weights of the experts are still computed from the present logits, so that the router has its gradient (arXiv
-2507.18071, section 5.3, and 2510.11370). Shape legend: see megatron_mcpo.types and megatron_mcpo.mcore.packing; K: experts of a
-token.
+2507.18071, section 5.3, and 2510.11370). Shape legend: see megatron_mcpo.types and megatron_mcpo.mcore.packing.
 """
 
 from collections import deque

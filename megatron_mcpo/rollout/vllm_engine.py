@@ -67,6 +67,8 @@ class VllmEngine:
     ):
         """Build the engine from the folder's config.json, which also determines the tensors of an update.
 
+        Raises ValueError for invalid arguments, EngineError where vLLM fails.
+
         Args:
             model_path: A Hugging Face folder.
             dtype: Of weights and activations.
@@ -80,10 +82,6 @@ class VllmEngine:
             job_tag: Begins the names of the job's shared-memory segments; must differ between jobs on a host.
             load_weights: Whether to read the folder's weights instead of waiting for an update.
             routed_experts: Whether completions say which experts their tokens were given.
-
-        Raises:
-            ValueError: The arguments are invalid.
-            EngineError: vLLM fails.
         """
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
         model = from_folder(model_path, with_weights=False)
@@ -92,10 +90,8 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._on_cpu = not uses_gpu()
         self._broken: str | None = None
-        self._awake = True
-        self._cache_released = False
-        self._has_weights = load_weights
-        self.version = 0
+        self._awake, self._cache_released = True, False
+        self._has_weights, self.version = load_weights, 0
         options = engine_options(
             model_path,
             dtype=dtype,
