@@ -5,7 +5,7 @@ Shape legend, used as suffixes of tensor names throughout the package:
   M rollouts of all ranks together  T tokens, all sequences concatenated without padding
   R response tokens, concatenated in the order of the rollouts
   D size of a representation       H hidden size              V vocabulary
-  X layers with experts            K experts of a token
+  X layers with experts            E experts of a layer       K experts of a token
 """
 
 from collections.abc import Sequence
@@ -219,6 +219,7 @@ class Update:
 
     lr, head_lr: rates of the model and of the contrastive head; 0 where the update was skipped
     scores: of the forward pass, before the weights moved
+    load_XE: how many tokens of all ranks each expert was given, by layer; None: the model has no experts
     """
 
     grad_norm: float
@@ -229,3 +230,4 @@ class Update:
     metrics: dict[str, float] = field(default_factory=dict)
     """Sums over all micro-batches and data-parallel ranks, already divided by their global denominators."""
     scores: Scores
+    load_XE: Tensor | None = None

@@ -31,6 +31,7 @@ class MicroBatch:
     response_r: where these response tokens stand in the TrainBatch's R
     pool_l: positions in L of the response tokens that make up representations; pool_rollout_l: the rollout
     (0..len(rollouts)-1) each belongs to; pooled_n: how many of them every rollout has, over all context ranks
+    is_token_L: bool, False for padding
     experts_LXK: those that the engine gave to these tokens, -1 where nothing is known; None: not asked for
     """
 
@@ -43,6 +44,7 @@ class MicroBatch:
     pool_l: Tensor
     pool_rollout_l: Tensor
     pooled_n: Tensor
+    is_token_L: Tensor
     experts_LXK: Tensor | None
 
 
@@ -156,6 +158,7 @@ class _Pack:
         self.sequences = sequences
         self.tokens_T, self.position_T, self.predictor_T = torch.zeros(3, total, dtype=torch.int64)
         self.response_T, self.rollout_T = torch.full((2, total), -1, dtype=torch.int64)
+        self.is_token_T = torch.zeros(total, dtype=torch.bool)
         self.experts_TXK: Tensor | None = None
         if sequences.experts is not None:
             self.experts_TXK = torch.full((total, *sequences.choice_shape), -1, dtype=torch.int16)
@@ -170,6 +173,7 @@ class _Pack:
         prompt_len = sequences.prompt_lens[local[0]]
         self.end = start + prompt_len
         self.tokens_T[start : self.end] = sequences.tokens[local[0]][:prompt_len]
+        self.is_token_T[start : self.end] = True
         if self.experts_TXK is not None and sequences.experts is not None:
             self.experts_TXK[start : self.end] = sequences.experts[local[0]][:prompt_len]
         self.position_T[start : self.end] = torch.arange(prompt_len)
@@ -190,6 +194,7 @@ class _Pack:
         self.end = at + length
         span = slice(at, self.end)
         self.tokens_T[span] = sequences.tokens[i][prompt_len:]
+        self.is_token_T[span] = True
         if self.experts_TXK is not None and sequences.experts is not None:
             self.experts_TXK[span] = sequences.experts[i][prompt_len:]
         self.response_T[span] = torch.arange(length) + sequences.response_starts[i]
@@ -229,6 +234,7 @@ def _pack_one(
         pool_l=pooled_L.nonzero().squeeze(1).to(device),
         pool_rollout_l=pack.rollout_T[keep_L][pooled_L].to(device),
         pooled_n=torch.tensor([sequences.num_pooled(i) for i in pack.rollouts], device=device),
+        is_token_L=pack.is_token_T[keep_L].to(device),
         experts_LXK=None if pack.experts_TXK is None else pack.experts_TXK[keep_L].to(device),
     )
 

@@ -26,7 +26,7 @@ from megatron_mcpo.mcore.model import DTYPES, build_chunks
 from megatron_mcpo.mcore.offload import Offloaded, OptimizerMemory
 from megatron_mcpo.mcore.packing import MicroBatch, pack
 from megatron_mcpo.mcore.precision import TOKEN_MULTIPLE, check_context, check_fp8
-from megatron_mcpo.mcore.router_replay import RouterReplay
+from megatron_mcpo.mcore.routers import Routers
 from megatron_mcpo.mcore.schedule import MicroOutput
 from megatron_mcpo.mcore.spec import shares_prompts
 from megatron_mcpo.types import Routes, Scores, TrainBatch, Update
@@ -78,7 +78,7 @@ class _Model:
             fp8=config.model.fp8,
         )
         load_hf(self.chunks, model, Path(config.model.path), groups)
-        self._replay: RouterReplay | None = None
+        self._routers: Routers | None = None
         self.routing: Routing | None = None
 
     def score(self, batch: TrainBatch) -> Scores:
@@ -119,8 +119,8 @@ class _Model:
         routes: Routes | None,
     ) -> Scores:
         """Run the micro-batches of a batch; return its scores, on all stages."""
-        if self._replay is not None:
-            self._replay.begin(routes)
+        if self._routers is not None:
+            self._routers.begin(routes)
         outputs = schedule.run(
             self.chunks,
             micros,
@@ -128,10 +128,10 @@ class _Model:
             return_representations=self.head is not None,
             temperature=self.temperature,
             loss=loss,
-            replay=self._replay,
+            routers=self._routers,
         )
         scores = self._collect(batch, micros, outputs)
-        return scores if self._replay is None else replace(scores, routes=self._replay.end())
+        return scores if self._routers is None else replace(scores, routes=self._routers.end())
 
     def _collect(self, batch: TrainBatch, micros: Sequence[MicroBatch], outputs: Sequence[MicroOutput]) -> Scores:
         """Put micro-batch results (the last stage's; other stages have none) in the batch's order, on all stages."""
@@ -184,8 +184,8 @@ class Policy(_Model):
     def __init__(self, config: Config, model: ModelConfig, groups: Groups):
         head = HeadSpec.of(config.contrastive, hidden_size=model.hidden_size, seed=config.run.seed)
         super().__init__(config, model, groups, head=head)
-        if config.model.router_replay != "off":
-            self._replay = RouterReplay(self.chunks, groups)
+        if model.experts is not None:
+            self._routers = Routers(self.chunks, model, groups, replays=config.model.router_replay != "off")
         if config.model.router_replay == "engine":
             self.routing = Routing.of(model)
         # Gathering weights during the next forward pass would gain nothing: a weight sync follows the update.
@@ -303,7 +303,15 @@ class Policy(_Model):
             self.version += 1
         if self._offloaded:
             self._offloaded.drop_gradients()
-        return Update(grad_norm=grad_norm, lr=lr, head_lr=head_lr, applied=applied, metrics=metrics, scores=scores)
+        return Update(
+            grad_norm=grad_norm,
+            lr=lr,
+            head_lr=head_lr,
+            applied=applied,
+            metrics=metrics,
+            scores=scores,
+            load_XE=self._routers.load() if self._routers else None,
+        )
 
     def _rate(self, *, of_head: bool) -> float:
         """Return the present learning rate of the head, 0 without one, or of the model; the same on every rank.

@@ -19,7 +19,7 @@ from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.logprob import linear_logprobs
 from megatron_mcpo.mcore.model import unwrap
 from megatron_mcpo.mcore.packing import MicroBatch
-from megatron_mcpo.mcore.router_replay import RouterReplay
+from megatron_mcpo.mcore.routers import Routers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def run(
     return_representations: bool,
     temperature: float,
     loss: MicroLoss | None,
-    replay: RouterReplay | None = None,
+    routers: Routers | None = None,
 ) -> list[MicroOutput]:
     """Run the micro-batches through this rank's chunks; return their detached outputs on the last stage, else [].
 
@@ -54,7 +54,7 @@ def run(
         temperature: Logits are divided by it, as the engine does when it samples.
         loss: None for a forward-only pass; otherwise its values are back-propagated, times the factors of Megatron's
             schedule (see `Policy.backward`).
-        replay: A pass of the routers that has begun; None: they choose experts by themselves.
+        routers: Those of a model with experts, in a pass that has begun; None: the model has none, or they are free.
     """
     numbers = {id(chunk): number for number, chunk in enumerate(chunks)}
 
@@ -68,7 +68,7 @@ def run(
             value = loss(micro, output) if loss else logp_r.sum()
             return value, _detached(output)
 
-        with replay.forward(numbers[id(chunk)], micro) if replay else nullcontext():
+        with routers.forward(numbers[id(chunk)], micro) if routers else nullcontext():
             output = chunk(
                 micro.tokens_1L,
                 None,

@@ -7,7 +7,7 @@ without a function is supplied by the module that measures it.
 import statistics
 
 from megatron_mcpo.reporting.metric import Metric, Section
-from megatron_mcpo.reporting.metric_table_work import AHEAD, WORK
+from megatron_mcpo.reporting.metric_table_work import AHEAD, EXPERTS, WORK
 from megatron_mcpo.reporting.selection import (
     anchors,
     domain_mean_reward,
@@ -293,7 +293,7 @@ _GRADIENTS = Section(
     ),
 )
 
-SECTIONS = (_SAMPLED, _TRAINED, _UPDATES, _PAIRS, _GRADIENTS, AHEAD, WORK)
+SECTIONS = (_SAMPLED, _TRAINED, _UPDATES, _PAIRS, _GRADIENTS, EXPERTS, AHEAD, WORK)
 """Every key of metrics.jsonl but `step`."""
 
 EVALUATION = Section(

@@ -32,6 +32,28 @@ AHEAD = Section(
     ),
 )
 
+EXPERTS = Section(
+    title="Experts",
+    about="How the tokens of the update were divided over the experts of a model that has them, averaged over layers.",
+    metrics=(
+        Metric(
+            keys=("moe/load_max_over_mean",),
+            meaning="Tokens of a layer's fullest expert, over the mean of its experts.",
+            target="Does not rise. 1 is even; experts over experts per token: all tokens have the same.",
+        ),
+        Metric(
+            keys=("moe/load_entropy",),
+            meaning="Entropy of the shares of a layer's experts, over log(experts).",
+            target="Does not fall. 1 is even.",
+        ),
+        Metric(
+            keys=("moe/unused_experts",),
+            meaning="Share of the experts of all layers that no token was given.",
+            target="0 with many tokens a step.",
+        ),
+    ),
+)
+
 WORK = Section(
     title="Work",
     about="What the step did and what it cost.",

@@ -9,7 +9,7 @@ WINDOW = 6
 """Steps that `signal_notes` looks at, the one before the longest span included."""
 
 _CUT_OFF = 0.5
-_NO_ADVANTAGE_STEPS, _NO_ANCHOR_STEPS = 3, 5
+_NO_ADVANTAGE_STEPS, _NO_ANCHOR_STEPS, _UNUSED_STEPS = 3, 5, 5
 
 _NO_ADVANTAGE = (
     "every group has equal rewards, so that no rollout has an advantage and the policy term learns nothing: the "
@@ -41,6 +41,12 @@ def signal_notes(config: Config, steps: Sequence[Mapping[str, Any]], stop_tokens
         notes.append(f"WARNING: for {_NO_ADVANTAGE_STEPS} steps {_NO_ADVANTAGE.format(limit=limit)}.")
     if config.contrastive.enabled and _just_lasted(steps, _NO_ANCHOR_STEPS, _has_no_anchor):
         notes.append(f"WARNING: for {_NO_ANCHOR_STEPS} steps {_NO_ANCHOR}. They need correct and incorrect rollouts.")
+    if _just_lasted(steps, _UNUSED_STEPS, lambda row: (row.get("moe/unused_experts") or 0.0) > 0):
+        notes.append(
+            f"WARNING: for {_UNUSED_STEPS} steps some experts were given no token ({now['moe/unused_experts']:.1%} of "
+            "them now): they learn nothing. Small batches may do that; if moe/load_entropy falls, too, the router "
+            "collapses: lower optimizer.lr, or set model.router_replay."
+        )
     if _just_lasted(steps, 1, lambda row: row.get("importance/effective") == 0):
         notes.append(
             f"WARNING: algorithm.importance = {config.algorithm.importance!r} has dropped every token, so that the "

@@ -16,6 +16,7 @@ from megatron_mcpo.distributed.peers import anywhere
 from megatron_mcpo.distributed.preemption import asked_to_stop
 from megatron_mcpo.mcore.checkpoint import Checkpoints
 from megatron_mcpo.mcore.policy import Policy, Reference
+from megatron_mcpo.reporting.expert_load import expert_load
 from megatron_mcpo.reporting.run_logger import RunLogger
 from megatron_mcpo.reporting.step_metrics import BatchReport, rollout_stats, step_metrics
 from megatron_mcpo.rewards.scorer import check_error_rate
@@ -262,6 +263,7 @@ def _update_metrics(update: Update, contrast: Contrast | None) -> dict[str, floa
         "lr": update.lr,
         "head_lr": update.head_lr,
         "update/applied": float(update.applied),
+        **(expert_load(update.load_XE) if update.load_XE is not None else {}),
         "contrast/anchors_cross_domain": float(contrast.anchors_cross_domain if contrast else 0),
         "contrast/anchors_in_domain": float(contrast.anchors_in_domain if contrast else 0),
     }

@@ -166,7 +166,7 @@ def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
         rows.append(metrics(folder / "runs" / "tiny")[0])
     for name in ("reward/mean", "response_tokens", "tokens/trained"):
         assert rows[0][name] == rows[1][name], name
-    for name in ("entropy", "grad_norm", "loss/cross_domain"):
+    for name in ("entropy", "grad_norm", "loss/cross_domain", "moe/load_max_over_mean", "moe/load_entropy"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3), name
 
 

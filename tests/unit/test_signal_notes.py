@@ -58,6 +58,15 @@ def test_importance_weights_that_drop_all_tokens_are_said() -> None:
     assert "algorithm.importance = 'reject' has dropped every token" in notes[1][0]
 
 
+def test_experts_that_nothing_is_given_to_are_said() -> None:
+    steps = [
+        row(i) | {"moe/unused_experts": share} for i, share in enumerate([0.1, 0, 0.2, 0.2, 0.1, 0.1, 0.3, 0.3], 1)
+    ]
+    notes = said(GRPO, *steps)
+    assert [i for i, found in enumerate(notes, 1) if found] == [7]
+    assert "for 5 steps some experts were given no token (30.0% of them now)" in notes[6][0]
+
+
 def test_a_run_without_any_signal_says_so() -> None:
     dead = [row(i, advantage=0, anchors=0.0) for i in range(1, 4)]
     text = nothing_learned(GRPO, dead)

@@ -1,4 +1,4 @@
-"""Choices of experts that are replayed: by a second pass, from an engine, through every way to divide a model.
+"""Choices of experts: replayed by a second pass, from an engine, and counted, through every way to divide a model.
 
 That gradients are those of the choices which the engine made is in benchmarks/gradient_table.py (tests/distributed/
 test_gradients.py). Not covered: Transformer Engine's grouped products, which need a GPU.
@@ -120,6 +120,33 @@ def test_an_engines_experts_are_used_wherever_it_says_them(folder: Path) -> None
         assert found.keys() == alone.keys()
         for row, logp_r in found.items():
             assert logp_r == pytest.approx(alone[row], abs=1e-4), (layout, row)
+
+
+def loads(layout: Layout, folder: Path) -> tuple[list[list[float]], int]:
+    """How many tokens every expert was given in an update, and how many tokens there were."""
+    ranks = parallel.init(layout, seed=0, timeout_seconds=240)
+    policy = Policy(settings(folder, router_replay="engine", recompute="full"), from_folder(folder), ranks)
+    batch = make_batch(
+        groups(with_experts=True), num_data_ranks=layout.data, data_rank=ranks.data_rank, share_prompts=False
+    )
+    load_XE = policy.update(batch, total).load_XE
+    assert load_XE is not None
+    return load_XE.tolist(), batch.num_tokens
+
+
+def test_the_load_of_experts_counts_every_token_once_and_no_padding(folder: Path) -> None:
+    rollouts = groups(with_experts=True)
+    [(alone, num_tokens)] = run_ranks(1, loads, Layout(), folder)
+    for layer in range(4):
+        said = torch.cat(
+            [c.experts[:, layer].flatten() for g in rollouts for c in g.completions if c.experts is not None]
+        )
+        rest = torch.tensor(alone[layer]) - said.bincount(minlength=tiny_models.EXPERTS)
+        assert (rest >= 0).all() and rest.sum() == 2 * sum(len(g.completions) for g in rollouts), "of the last tokens"
+        assert sum(alone[layer]) == 2 * num_tokens
+    for layout in LAYOUTS[1:]:
+        for found, _ in run_ranks(layout.world_size, loads, layout, folder, timeout=300):
+            assert found == alone, layout
 
 
 def test_only_models_with_experts_replay(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Let the routers of a model's experts choose what they, or the engine, chose before: routing replay.
+"""Let the routers of a model's experts choose what they, or the engine, chose before, and count their choices.
 
 A rounding error can change which experts a token gets, and then everything that is computed from it: the engine, the
 scoring pass and the update are different functions wherever a choice is close. Replayed choices make them one. The
@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_mcpo.config.model import ModelConfig
+from megatron_mcpo.distributed.device import device
 from megatron_mcpo.distributed.parallel import Groups
 from megatron_mcpo.mcore.packing import MicroBatch
 from megatron_mcpo.types import Routes
@@ -55,11 +58,15 @@ class _Router:
         return scores.gather(1, chosen_lK), chosen_lK
 
 
-class RouterReplay:
+class Routers:
     """The routers of this rank's chunks: `begin` a pass, run each chunk within `forward`, then `end` the pass."""
 
-    def __init__(self, chunks: Sequence[nn.Module], groups: Groups):
+    def __init__(self, chunks: Sequence[nn.Module], model: ModelConfig, groups: Groups, *, replays: bool):
+        """Attach to the routers. replays: whether a pass may be given the experts of another, or of the engine"""
+        assert model.experts is not None
         self._groups = groups
+        self._replays = replays
+        self._num_layers, self._num_experts = model.num_layers, model.experts.count
         self._routers: list[list[_Router]] = []
         for chunk in chunks:
             routers: list[Any] = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
@@ -69,11 +76,13 @@ class RouterReplay:
             self._routers.append(hooks)
         self._given: Routes | None = None
         self._chosen: list[list[Tensor]] = []
+        self._load_XE = torch.zeros(0)
 
     def begin(self, given: Routes | None) -> None:
         """Begin a pass. given: the experts of all micro-batches; None: those that the micro-batches bring, if any."""
         self._given = given
         self._chosen = [[] for _ in self._routers]
+        self._load_XE = torch.zeros(self._num_layers, self._num_experts, device=device())
 
     @contextmanager
     def forward(self, number: int, micro: MicroBatch) -> Iterator[None]:
@@ -83,7 +92,9 @@ class RouterReplay:
         micro-batches come in the same order.
         """
         routers, chosen = self._routers[number], self._chosen[number]
-        given_lXK = self._given[number][len(chosen)] if self._given is not None else self._of_engine(routers, micro)
+        given_lXK = None
+        if self._replays:
+            given_lXK = self._given[number][len(chosen)] if self._given is not None else self._of_engine(routers, micro)
         for position, router in enumerate(routers):
             router.given_lK = None if given_lXK is None else given_lXK[:, position]
             router.recomputes = False
@@ -91,22 +102,34 @@ class RouterReplay:
         taken = [router.chosen_lK for router in routers if router.chosen_lK is not None]
         assert len(taken) == len(routers), "a router was not asked"
         chosen.append(torch.stack(taken, dim=1).to(torch.int16))
-        for router in routers:
+        is_token_l = self._share(micro.is_token_L)
+        for router, chosen_lK in zip(routers, taken, strict=True):
+            counted = chosen_lK[is_token_l].flatten().bincount(minlength=self._num_experts)
+            self._load_XE[router.layer] += counted
             router.given_lK = router.chosen_lK = None
             router.recomputes = True
 
-    def end(self) -> Routes:
-        """End a pass; return the experts that it used."""
+    def end(self) -> Routes | None:
+        """End a pass; return the experts that it used, where they are replayed."""
         for router in (router for routers in self._routers for router in routers):
             router.to_recompute.clear()
         self._given = None
-        return tuple(tuple(of_chunk) for of_chunk in self._chosen)
+        return tuple(tuple(of_chunk) for of_chunk in self._chosen) if self._replays else None
+
+    def load(self) -> Tensor:
+        """Return how many tokens of all ranks each expert was given in the last pass, [X, E]. Collective, all ranks."""
+        total_XE = self._load_XE.clone()
+        dist.all_reduce(total_XE, group=self._groups.world)
+        return total_XE
 
     def _of_engine(self, routers: Sequence[_Router], micro: MicroBatch) -> Tensor | None:
         """Return the experts [l, layers of the chunk, K] that the engine chose for this rank's share of the tokens."""
         if micro.experts_LXK is None:
             return None
-        experts_lXK = micro.experts_LXK
-        if self._groups.layout.sequence:
-            experts_lXK = experts_lXK.chunk(self._groups.layout.tensor)[self._groups.tensor_rank]
-        return experts_lXK[:, [router.layer for router in routers]]
+        return self._share(micro.experts_LXK)[:, [router.layer for router in routers]]
+
+    def _share(self, values_L: Tensor) -> Tensor:
+        """Return the rows of this tensor rank, of which each has its own with sequence parallelism."""
+        if not self._groups.layout.sequence:
+            return values_L
+        return values_L.chunk(self._groups.layout.tensor)[self._groups.tensor_rank]
