@@ -219,7 +219,7 @@ class Update:
 
     lr, head_lr: rates of the model and of the contrastive head; 0 where the update was skipped
     scores: of the forward pass, before the weights moved
-    load_XE: how many tokens of all ranks each expert was given, by layer; None: the model has no experts
+    load_XE: int64, how many tokens of all ranks each expert was given, by layer; None: the model has no experts
     """
 
     grad_norm: float

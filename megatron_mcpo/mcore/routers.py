@@ -74,15 +74,19 @@ class Routers:
             for router, hook in zip(routers, hooks, strict=True):
                 router.router_replay = hook
             self._routers.append(hooks)
+        # On the device, since a copy to it in a forward pass would wait for it.
+        self._layer_X = [
+            torch.tensor([hook.layer for hook in hooks], dtype=torch.int64, device=device()) for hooks in self._routers
+        ]
         self._given: Routes | None = None
         self._chosen: list[list[Tensor]] = []
-        self._load_XE = torch.zeros(0)
+        self._load_XE = torch.zeros(0, dtype=torch.int64)
 
     def begin(self, given: Routes | None) -> None:
         """Begin a pass. given: the experts of all micro-batches; None: those that the micro-batches bring, if any."""
         self._given = given
         self._chosen = [[] for _ in self._routers]
-        self._load_XE = torch.zeros(self._num_layers, self._num_experts, device=device())
+        self._load_XE = torch.zeros(self._num_layers, self._num_experts, dtype=torch.int64, device=device())
 
     @contextmanager
     def forward(self, number: int, micro: MicroBatch) -> Iterator[None]:
@@ -94,18 +98,17 @@ class Routers:
         routers, chosen = self._routers[number], self._chosen[number]
         given_lXK = None
         if self._replays:
-            given_lXK = self._given[number][len(chosen)] if self._given is not None else self._of_engine(routers, micro)
+            given_lXK = self._given[number][len(chosen)] if self._given is not None else self._of_engine(number, micro)
         for position, router in enumerate(routers):
             router.given_lK = None if given_lXK is None else given_lXK[:, position]
             router.recomputes = False
         yield
         taken = [router.chosen_lK for router in routers if router.chosen_lK is not None]
         assert len(taken) == len(routers), "a router was not asked"
-        chosen.append(torch.stack(taken, dim=1).to(torch.int16))
-        is_token_l = self._share(micro.is_token_L)
-        for router, chosen_lK in zip(routers, taken, strict=True):
-            counted = chosen_lK[is_token_l].flatten().bincount(minlength=self._num_experts)
-            self._load_XE[router.layer] += counted
+        chosen_lXK = torch.stack(taken, dim=1)
+        chosen.append(chosen_lXK.to(torch.int16))
+        self._count(chosen_lXK + self._num_experts * self._layer_X[number][:, None], self._share(micro.is_token_L))
+        for router in routers:
             router.given_lK = router.chosen_lK = None
             router.recomputes = True
 
@@ -122,11 +125,19 @@ class Routers:
         dist.all_reduce(total_XE, group=self._groups.world)
         return total_XE
 
-    def _of_engine(self, routers: Sequence[_Router], micro: MicroBatch) -> Tensor | None:
+    def _count(self, places_lXK: Tensor, is_token_l: Tensor) -> None:
+        """Add the choices of tokens, not those of padding, to the load, without a wait for the device.
+
+        places_lXK: where a chosen expert stands among the experts of all layers
+        """
+        counted = is_token_l[:, None, None].expand_as(places_lXK).long()
+        self._load_XE.view(-1).scatter_add_(0, places_lXK.flatten(), counted.flatten())
+
+    def _of_engine(self, number: int, micro: MicroBatch) -> Tensor | None:
         """Return the experts [l, layers of the chunk, K] that the engine chose for this rank's share of the tokens."""
         if micro.experts_LXK is None:
             return None
-        return self._share(micro.experts_LXK)[:, [router.layer for router in routers]]
+        return self._share(micro.experts_LXK).index_select(1, self._layer_X[number])
 
     def _share(self, values_L: Tensor) -> Tensor:
         """Return the rows of this tensor rank, of which each has its own with sequence parallelism."""

@@ -41,15 +41,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 KILLED = """
-import os, signal, sys
+import itertools, os, signal, sys, time
 from pathlib import Path
 from megatron_mcpo.convert import convert, megatron_write
 from megatron_mcpo.convert.staging import StagingFolder
 source, final, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 megatron_write.PART_BYTES = 100_000
-finish, parts = StagingFolder.finish, []
+finish, calls, parts = StagingFolder.finish, itertools.count(), []
 def finish_and_die(self, part, files, record):
-    if len(parts) >= 2:  # two threads finish parts
+    if next(calls) >= 2:  # two threads finish parts
+        while len(parts) < 2:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self, part, files, record)
     parts.append(part)

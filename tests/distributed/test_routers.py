@@ -144,7 +144,7 @@ def test_the_load_of_experts_counts_every_token_once_and_no_padding(folder: Path
         rest = torch.tensor(alone[layer]) - said.bincount(minlength=tiny_models.EXPERTS)
         assert (rest >= 0).all() and rest.sum() == 2 * sum(len(g.completions) for g in rollouts), "of the last tokens"
         assert sum(alone[layer]) == 2 * num_tokens
-    for layout in LAYOUTS[1:]:
+    for layout in LAYOUTS[-2:]:  # tokens divided in every way
         for found, _ in run_ranks(layout.world_size, loads, layout, folder, timeout=300):
             assert found == alone, layout
 
