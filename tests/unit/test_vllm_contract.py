@@ -45,7 +45,7 @@ ROUTES = {
 FIELDS = {
     "GenerateRequest": {"token_ids", "sampling_params"},
     "GenerateResponse": {"choices"},
-    "GenerateResponseChoice": {"index", "token_ids", "logprobs", "finish_reason"},
+    "GenerateResponseChoice": {"index", "token_ids", "logprobs", "finish_reason", "routed_experts"},
 }
 
 LACKING = {
@@ -76,8 +76,12 @@ def options_of_a_gpu(**changes: Any) -> dict[str, Any]:
 
 def in_process() -> set[str]:
     """Every field of EngineArgs that an engine in the trainer's process is built with, on a GPU."""
-    choices = itertools.product(("none", "fp8_per_block"), (True, False))
-    names = {name for q, loads in choices for name in options_of_a_gpu(quantization=q, load_weights=loads)}
+    choices = itertools.product(("none", "fp8_per_block"), (True, False), (True, False))
+    names = {
+        name
+        for quantization, loads, routed in choices
+        for name in options_of_a_gpu(quantization=quantization, load_weights=loads, routed_experts=routed)
+    }
     (build,) = (node for node in functions("vllm_engine.py") if node.name == "_build")
     (call,) = (node for node in ast.walk(build) if isinstance(node, ast.Call) and ast.unparse(node.func) == "LLM")
     return names | {keyword.arg for keyword in call.keywords if keyword.arg}
