@@ -61,19 +61,15 @@ def decode(content: bytes) -> list[Unfinished]:
             )
             for row in rows
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _encoded(completion: Completion) -> dict[str, Any]:
-    experts: dict[str, Any] = {}
-    if completion.experts is not None:
-        kind = "B" if completion.experts.dtype is torch.uint8 else "h"
-        numbers = array(kind, completion.experts.flatten().tolist())
-        experts = {"experts": {"shape": list(completion.experts.shape), "kind": kind, "numbers": _text(numbers)}}
+    experts = {} if completion.experts is None else {"experts": _said(completion.experts)}
     return experts | {
-        "tokens": _text(array("i", completion.token_ids)),
-        "logprobs": _text(array("f", completion.logprobs)),
+        "tokens": _text(array("i", completion.token_ids).tobytes()),
+        "logprobs": _text(array("f", completion.logprobs).tobytes()),
         "versions": completion.outline.versions,
         "stop_reason": completion.stop_reason.value,
     }
@@ -93,14 +89,20 @@ def _decoded(row: Mapping[str, Any]) -> Completion:
     return completion
 
 
+def _said(experts: Tensor) -> dict[str, Any]:
+    bits = experts.dtype.itemsize * 8
+    return {"shape": list(experts.shape), "bits": bits, "numbers": _text(experts.numpy().tobytes())}
+
+
 def _tensor(said: Mapping[str, Any]) -> Tensor:
     """Return experts as they were written."""
-    dtype = {"B": torch.uint8, "h": torch.int16}[said["kind"]]
-    return torch.tensor(_numbers(said["kind"], said["numbers"]), dtype=dtype).view(*map(int, said["shape"]))
+    content = bytearray(base64.b64decode(said["numbers"], validate=True))
+    dtype = {8: torch.uint8, 16: torch.int16}[said["bits"]]
+    return torch.frombuffer(content, dtype=dtype).view(*map(int, said["shape"]))
 
 
-def _text(numbers: "array[Any]") -> str:
-    return base64.b64encode(numbers.tobytes()).decode()
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _numbers(kind: str, text: str) -> "array[Any]":
