@@ -15,6 +15,7 @@ from megatron_mcpo.config.model import ModelConfig, layout_problems
 from megatron_mcpo.reporting.loggers import check_trackers
 from megatron_mcpo.rewards import allowlist, functions, rules
 from megatron_mcpo.rollout.server_client import server_problems
+from megatron_mcpo.rollout.vllm_fields import option_problems
 from megatron_mcpo.storage import checkpoint_files, run_folder
 from megatron_mcpo.weights.mapping import tensor_problems
 
@@ -43,6 +44,7 @@ OF_CONFIG: tuple[Callable[[Config], list[str]], ...] = (
     checkpoint_files.init_from_problems,
     lambda _: open_file_problems(),
     lambda config: [] if config.engine.servers else vllm_problems(),
+    lambda config: option_problems(config.engine.options),
 )
 OF_MODEL: tuple[Callable[[Config, ModelConfig], list[str]], ...] = (
     lambda config, model: tensor_problems(model, Path(config.model.path)),

@@ -18,7 +18,8 @@ from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.model import layout_problems
 from megatron_mcpo.config.model_rules import serving_problems
-from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, PROCESS_GROUP, as_flags, engine_options
+from megatron_mcpo.rollout.vllm_fields import option_problems
+from megatron_mcpo.rollout.vllm_options import ENVIRONMENT, OPTIONS, PROCESS_GROUP, as_flags, engine_options
 
 _QUIET = {
     # As in the trainer's process (vllm_cpu_fixes): vLLM announces and warns of what our options ask for. Uvicorn still
@@ -75,10 +76,13 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
         load_weights=False,
         routed_experts=config.model.router_replay == "engine",
+        further=config.engine.options,
         transport=PROCESS_GROUP,
         on_cpu=vllm_on_cpu(),
     ) | {
         "worker_extension_cls": "megatron_mcpo.rollout.vllm_transfer.WorkerExtension",
+        # What a run compares with its own.
+        **({"additional_config": {OPTIONS: config.engine.options}} if config.engine.options else {}),
         # Tokens in, tokens out is all that a run asks for; chat would need the tokenizer.
         "tokens_only": True,
         "disable_uvicorn_access_log": True,
@@ -98,7 +102,7 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
 def _check(config: Config) -> None:
     """Check that vLLM can serve the model. Raises ConfigError with all problems."""
     model = from_folder(Path(config.model.path), with_weights=False)
-    problems = vllm_problems()
+    problems = vllm_problems() + option_problems(config.engine.options)
     problems += layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
     problems += serving_problems(config, model, in_servers=True, on_cpu=vllm_on_cpu())
     if problems:

@@ -1,7 +1,7 @@
 """Load the configuration, typed and frozen, from TOML files and overrides. Imports no torch, so that it fails fast.
 
 `load` returns a Config or raises ConfigError with ALL problems: the key, the value, the rule and the fix.
-The keys and their meanings are in schema.py and domain_schema.py.
+The keys and their meanings are in schema.py, engine_schema.py and domain_schema.py.
 """
 
 import re
@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_mcpo.config import domain_rules, engine_rules
 from megatron_mcpo.config.domain_schema import DataConfig, DomainConfig, EvaluationConfig, RewardsConfig
+from megatron_mcpo.config.engine_schema import EngineConfig
 from megatron_mcpo.config.explain import explain
 from megatron_mcpo.config.layout import Layout
 from megatron_mcpo.config.overrides import apply_overrides
@@ -22,7 +23,6 @@ from megatron_mcpo.config.schema import (
     AlgorithmConfig,
     BatchConfig,
     ContrastiveConfig,
-    EngineConfig,
     ModelSection,
     OptimizerConfig,
     ParallelConfig,

@@ -5,7 +5,8 @@
 
 from typing import Protocol
 
-from megatron_mcpo.config.schema import AlgorithmConfig, EngineConfig, ModelSection
+from megatron_mcpo.config.engine_schema import EngineConfig
+from megatron_mcpo.config.schema import AlgorithmConfig, ModelSection
 
 _LAST_PORT = 2**16 - 1
 

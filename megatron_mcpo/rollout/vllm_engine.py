@@ -3,9 +3,10 @@
 import gc
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,8 @@ class VllmEngine:
     `generate` raises EngineError. This also holds on a CPU, where `sleep` has nothing to release.
 
     Construction is collective over all ranks of the default process group when `distributed`: consecutive
-    `tensor_parallel` ranks form an engine. A process can hold engines of one tensor-parallel size only.
+    `tensor_parallel` ranks form an engine. A process can hold engines of one tensor-parallel size only. It raises
+    ValueError for invalid arguments, and EngineError where vLLM fails.
     """
 
     def __init__(
@@ -64,10 +66,9 @@ class VllmEngine:
         job_tag: str,
         load_weights: bool = False,
         routed_experts: bool = False,
+        further: Mapping[str, Any] = MappingProxyType({}),
     ):
         """Build the engine from the folder's config.json, which also determines the tensors of an update.
-
-        Raises ValueError for invalid arguments, EngineError where vLLM fails.
 
         Args:
             model_path: A Hugging Face folder.
@@ -82,13 +83,13 @@ class VllmEngine:
             job_tag: Begins the names of the job's shared-memory segments; must differ between jobs on a host.
             load_weights: Whether to read the folder's weights instead of waiting for an update.
             routed_experts: Whether completions say which experts their tokens were given.
+            further: Fields of vLLM's EngineArgs, which `vllm_fields.option_problems` accepts.
         """
         _check_arguments(tensor_parallel=tensor_parallel, distributed=distributed, job_tag=job_tag)
         model = from_folder(model_path, with_weights=False)
         self._shapes = hf_shapes(model)
         self._routing = Routing.of(model) if routed_experts else None
-        self._max_model_len = max_model_len
-        self._on_cpu = not uses_gpu()
+        self._max_model_len, self._on_cpu = max_model_len, not uses_gpu()
         self._broken: str | None = None
         self._awake, self._cache_released = True, False
         self._has_weights, self.version = load_weights, 0
@@ -103,12 +104,12 @@ class VllmEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             load_weights=load_weights,
             routed_experts=routed_experts,
+            further=further,
             transport=IN_PROCESS,
             on_cpu=self._on_cpu,
         )
         with self._fatal("construction"):
             self._llm = _build(options, distributed=distributed, job_tag=job_tag)
-            _count_steps(self._llm.llm_engine)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[tuple[Completion, ...]]:
         """Complete every request, as engine.Engine.generate says. The samples of a greedy request are copies of one.
@@ -324,11 +325,13 @@ def _build(options: dict[str, Any], *, distributed: bool, job_tag: str) -> Any:
             stack.enter_context(fixes.cpu_start(job_tag))
             if "quantization" in options:
                 stack.enter_context(fixes.cpu_fp8())
-        return LLM(
+        llm = LLM(
             **options,
             distributed_executor_backend="external_launcher" if distributed else "uni",
             enable_sleep_mode=uses_gpu(),
         )
+    _count_steps(llm.llm_engine)
+    return llm
 
 
 def _count_steps(engine: Any) -> None:

@@ -15,6 +15,8 @@ PROCESS_GROUP = "megatron_mcpo_group"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
 LOGPROBS_MODE = "processed_logprobs"
+OPTIONS = "mcpo_options"
+"""Where a server of `mcpo serve` keeps the run's own options of vLLM."""
 _CPU_BATCH_TOKENS = 4096
 _ROUTERS = "re:.*mlp.gate$"
 """Modules that stay unquantised: vLLM has no quantised kernel for matrices as small as a router."""
@@ -32,10 +34,14 @@ def engine_options(
     gpu_memory_utilization: float,
     load_weights: bool,
     routed_experts: bool,
+    further: Mapping[str, Any],
     transport: str,
     on_cpu: bool,
 ) -> dict[str, Any]:
-    """Return fields of vLLM's EngineArgs. For the arguments see vllm_engine.VllmEngine."""
+    """Return fields of vLLM's EngineArgs. For the arguments see vllm_engine.VllmEngine.
+
+    further: fields with their values, which replace ours (config.engine.options)
+    """
     options: dict[str, Any] = dict(
         model=str(model_path),
         dtype=DTYPES[dtype],
@@ -68,7 +74,7 @@ def engine_options(
             # The smallest size: with the usual 128 a shorter common prefix of prompts is never shared.
             block_size=32,
         )
-    return options
+    return options | dict(further)
 
 
 def sampling_options(request: "SamplingRequest") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 This module imports vllm: import it where an engine is built. A server's workers import it for `WorkerExtension`.
 """
 
+import json
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from megatron_mcpo.config.hf_config import from_folder
 from megatron_mcpo.distributed import cpu_bf16
 from megatron_mcpo.rollout import vllm_cpu_fixes as fixes
 from megatron_mcpo.rollout import vllm_probe
-from megatron_mcpo.rollout.vllm_options import IN_PROCESS, PROCESS_GROUP
+from megatron_mcpo.rollout.vllm_options import IN_PROCESS, OPTIONS, PROCESS_GROUP
 from megatron_mcpo.rollout.weight_link import Bucket, Meeting, Receiver
 
 if vllm_on_cpu():
@@ -139,6 +140,7 @@ class WorkerExtension:
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
             "routed_experts": model.enable_return_routed_experts,
+            "options": json.dumps((config.additional_config or {}).get(OPTIONS, {}), sort_keys=True),
             "device": torch.device(self.device).type,
             "process": f"{socket.gethostname()}:{os.getpid()}",
             "updating": transport.updating,

@@ -198,6 +198,7 @@ def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEng
         distributed=True,
         job_tag=tag,
         routed_experts=config.model.router_replay == "engine",
+        further=config.engine.options,
     )
 
 

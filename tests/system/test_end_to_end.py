@@ -151,6 +151,9 @@ def test_two_ranks_start_where_one_starts(
         assert found["loss/cross_domain"] == pytest.approx(expected["loss/cross_domain"], rel=1e-3)
 
 
+SHORTEST_FIRST = '{ scheduling_policy = "priority", max_logprobs = 2 }'
+
+
 def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
     """And hand the engine every expert, or the engine_check would stop the second run; its choices are replayed."""
     folders = [tmp_path / name for name in ("model", "one", "two")]
@@ -160,7 +163,7 @@ def test_divided_experts_start_where_whole_ones_do(tmp_path: Path) -> None:
     rows = []
     for folder, ranks in ((folders[1], 1), (folders[2], 2)):
         overrides = ("--run.steps", "2", "--engine.engine_check_every", "1", "--parallel.expert", str(ranks))
-        overrides = (*overrides, "--model.router_replay", "engine")
+        overrides = (*overrides, "--model.router_replay", "engine", "--engine.options", SHORTEST_FIRST)
         finished = train_forked(write_config(folders[0], folder), *overrides, ranks=ranks)
         assert finished.returncode == 0, finished.stderr[-3000:]
         rows.append(metrics(folder / "runs" / "tiny")[0])

@@ -70,6 +70,7 @@ WITHOUT_TORCH = (
     "rewards.allowlist",
     "rewards.rules",
     "rewards.voting",
+    "rollout.vllm_fields",
     "rollout.vllm_options",
     "rollout.server_client",
     "cli.config_keys",

@@ -68,6 +68,7 @@ def options_of_a_gpu(**changes: Any) -> dict[str, Any]:
         "gpu_memory_utilization": 0.4,
         "load_weights": False,
         "routed_experts": False,
+        "further": {},
         "transport": IN_PROCESS,
         "on_cpu": False,
     }
