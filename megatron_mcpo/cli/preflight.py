@@ -44,7 +44,7 @@ OF_CONFIG: tuple[Callable[[Config], list[str]], ...] = (
     checkpoint_files.init_from_problems,
     lambda _: open_file_problems(),
     lambda config: [] if config.engine.servers else vllm_problems(),
-    lambda config: option_problems(config.engine.options),
+    lambda config: option_problems(config.engine.options, on_cpu=vllm_on_cpu()),
 )
 OF_MODEL: tuple[Callable[[Config, ModelConfig], list[str]], ...] = (
     lambda config, model: tensor_problems(model, Path(config.model.path)),

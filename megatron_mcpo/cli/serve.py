@@ -102,7 +102,7 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
 def _check(config: Config) -> None:
     """Check that vLLM can serve the model. Raises ConfigError with all problems."""
     model = from_folder(Path(config.model.path), with_weights=False)
-    problems = vllm_problems() + option_problems(config.engine.options)
+    problems = vllm_problems() + option_problems(config.engine.options, on_cpu=vllm_on_cpu())
     problems += layout_problems(model, Layout(), config.engine.tensor_parallel, engine_in_ranks=False)
     problems += serving_problems(config, model, in_servers=True, on_cpu=vllm_on_cpu())
     if problems:

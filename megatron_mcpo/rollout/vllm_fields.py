@@ -52,16 +52,28 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("prefill_context_parallel_size", "decode_context_parallel_size"), _PROCESSES),
 }
 """Options that are not passed on, and why, or which key to set instead."""
+NOT_ON_CPU: Mapping[str, str] = {
+    "enable_expert_parallel": "vLLM 0.30's kernel for experts ends the process there",
+    "speculative_config": "vLLM 0.30's kernel for it does not start there",
+}
+"""Options that were tried on a CPU and failed, and how."""
 
 
-def option_problems(options: Mapping[str, Any]) -> list[str]:
+def option_problems(options: Mapping[str, Any], *, on_cpu: bool) -> list[str]:
     """Return why these options can't be passed on to the installed vLLM, a line per option.
 
+    on_cpu: whether the engine computes on a CPU
     Without vLLM, as where only servers on other hosts have it, nothing is known of its names; they check them.
     """
     problems = [
         f"engine.options.{name}: must be left out ({REFUSED[name]}). Remove it." for name in options if name in REFUSED
     ]
+    if on_cpu:
+        problems += [
+            f"engine.options.{name}: must be left out on a CPU ({NOT_ON_CPU[name]}). Remove it."
+            for name in options
+            if name in NOT_ON_CPU
+        ]
     fields = installed_fields() if options else {}
     if not fields:
         return problems

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_mcpo.config.config import load
-from megatron_mcpo.rollout.vllm_fields import REFUSED, installed_fields, option_problems
+from megatron_mcpo.rollout.vllm_fields import NOT_ON_CPU, REFUSED, installed_fields, option_problems
 from megatron_mcpo.rollout.vllm_options import as_flags
 from tests.support.paths import ROOT
 from tests.unit.test_vllm_contract import CONTRACT, VERSIONS, in_process
@@ -32,9 +32,17 @@ QUICKSTART = ROOT / "examples" / "quickstart" / "config.toml"
     ],
 )
 def test_options_are_checked_against_the_installed_vllm(options: dict[str, Any], problem: str | None) -> None:
-    found = option_problems(options)
+    found = option_problems(options, on_cpu=False)
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]
+
+
+@pytest.mark.parametrize("name", NOT_ON_CPU)
+def test_what_ends_an_engine_on_a_cpu_is_refused_there(name: str) -> None:
+    options = {name: True if name.startswith("enable") else {}}
+    [problem] = option_problems(options, on_cpu=True)
+    assert problem.startswith(f"engine.options.{name}: must be left out on a CPU (vLLM 0.30's")
+    assert option_problems(options, on_cpu=False) == []
 
 
 def test_what_the_package_sets_is_refused_but_for_what_a_user_may_change() -> None:
