@@ -75,7 +75,7 @@ def server_command(config: Config, *, host: str, port: int) -> tuple[dict[str, s
         kv_cache_gib=config.engine.kv_cache_gib,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
         load_weights=False,
-        routed_experts=config.model.router_replay == "engine",
+        routed_experts=config.model.replays_engine,
         further=config.engine.options,
         transport=PROCESS_GROUP,
         on_cpu=vllm_on_cpu(),

@@ -114,6 +114,11 @@ class ModelSection(Section):
         description="whether the weights of the reference model are in host memory except while it computes log-probs",
     )
 
+    @property
+    def replays_engine(self) -> bool:
+        """Return whether rollouts carry the experts that the engine chose."""
+        return self.router_replay == "engine"
+
     @field_validator("dtype", mode="before", json_schema_input_type=Literal["bf16", "fp32", "auto"])
     @classmethod
     def _resolved(cls, value: Any) -> Any:

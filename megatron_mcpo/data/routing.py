@@ -13,7 +13,7 @@ from megatron_mcpo.config.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What a choice of experts looks like in a model. count: of the experts of a layer"""
+    """Describe what a choice of experts looks like in a model. count: of the experts of a layer"""
 
     num_layers: int
     per_token: int

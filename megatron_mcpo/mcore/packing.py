@@ -134,12 +134,8 @@ class _Sequences:
         self.prompt_lens = batch.prompt_lens_N.tolist()
         self.response_lens = batch.response_lens_N.tolist()
         self.response_starts = _starts(self.response_lens)
-        lengths = [p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)]
-        self.tokens = batch.tokens_T.split(lengths)
-        self.experts: Sequence[Tensor] | None = None
-        self.choice_shape: Sequence[int] = ()
-        if batch.experts_TXK is not None:
-            self.experts, self.choice_shape = batch.experts_TXK.split(lengths), batch.experts_TXK.shape[1:]
+        self.starts = _starts([p + r for p, r in zip(self.prompt_lens, self.response_lens, strict=True)])
+        self.tokens_T, self.experts_TXK = batch.tokens_T, batch.experts_TXK
 
     def num_pooled(self, i: int) -> int:
         """Return the number of response tokens that the representation of rollout i is computed from."""
@@ -147,21 +143,17 @@ class _Sequences:
 
 
 class _Pack:
-    """Units laid end to end, before they are divided over context ranks. -1: no response token.
+    """Units laid end to end, before they are divided over context ranks. -1: padding, or no response token.
 
-    tokens_T, position_T: each token and its position in its own sequence
+    source_T, position_T: where each token stands in the batch's T, and its position in its own sequence
     response_T, rollout_T: where a response token stands in the batch's R; the pack's rollout that it is pooled into
     predictor_T: the token whose hidden state predicts a response token (the prompt's last, for the first of them)
     """
 
     def __init__(self, sequences: _Sequences, total: int):
         self.sequences = sequences
-        self.tokens_T, self.position_T, self.predictor_T = torch.zeros(3, total, dtype=torch.int64)
-        self.response_T, self.rollout_T = torch.full((2, total), -1, dtype=torch.int64)
-        self.is_token_T = torch.zeros(total, dtype=torch.bool)
-        self.experts_TXK: Tensor | None = None
-        if sequences.experts is not None:
-            self.experts_TXK = torch.full((total, *sequences.choice_shape), -1, dtype=torch.int16)
+        self.position_T, self.predictor_T = torch.zeros(2, total, dtype=torch.int64)
+        self.source_T, self.response_T, self.rollout_T = torch.full((3, total), -1, dtype=torch.int64)
         self.rollouts: list[int] = []
         self.shapes: list[tuple[int, tuple[int, ...]]] = []
         self.end = 0
@@ -172,10 +164,7 @@ class _Pack:
         local = [sequences.local[row] for row in unit]
         prompt_len = sequences.prompt_lens[local[0]]
         self.end = start + prompt_len
-        self.tokens_T[start : self.end] = sequences.tokens[local[0]][:prompt_len]
-        self.is_token_T[start : self.end] = True
-        if self.experts_TXK is not None and sequences.experts is not None:
-            self.experts_TXK[start : self.end] = sequences.experts[local[0]][:prompt_len]
+        self.source_T[start : self.end] = torch.arange(prompt_len) + sequences.starts[local[0]]
         self.position_T[start : self.end] = torch.arange(prompt_len)
         for i in local:
             self._add_response(i, last_of_prompt=start + prompt_len - 1)
@@ -185,18 +174,22 @@ class _Pack:
 
     def fill(self) -> None:
         """Make the rest of the pack one sequence of padding."""
-        if self.end < len(self.tokens_T):
-            self.shapes.append((len(self.tokens_T) - self.end, ()))
+        if self.end < len(self.source_T):
+            self.shapes.append((len(self.source_T) - self.end, ()))
+
+    def take(self, values_T: Tensor, *, padding: int) -> Tensor:
+        """Return what the batch has for each token of the pack."""
+        taken_T = values_T.new_full((len(self.source_T), *values_T.shape[1:]), padding)
+        is_token_T = self.source_T >= 0
+        taken_T[is_token_T] = values_T[self.source_T[is_token_T]]
+        return taken_T
 
     def _add_response(self, i: int, *, last_of_prompt: int) -> None:
         sequences, at = self.sequences, self.end
         prompt_len, length = sequences.prompt_lens[i], sequences.response_lens[i]
         self.end = at + length
         span = slice(at, self.end)
-        self.tokens_T[span] = sequences.tokens[i][prompt_len:]
-        self.is_token_T[span] = True
-        if self.experts_TXK is not None and sequences.experts is not None:
-            self.experts_TXK[span] = sequences.experts[i][prompt_len:]
+        self.source_T[span] = torch.arange(length) + sequences.starts[i] + prompt_len
         self.response_T[span] = torch.arange(length) + sequences.response_starts[i]
         self.rollout_T[self.end - sequences.num_pooled(i) : self.end] = len(self.rollouts)
         self.position_T[span] = torch.arange(prompt_len, prompt_len + length)
@@ -219,23 +212,25 @@ def _pack_one(
         pack.add(unit, layout.sequence_alignment)
     pack.fill()
     keep_L = _context_share([prompt + sum(responses) for prompt, responses in pack.shapes], layout.context, rank)
+    tokens_T = pack.take(sequences.tokens_T, padding=0)
+    experts_TXK = None if sequences.experts_TXK is None else pack.take(sequences.experts_TXK, padding=-1)
     local_T = torch.full((total,), -1, dtype=torch.int64)
     local_T[keep_L] = torch.arange(len(keep_L))
     target_t = (pack.response_T >= 0).nonzero().squeeze(1)
     target_t = target_t[local_T[pack.predictor_T[target_t]] >= 0]
     pooled_L = pack.rollout_T[keep_L] >= 0
     return MicroBatch(
-        tokens_1L=pack.tokens_T[keep_L].unsqueeze(0).to(device),
+        tokens_1L=tokens_T[keep_L].unsqueeze(0).to(device),
         packed=_packed_params(pack.shapes, pack.position_T, shared=sequences.shared_prompts, device=device),
         rollouts=tuple(pack.rollouts),
         predict_r=local_T[pack.predictor_T[target_t]].to(device),
-        target_r=pack.tokens_T[target_t].to(device),
+        target_r=tokens_T[target_t].to(device),
         response_r=pack.response_T[target_t].to(device),
         pool_l=pooled_L.nonzero().squeeze(1).to(device),
         pool_rollout_l=pack.rollout_T[keep_L][pooled_L].to(device),
         pooled_n=torch.tensor([sequences.num_pooled(i) for i in pack.rollouts], device=device),
-        is_token_L=pack.is_token_T[keep_L].to(device),
-        experts_LXK=None if pack.experts_TXK is None else pack.experts_TXK[keep_L].to(device),
+        is_token_L=(pack.source_T[keep_L] >= 0).to(device),
+        experts_LXK=None if experts_TXK is None else experts_TXK[keep_L].to(device),
     )
 
 

@@ -186,7 +186,7 @@ class Policy(_Model):
         super().__init__(config, model, groups, head=head)
         if model.experts is not None:
             self._routers = Routers(self.chunks, model, groups, replays=config.model.router_replay != "off")
-        if config.model.router_replay == "engine":
+        if config.model.replays_engine:
             self.routing = Routing.of(model)
         # Gathering weights during the next forward pass would gain nothing: a weight sync follows the update.
         ddp_config = DistributedDataParallelConfig(

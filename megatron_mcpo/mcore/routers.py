@@ -24,7 +24,7 @@ from megatron_mcpo.types import Routes
 
 
 class _Router:
-    """What a router asks for a token's experts: Megatron-Core's hook `TopKRouter.router_replay` (0.19.2).
+    """Tell a router the experts of its tokens, by Megatron-Core's hook `TopKRouter.router_replay` (0.19.2).
 
     given_lK: experts of every token, -1 where the router chooses; None: it chooses for all
     chosen_lK: those of the last forward pass
@@ -106,7 +106,8 @@ class Routers:
         taken = [router.chosen_lK for router in routers if router.chosen_lK is not None]
         assert len(taken) == len(routers), "a router was not asked"
         chosen_lXK = torch.stack(taken, dim=1)
-        chosen.append(chosen_lXK.to(torch.int16))
+        if self._replays:
+            chosen.append(chosen_lXK.to(torch.int16))
         self._count(chosen_lXK + self._num_experts * self._layer_X[number][:, None], self._share(micro.is_token_L))
         for router in routers:
             router.given_lK = router.chosen_lK = None

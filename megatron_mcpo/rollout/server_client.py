@@ -126,7 +126,7 @@ def wanted_description(config: Config, model: ModelConfig) -> dict[str, Any]:
         "workers": config.engine.tensor_parallel,
         "max_model_len": config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
         "logprobs_mode": LOGPROBS_MODE,
-        "routed_experts": config.model.router_replay == "engine",
+        "routed_experts": config.model.replays_engine,
         "options": json.dumps(config.engine.options, sort_keys=True),
         "device": "cpu" if vllm_on_cpu() else "cuda",
     }

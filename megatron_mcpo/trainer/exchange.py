@@ -96,7 +96,7 @@ def _kept(group: RolloutGroup, rank: int) -> RolloutGroup:
 
 
 class _Exchange:
-    """What each rank sends to each: the share that the other learns from of what this one has.
+    """Send each rank the share that it learns from, of what this one has.
 
     A message is made of rows of the batch in ascending order, and every rank knows the size of each.
     """

@@ -184,7 +184,7 @@ def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEng
                 wanted=wanted_description(config, model),
                 device=device(),
                 tag=f"{config.run.name}-{tag}",
-                routed_experts=config.model.router_replay == "engine",
+                routed_experts=config.model.replays_engine,
             )
     return VllmEngine(
         Path(config.model.path),
@@ -197,7 +197,7 @@ def _start_engine(config: Config, model: ModelConfig, groups: Groups) -> VllmEng
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
         distributed=True,
         job_tag=tag,
-        routed_experts=config.model.router_replay == "engine",
+        routed_experts=config.model.replays_engine,
         further=config.engine.options,
     )
 

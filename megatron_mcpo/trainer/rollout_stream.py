@@ -90,7 +90,7 @@ class RolloutStream:
             "limits": [config.rollout.max_prompt_tokens, *config.response_limits],
             "staleness": config.engine.staleness,
             "ahead": config.engine.prompts_ahead,
-            **({"experts": True} if config.model.router_replay == "engine" else {}),
+            **({"experts": True} if config.model.replays_engine else {}),
         }
 
     def unfinished(self) -> list[Unfinished]:

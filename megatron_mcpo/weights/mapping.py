@@ -23,7 +23,7 @@ _SHOWN = 50
 
 
 class Split(Enum):
-    """How a parameter is divided over the tensor-parallel ranks."""
+    """Say how a parameter is divided over the tensor-parallel ranks."""
 
     REPLICATED = "replicated"
     """Every rank holds all of it."""
@@ -42,7 +42,7 @@ class Split(Enum):
 
 
 class Place(Enum):
-    """Where in the pipeline a parameter is."""
+    """Say where in the pipeline a parameter is."""
 
     FIRST = "first chunk"
     LAYER = "the chunk of its layer"
@@ -51,7 +51,7 @@ class Place(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParamMapping:
-    """How one kind of parameter is named, shaped and divided on both sides.
+    """Say how one kind of parameter is named, shaped and divided on both sides.
 
     megatron: names the parameter may have: in Megatron's local layer spec, then in its Transformer Engine spec;
         {expert} stands for an expert's number, here among those of its rank

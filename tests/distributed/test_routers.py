@@ -70,7 +70,7 @@ def disturb_routers(policy: Policy) -> None:
 
 
 def second_passes(layout: Layout, folder: Path) -> dict[str, bool]:
-    """What holds of passes after the routers have changed."""
+    """Find what holds of passes after the routers have changed."""
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(settings(folder, router_replay="trainer", recompute="full"), from_folder(folder), ranks)
     batch = share(policy, groups(with_experts=False))
@@ -123,7 +123,7 @@ def test_an_engines_experts_are_used_wherever_it_says_them(folder: Path) -> None
 
 
 def loads(layout: Layout, folder: Path) -> tuple[list[list[float]], int]:
-    """How many tokens every expert was given in an update, and how many tokens there were."""
+    """Count the tokens that every expert was given in an update, and all tokens."""
     ranks = parallel.init(layout, seed=0, timeout_seconds=240)
     policy = Policy(settings(folder, router_replay="engine", recompute="full"), from_folder(folder), ranks)
     batch = make_batch(
